@@ -1,0 +1,131 @@
+//! Host memory for kernels: zeroed, aligned to cache lines, and in huge pages where it is large, because a matrix
+//! product walks many rows at once and would otherwise miss the TLB.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ptr::NonNull;
+
+use crate::{Buffer, Element};
+
+const LINE: usize = 64;
+const HUGE: usize = 2 << 20;
+
+/// A fixed number of elements; dereferences to a slice.
+pub struct CpuBuf<T: Element> {
+    data: NonNull<T>,
+    len: usize,
+}
+
+// SAFETY: the buffer owns its memory and T is plain data.
+unsafe impl<T: Element> Send for CpuBuf<T> {}
+// SAFETY: as above; shared access only reads.
+unsafe impl<T: Element> Sync for CpuBuf<T> {}
+
+impl<T: Element> CpuBuf<T> {
+    /// Zeroed memory for `len` elements; an error names the size when there is not enough.
+    pub fn zeroed(len: usize) -> anyhow::Result<Self> {
+        if len == 0 {
+            return Ok(CpuBuf { data: NonNull::dangling(), len });
+        }
+        let layout = layout::<T>(len)
+            .ok_or_else(|| anyhow::anyhow!("cannot address a buffer of {len} elements of {}", T::DTYPE))?;
+        // SAFETY: the layout is not empty; all-zero bytes are a valid T (Pod).
+        let data = NonNull::new(unsafe { alloc_zeroed(layout) } as *mut T);
+        let Some(data) = data else {
+            anyhow::bail!(
+                "out of memory: {:.2} GiB asked for; use a smaller model or micro-batch, or recompute = \"full\"",
+                layout.size() as f64 / (1u64 << 30) as f64
+            );
+        };
+        #[cfg(target_os = "linux")]
+        if layout.size() >= HUGE {
+            // SAFETY: advice on memory that we own; a refusal changes nothing.
+            unsafe {
+                libc::madvise(data.as_ptr().cast(), layout.size(), libc::MADV_HUGEPAGE);
+            }
+        }
+        Ok(CpuBuf { data, len })
+    }
+}
+
+fn layout<T>(len: usize) -> Option<Layout> {
+    let bytes = len.checked_mul(size_of::<T>())?;
+    Layout::from_size_align(bytes, if bytes >= HUGE { HUGE } else { LINE }).ok()
+}
+
+impl<T: Element> Drop for CpuBuf<T> {
+    fn drop(&mut self) {
+        if let (Some(layout), true) = (layout::<T>(self.len), self.len > 0) {
+            // SAFETY: allocated by `zeroed` with the same layout.
+            unsafe {
+                dealloc(self.data.as_ptr().cast(), layout)
+            }
+        }
+    }
+}
+
+impl<T: Element> std::ops::Deref for CpuBuf<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        // SAFETY: `len` initialised elements that we own.
+        unsafe {
+            std::slice::from_raw_parts(self.data.as_ptr(), self.len)
+        }
+    }
+}
+
+impl<T: Element> std::ops::DerefMut for CpuBuf<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in `deref`, and the borrow is exclusive.
+        unsafe {
+            std::slice::from_raw_parts_mut(self.data.as_ptr(), self.len)
+        }
+    }
+}
+
+impl<T: Element> Buffer<T> for CpuBuf<T> {
+    fn len(&self) -> usize {
+        self.len
+    }
+}
+
+/// A mutable slice that threads write disjoint parts of.
+#[derive(Clone, Copy)]
+pub struct Shards<'a, T> {
+    data: *mut T,
+    len: usize,
+    lifetime: std::marker::PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: access goes through `range`, whose caller promises disjointness.
+unsafe impl<T: Send> Send for Shards<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shards<'_, T> {}
+
+impl<'a, T> Shards<'a, T> {
+    /// Shares `slice` among threads.
+    pub fn new(slice: &'a mut [T]) -> Self {
+        Shards { data: slice.as_mut_ptr(), len: slice.len(), lifetime: std::marker::PhantomData }
+    }
+
+    /// Elements in all.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// A part of the slice.
+    ///
+    /// # Safety
+    /// No two parts that are alive at the same time overlap.
+    #[allow(clippy::mut_from_ref)]
+    #[inline(always)]
+    pub unsafe fn range(&self, range: std::ops::Range<usize>) -> &'a mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "range {range:?} of {} elements", self.len);
+        // SAFETY: within bounds; disjointness is the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
+    }
+
+    /// Start of the memory, for kernels that walk columns.
+    pub fn as_mut_ptr(&self) -> *mut T {
+        self.data
+    }
+}

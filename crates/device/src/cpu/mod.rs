@@ -1,0 +1,374 @@
+//! The CPU device: one process, a few threads, AVX-512 with BF16 where there is, AVX2 or plain Rust where not.
+//!
+//! Kernels take slices and live one concept a file; this file holds the device itself and connects them to
+//! [`Device`].
+
+mod attention;
+mod buffer;
+mod elementwise;
+mod embed;
+mod gemm;
+mod layer_norm;
+mod linear;
+mod lm_loss;
+mod optimizer;
+mod peak;
+mod pool;
+mod random;
+mod simd;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+pub use buffer::CpuBuf;
+use pool::Pool;
+pub use simd::Isa;
+
+use crate::*;
+
+/// How to set up a [`CpuDevice`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CpuOptions {
+    /// Threads; all that the process may use when absent.
+    pub threads: Option<usize>,
+    /// Instruction set; the best there is when absent. The environment variable `FERROPT_ISA` (portable, avx2, avx512)
+    /// sets the default.
+    pub isa: Option<Isa>,
+    /// Bind worker threads to processors.
+    pub pin: bool,
+}
+
+/// The processor of this machine.
+pub struct CpuDevice {
+    isa: Isa,
+    pool: Pool,
+    workspace: Mutex<Workspace>,
+}
+
+/// Memory that kernels use beside their arguments. Each piece grows to the largest size asked for, in the first step,
+/// and is then reused.
+#[derive(Default)]
+struct Workspace {
+    bytes: Vec<Option<CpuBuf<u32>>>,
+}
+
+/// A piece of workspace.
+#[derive(Clone, Copy)]
+enum Scratch {
+    PackedA,
+    PackedB,
+    Partials,
+    Logits,
+    Attention,
+}
+
+impl CpuDevice {
+    /// Opens the processor. Fails when asked for an instruction set that it lacks.
+    pub fn new(options: CpuOptions) -> anyhow::Result<Self> {
+        let best = Isa::detect();
+        let isa = match (options.isa, std::env::var("FERROPT_ISA")) {
+            (Some(isa), _) => isa,
+            (None, Ok(name)) => [Isa::Portable, Isa::Avx2, Isa::Avx512]
+                .into_iter()
+                .find(|i| i.name() == name)
+                .ok_or_else(|| anyhow::anyhow!("FERROPT_ISA is {name:?}; it may be portable, avx2 or avx512"))?,
+            (None, Err(_)) => best,
+        };
+        anyhow::ensure!(
+            isa <= best,
+            "instruction set {} asked for, but this processor has {} at most; unset FERROPT_ISA to use that",
+            isa.name(),
+            best.name()
+        );
+        let available = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = options.threads.unwrap_or(available);
+        anyhow::ensure!(
+            (1..=1024).contains(&threads),
+            "threads = {threads}: expected 1 to 1024 (this machine offers {available})"
+        );
+        Ok(CpuDevice { isa, pool: Pool::new(threads, options.pin), workspace: Mutex::default() })
+    }
+
+    /// Threads that run kernels.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    /// Instruction set in use.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Workspace for one operation; held to its end.
+    fn workspace(&self) -> MutexGuard<'_, Workspace> {
+        self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Workspace {
+    /// Several pieces at once, each of at least the given number of 4-byte words, with unspecified contents.
+    fn take<const N: usize>(&mut self, pieces: [(Scratch, usize); N]) -> [&mut [u32]; N] {
+        if self.bytes.is_empty() {
+            self.bytes.resize_with(5, || None);
+        }
+        for (which, words) in pieces {
+            let slot = &mut self.bytes[which as usize];
+            if slot.as_ref().is_none_or(|b| b.len() < words) {
+                // Free the old piece before the new one is made.
+                *slot = None;
+                *slot = Some(CpuBuf::zeroed(words).unwrap_or_else(|e| panic!("kernel workspace: {e}")));
+            }
+        }
+        let mut parts: [&mut [u32]; N] = std::array::from_fn(|_| Default::default());
+        for (i, slot) in self.bytes.iter_mut().enumerate() {
+            if let (Some(place), Some(buf)) = (pieces.iter().position(|p| p.0 as usize == i), slot.as_mut()) {
+                parts[place] = &mut buf[..pieces[place].1];
+            }
+        }
+        parts
+    }
+}
+
+impl Device for CpuDevice {
+    type Buf<T: Element> = CpuBuf<T>;
+
+    fn describe(&self) -> String {
+        format!("CPU, {} threads, {}", self.threads(), self.isa.name())
+    }
+
+    fn alloc<T: Element>(&self, len: usize) -> anyhow::Result<CpuBuf<T>> {
+        CpuBuf::zeroed(len)
+    }
+
+    fn upload<T: Element>(&self, dst: &mut CpuBuf<T>, offset: usize, src: &[T]) {
+        dst[offset..offset + src.len()].copy_from_slice(src);
+    }
+
+    fn download<T: Element>(&self, src: &CpuBuf<T>, offset: usize, dst: &mut [T]) {
+        dst.copy_from_slice(&src[offset..offset + dst.len()]);
+    }
+
+    fn fill<T: Element>(&self, dst: &mut CpuBuf<T>, value: T) {
+        elementwise::fill(self, dst, value);
+    }
+
+    fn embed<E: Element, O: Element>(
+        &self,
+        width: usize,
+        ids: &CpuBuf<u32>,
+        table: &CpuBuf<E>,
+        second: Option<(&CpuBuf<u32>, &CpuBuf<E>)>,
+        out: &mut CpuBuf<O>,
+    ) {
+        embed::forward(self, width, ids, table, second.map(|(ids, table)| (&ids[..], &table[..])), out);
+    }
+
+    fn embed_backward<G: Element>(
+        &self,
+        width: usize,
+        ids: &CpuBuf<u32>,
+        dout: &CpuBuf<G>,
+        dtable: &mut CpuBuf<f32>,
+    ) {
+        embed::backward(self, width, ids, dout, dtable);
+    }
+
+    fn layer_norm<E: Element>(
+        &self,
+        width: usize,
+        x: &CpuBuf<f32>,
+        gamma: &CpuBuf<f32>,
+        beta: &CpuBuf<f32>,
+        y: &mut CpuBuf<E>,
+        y_f32: Option<&mut CpuBuf<f32>>,
+        mean: &mut CpuBuf<f32>,
+        rstd: &mut CpuBuf<f32>,
+    ) {
+        layer_norm::forward(self, width, x, gamma, beta, y, y_f32.map(|y| &mut y[..]), mean, rstd);
+    }
+
+    fn layer_norm_backward<G: Element>(
+        &self,
+        width: usize,
+        dy: &CpuBuf<G>,
+        x: &CpuBuf<f32>,
+        mean: &CpuBuf<f32>,
+        rstd: &CpuBuf<f32>,
+        gamma: &CpuBuf<f32>,
+        dx: &mut CpuBuf<f32>,
+        dx_store: Store,
+        dgamma: &mut CpuBuf<f32>,
+        dbeta: &mut CpuBuf<f32>,
+        grad_store: Store,
+    ) {
+        layer_norm::backward(self, width, dy, x, mean, rstd, gamma, dx, dx_store, dgamma, dbeta, grad_store);
+    }
+
+    fn linear<E: Element, O: Element>(
+        &self,
+        s: LinearShape,
+        x: &CpuBuf<E>,
+        w: &CpuBuf<E>,
+        bias: Option<&CpuBuf<f32>>,
+        act: Activation,
+        y: &mut CpuBuf<O>,
+    ) {
+        linear::forward(self, s, x, w, bias.map(|b| &b[..]), act, y);
+    }
+
+    fn linear_residual<E: Element>(
+        &self,
+        s: LinearShape,
+        x: &CpuBuf<E>,
+        w: &CpuBuf<E>,
+        bias: Option<&CpuBuf<f32>>,
+        dropout: Option<Dropout>,
+        residual: &CpuBuf<f32>,
+        out: &mut CpuBuf<f32>,
+    ) {
+        linear::forward_residual(self, s, x, w, bias.map(|b| &b[..]), dropout, residual, out);
+    }
+
+    fn linear_backward_input<E: Element, O: Element>(
+        &self,
+        s: LinearShape,
+        dy: &CpuBuf<E>,
+        w: &CpuBuf<E>,
+        relu_output: Option<&CpuBuf<E>>,
+        dx: &mut CpuBuf<O>,
+    ) {
+        linear::backward_input(self, s, dy, w, relu_output.map(|r| &r[..]), dx);
+    }
+
+    fn linear_backward_weight<E: Element>(
+        &self,
+        s: LinearShape,
+        dy: &CpuBuf<E>,
+        x: &CpuBuf<E>,
+        dw: &mut CpuBuf<f32>,
+        dbias: Option<&mut CpuBuf<f32>>,
+        store: Store,
+    ) {
+        linear::backward_weight(self, s, dy, x, dw, dbias.map(|d| &mut d[..]), store);
+    }
+
+    fn residual_backward<E: Element>(
+        &self,
+        width: usize,
+        dres: &CpuBuf<f32>,
+        dropout: Option<Dropout>,
+        dy: &mut CpuBuf<E>,
+    ) {
+        elementwise::residual_backward(self, width, dres, dropout, dy);
+    }
+
+    fn cast<S: Element, T: Element>(&self, src: &CpuBuf<S>, dst: &mut CpuBuf<T>) {
+        elementwise::cast(self, src, dst);
+    }
+
+    fn attention<E: Element>(
+        &self,
+        s: AttentionShape,
+        qkv: &CpuBuf<E>,
+        doc_start: Option<&CpuBuf<u32>>,
+        dropout: Option<Dropout>,
+        out: &mut CpuBuf<E>,
+        lse: &mut CpuBuf<f32>,
+    ) {
+        attention::forward(self, s, qkv, doc_start.map(|d| &d[..]), dropout, out, lse);
+    }
+
+    fn attention_backward<E: Element>(
+        &self,
+        s: AttentionShape,
+        qkv: &CpuBuf<E>,
+        doc_start: Option<&CpuBuf<u32>>,
+        dropout: Option<Dropout>,
+        out: &CpuBuf<E>,
+        lse: &CpuBuf<f32>,
+        dout: &CpuBuf<E>,
+        dqkv: &mut CpuBuf<E>,
+    ) {
+        attention::backward(self, s, qkv, doc_start.map(|d| &d[..]), dropout, out, lse, dout, dqkv);
+    }
+
+    fn attention_cached<E: Element>(
+        &self,
+        heads: usize,
+        width: usize,
+        past: usize,
+        count: usize,
+        qkv: &CpuBuf<E>,
+        k_cache: &mut CpuBuf<E>,
+        v_cache: &mut CpuBuf<E>,
+        out: &mut CpuBuf<E>,
+    ) {
+        attention::cached(self, heads, width, past, count, qkv, k_cache, v_cache, out);
+    }
+
+    fn lm_loss<E: Element>(
+        &self,
+        s: LossShape,
+        h: &CpuBuf<E>,
+        w: &CpuBuf<E>,
+        targets: &CpuBuf<u32>,
+        losses: &mut CpuBuf<f32>,
+    ) {
+        lm_loss::forward(self, s, h, w, targets, losses);
+    }
+
+    fn lm_loss_backward<E: Element>(
+        &self,
+        s: LossShape,
+        h: &CpuBuf<E>,
+        w: &CpuBuf<E>,
+        targets: &CpuBuf<u32>,
+        scale: f32,
+        losses: &mut CpuBuf<f32>,
+        dh: &mut CpuBuf<E>,
+        dw: &mut CpuBuf<f32>,
+        store: Store,
+    ) {
+        lm_loss::backward(self, s, h, w, targets, scale, losses, dh, dw, store);
+    }
+
+    fn sum_of_squares(&self, x: &CpuBuf<f32>) -> f64 {
+        optimizer::sum_of_squares(self, x)
+    }
+
+    fn adamw<E: Element>(
+        &self,
+        hyper: AdamW,
+        param: Param<'_, Self, E>,
+        grad: &CpuBuf<f32>,
+        m: &mut CpuBuf<f32>,
+        v: &mut CpuBuf<f32>,
+    ) {
+        optimizer::adamw(self, hyper, param, grad, m, v);
+    }
+
+    fn sgd<E: Element>(
+        &self,
+        hyper: Sgd,
+        param: Param<'_, Self, E>,
+        grad: &CpuBuf<f32>,
+        momentum: Option<&mut CpuBuf<f32>>,
+    ) {
+        optimizer::sgd(self, hyper, param, grad, momentum.map(|m| &mut m[..]));
+    }
+
+    fn set_master<E: Element>(&self, param: Param<'_, Self, E>, values: &[f32]) {
+        optimizer::set_master(self, param, values);
+    }
+
+    fn get_master<E: Element>(&self, w: &CpuBuf<E>, low: Option<&CpuBuf<i16>>, values: &mut [f32]) {
+        optimizer::get_master(self, w, low.map(|l| &l[..]), values);
+    }
+
+    fn workspace_bytes<E: Element>(&self, rows: usize, widest: usize, vocab: usize, width: usize) -> usize {
+        gemm::workspace_bytes::<E>(self, rows, widest) + lm_loss::workspace_bytes::<E>(rows, vocab, width)
+    }
+
+    fn measured_peak<E: Element>(&self) -> f64 {
+        peak::measure::<E>(self)
+    }
+}

@@ -1,0 +1,235 @@
+//! Threads that run one kernel after another.
+//!
+//! A decoder step is hundreds of kernels of 0.01 to 100 ms, so starting one must cost microseconds: workers spin
+//! for a while after each job before they sleep. The caller is worker 0.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::*};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+/// Spins before a waiting worker sleeps: tens of microseconds, longer than the gaps between kernels of a step.
+const SPINS: u32 = 20_000;
+
+/// The job of the moment: a borrowed closure whose lifetime [`Pool::run`] guards.
+type Job = *const (dyn Fn(usize) + Sync);
+
+struct Shared {
+    job: Mutex<Option<SendJob>>,
+    /// Number of jobs started; workers wait for it to change.
+    epoch: AtomicU32,
+    running: AtomicU32,
+    panicked: AtomicBool,
+    stop: AtomicBool,
+    asleep: Vec<AtomicBool>,
+}
+
+#[derive(Clone, Copy)]
+struct SendJob(Job);
+// SAFETY: the closure is Sync, and `run` does not return before every worker has left it.
+unsafe impl Send for SendJob {}
+
+/// A fixed set of threads.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// One job at a time, also when several threads share the device.
+    turn: Mutex<()>,
+}
+
+impl Pool {
+    /// `threads` workers, the caller of [`Pool::run`] being one of them. With `pin`, worker i is bound to the i-th
+    /// processor that the process may use; the caller stays unbound, because threads that it starts would inherit
+    /// the binding.
+    pub fn new(threads: usize, pin: bool) -> Self {
+        let threads = threads.max(1);
+        let shared = Arc::new(Shared {
+            job: Mutex::new(None),
+            epoch: AtomicU32::new(0),
+            running: AtomicU32::new(0),
+            panicked: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            asleep: (0..threads).map(|_| AtomicBool::new(false)).collect(),
+        });
+        let cpus = if pin { allowed_cpus() } else { Vec::new() };
+        let workers = (1..threads)
+            .filter_map(|id| {
+                let (shared, cpu) = (shared.clone(), cpus.get(id).copied());
+                let work = move || {
+                    if let Some(cpu) = cpu {
+                        bind_to(cpu);
+                    }
+                    shared.work(id);
+                };
+                std::thread::Builder::new().name(format!("kernel-{id}")).spawn(work).ok()
+            })
+            .collect();
+        Pool { shared, workers, turn: Mutex::new(()) }
+    }
+
+    /// Number of threads, the caller included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Runs `f(thread)` once on every thread and waits for all.
+    pub fn run(&self, f: &(dyn Fn(usize) + Sync)) {
+        if self.workers.is_empty() {
+            return f(0);
+        }
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let s = &self.shared;
+        // SAFETY: only the lifetime changes; the wait for `running` below ends after the last use.
+        let job = unsafe { std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(f) };
+        *s.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(SendJob(job));
+        s.running.store(self.workers.len() as u32, SeqCst);
+        s.epoch.fetch_add(1, SeqCst);
+        for (i, worker) in self.workers.iter().enumerate() {
+            if s.asleep[i + 1].load(SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+        // The workers must have left the closure before its borrow ends, also when the caller's share panics.
+        let mine = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| f(0)));
+        let mut spins = 0u32;
+        while s.running.load(Acquire) != 0 {
+            spins += 1;
+            if spins > SPINS { std::thread::yield_now() } else { std::hint::spin_loop() }
+        }
+        if let Err(panic) = mine {
+            std::panic::resume_unwind(panic);
+        }
+        assert!(!s.panicked.load(SeqCst), "a kernel thread panicked");
+    }
+
+    /// Runs `f(task, thread)` for every task below `tasks`; threads take the next task when they are free.
+    pub fn for_each(&self, tasks: usize, f: impl Fn(usize, usize) + Sync) {
+        if tasks <= 1 || self.workers.is_empty() {
+            return (0..tasks).for_each(|task| f(task, 0));
+        }
+        let next = AtomicUsize::new(0);
+        self.run(&|thread| {
+            loop {
+                let task = next.fetch_add(1, Relaxed);
+                if task >= tasks {
+                    break;
+                }
+                f(task, thread);
+            }
+        });
+    }
+}
+
+impl Shared {
+    fn work(&self, id: usize) {
+        let mut seen = 0;
+        loop {
+            let mut spins = 0u32;
+            while self.epoch.load(SeqCst) == seen {
+                if self.stop.load(SeqCst) {
+                    return;
+                }
+                spins += 1;
+                if spins < SPINS {
+                    std::hint::spin_loop();
+                    continue;
+                }
+                // Announce, look again, then sleep: the starter either sees the announcement or we see its epoch.
+                self.asleep[id].store(true, SeqCst);
+                if self.epoch.load(SeqCst) == seen && !self.stop.load(SeqCst) {
+                    std::thread::park();
+                }
+                self.asleep[id].store(false, SeqCst);
+            }
+            seen = seen.wrapping_add(1);
+            let job = *self.job.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(SendJob(job)) = job {
+                // SAFETY: `run` keeps the closure alive until `running` is 0.
+                let f = unsafe { &*job };
+                if std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| f(id))).is_err() {
+                    self.panicked.store(true, SeqCst);
+                }
+            }
+            self.running.fetch_sub(1, Release);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker that panicked has already been reported by `run`.
+            let _ = worker.join();
+        }
+    }
+}
+
+/// Processors that this process may run on; empty where the system does not say.
+pub fn allowed_cpus() -> Vec<usize> {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: plain system call on a zeroed set of the right size.
+        unsafe {
+            let mut set: libc::cpu_set_t = std::mem::zeroed();
+            if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set) == 0 {
+                return (0..libc::CPU_SETSIZE as usize).filter(|&c| libc::CPU_ISSET(c, &set)).collect();
+            }
+        }
+    }
+    Vec::new()
+}
+
+/// Binds the calling thread to one processor, where that is allowed.
+fn bind_to(cpu: usize) {
+    #[cfg(target_os = "linux")]
+    // SAFETY: plain system call on a zeroed set; a refusal leaves the thread unbound, which is fine.
+    unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(cpu, &mut set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set);
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = cpu;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_many_times() {
+        let pool = Pool::new(3, false);
+        for round in 0..2000 {
+            let tasks = round % 17;
+            let counts: Vec<AtomicU32> = (0..tasks).map(|_| AtomicU32::new(0)).collect();
+            pool.for_each(tasks, |task, thread| {
+                assert!(thread < 3);
+                counts[task].fetch_add(1, Relaxed);
+            });
+            assert!(counts.iter().all(|c| c.load(Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn sleeping_workers_wake_up() {
+        let pool = Pool::new(2, false);
+        for _ in 0..5 {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            let ran = AtomicU32::new(0);
+            pool.run(&|_| {
+                ran.fetch_add(1, Relaxed);
+            });
+            assert_eq!(ran.load(Relaxed), 2);
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_task_reaches_the_caller() {
+        let pool = Pool::new(2, false);
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            pool.for_each(8, |task, _| assert!(task != 5));
+        }));
+        assert!(result.is_err());
+    }
+}

@@ -1,0 +1,530 @@
+//! Vectors of f32 for three instruction sets, chosen at run time.
+//!
+//! A kernel is written once, generic over [`Simd`], and run through [`dispatch!`], which compiles it for AVX-512
+//! (with BF16 and VNNI), AVX2 with FMA, and plain Rust. A token of each set can only be had where the processor
+//! has the instructions, which is what makes the methods safe to call.
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use crate::{DType, Element};
+
+/// Instruction sets that kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// Plain Rust, whatever the compiler makes of it.
+    Portable,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 F, BW, DQ, VL with BF16.
+    Avx512,
+}
+
+impl Isa {
+    /// The best that this processor has.
+    pub fn detect() -> Self {
+        if is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512bf16")
+            && is_x86_feature_detected!("fma")
+        {
+            Isa::Avx512
+        } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            Isa::Avx2
+        } else {
+            Isa::Portable
+        }
+    }
+
+    /// All that this processor has, for tests.
+    pub fn available() -> Vec<Self> {
+        [Isa::Portable, Isa::Avx2, Isa::Avx512].into_iter().filter(|i| *i <= Isa::detect()).collect()
+    }
+
+    /// Name as in `FERROPT_ISA`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+}
+
+/// Operations on one register of f32. All methods are single instructions or a few.
+pub trait Simd: Copy + Send + Sync {
+    /// f32 numbers in a register.
+    const LANES: usize;
+    /// The register.
+    type F: Copy;
+
+    /// All lanes `x`.
+    fn splat(self, x: f32) -> Self::F;
+    /// First `LANES` elements of `x`.
+    fn load(self, x: &[f32]) -> Self::F;
+    /// To the first `LANES` elements of `x`.
+    fn store(self, x: &mut [f32], v: Self::F);
+    /// First `LANES` elements, widened.
+    fn load_bf16(self, x: &[bf16]) -> Self::F;
+    /// To the first `LANES` elements, rounded to nearest even.
+    fn store_bf16(self, x: &mut [bf16], v: Self::F);
+    /// `a + b`
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a - b`
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b`
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a / b`
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a * b + c`, fused where the processor can.
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// Larger of each lane.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// Smaller of each lane.
+    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    /// Square root.
+    fn sqrt(self, a: Self::F) -> Self::F;
+    /// `a > b ? x : y` in each lane.
+    fn select_gt(self, a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F;
+    /// Nearest integer.
+    fn round(self, a: Self::F) -> Self::F;
+    /// `a * 2^n` for integral `n` with a normal result.
+    fn scale2(self, a: Self::F, n: Self::F) -> Self::F;
+
+    /// All lanes 0.
+    #[inline(always)]
+    fn zero(self) -> Self::F {
+        self.splat(0.0)
+    }
+
+    /// Lanes as an array's first elements (the rest 0).
+    #[inline(always)]
+    fn to_array(self, a: Self::F) -> [f32; 16] {
+        let mut x = [0.0; 16];
+        self.store(&mut x, a);
+        x
+    }
+
+    /// Sum of the lanes, by halves.
+    #[inline(always)]
+    fn sum(self, a: Self::F) -> f32 {
+        let x = self.to_array(a);
+        let mut h: [f32; 8] = std::array::from_fn(|i| x[i] + x[i + 8]);
+        for n in [4, 2, 1] {
+            for i in 0..n {
+                h[i] += h[i + n];
+            }
+        }
+        h[0]
+    }
+
+    /// Largest lane.
+    #[inline(always)]
+    fn max_lane(self, a: Self::F) -> f32 {
+        self.to_array(a)[..Self::LANES].iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    /// Elements of either compute type, widened to f32.
+    #[inline(always)]
+    fn load_as<E: Element>(self, x: &[E]) -> Self::F {
+        match E::DTYPE {
+            DType::Bf16 => self.load_bf16(bytemuck::cast_slice(x)),
+            DType::F32 => self.load(bytemuck::cast_slice(x)),
+            _ => self.load_part(&std::array::from_fn::<f32, 16, _>(|i| x.get(i).map_or(0.0, |v| v.to_f32()))),
+        }
+    }
+
+    /// To elements of either compute type.
+    #[inline(always)]
+    fn store_as<E: Element>(self, x: &mut [E], v: Self::F) {
+        match E::DTYPE {
+            DType::Bf16 => self.store_bf16(bytemuck::cast_slice_mut(x), v),
+            DType::F32 => self.store(bytemuck::cast_slice_mut(x), v),
+            _ => self.store_part(x, v),
+        }
+    }
+
+    /// At most `LANES` elements; missing lanes are 0.
+    #[inline(always)]
+    fn load_part<E: Element>(self, x: &[E]) -> Self::F {
+        let mut full = [0.0; 16];
+        for (f, v) in full[..Self::LANES].iter_mut().zip(x) {
+            *f = v.to_f32();
+        }
+        self.load(&full)
+    }
+
+    /// To at most `LANES` elements.
+    #[inline(always)]
+    fn store_part<E: Element>(self, x: &mut [E], v: Self::F) {
+        for (x, v) in x.iter_mut().zip(self.to_array(v)) {
+            *x = E::from_f32(v);
+        }
+    }
+
+    /// e^x, within 2 ulp; 0 below -87.3, finite up to 88.3. After Cephes' expf: 2^n times a polynomial on [-ln2/2, ln2/2].
+    #[inline(always)]
+    fn exp(self, x: Self::F) -> Self::F {
+        let low = self.splat(-87.33);
+        let clamped = self.min(self.max(x, low), self.splat(88.37));
+        let n = self.round(self.mul(clamped, self.splat(std::f32::consts::LOG2_E)));
+        let r = self.fma(n, self.splat(-0.693_359_4), clamped);
+        let r = self.fma(n, self.splat(2.121_944_4e-4), r);
+        let mut p = self.splat(1.987_569_15e-4);
+        for c in [1.398_199_95e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_55e-1, 0.5] {
+            p = self.fma(p, r, self.splat(c));
+        }
+        let y = self.add(self.fma(self.mul(r, r), p, r), self.splat(1.0));
+        self.select_gt(x, low, self.scale2(y, n), self.zero())
+    }
+}
+
+/// Plain Rust; four lanes, which every compiler turns into SSE2 or NEON.
+#[derive(Clone, Copy)]
+pub struct Portable;
+
+macro_rules! lanewise {
+    ($($name:ident($($arg:ident),*) = $e:expr;)*) => {
+        $(#[inline(always)]
+        fn $name(self, $($arg: [f32; 4]),*) -> [f32; 4] {
+            std::array::from_fn(|i| { $(let $arg = $arg[i];)* $e })
+        })*
+    };
+}
+
+impl Simd for Portable {
+    const LANES: usize = 4;
+    type F = [f32; 4];
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        [x; 4]
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32]) -> Self::F {
+        [x[0], x[1], x[2], x[3]]
+    }
+    #[inline(always)]
+    fn store(self, x: &mut [f32], v: Self::F) {
+        x[..4].copy_from_slice(&v);
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16]) -> Self::F {
+        std::array::from_fn(|i| x[i].to_f32())
+    }
+    #[inline(always)]
+    fn store_bf16(self, x: &mut [bf16], v: Self::F) {
+        for (x, v) in x[..4].iter_mut().zip(v) {
+            *x = bf16::from_f32(v);
+        }
+    }
+    lanewise! {
+        add(a, b) = a + b;
+        sub(a, b) = a - b;
+        mul(a, b) = a * b;
+        div(a, b) = a / b;
+        // A fused product without hardware support would be a library call.
+        fma(a, b, c) = a * b + c;
+        max(a, b) = if a > b { a } else { b };
+        min(a, b) = if a < b { a } else { b };
+        sqrt(a) = a.sqrt();
+        select_gt(a, b, x, y) = if a > b { x } else { y };
+        // Adding and taking away 1.5 * 2^23 rounds to nearest even without SSE4's instruction.
+        round(a) = (a + 12_582_912.0) - 12_582_912.0;
+        scale2(a, n) = f32::from_bits((a.to_bits() as i32 + ((n as i32) << 23)) as u32);
+    }
+}
+
+/// AVX2 with FMA; eight lanes.
+#[derive(Clone, Copy)]
+pub struct Avx2(());
+
+impl Avx2 {
+    /// # Safety
+    /// The processor has AVX2 and FMA.
+    #[inline(always)]
+    pub unsafe fn new() -> Self {
+        Avx2(())
+    }
+}
+
+/// AVX-512 with BF16; sixteen lanes.
+#[derive(Clone, Copy)]
+pub struct Avx512(());
+
+impl Avx512 {
+    /// # Safety
+    /// The processor has AVX-512 F, BW, DQ, VL and BF16.
+    #[inline(always)]
+    pub unsafe fn new() -> Self {
+        Avx512(())
+    }
+}
+
+/// Methods that are one intrinsic each.
+macro_rules! intrinsics {
+    ($reg:ty: $($name:ident($($arg:ident),*) = $e:expr;)*) => {
+        $(#[inline(always)]
+        fn $name(self, $($arg: $reg),*) -> $reg {
+            // SAFETY: a token exists only where the processor has these instructions.
+            unsafe { $e }
+        })*
+    };
+}
+
+impl Simd for Avx2 {
+    const LANES: usize = 8;
+    type F = __m256;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m256 {
+        // SAFETY: a token exists only where the processor has these instructions.
+        unsafe { _mm256_set1_ps(x) }
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32]) -> __m256 {
+        let x = &x[..8];
+        // SAFETY: eight elements; the token.
+        unsafe { _mm256_loadu_ps(x.as_ptr()) }
+    }
+    #[inline(always)]
+    fn store(self, x: &mut [f32], v: __m256) {
+        let x = &mut x[..8];
+        // SAFETY: eight elements; the token.
+        unsafe { _mm256_storeu_ps(x.as_mut_ptr(), v) }
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16]) -> __m256 {
+        let x = &x[..8];
+        // SAFETY: eight elements of 16 bits; the token.
+        unsafe {
+            let halves = _mm_loadu_si128(x.as_ptr().cast());
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+        }
+    }
+    #[inline(always)]
+    fn store_bf16(self, x: &mut [bf16], v: __m256) {
+        let x = &mut x[..8];
+        // SAFETY: eight elements of 16 bits; the token.
+        unsafe {
+            let bits = _mm256_castps_si256(v);
+            // Nearest even: add 0x7fff plus the lowest kept bit, then drop 16 bits. NaN keeps its top bits, quieted.
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
+            let high = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan));
+            let packed = _mm256_permute4x64_epi64::<0b1000>(_mm256_packus_epi32(high, high));
+            _mm_storeu_si128(x.as_mut_ptr().cast(), _mm256_castsi256_si128(packed));
+        }
+    }
+    intrinsics! { __m256:
+        add(a, b) = _mm256_add_ps(a, b);
+        sub(a, b) = _mm256_sub_ps(a, b);
+        mul(a, b) = _mm256_mul_ps(a, b);
+        div(a, b) = _mm256_div_ps(a, b);
+        fma(a, b, c) = _mm256_fmadd_ps(a, b, c);
+        max(a, b) = _mm256_max_ps(a, b);
+        min(a, b) = _mm256_min_ps(a, b);
+        sqrt(a) = _mm256_sqrt_ps(a);
+        select_gt(a, b, x, y) = _mm256_blendv_ps(y, x, _mm256_cmp_ps::<_CMP_GT_OQ>(a, b));
+        round(a) = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
+        scale2(a, n) = _mm256_castsi256_ps(_mm256_add_epi32(
+            _mm256_castps_si256(a),
+            _mm256_slli_epi32::<23>(_mm256_cvtps_epi32(n)),
+        ));
+    }
+}
+
+impl Simd for Avx512 {
+    const LANES: usize = 16;
+    type F = __m512;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        // SAFETY: a token exists only where the processor has these instructions.
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    fn load(self, x: &[f32]) -> __m512 {
+        let x = &x[..16];
+        // SAFETY: sixteen elements; the token.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+    #[inline(always)]
+    fn store(self, x: &mut [f32], v: __m512) {
+        let x = &mut x[..16];
+        // SAFETY: sixteen elements; the token.
+        unsafe { _mm512_storeu_ps(x.as_mut_ptr(), v) }
+    }
+    #[inline(always)]
+    fn load_bf16(self, x: &[bf16]) -> __m512 {
+        let x = &x[..16];
+        // SAFETY: sixteen elements of 16 bits; the token.
+        unsafe {
+            let halves = _mm256_loadu_si256(x.as_ptr().cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+        }
+    }
+    #[inline(always)]
+    fn store_bf16(self, x: &mut [bf16], v: __m512) {
+        let x = &mut x[..16];
+        // SAFETY: sixteen elements of 16 bits; the token. The conversion rounds to nearest even.
+        unsafe {
+            let halves: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(v));
+            _mm256_storeu_si256(x.as_mut_ptr().cast(), halves);
+        }
+    }
+    #[inline(always)]
+    fn load_part<E: Element>(self, x: &[E]) -> __m512 {
+        let n = x.len().min(16);
+        let mask = ((1u32 << n) - 1) as u16;
+        // SAFETY: only the lanes in the mask, all within `x`, are read; the token.
+        unsafe {
+            match E::DTYPE {
+                DType::F32 => _mm512_maskz_loadu_ps(mask, x.as_ptr().cast()),
+                DType::Bf16 => {
+                    let halves = _mm256_maskz_loadu_epi16(mask, x.as_ptr().cast());
+                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+                }
+                _ => {
+                    let full: [f32; 16] = std::array::from_fn(|i| x.get(i).map_or(0.0, |v| v.to_f32()));
+                    self.load(&full)
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn store_part<E: Element>(self, x: &mut [E], v: __m512) {
+        let n = x.len().min(16);
+        let mask = ((1u32 << n) - 1) as u16;
+        // SAFETY: only the lanes in the mask, all within `x`, are written; the token.
+        unsafe {
+            match E::DTYPE {
+                DType::F32 => _mm512_mask_storeu_ps(x.as_mut_ptr().cast(), mask, v),
+                DType::Bf16 => {
+                    let halves: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(v));
+                    _mm256_mask_storeu_epi16(x.as_mut_ptr().cast(), mask, halves);
+                }
+                _ => {
+                    for (x, v) in x.iter_mut().zip(self.to_array(v)) {
+                        *x = E::from_f32(v);
+                    }
+                }
+            }
+        }
+    }
+    #[inline(always)]
+    fn sum(self, a: __m512) -> f32 {
+        // SAFETY: the token.
+        unsafe { _mm512_reduce_add_ps(a) }
+    }
+    #[inline(always)]
+    fn max_lane(self, a: __m512) -> f32 {
+        // SAFETY: the token.
+        unsafe { _mm512_reduce_max_ps(a) }
+    }
+    intrinsics! { __m512:
+        add(a, b) = _mm512_add_ps(a, b);
+        sub(a, b) = _mm512_sub_ps(a, b);
+        mul(a, b) = _mm512_mul_ps(a, b);
+        div(a, b) = _mm512_div_ps(a, b);
+        fma(a, b, c) = _mm512_fmadd_ps(a, b, c);
+        max(a, b) = _mm512_max_ps(a, b);
+        min(a, b) = _mm512_min_ps(a, b);
+        sqrt(a) = _mm512_sqrt_ps(a);
+        select_gt(a, b, x, y) = _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), y, x);
+        round(a) = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
+        scale2(a, n) = _mm512_scalef_ps(a, n);
+    }
+}
+
+/// Calls a closure inside a function compiled for AVX2 and FMA, into which it is inlined.
+///
+/// # Safety
+/// The processor has AVX2 and FMA.
+#[target_feature(enable = "avx2,fma")]
+pub unsafe fn with_avx2<R>(f: impl FnOnce(Avx2) -> R) -> R {
+    f(Avx2(()))
+}
+
+/// Calls a closure inside a function compiled for AVX-512 with BF16, into which it is inlined.
+///
+/// # Safety
+/// The processor has AVX-512 F, BW, DQ, VL and BF16, and FMA.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+pub unsafe fn with_avx512<R>(f: impl FnOnce(Avx512) -> R) -> R {
+    f(Avx512(()))
+}
+
+/// `dispatch!(isa, s => body)` runs `body` with `s` the token of `isa`, compiled for that instruction set.
+/// Functions that `body` calls with `s` must be `#[inline(always)]`.
+macro_rules! dispatch {
+    ($isa:expr, $s:ident => $body:expr) => {
+        match $isa {
+            $crate::cpu::simd::Isa::Portable => {
+                let $s = $crate::cpu::simd::Portable;
+                $body
+            }
+            // SAFETY: an `Isa` value is only made for a processor that has it.
+            $crate::cpu::simd::Isa::Avx2 => unsafe { $crate::cpu::simd::with_avx2(#[inline(always)] |$s| $body) },
+            // SAFETY: as above.
+            $crate::cpu::simd::Isa::Avx512 => unsafe { $crate::cpu::simd::with_avx512(#[inline(always)] |$s| $body) },
+        }
+    };
+}
+pub(crate) use dispatch;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[inline(always)]
+    fn exp_all<S: Simd>(s: S, x: &[f32], y: &mut [f32]) {
+        for (x, y) in x.chunks_exact(S::LANES).zip(y.chunks_exact_mut(S::LANES)) {
+            s.store(y, s.exp(s.load(x)));
+        }
+    }
+
+    #[test]
+    fn exp_is_accurate_everywhere() {
+        let x: Vec<f32> = (0..16000).map(|i| -87.0 + i as f32 * 0.0109).collect();
+        for isa in Isa::available() {
+            let mut y = vec![0.0; x.len()];
+            dispatch!(isa, s => exp_all(s, &x, &mut y));
+            for (x, y) in x.iter().zip(&y) {
+                let exact = (*x as f64).exp();
+                assert!(((*y as f64 - exact) / exact).abs() < 3e-7, "{isa:?}: exp({x}) = {y}, not {exact}");
+            }
+            let special = [f32::NEG_INFINITY, -200.0, -88.0, 0.0, 1e-30, -1e-30, 1.0, 88.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0];
+            let mut y = [0.0; 16];
+            dispatch!(isa, s => exp_all(s, &special, &mut y));
+            assert_eq!(y[..6], [0.0, 0.0, 0.0, 1.0, 1.0, 1.0], "{isa:?}");
+        }
+    }
+
+    #[inline(always)]
+    fn round_trip<S: Simd>(s: S, x: &[f32], y: &mut [bf16]) {
+        for (x, y) in x.chunks(S::LANES).zip(y.chunks_mut(S::LANES)) {
+            if x.len() == S::LANES { s.store_as(y, s.load_as(x)) } else { s.store_part(y, s.load_part(x)) }
+        }
+    }
+
+    #[test]
+    fn bf16_rounds_to_nearest_even_on_every_path() {
+        let x: Vec<f32> = (0..1003u32)
+            .map(|i| f32::from_bits(0x3f80_0000 + i * 0x1357 + (i % 3) * 0x8000))
+            .chain([f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, f32::MAX, 3.0, 1.0 + 1.0 / 256.0, 1.0 + 3.0 / 256.0])
+            .collect();
+        for isa in Isa::available() {
+            let mut y = vec![bf16::ZERO; x.len()];
+            dispatch!(isa, s => round_trip(s, &x, &mut y));
+            for (x, y) in x.iter().zip(&y) {
+                assert_eq!(y.to_bits(), bf16::from_f32(*x).to_bits(), "{isa:?}: {x}");
+            }
+        }
+    }
+}

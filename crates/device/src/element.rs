@@ -1,0 +1,67 @@
+//! Number types that buffers hold.
+
+use half::bf16;
+
+/// Type of a buffer's elements, as a value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// IEEE single.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// Unsigned 32-bit: token ids, positions.
+    U32,
+    /// Signed 16-bit: low halves of split masters.
+    I16,
+}
+
+impl DType {
+    /// Bytes of one element.
+    pub const fn size(self) -> usize {
+        match self {
+            DType::F32 | DType::U32 => 4,
+            DType::Bf16 | DType::I16 => 2,
+        }
+    }
+}
+
+impl std::fmt::Display for DType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            DType::F32 => "f32",
+            DType::Bf16 => "bf16",
+            DType::U32 => "u32",
+            DType::I16 => "i16",
+        })
+    }
+}
+
+/// A number type that buffers hold. Compute types are `f32` and `bf16`; the others are only stored.
+pub trait Element: bytemuck::Pod + Send + Sync + Default + PartialEq + std::fmt::Debug + 'static {
+    /// The type, as a value.
+    const DTYPE: DType;
+    /// Value as f32.
+    fn to_f32(self) -> f32;
+    /// Nearest value (ties to even for bf16).
+    fn from_f32(x: f32) -> Self;
+}
+
+macro_rules! element {
+    ($t:ty, $d:ident, $to:expr, $from:expr) => {
+        impl Element for $t {
+            const DTYPE: DType = DType::$d;
+            #[inline(always)]
+            fn to_f32(self) -> f32 {
+                $to(self)
+            }
+            #[inline(always)]
+            fn from_f32(x: f32) -> Self {
+                $from(x)
+            }
+        }
+    };
+}
+element!(f32, F32, |x| x, |x| x);
+element!(bf16, Bf16, bf16::to_f32, bf16::from_f32);
+element!(u32, U32, |x| x as f32, |x| x as u32);
+element!(i16, I16, |x| x as f32, |x| x as i16);

@@ -1,0 +1,363 @@
+//! One chip: memory and the fused operations of an OPT decoder.
+//!
+//! Everything above this crate is generic over [`Device`]; nothing above it knows which chip it runs on.
+//! Letters in shapes: B batch, T sequence, N = B*T rows, C model width, H heads, D head width,
+//! F feed-forward width, V vocabulary, L layers. All matrices are row-major. Weights are `[out, in]`, as in
+//! Hugging Face checkpoints.
+//!
+//! Numbers: matrices and activations are of the compute type `E` (f32 or bf16); the residual stream, biases,
+//! layer-norm parameters, gradients and optimiser moments are always f32; every sum is accumulated in f32 or wider.
+//! Every operation gives the same bits whatever the number of threads.
+
+// Kernels are the one place where unsafe code is allowed; each block says why it is sound.
+#![allow(unsafe_code)]
+
+pub mod cpu;
+mod element;
+pub mod rng;
+
+pub use element::{DType, Element};
+pub use half::bf16;
+use rng::Stream;
+
+/// Target value that takes no part in the loss.
+pub const IGNORE: u32 = u32::MAX;
+
+/// Memory on a device: a fixed number of elements of one type.
+pub trait Buffer<T: Element>: Send + Sync {
+    /// Number of elements.
+    fn len(&self) -> usize;
+    /// True when there are no elements.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Function applied to the output of [`Device::linear`] after the bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// Nothing.
+    Identity,
+    /// `max(x, 0)`, OPT's only non-linearity.
+    Relu,
+}
+
+/// Whether a gradient is added to what the buffer holds or replaces it (the first micro-batch of a step).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    /// Replace.
+    Overwrite,
+    /// Add.
+    Accumulate,
+}
+
+/// Dropout of one place in the model during one step. The mask is never stored: element (row, column) is kept when
+/// `stream.word(row, column) >= p * 2^32`, where `row` counts from the start of the *global* batch, so that any
+/// split into micro-batches and any recomputation sees the same mask. Kept values are scaled by `1/(1-p)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    /// Probability of zeroing, in `[0, 1)`.
+    pub p: f32,
+    /// Where the random words come from.
+    pub stream: Stream,
+    /// Index in the global batch of the buffer's first row (a row is one token position).
+    pub first_row: u64,
+}
+
+/// `y[m, n] = x[m, k] * w[n, k]^T`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinearShape {
+    /// Rows of x and y (tokens).
+    pub m: usize,
+    /// Output width.
+    pub n: usize,
+    /// Input width.
+    pub k: usize,
+}
+
+/// Shape of causal self-attention over packed `[B*T, 3*H*D]` rows that hold q, k and v in that order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AttentionShape {
+    /// B, sequences.
+    pub batch: usize,
+    /// T, positions in each.
+    pub seq: usize,
+    /// H, heads.
+    pub heads: usize,
+    /// D, width of one head. Scores are scaled by `D^-1/2`.
+    pub width: usize,
+}
+
+/// Sizes of the fused LM head and loss.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LossShape {
+    /// N, rows.
+    pub rows: usize,
+    /// V, vocabulary.
+    pub vocab: usize,
+    /// Width of the rows that meet the embedding table (C, or the projected width of 350m).
+    pub width: usize,
+}
+
+/// One AdamW step (Loshchilov and Hutter, 2019: decoupled weight decay), for step `t >= 1`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamW {
+    /// Learning rate.
+    pub lr: f32,
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to the root of the second moment.
+    pub eps: f32,
+    /// Decoupled decay; 0 for biases and layer norms if the caller wants so.
+    pub weight_decay: f32,
+    /// `1 - beta1^t`.
+    pub bias_correction1: f32,
+    /// `1 - beta2^t`.
+    pub bias_correction2: f32,
+    /// Factor on the gradient (clipping).
+    pub grad_scale: f32,
+}
+
+/// One step of gradient descent with momentum: `buf = momentum*buf + g + decay*w; w -= lr*buf`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sgd {
+    /// Learning rate.
+    pub lr: f32,
+    /// Momentum; 0 for plain descent (the buffer is then not needed).
+    pub momentum: f32,
+    /// L2 decay, added to the gradient as in PyTorch's SGD.
+    pub weight_decay: f32,
+    /// Factor on the gradient (clipping).
+    pub grad_scale: f32,
+}
+
+/// A parameter as the optimiser sees it.
+///
+/// With f32 compute type the weight itself is the master copy. With bf16 there are two ways:
+/// *split master* (`low` present): the f32 master weight is `w` and `low` side by side, `f32 bits =
+/// (w bits << 16) + sign_extended(low)`, `w` being the master rounded to nearest (ties away from zero), so a master
+/// costs 2 bytes more than the bf16 weight; or *stochastic rounding* (`low` absent, `rounding` present).
+pub struct Param<'a, D: Device, E: Element> {
+    /// The weight used in compute.
+    pub w: &'a mut D::Buf<E>,
+    /// Low halves of the split master.
+    pub low: Option<&'a mut D::Buf<i16>>,
+    /// Random words of stochastic rounding, indexed by (0, element).
+    pub rounding: Option<Stream>,
+}
+
+/// A chip that can run OPT.
+pub trait Device: Send + Sync + Sized + 'static {
+    /// Memory of this device.
+    type Buf<T: Element>: Buffer<T>;
+
+    /// Name for people: "AMD EPYC, 2 threads, avx512-bf16".
+    fn describe(&self) -> String;
+
+    /// Zeroed memory for `len` elements. Fails with the size asked for when there is not enough.
+    fn alloc<T: Element>(&self, len: usize) -> anyhow::Result<Self::Buf<T>>;
+    /// Copies `src` to `dst[offset..offset + src.len()]`.
+    fn upload<T: Element>(&self, dst: &mut Self::Buf<T>, offset: usize, src: &[T]);
+    /// Copies `src[offset..offset + dst.len()]` to `dst`.
+    fn download<T: Element>(&self, src: &Self::Buf<T>, offset: usize, dst: &mut [T]);
+    /// Sets every element.
+    fn fill<T: Element>(&self, dst: &mut Self::Buf<T>, value: T);
+
+    /// Token (and position) embedding. `out[N, width] = table[ids[i]] (+ table2[ids2[i]])`, where `second` is
+    /// `(ids2, table2)`; every id is less than its table's number of rows.
+    fn embed<E: Element, O: Element>(
+        &self,
+        width: usize,
+        ids: &Self::Buf<u32>,
+        table: &Self::Buf<E>,
+        second: Option<(&Self::Buf<u32>, &Self::Buf<E>)>,
+        out: &mut Self::Buf<O>,
+    );
+    /// Backward of [`Device::embed`] for one table: `dtable[ids[i]] += dout[i]`, rows added in the order of `i`.
+    fn embed_backward<G: Element>(
+        &self,
+        width: usize,
+        ids: &Self::Buf<u32>,
+        dout: &Self::Buf<G>,
+        dtable: &mut Self::Buf<f32>,
+    );
+
+    /// Layer norm over the last axis, eps 1e-5. `x` [N, C] f32; `y` [N, C]; `mean`, `rstd` [N].
+    /// `y_f32`, when given, also receives the result in f32 (post-LN, where it is the residual stream).
+    fn layer_norm<E: Element>(
+        &self,
+        width: usize,
+        x: &Self::Buf<f32>,
+        gamma: &Self::Buf<f32>,
+        beta: &Self::Buf<f32>,
+        y: &mut Self::Buf<E>,
+        y_f32: Option<&mut Self::Buf<f32>>,
+        mean: &mut Self::Buf<f32>,
+        rstd: &mut Self::Buf<f32>,
+    );
+    /// Backward of [`Device::layer_norm`]. `dy` [N, C] of any type; `dx` [N, C] replaced or added to by `dx_store`;
+    /// `dgamma`, `dbeta` [C] by `grad_store`.
+    fn layer_norm_backward<G: Element>(
+        &self,
+        width: usize,
+        dy: &Self::Buf<G>,
+        x: &Self::Buf<f32>,
+        mean: &Self::Buf<f32>,
+        rstd: &Self::Buf<f32>,
+        gamma: &Self::Buf<f32>,
+        dx: &mut Self::Buf<f32>,
+        dx_store: Store,
+        dgamma: &mut Self::Buf<f32>,
+        dbeta: &mut Self::Buf<f32>,
+        grad_store: Store,
+    );
+
+    /// `y[m, n] = act(x * w^T + bias)`. Buffers may be longer than the shape says; the rest is left alone.
+    fn linear<E: Element, O: Element>(
+        &self,
+        s: LinearShape,
+        x: &Self::Buf<E>,
+        w: &Self::Buf<E>,
+        bias: Option<&Self::Buf<f32>>,
+        act: Activation,
+        y: &mut Self::Buf<O>,
+    );
+    /// `out[m, n] = residual + dropout(x * w^T + bias)`, in f32.
+    fn linear_residual<E: Element>(
+        &self,
+        s: LinearShape,
+        x: &Self::Buf<E>,
+        w: &Self::Buf<E>,
+        bias: Option<&Self::Buf<f32>>,
+        dropout: Option<Dropout>,
+        residual: &Self::Buf<f32>,
+        out: &mut Self::Buf<f32>,
+    );
+    /// Gradient of a linear layer's input: `dx[m, k] = dy[m, n] * w[n, k]`; with `relu_output` [m, k] (this layer's
+    /// input, which was a ReLU's output) the result is zeroed where that is not above 0.
+    fn linear_backward_input<E: Element, O: Element>(
+        &self,
+        s: LinearShape,
+        dy: &Self::Buf<E>,
+        w: &Self::Buf<E>,
+        relu_output: Option<&Self::Buf<E>>,
+        dx: &mut Self::Buf<O>,
+    );
+    /// Gradient of a linear layer's weight and bias: `dw[n, k] (+)= dy^T * x`, `dbias[n] (+)= sum of dy's rows`.
+    fn linear_backward_weight<E: Element>(
+        &self,
+        s: LinearShape,
+        dy: &Self::Buf<E>,
+        x: &Self::Buf<E>,
+        dw: &mut Self::Buf<f32>,
+        dbias: Option<&mut Self::Buf<f32>>,
+        store: Store,
+    );
+
+    /// Gradient that enters a residual branch: `dy[N, C] = dropout_mask(dres)`, cast to the compute type.
+    fn residual_backward<E: Element>(
+        &self,
+        width: usize,
+        dres: &Self::Buf<f32>,
+        dropout: Option<Dropout>,
+        dy: &mut Self::Buf<E>,
+    );
+    /// Casts `src` to `dst`'s type.
+    fn cast<S: Element, T: Element>(&self, src: &Self::Buf<S>, dst: &mut Self::Buf<T>);
+
+    /// Causal attention with an online softmax; no T x T matrix is stored. `qkv` [B*T, 3*H*D], `out` [B*T, H*D],
+    /// `lse` [B, H, T] receives the log-sum-exp of each row's scaled scores.
+    /// Position t attends to `doc_start[b*T + t] ..= t` (0 ..= t without `doc_start`). Dropout acts on the
+    /// probabilities, its row being `(first_row + b*T + t) * H + h` and its column the key's position.
+    fn attention<E: Element>(
+        &self,
+        s: AttentionShape,
+        qkv: &Self::Buf<E>,
+        doc_start: Option<&Self::Buf<u32>>,
+        dropout: Option<Dropout>,
+        out: &mut Self::Buf<E>,
+        lse: &mut Self::Buf<f32>,
+    );
+    /// Backward of [`Device::attention`]; `dqkv` [B*T, 3*H*D] is overwritten.
+    fn attention_backward<E: Element>(
+        &self,
+        s: AttentionShape,
+        qkv: &Self::Buf<E>,
+        doc_start: Option<&Self::Buf<u32>>,
+        dropout: Option<Dropout>,
+        out: &Self::Buf<E>,
+        lse: &Self::Buf<f32>,
+        dout: &Self::Buf<E>,
+        dqkv: &mut Self::Buf<E>,
+    );
+    /// Attention of `count` new tokens of one sequence over a KV cache that holds `past` tokens. Appends their k and
+    /// v to `k_cache`, `v_cache` [capacity, H*D] at rows `past ..`, then attends causally.
+    /// `qkv` [count, 3*H*D], `out` [count, H*D].
+    fn attention_cached<E: Element>(
+        &self,
+        heads: usize,
+        width: usize,
+        past: usize,
+        count: usize,
+        qkv: &Self::Buf<E>,
+        k_cache: &mut Self::Buf<E>,
+        v_cache: &mut Self::Buf<E>,
+        out: &mut Self::Buf<E>,
+    );
+
+    /// Cross-entropy of a tied LM head, in chunks of rows so that the [N, V] logits never exist.
+    /// `h` [N, width], `w` [V, width], `targets` [N] ([`IGNORE`] takes no part); `losses` [N] in nats (0 where ignored).
+    fn lm_loss<E: Element>(
+        &self,
+        s: LossShape,
+        h: &Self::Buf<E>,
+        w: &Self::Buf<E>,
+        targets: &Self::Buf<u32>,
+        losses: &mut Self::Buf<f32>,
+    );
+    /// [`Device::lm_loss`] with gradients of `scale * sum(losses)`: `dh` [N, width] overwritten, `dw` [V, width] by `store`.
+    fn lm_loss_backward<E: Element>(
+        &self,
+        s: LossShape,
+        h: &Self::Buf<E>,
+        w: &Self::Buf<E>,
+        targets: &Self::Buf<u32>,
+        scale: f32,
+        losses: &mut Self::Buf<f32>,
+        dh: &mut Self::Buf<E>,
+        dw: &mut Self::Buf<f32>,
+        store: Store,
+    );
+
+    /// Sum of squares, in f64, by a fixed tree.
+    fn sum_of_squares(&self, x: &Self::Buf<f32>) -> f64;
+    /// One fused AdamW pass over a parameter.
+    fn adamw<E: Element>(
+        &self,
+        hyper: AdamW,
+        param: Param<'_, Self, E>,
+        grad: &Self::Buf<f32>,
+        m: &mut Self::Buf<f32>,
+        v: &mut Self::Buf<f32>,
+    );
+    /// One fused SGD pass over a parameter; `momentum` is needed unless `hyper.momentum` is 0.
+    fn sgd<E: Element>(
+        &self,
+        hyper: Sgd,
+        param: Param<'_, Self, E>,
+        grad: &Self::Buf<f32>,
+        momentum: Option<&mut Self::Buf<f32>>,
+    );
+    /// Writes f32 master values into a parameter (`w`, and `low` if present; without it, rounded to nearest even).
+    fn set_master<E: Element>(&self, param: Param<'_, Self, E>, values: &[f32]);
+    /// Reads f32 master values of a parameter: `w` joined with `low` if present.
+    fn get_master<E: Element>(&self, w: &Self::Buf<E>, low: Option<&Self::Buf<i16>>, values: &mut [f32]);
+
+    /// Bytes of workspace that the operations take beside their arguments, at most, for `rows` rows of a model whose
+    /// widest linear layer is `widest` and whose vocabulary is `vocab` x `width`, in elements of `E`.
+    fn workspace_bytes<E: Element>(&self, rows: usize, widest: usize, vocab: usize, width: usize) -> usize;
+    /// Measured peak of the matrix-product instruction for `E`, in FLOP/s (a register-only loop on all threads).
+    fn measured_peak<E: Element>(&self) -> f64;
+}
