@@ -1,0 +1,415 @@
+//! The typed configuration of `ferropt train`, in TOML.
+//!
+//! [`Config`] is what the user writes; everything has a default (OPT's own, where it has one) except the data and the
+//! length of the run. [`Config::resolve`] refuses what is contradictory, fills every default in and works out what
+//! follows from it. A resolved configuration, written out, resolves to itself.
+
+mod keys;
+//mod resolve;
+mod span;
+
+//pub use resolve::{Optimizer, Resolved};
+pub use span::{Count, Span};
+
+use crate::schedule;
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// A training configuration: the sections of the file.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// `[model]`
+    pub model: ModelSection,
+    /// `[data]`
+    pub data: DataSection,
+    /// `[batch]`
+    pub batch: BatchSection,
+    /// `[optimizer]`
+    pub optimizer: OptimizerSection,
+    /// `[schedule]`
+    pub schedule: ScheduleSection,
+    /// `[run]`
+    pub run: RunSection,
+    /// `[checkpoint]`
+    pub checkpoint: CheckpointSection,
+    /// `[validation]`
+    pub validation: ValidationSection,
+    /// `[log]`
+    pub log: LogSection,
+    /// `[energy]`
+    pub energy: EnergySection,
+}
+
+/// Declares a section: every key with its type and, after `=`, its default.
+macro_rules! section {
+    ($(#[$doc:meta])* $name:ident { $($(#[$key_doc:meta])* $key:ident: $type:ty = $default:expr,)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct $name {
+            $($(#[$key_doc])* #[serde(skip_serializing_if = "Absent::absent")] pub $key: $type,)*
+        }
+        impl Default for $name {
+            fn default() -> Self {
+                $name { $($key: $default,)* }
+            }
+        }
+    };
+}
+
+section! {
+    /// Which model. Either `preset`, or the sizes.
+    ModelSection {
+        /// Name of a preset: "125m" to "175b", or one of the small ones (`ferropt presets`).
+        preset: Option<String> = None,
+        /// L, number of layers.
+        layers: Option<usize> = None,
+        /// H, attention heads; C must be a multiple of it.
+        heads: Option<usize> = None,
+        /// C, model width.
+        width: Option<usize> = None,
+        /// F, feed-forward width; 4C unless given.
+        feed_forward: Option<usize> = None,
+        /// Width of the embeddings if not C (350m: 512), joined by two projections.
+        embedding_width: Option<usize> = None,
+        /// Layer norm after each block instead of before it, and none at the end (350m).
+        post_norm: Option<bool> = None,
+        /// V, vocabulary; at least the tokenizer's. May accompany a preset.
+        vocab: Option<usize> = None,
+        /// Longest sequence the model knows positions for. May accompany a preset.
+        positions: Option<usize> = None,
+        /// Dropout after attention and feed-forward. OPT: 0.1.
+        dropout: f32 = 0.1,
+        /// Dropout on attention probabilities. OPT: 0.1.
+        attention_dropout: f32 = 0.1,
+    }
+}
+
+section! {
+    /// What to read.
+    DataSection {
+        /// Files (.txt, .jsonl, and those in .zst, .gz, .xz) or folders of them.
+        train: Paths = Paths::default(),
+        /// Held-out sets by name, each a path or a list of paths.
+        validation: BTreeMap<String, Paths> = BTreeMap::new(),
+        /// Tokenizer: a tokenizer.json, or a folder with it or with GPT-2's vocab.json and merges.txt.
+        tokenizer: Option<PathBuf> = None,
+        /// Field of a JSON line that holds the text.
+        text_field: String = "text".into(),
+        /// Folder for tokenised data; `data-cache` beside the run folder unless given. May be shared by runs.
+        cache: Option<PathBuf> = None,
+        /// T, tokens per sequence; the model's positions unless given.
+        seq: Option<usize> = None,
+        /// Tokens do not see documents before their own in the same sequence.
+        stop_attention_at_document_ends: bool = false,
+    }
+}
+
+section! {
+    /// How much per step.
+    BatchSection {
+        /// Tokens per optimiser step; OPT's batch for the preset unless given.
+        tokens: Option<Count> = None,
+        /// Sequences per forward and backward pass; derived unless given.
+        micro_batch: Option<usize> = None,
+    }
+}
+
+section! {
+    /// How to descend.
+    OptimizerSection {
+        /// "adamw" or "sgd".
+        kind: OptimizerKind = OptimizerKind::Adamw,
+        /// Peak learning rate; OPT's for the preset unless given.
+        lr: Option<f64> = None,
+        /// Decays of the two moments (adamw).
+        betas: Option<[f32; 2]> = None,
+        /// Added to the root of the second moment (adamw).
+        eps: Option<f32> = None,
+        /// Weight decay: decoupled for adamw, L2 for sgd.
+        weight_decay: f32 = 0.1,
+        /// Whether biases and layer norms decay too, as in metaseq.
+        decay_vectors: bool = true,
+        /// Momentum (sgd).
+        momentum: Option<f32> = None,
+        /// Largest gradient norm; 0 for no clipping.
+        clip: f32 = 1.0,
+    }
+}
+
+section! {
+    /// How the learning rate moves. Lengths are steps (2000) or tokens ("375M tokens").
+    ScheduleSection {
+        /// "linear", "cosine", "inverse-sqrt", "constant" or "wsd".
+        kind: schedule::Kind = schedule::Kind::Linear,
+        /// Linear warm-up; OPT's (2000 steps, at most 375M tokens) but at most a tenth of the total unless given.
+        warmup: Option<Span> = None,
+        /// Decay at the end (wsd); a tenth of the total unless given.
+        decay: Option<Span> = None,
+        /// Where the minimum is reached; the end of the run unless given.
+        total: Option<Span> = None,
+        /// Minimum as a share of the peak (linear, cosine, wsd); 0.1 unless given.
+        min_lr: Option<f64> = None,
+    }
+}
+
+section! {
+    /// One run: where, how long, how.
+    RunSection {
+        /// Folder of checkpoints, metrics and the resolved configuration.
+        dir: PathBuf = PathBuf::new(),
+        /// Length in optimiser steps.
+        steps: Option<u64> = None,
+        /// Length in tokens.
+        tokens: Option<Count> = None,
+        /// Stop (with a checkpoint) after this much time in one go.
+        max_minutes: Option<f64> = None,
+        /// Seed of everything random.
+        seed: u64 = 1,
+        /// Compute type: "f32" or "bf16".
+        precision: Precision = Precision::Bf16,
+        /// bf16 master weights: "split" (exact f32 masters) or "bf16-stochastic" (no masters, stochastic rounding).
+        weights: Option<Weights> = None,
+        /// Activations to compute again in the backward pass: "none", "selective" or "full". Same bits, less memory.
+        recompute: Recompute = Recompute::None,
+        /// Threads; all available unless given. Same bits for any number.
+        threads: Option<usize> = None,
+    }
+}
+
+section! {
+    /// What to save.
+    CheckpointSection {
+        /// How often.
+        every: Span = Span::Steps(500),
+        /// How many of the latest to keep.
+        keep_last: usize = 3,
+        /// Keep those at multiples of this for ever.
+        keep_every: Option<Span> = None,
+    }
+}
+
+section! {
+    /// Validation on the sets of `data.validation`.
+    ValidationSection {
+        /// How often; also at the end of the run.
+        every: Span = Span::Steps(250),
+        /// Tokens per set at most; all unless given.
+        max_tokens: Option<Count> = None,
+    }
+}
+
+section! {
+    /// What to report.
+    LogSection {
+        /// Steps between lines of metrics.jsonl and TensorBoard points.
+        every: u64 = 1,
+    }
+}
+
+section! {
+    /// Energy accounting.
+    EnergySection {
+        /// Power of the machine in watts, for an estimate where no meter can be read.
+        watts: Option<f64> = None,
+    }
+}
+
+/// One path or a list of paths.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(from = "OneOrMany")]
+pub struct Paths(pub Vec<PathBuf>);
+
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a path or a list of paths")]
+enum OneOrMany {
+    One(PathBuf),
+    Many(Vec<PathBuf>),
+}
+
+impl From<OneOrMany> for Paths {
+    fn from(paths: OneOrMany) -> Self {
+        match paths {
+            OneOrMany::One(path) => Paths(vec![path]),
+            OneOrMany::Many(paths) => Paths(paths),
+        }
+    }
+}
+
+/// `optimizer.kind`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerKind {
+    /// AdamW (Loshchilov and Hutter, 2019).
+    Adamw,
+    /// Gradient descent, with momentum if wanted.
+    Sgd,
+}
+
+/// `run.precision`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// IEEE single.
+    F32,
+    /// bfloat16 matrices and activations, everything else f32.
+    Bf16,
+}
+
+/// `run.weights`, for bf16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Weights {
+    /// bf16 weights and the low half of an exact f32 master.
+    Split,
+    /// bf16 weights alone, updated with stochastic rounding.
+    Bf16Stochastic,
+}
+
+/// `run.recompute`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// Keep every activation.
+    None,
+    /// Compute the cheap ones again.
+    Selective,
+    /// Keep one row per layer.
+    Full,
+}
+
+/// Values that are left out when a configuration is written.
+trait Absent {
+    fn absent(&self) -> bool {
+        false
+    }
+}
+impl<T> Absent for Option<T> {
+    fn absent(&self) -> bool {
+        self.is_none()
+    }
+}
+impl Absent for BTreeMap<String, Paths> {
+    fn absent(&self) -> bool {
+        self.is_empty()
+    }
+}
+macro_rules! always_written {
+    ($($type:ty)*) => { $(impl Absent for $type {})* };
+}
+always_written!(bool u64 usize f32 String PathBuf Paths Span OptimizerKind schedule::Kind Precision Recompute);
+
+impl Config {
+    /// Reads a configuration file and applies `--set` overrides, each `section.key=value`. The value is TOML; what is
+    /// not TOML is a string; nothing at all removes the key.
+    ///
+    /// # Errors
+    /// Names the file or the override, every unknown key and the nearest valid one, or the key whose type is wrong.
+    pub fn load(file: &Path, overrides: &[String]) -> anyhow::Result<Config> {
+        let text = std::fs::read_to_string(file)
+            .with_context(|| format!("cannot read the configuration {}", file.display()))?;
+        Config::parse(&text, overrides)
+            .with_context(|| format!("the configuration {} is wrong", file.display()))
+    }
+
+    /// [`Config::load`] from text.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(text: &str, overrides: &[String]) -> anyhow::Result<Config> {
+        let mut table: toml::Table = toml::from_str(text).context("not valid TOML")?;
+        for item in overrides {
+            apply(&mut table, item).with_context(|| format!("--set {item}"))?;
+        }
+        keys::check(&table)?;
+        Ok(table.try_into()?)
+    }
+
+    /// The configuration as TOML.
+    ///
+    /// # Errors
+    /// When a path is not Unicode.
+    pub fn to_toml(&self) -> anyhow::Result<String> {
+        toml::to_string(self).context("cannot write the configuration as TOML")
+    }
+}
+
+/// Applies one `section.key=value`.
+fn apply(table: &mut toml::Table, item: &str) -> anyhow::Result<()> {
+    let (name, value) = item.split_once('=').context("expected key=value, for example optimizer.lr=3e-4")?;
+    let (name, value) = (name.trim(), value.trim());
+    let (path, key) = name.rsplit_once('.').with_context(|| {
+        format!("`{name}` names no section; expected section.key=value, for example optimizer.lr=3e-4")
+    })?;
+    let mut inner = table;
+    for section in path.split('.') {
+        inner = inner
+            .entry(section)
+            .or_insert_with(|| toml::Value::Table(toml::Table::new()))
+            .as_table_mut()
+            .with_context(|| format!("`{section}` in `{name}` is a value, not a section"))?;
+    }
+    if value.is_empty() {
+        inner.remove(key);
+        return Ok(());
+    }
+    let parsed =
+        toml::from_str::<toml::Table>(&format!("value = {value}")).ok().and_then(|mut t| t.remove("value"));
+    inner.insert(key.into(), parsed.unwrap_or_else(|| toml::Value::String(value.into())));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn overrides_are_toml_then_text_and_nothing_removes() {
+        let set = |items: &[&str]| {
+            let items: Vec<String> = items.iter().map(|s| s.to_string()).collect();
+            Config::parse("[run]\nsteps = 5\n[data]\ntrain = 'a.txt'", &items)
+        };
+        let c =
+            set(&["optimizer.lr=3e-4", "run.dir=runs/x", "data.validation.b=[\"p\", \"q\"]", "run.steps="])
+                .unwrap();
+        assert_eq!(c.optimizer.lr, Some(3e-4));
+        assert_eq!(c.run.dir, PathBuf::from("runs/x"));
+        assert_eq!(c.data.validation["b"], Paths(vec!["p".into(), "q".into()]));
+        assert_eq!(c.run.steps, None);
+        let c = set(&["schedule.warmup=375M tokens", "batch.tokens=0.5M", "data.train=b.txt"]).unwrap();
+        assert_eq!(c.schedule.warmup, Some(Span::Tokens(375_000_000)));
+        assert_eq!(c.batch.tokens, Some(Count(500_000)));
+        assert_eq!(c.data.train, Paths(vec!["b.txt".into()]));
+        for (wrong, name) in [
+            ("lr=1", "section"),
+            ("run.stps=1", "run.steps"),
+            ("run.steps.x=1", "not a section"),
+            ("x", "key=value"),
+        ] {
+            let e = format!("{:#}", set(&[wrong]).unwrap_err());
+            assert!(e.contains(name), "{wrong}: {e}");
+        }
+    }
+
+    #[test]
+    fn types_are_checked_with_the_name_of_the_key() {
+        for (text, name) in [
+            ("[optimizer]\nlr = 'fast'", "lr"),
+            ("[optimizer]\nkind = 'adam'", "adamw"),
+            ("[run]\nsteps = -1", "steps"),
+            ("[schedule]\nwarmup = 'soon'", "375M tokens"),
+        ] {
+            let e = format!("{:#}", Config::parse(text, &[]).unwrap_err());
+            assert!(e.contains(name), "{text}: {e}");
+        }
+    }
+
+    #[test]
+    fn the_default_configuration_survives_writing() {
+        let text = Config::default().to_toml().unwrap();
+        assert_eq!(Config::parse(&text, &[]).unwrap(), Config::default());
+    }
+}

@@ -1,0 +1,5 @@
+//! Training of OPT models, from a configuration file to a run folder that holds checkpoints and curves.
+
+pub mod config;
+pub mod schedule;
+pub mod signals;
