@@ -1,0 +1,302 @@
+//! Linear layers: products with the epilogues that OPT needs, and their gradients.
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use super::buffer::Shards;
+use super::gemm::{Epilogue, Matrix, gemm};
+use super::simd::{Isa, Simd, dispatch, with_avx512};
+use super::{CpuDevice, random};
+use crate::rng::BLOCK;
+use crate::{Activation, DType, Dropout, Element, LinearShape, Store};
+
+/// At most this many rows are multiplied by dot products with the weights as they lie in memory: packing would cost
+/// more than it saves (a decode step has 1 row).
+const FEW_ROWS: usize = 4;
+/// Output columns in a task of [`few_rows`].
+const COLUMNS: usize = 64;
+
+/// `y = act(x * w^T + bias)`.
+pub(super) fn forward<E: Element, O: Element>(
+    device: &CpuDevice,
+    s: LinearShape,
+    x: &[E],
+    w: &[E],
+    bias: Option<&[f32]>,
+    act: Activation,
+    y: &mut [O],
+) {
+    let epilogue = Forward { n: s.n, bias, act, y: Shards::new(&mut y[..s.m * s.n]) };
+    multiply(device, s, x, w, &epilogue);
+}
+
+/// `out = residual + dropout(x * w^T + bias)`.
+pub(super) fn forward_residual<E: Element>(
+    device: &CpuDevice,
+    s: LinearShape,
+    x: &[E],
+    w: &[E],
+    bias: Option<&[f32]>,
+    dropout: Option<Dropout>,
+    residual: &[f32],
+    out: &mut [f32],
+) {
+    let out = Shards::new(&mut out[..s.m * s.n]);
+    multiply(device, s, x, w, &Residual { n: s.n, bias, dropout, residual, out });
+}
+
+/// `x * w^T`, by whichever way suits the number of rows.
+fn multiply<E: Element, P: Epilogue>(device: &CpuDevice, s: LinearShape, x: &[E], w: &[E], epilogue: &P) {
+    let (x, w) = (&x[..s.m * s.k], &w[..s.n * s.k]);
+    if s.m <= FEW_ROWS {
+        return few_rows(device, s, x, w, epilogue);
+    }
+    let a = Matrix { data: x, ld: s.k, k_contiguous: true };
+    let b = Matrix { data: w, ld: s.k, k_contiguous: true };
+    gemm(device, (s.m, s.n, s.k), a, b, epilogue);
+}
+
+/// `dx = dy * w`, zeroed where `relu_output` is not above 0.
+pub(super) fn backward_input<E: Element, O: Element>(
+    device: &CpuDevice,
+    s: LinearShape,
+    dy: &[E],
+    w: &[E],
+    relu_output: Option<&[E]>,
+    dx: &mut [O],
+) {
+    let a = Matrix { data: &dy[..s.m * s.n], ld: s.n, k_contiguous: true };
+    let b = Matrix { data: &w[..s.n * s.k], ld: s.k, k_contiguous: false };
+    let epilogue = InputGradient { k: s.k, relu_output, dx: Shards::new(&mut dx[..s.m * s.k]) };
+    gemm(device, (s.m, s.k, s.n), a, b, &epilogue);
+}
+
+/// `dw (+)= dy^T * x`, `dbias (+)= column sums of dy`.
+pub(super) fn backward_weight<E: Element>(
+    device: &CpuDevice,
+    s: LinearShape,
+    dy: &[E],
+    x: &[E],
+    dw: &mut [f32],
+    dbias: Option<&mut [f32]>,
+    store: Store,
+) {
+    let (dy, x) = (&dy[..s.m * s.n], &x[..s.m * s.k]);
+    let a = Matrix { data: dy, ld: s.n, k_contiguous: false };
+    let b = Matrix { data: x, ld: s.k, k_contiguous: false };
+    gemm(device, (s.n, s.k, s.m), a, b, &WeightGradient { k: s.k, store, dw: Shards::new(&mut dw[..s.n * s.k]) });
+    if let Some(dbias) = dbias {
+        column_sums(device, s.n, dy, &mut dbias[..s.n], store);
+    }
+}
+
+/// Sums rows of `x` [_, n] in order into `sums` [n].
+fn column_sums<E: Element>(device: &CpuDevice, n: usize, x: &[E], sums: &mut [f32], store: Store) {
+    let sums = Shards::new(sums);
+    device.pool.for_each(n.div_ceil(COLUMNS), |task, _| {
+        let columns = task * COLUMNS..((task + 1) * COLUMNS).min(n);
+        // SAFETY: each task has its own columns.
+        let out = unsafe { sums.range(columns.clone()) };
+        dispatch!(device.isa, s => {
+            let mut acc = [s.zero(); COLUMNS / 4];
+            for row in x.chunks_exact(n) {
+                for (acc, x) in acc.iter_mut().zip(row[columns.clone()].chunks(lanes(s))) {
+                    *acc = s.add(*acc, load(s, x));
+                }
+            }
+            for (acc, out) in acc.iter().zip(out.chunks_mut(lanes(s))) {
+                let old = if store == Store::Accumulate { load(s, out) } else { s.zero() };
+                store_vector(s, out, s.add(old, *acc));
+            }
+        });
+    });
+}
+
+#[inline(always)]
+fn lanes<S: Simd>(_: S) -> usize {
+    S::LANES
+}
+
+/// A full or partial vector.
+#[inline(always)]
+fn load<S: Simd, E: Element>(s: S, x: &[E]) -> S::F {
+    if x.len() >= S::LANES { s.load_as(x) } else { s.load_part(x) }
+}
+
+/// To a full or partial vector.
+#[inline(always)]
+fn store_vector<S: Simd, E: Element>(s: S, x: &mut [E], v: S::F) {
+    if x.len() >= S::LANES { s.store_as(x, v) } else { s.store_part(x, v) }
+}
+
+/// `values + bias[col ..]`, vector by vector, handed to `f` with each vector's offset and length.
+#[inline(always)]
+fn each_vector<S: Simd>(s: S, acc: &[f32], col: usize, bias: Option<&[f32]>, mut f: impl FnMut(usize, usize, S::F)) {
+    for at in (0..acc.len()).step_by(S::LANES) {
+        let count = S::LANES.min(acc.len() - at);
+        let mut v = load(s, &acc[at..at + count]);
+        if let Some(bias) = bias {
+            v = s.add(v, load(s, &bias[col + at..col + at + count]));
+        }
+        f(at, count, v);
+    }
+}
+
+struct Forward<'a, O> {
+    n: usize,
+    bias: Option<&'a [f32]>,
+    act: Activation,
+    y: Shards<'a, O>,
+}
+
+impl<O: Element> Epilogue for Forward<'_, O> {
+    #[inline(always)]
+    fn row<S: Simd>(&self, s: S, row: usize, col: usize, acc: &[f32]) {
+        let start = row * self.n + col;
+        // SAFETY: every part of every row comes once.
+        let y = unsafe { self.y.range(start..start + acc.len()) };
+        each_vector(s, acc, col, self.bias, |at, count, v| {
+            let v = if self.act == Activation::Relu { s.max(v, s.zero()) } else { v };
+            store_vector(s, &mut y[at..at + count], v);
+        });
+    }
+}
+
+struct Residual<'a> {
+    n: usize,
+    bias: Option<&'a [f32]>,
+    dropout: Option<Dropout>,
+    residual: &'a [f32],
+    out: Shards<'a, f32>,
+}
+
+impl Epilogue for Residual<'_> {
+    #[inline(always)]
+    fn row<S: Simd>(&self, s: S, row: usize, col: usize, acc: &[f32]) {
+        let start = row * self.n + col;
+        // SAFETY: every part of every row comes once.
+        let out = unsafe { self.out.range(start..start + acc.len()) };
+        let residual = &self.residual[start..start + acc.len()];
+        // Masks come in blocks of 64 columns; a tile's columns lie in two of them at most.
+        let mut mask = [1.0f32; 2 * BLOCK];
+        let skip = col % BLOCK;
+        if let Some(d) = &self.dropout {
+            let blocks = (skip + acc.len()).next_multiple_of(BLOCK);
+            random::mask_row(s, d, d.first_row + row as u64, col - skip, &mut mask[..blocks]);
+        }
+        each_vector(s, acc, col, self.bias, |at, count, v| {
+            let v = if self.dropout.is_some() { s.mul(v, load(s, &mask[skip + at..skip + at + count])) } else { v };
+            store_vector(s, &mut out[at..at + count], s.add(load(s, &residual[at..at + count]), v));
+        });
+    }
+}
+
+struct InputGradient<'a, E, O> {
+    k: usize,
+    relu_output: Option<&'a [E]>,
+    dx: Shards<'a, O>,
+}
+
+impl<E: Element, O: Element> Epilogue for InputGradient<'_, E, O> {
+    #[inline(always)]
+    fn row<S: Simd>(&self, s: S, row: usize, col: usize, acc: &[f32]) {
+        let start = row * self.k + col;
+        // SAFETY: every part of every row comes once.
+        let dx = unsafe { self.dx.range(start..start + acc.len()) };
+        each_vector(s, acc, col, None, |at, count, v| {
+            let v = match self.relu_output {
+                Some(y) => s.select_gt(load(s, &y[start + at..start + at + count]), s.zero(), v, s.zero()),
+                None => v,
+            };
+            store_vector(s, &mut dx[at..at + count], v);
+        });
+    }
+}
+
+struct WeightGradient<'a> {
+    k: usize,
+    store: Store,
+    dw: Shards<'a, f32>,
+}
+
+impl Epilogue for WeightGradient<'_> {
+    #[inline(always)]
+    fn row<S: Simd>(&self, s: S, row: usize, col: usize, acc: &[f32]) {
+        let start = row * self.k + col;
+        // SAFETY: every part of every row comes once.
+        let dw = unsafe { self.dw.range(start..start + acc.len()) };
+        each_vector(s, acc, col, None, |at, count, v| {
+            let dw = &mut dw[at..at + count];
+            let v = if self.store == Store::Accumulate { s.add(load(s, dw), v) } else { v };
+            store_vector(s, dw, v);
+        });
+    }
+}
+
+/// A product with few rows of x: bound by the memory bandwidth of reading w once, row by row.
+fn few_rows<E: Element, P: Epilogue>(device: &CpuDevice, shape: LinearShape, x: &[E], w: &[E], epilogue: &P) {
+    let LinearShape { m, n, k } = shape;
+    device.pool.for_each(n.div_ceil(COLUMNS), |task, _| {
+        let columns = task * COLUMNS..((task + 1) * COLUMNS).min(n);
+        let mut out = [[0.0f32; COLUMNS]; FEW_ROWS];
+        for (j, w) in w[columns.start * k..columns.end * k].chunks_exact(k.max(1)).enumerate() {
+            for (i, x) in x.chunks_exact(k.max(1)).enumerate() {
+                out[i][j] = dot(device.isa, x, w);
+            }
+        }
+        dispatch!(device.isa, s => {
+            for (i, out) in out[..m].iter().enumerate() {
+                epilogue.row(s, i, columns.start, &out[..columns.len()]);
+            }
+        });
+    });
+}
+
+/// Dot product, f32 accumulation in four registers.
+pub(super) fn dot<E: Element>(isa: Isa, a: &[E], b: &[E]) -> f32 {
+    if isa == Isa::Avx512 && E::DTYPE == DType::Bf16 {
+        // SAFETY: the processor has AVX-512 BF16.
+        return unsafe {
+            with_avx512(
+                #[inline(always)]
+                |_| dot_bf16(bytemuck::cast_slice(a), bytemuck::cast_slice(b)),
+            )
+        };
+    }
+    dispatch!(isa, s => dot_widened(s, a, b))
+}
+
+#[inline(always)]
+fn dot_widened<S: Simd, E: Element>(s: S, a: &[E], b: &[E]) -> f32 {
+    let mut acc = [s.zero(); 4];
+    let (chunks_a, chunks_b) = (a.chunks_exact(4 * S::LANES), b.chunks_exact(4 * S::LANES));
+    let (rest_a, rest_b) = (chunks_a.remainder(), chunks_b.remainder());
+    for (a, b) in chunks_a.zip(chunks_b) {
+        for (i, acc) in acc.iter_mut().enumerate() {
+            *acc = s.fma(s.load_as(&a[i * S::LANES..]), s.load_as(&b[i * S::LANES..]), *acc);
+        }
+    }
+    for (i, (a, b)) in rest_a.chunks(S::LANES).zip(rest_b.chunks(S::LANES)).enumerate() {
+        acc[i] = s.fma(load(s, a), load(s, b), acc[i]);
+    }
+    s.sum(s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3])))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+fn dot_bf16(a: &[bf16], b: &[bf16]) -> f32 {
+    let mut acc = [_mm512_setzero_ps(); 4];
+    let len = a.len().min(b.len());
+    for (i, at) in (0..len).step_by(32).enumerate() {
+        let count = (len - at).min(32);
+        let mask = if count == 32 { !0 } else { (1u32 << count) - 1 };
+        // SAFETY: the mask covers elements of both slices and no more; the types only rename 512 bits.
+        unsafe {
+            let a: __m512bh = std::mem::transmute(_mm512_maskz_loadu_epi16(mask, a.as_ptr().add(at).cast()));
+            let b: __m512bh = std::mem::transmute(_mm512_maskz_loadu_epi16(mask, b.as_ptr().add(at).cast()));
+            acc[i % 4] = _mm512_dpbf16_ps(acc[i % 4], a, b);
+        }
+    }
+    _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3])))
+}
