@@ -42,6 +42,8 @@ pub struct CpuDevice {
     isa: Isa,
     pool: Pool,
     workspace: Mutex<Workspace>,
+    /// Held by the loss while the products that it is made of use `workspace`.
+    loss_workspace: Mutex<Workspace>,
 }
 
 /// Memory that kernels use beside their arguments. Each piece grows to the largest size asked for, in the first step,
@@ -85,7 +87,7 @@ impl CpuDevice {
             (1..=1024).contains(&threads),
             "threads = {threads}: expected 1 to 1024 (this machine offers {available})"
         );
-        Ok(CpuDevice { isa, pool: Pool::new(threads, options.pin), workspace: Mutex::default() })
+        Ok(CpuDevice { isa, pool: Pool::new(threads, options.pin), workspace: Mutex::default(), loss_workspace: Mutex::default() })
     }
 
     /// Threads that run kernels.
@@ -101,6 +103,11 @@ impl CpuDevice {
     /// Workspace for one operation; held to its end.
     fn workspace(&self) -> MutexGuard<'_, Workspace> {
         self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Workspace of the fused loss; taken before, never after, [`CpuDevice::workspace`].
+    fn loss_workspace(&self) -> MutexGuard<'_, Workspace> {
+        self.loss_workspace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -365,7 +372,9 @@ impl Device for CpuDevice {
     }
 
     fn workspace_bytes<E: Element>(&self, rows: usize, widest: usize, vocab: usize, width: usize) -> usize {
-        gemm::workspace_bytes::<E>(self, rows, widest) + lm_loss::workspace_bytes::<E>(rows, vocab, width)
+        gemm::workspace_bytes::<E>(self, rows, widest.max(width))
+            + layer_norm::workspace_bytes(rows, widest)
+            + lm_loss::workspace_bytes::<E>(rows, vocab)
     }
 
     fn measured_peak<E: Element>(&self) -> f64 {

@@ -117,6 +117,12 @@ impl Pool {
             }
         });
     }
+
+    /// Runs `f(range)` for ranges of `size` (the last may be shorter) that cover `0..len`. The ranges do not depend on
+    /// the number of threads.
+    pub fn for_chunks(&self, len: usize, size: usize, f: impl Fn(std::ops::Range<usize>) + Sync) {
+        self.for_each(len.div_ceil(size), |task, _| f(task * size..len.min((task + 1) * size)));
+    }
 }
 
 impl Shared {

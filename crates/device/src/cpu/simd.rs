@@ -8,6 +8,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
+use super::random::WordLanes;
 use crate::{DType, Element};
 
 /// Instruction sets that kernels are compiled for.
@@ -55,7 +56,7 @@ impl Isa {
 }
 
 /// Operations on one register of f32. All methods are single instructions or a few.
-pub trait Simd: Copy + Send + Sync {
+pub trait Simd: WordLanes {
     /// f32 numbers in a register.
     const LANES: usize;
     /// The register.
@@ -163,6 +164,18 @@ pub trait Simd: Copy + Send + Sync {
         for (x, v) in x.iter_mut().zip(self.to_array(v)) {
             *x = E::from_f32(v);
         }
+    }
+
+    /// First `LANES` elements, or all of a shorter slice (missing lanes 0): one loop for whole registers and the rest.
+    #[inline(always)]
+    fn load_up_to<E: Element>(self, x: &[E]) -> Self::F {
+        if x.len() >= Self::LANES { self.load_as(x) } else { self.load_part(x) }
+    }
+
+    /// To the first `LANES` elements, or all of a shorter slice.
+    #[inline(always)]
+    fn store_up_to<E: Element>(self, x: &mut [E], v: Self::F) {
+        if x.len() >= Self::LANES { self.store_as(x, v) } else { self.store_part(x, v) }
     }
 
     /// e^x, within 2 ulp; 0 below -87.3, finite up to 88.3. After Cephes' expf: 2^n times a polynomial on [-ln2/2, ln2/2].

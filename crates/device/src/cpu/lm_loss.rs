@@ -1,0 +1,125 @@
+//! Cross-entropy of a tied LM head. Logits exist for a chunk of rows at a time and are turned into their own gradient
+//! in place, so that memory is a chunk's [512, V] whatever the batch.
+
+use super::buffer::Shards;
+use super::simd::{Simd, dispatch};
+use super::{CpuDevice, Scratch, linear};
+use crate::{Activation, Element, IGNORE, LinearShape, LossShape, Store};
+
+/// Rows of a chunk: enough for the matrix products to run at full speed (51 MB of bf16 logits for OPT's vocabulary).
+/// Fixed, so that the order of additions to dw is too.
+const ROWS: usize = 512;
+
+/// Bytes of logits.
+pub(super) fn workspace_bytes<E: Element>(rows: usize, vocab: usize) -> usize {
+    rows.min(ROWS) * vocab * size_of::<E>()
+}
+
+pub(super) fn forward<E: Element>(
+    device: &CpuDevice,
+    s: LossShape,
+    h: &[E],
+    w: &[E],
+    targets: &[u32],
+    losses: &mut [f32],
+) {
+    for_chunks(device, s, h, w, targets, losses, None, |_, _, _| ());
+}
+
+pub(super) fn backward<E: Element>(
+    device: &CpuDevice,
+    s: LossShape,
+    h: &[E],
+    w: &[E],
+    targets: &[u32],
+    scale: f32,
+    losses: &mut [f32],
+    dh: &mut [E],
+    dw: &mut [f32],
+    store: Store,
+) {
+    if s.rows == 0 && store == Store::Overwrite {
+        dw[..s.vocab * s.width].fill(0.0);
+    }
+    for_chunks(device, s, h, w, targets, losses, Some(scale), |first, shape, dlogits| {
+        let rows = first * s.width..(first + shape.m) * s.width;
+        linear::backward_input(device, shape, dlogits, w, None, &mut dh[rows.clone()]);
+        let store = if first == 0 { store } else { Store::Accumulate };
+        linear::backward_weight(device, shape, dlogits, &h[rows], dw, None, store);
+    });
+}
+
+/// Fills `losses`, a chunk of rows at a time, and calls `then(first row, shape, logits)` for each chunk, whose logits
+/// have been replaced by their gradient if `scale` is given.
+fn for_chunks<E: Element>(
+    device: &CpuDevice,
+    s: LossShape,
+    h: &[E],
+    w: &[E],
+    targets: &[u32],
+    losses: &mut [f32],
+    scale: Option<f32>,
+    mut then: impl FnMut(usize, LinearShape, &[E]),
+) {
+    let mut workspace = device.loss_workspace();
+    let words = workspace_bytes::<E>(s.rows, s.vocab).div_ceil(size_of::<u32>());
+    let [logits] = workspace.take([(Scratch::Logits, words)]);
+    let logits: &mut [E] = bytemuck::cast_slice_mut(logits);
+    for first in (0..s.rows).step_by(ROWS) {
+        let shape = LinearShape { m: ROWS.min(s.rows - first), n: s.vocab, k: s.width };
+        let logits = &mut logits[..shape.m * s.vocab];
+        let h = &h[first * s.width..][..shape.m * s.width];
+        linear::forward(device, shape, h, w, None, Activation::Identity, logits);
+        let targets = &targets[first..];
+        let losses = Shards::new(&mut losses[first..first + shape.m]);
+        let shards = Shards::new(logits);
+        device.pool.for_each(shape.m, |row, _| {
+            // SAFETY: rows are disjoint.
+            let (logits, loss) = unsafe {
+                (shards.range(row * s.vocab..(row + 1) * s.vocab), &mut losses.range(row..row + 1)[0])
+            };
+            *loss = dispatch!(device.isa, v => row_loss(v, logits, targets[row], scale));
+        });
+        then(first, shape, logits);
+    }
+}
+
+/// Loss of one row, whose logits become their gradient if `scale` is given.
+#[inline(always)]
+fn row_loss<S: Simd, E: Element>(s: S, logits: &mut [E], target: u32, scale: Option<f32>) -> f32 {
+    if target == IGNORE {
+        if scale.is_some() {
+            logits.fill(E::default());
+        }
+        return 0.0;
+    }
+    let max = logits.chunks(S::LANES).fold(s.splat(f32::NEG_INFINITY), |max, part| s.max(max, load(s, part)));
+    let max = s.max_lane(max);
+    let shift = s.splat(max);
+    let sum = logits.chunks(S::LANES).fold(s.zero(), |sum, x| s.add(sum, s.exp(s.sub(load(s, x), shift))));
+    let log_sum = max + s.sum(sum).ln();
+    let target_logit = logits[target as usize].to_f32();
+    if let Some(scale) = scale {
+        let (shift, factor) = (s.splat(log_sum), s.splat(scale));
+        for part in logits.chunks_mut(S::LANES) {
+            let p = s.exp(s.sub(s.load_up_to(part), shift));
+            s.store_up_to(part, s.mul(p, factor));
+        }
+        // From the f32 probability, not from the stored one.
+        logits[target as usize] = E::from_f32(((target_logit - log_sum).exp() - 1.0) * scale);
+    }
+    log_sum - target_logit
+}
+
+/// Part of a row; missing lanes are logits of probability 0.
+#[inline(always)]
+fn load<S: Simd, E: Element>(s: S, part: &[E]) -> S::F {
+    if part.len() == S::LANES {
+        return s.load_as(part);
+    }
+    let mut full = [f32::NEG_INFINITY; 16];
+    for (full, part) in full.iter_mut().zip(part) {
+        *full = part.to_f32();
+    }
+    s.load(&full)
+}

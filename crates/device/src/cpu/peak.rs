@@ -1,0 +1,75 @@
+//! The most FLOP/s that the matrix-product instruction gives here, measured: what a product's speed is a share of.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use super::CpuDevice;
+use super::simd::{Isa, Simd, dispatch};
+use crate::{DType, Element};
+
+/// Sums that do not wait for each other: the instruction's latency times the number started in a cycle, with some to
+/// spare (4 x 2 on today's processors), and few enough for AVX2's 16 registers.
+const SUMS: usize = 12;
+/// Rounds in one trial; a few milliseconds, so that starting threads does not count.
+const ROUNDS: usize = 400_000;
+/// The best of these counts: others on the same machine can only make a trial slower.
+const TRIALS: usize = 15;
+
+pub(super) fn measure<E: Element>(device: &CpuDevice) -> f64 {
+    let with_bf16 = E::DTYPE == DType::Bf16 && device.isa == Isa::Avx512;
+    let trial = |_thread: usize| {
+        if with_bf16 {
+            // SAFETY: an `Isa` value is only made for a processor that has it.
+            unsafe { bf16_products() }
+        } else {
+            dispatch!(device.isa, s => f32_products(s))
+        }
+    };
+    let lanes = dispatch!(device.isa, s => lanes(s));
+    // A lane multiplies and adds one pair of f32, or two pairs of bf16.
+    let flops = (device.threads() * ROUNDS * SUMS * lanes * if with_bf16 { 4 } else { 2 }) as f64;
+    let best = (0..TRIALS)
+        .map(|_| {
+            let start = Instant::now();
+            device.pool.run(&trial);
+            start.elapsed().as_secs_f64()
+        })
+        .fold(f64::INFINITY, f64::min);
+    flops / best
+}
+
+#[inline(always)]
+fn lanes<S: Simd>(_: S) -> usize {
+    S::LANES
+}
+
+#[inline(always)]
+fn f32_products<S: Simd>(s: S) {
+    let (a, b) = (s.splat(black_box(1e-3)), s.splat(black_box(1e-3)));
+    let mut sums = [s.zero(); SUMS];
+    for _ in 0..ROUNDS {
+        for sum in &mut sums {
+            *sum = s.fma(a, b, *sum);
+        }
+    }
+    for sum in sums {
+        black_box(s.sum(sum));
+    }
+}
+
+/// # Safety
+/// The processor has AVX-512 F and BF16.
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn bf16_products() {
+    use std::arch::x86_64::*;
+    let ones = _mm512_cvtne2ps_pbh(_mm512_set1_ps(black_box(1e-3)), _mm512_set1_ps(black_box(1e-3)));
+    let mut sums = [_mm512_setzero_ps(); SUMS];
+    for _ in 0..ROUNDS {
+        for sum in &mut sums {
+            *sum = _mm512_dpbf16_ps(*sum, ones, ones);
+        }
+    }
+    for sum in sums {
+        black_box(_mm512_reduce_add_ps(sum));
+    }
+}
