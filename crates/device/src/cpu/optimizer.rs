@@ -5,10 +5,10 @@
 
 use std::ops::Range;
 
+use super::CpuDevice;
 use super::buffer::Shards;
 use super::random::words;
 use super::simd::{Simd, dispatch};
-use super::{CpuDevice, Scratch};
 use crate::rng::{BLOCK, Stream};
 use crate::{AdamW, DType, Element, Param, Sgd};
 
@@ -195,11 +195,8 @@ pub(super) fn get_master<E: Element>(device: &CpuDevice, w: &[E], low: Option<&[
 }
 
 pub(super) fn sum_of_squares(device: &CpuDevice, x: &[f32]) -> f64 {
-    let chunks = x.len().div_ceil(CHUNK);
-    let mut workspace = device.workspace();
-    let [parts] = workspace.take([(Scratch::Partials, 2 * chunks)]);
-    let parts: &mut [f64] = bytemuck::cast_slice_mut(parts);
-    let shards = Shards::new(parts);
+    let mut parts = vec![0.0; x.len().div_ceil(CHUNK)];
+    let shards = Shards::new(&mut parts);
     device.pool.for_chunks(x.len(), CHUNK, |range| {
         let part = range.start / CHUNK;
         // SAFETY: each chunk has its own part.

@@ -1,0 +1,94 @@
+use ferropt_device::rng::{Purpose, Stream};
+use ferropt_device::{Device, Dropout, Element, bf16};
+
+use crate::*;
+
+/// Lengths around registers, tasks' chunks, and none.
+const LENGTHS: [usize; 6] = [0, 1, 7, 80, 1000, 100_003];
+
+#[test]
+fn fill_reaches_every_element() {
+    on_every_device(|device| {
+        for len in LENGTHS {
+            let mut x = poisoned::<bf16>(device, len);
+            device.fill(&mut x, bf16::from_f32(1.5));
+            assert!(get(device, &x).iter().all(|x| *x == 1.5));
+            let mut ids = poisoned::<u32>(device, len);
+            device.fill(&mut ids, 7);
+            assert!(get(device, &ids).iter().all(|x| *x == 7.0));
+        }
+        Vec::new()
+    });
+}
+
+fn check_cast<S: Element, T: Element>(values: &[S]) {
+    let want: Vec<f32> = values.iter().map(|v| T::from_f32(v.to_f32()).to_f32()).collect();
+    for (isa, got) in on_every_device(|device| {
+        let mut dst = poisoned::<T>(device, values.len());
+        device.cast(&put(device, values), &mut dst);
+        vec![get(device, &dst)]
+    }) {
+        assert!(same_bits(&got[0], &want), "{isa:?}: {} to {}", S::DTYPE, T::DTYPE);
+    }
+}
+
+#[test]
+fn casts_round_to_nearest_even() {
+    for len in LENGTHS {
+        let x: Vec<f32> = numbers(1, len, 3.0);
+        let halves: Vec<bf16> = numbers(1, len, 3.0);
+        check_cast::<f32, bf16>(&x);
+        check_cast::<bf16, f32>(&halves);
+        check_cast::<f32, f32>(&x);
+        check_cast::<bf16, bf16>(&halves);
+        check_cast::<u32, f32>(&whole(1, len, 1 << 24));
+    }
+    // Ties, and ends of the range.
+    let step = 1.0 / 128.0;
+    check_cast::<f32, bf16>(&[1.0 + step / 2.0, 1.0 + 1.5 * step, -1.0 - step / 2.0, 0.0, -0.0]);
+    check_cast::<f32, bf16>(&[f32::MAX, f32::MIN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -1e-30]);
+}
+
+#[test]
+fn a_cast_of_equal_types_keeps_every_bit() {
+    let ids = [u32::MAX, 0, (1 << 24) + 1];
+    on_every_device(|device| {
+        let mut copy = put(device, &[0u32; 3]);
+        device.cast(&put(device, &ids), &mut copy);
+        let mut got = [0; 3];
+        device.download(&copy, 0, &mut got);
+        assert_eq!(got, ids);
+        Vec::new()
+    });
+}
+
+fn check_residual_backward<E: Element>() {
+    let stream = Stream::new(9, Purpose::DropoutFeedForward, 4, 100);
+    for (width, rows) in WIDTHS.into_iter().zip([300, 41, 77, 90, 3]) {
+        let dres: Vec<f32> = numbers(2, rows * width, 1.0);
+        for dropout in [None, Some(Dropout { p: 0.1, stream, first_row: 1 << 33 | 5 })] {
+            let factor = |i: usize| match dropout {
+                None => 1.0,
+                Some(d) => {
+                    let word = stream.word(d.first_row + (i / width) as u64, i % width);
+                    if word as f64 >= d.p as f64 * 4_294_967_296.0 { 1.0 / (1.0 - d.p) } else { 0.0 }
+                }
+            };
+            let want: Vec<f32> =
+                dres.iter().enumerate().map(|(i, x)| E::from_f32(x * factor(i)).to_f32()).collect();
+            for (isa, got) in on_every_device(|device| {
+                let mut dy = poisoned::<E>(device, rows * width);
+                device.residual_backward(width, &put(device, &dres), dropout, &mut dy);
+                vec![get(device, &dy)]
+            }) {
+                assert!(same_bits(&got[0], &want), "{isa:?}: width {width}, {dropout:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn residual_gradients_are_masked_as_defined() {
+    check_residual_backward::<f32>();
+    check_residual_backward::<bf16>();
+}

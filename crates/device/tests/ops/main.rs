@@ -1,0 +1,107 @@
+//! Every operation but the matrix products and attention, against its definition in f64 (or, where the definition
+//! says so, to the bit), on each instruction set that the processor has and with one, two and three threads, which
+//! must agree to the bit. Outputs are filled with NaN first, so that an element that is not written shows.
+
+mod elementwise;
+mod embed;
+mod layer_norm;
+mod lm_loss;
+mod optimizer;
+
+use ferropt_device::cpu::{CpuBuf, CpuDevice, CpuOptions, Isa};
+use ferropt_device::rng::{Purpose, Stream};
+use ferropt_device::{Buffer, DType, Device, Element};
+
+/// Row widths: smaller than a register, not a multiple of one, of one model, of none.
+const WIDTHS: [usize; 5] = [1, 7, 80, 768, 1000];
+
+/// Runs `f` on every instruction set with 1, 2 and 3 threads, demands the same bits from all thread numbers, and
+/// returns the outputs by instruction set.
+fn on_every_device(f: impl Fn(&CpuDevice) -> Vec<Vec<f32>>) -> Vec<(Isa, Vec<Vec<f32>>)> {
+    let run = |isa, threads| {
+        let options = CpuOptions { isa: Some(isa), threads: Some(threads), pin: false };
+        f(&CpuDevice::new(options).expect("an available instruction set"))
+    };
+    Isa::available()
+        .into_iter()
+        .map(|isa| {
+            let one = run(isa, 1);
+            for threads in [2, 3] {
+                for (i, (a, b)) in one.iter().zip(run(isa, threads)).enumerate() {
+                    assert!(same_bits(a, &b), "{isa:?}: output {i} differs between 1 and {threads} threads");
+                }
+            }
+            (isa, one)
+        })
+        .collect()
+}
+
+fn same_bits(a: &[f32], b: &[f32]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
+}
+
+/// Normal numbers of a fixed stream, representable in `E`.
+fn numbers<E: Element>(which: usize, len: usize, std: f32) -> Vec<E> {
+    let stream = Stream::new(42, Purpose::Init, which, 0);
+    (0..len).map(|i| E::from_f32(std * stream.normal(0, i))).collect()
+}
+
+/// Whole numbers below `below`.
+fn whole(which: usize, len: usize, below: usize) -> Vec<u32> {
+    let stream = Stream::new(43, Purpose::Sampling, which, 0);
+    (0..len).map(|i| stream.word(0, i) % below as u32).collect()
+}
+
+fn put<T: Element>(device: &CpuDevice, values: &[T]) -> CpuBuf<T> {
+    let mut buf = device.alloc(values.len()).expect("memory");
+    device.upload(&mut buf, 0, values);
+    buf
+}
+
+fn poisoned<T: Element>(device: &CpuDevice, len: usize) -> CpuBuf<T> {
+    put(device, &vec![T::from_f32(f32::NAN); len])
+}
+
+fn get<T: Element>(device: &CpuDevice, buf: &CpuBuf<T>) -> Vec<f32> {
+    let mut values = vec![T::default(); buf.len()];
+    device.download(buf, 0, &mut values);
+    values.into_iter().map(T::to_f32).collect()
+}
+
+fn widen<T: Element>(values: &[T]) -> Vec<f64> {
+    values.iter().map(|v| v.to_f32() as f64).collect()
+}
+
+/// Relative error of rounding to a type.
+fn unit(dtype: DType) -> f64 {
+    if dtype == DType::Bf16 { 1.0 / 256.0 } else { UNIT }
+}
+
+/// Relative error of one f32 operation.
+const UNIT: f64 = 1.0 / (1 << 24) as f64;
+
+/// `got` is `want` rounded to `dtype`, give or take `slack(i)`, which is what the operation's own steps may add up to.
+fn assert_close(what: &str, dtype: DType, got: &[f32], want: &[f64], slack: impl Fn(usize) -> f64) {
+    assert_eq!(got.len(), want.len(), "{what}: number of elements");
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        let allowed = unit(dtype) * want.abs() + slack(i) * (1.0 + unit(dtype));
+        let error = (*got as f64 - want).abs();
+        // Written so that a NaN fails.
+        assert!(
+            error <= allowed,
+            "{what}: element {i} is {got}, not {want}; off by {error:e}, allowed {allowed:e}"
+        );
+    }
+}
+
+#[test]
+fn the_measured_peak_is_a_speed() {
+    for isa in Isa::available() {
+        let device =
+            CpuDevice::new(CpuOptions { isa: Some(isa), threads: Some(1), pin: false }).expect("device");
+        for peak in [device.measured_peak::<f32>(), device.measured_peak::<ferropt_device::bf16>()] {
+            // A processor of 2010 did more, and none of today's cores does a hundredth of the upper bound.
+            assert!((2e8..1e14).contains(&peak), "{isa:?}: {peak:e} FLOP/s");
+        }
+    }
+}
