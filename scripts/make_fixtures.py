@@ -241,10 +241,21 @@ def write(name, case, out):
     }
     path = out / f"{name}.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, str(path), metadata=metadata)
+    sort_header(path)
     print(
         f"{path}: {path.stat().st_size / 1e3:.0f} kB, {sum(w.numel() for w in exact['start'].values())} parameters, "
         f"loss {exact['losses'][0]:.4f} -> {exact['losses'][-1]:.4f} (bf16 {rough['losses'][0]:.4f} -> {rough['losses'][-1]:.4f})"
     )
+
+
+def sort_header(path):
+    """Rewrites a safetensors header with sorted keys (the library's order of metadata varies), so that the same numbers
+    always give the same bytes."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
 
 
 def main():
