@@ -1,0 +1,157 @@
+//! Opening of plain and compressed files as one kind of reader.
+
+use flate2::bufread::MultiGzDecoder;
+use lzma_rust2::XzReader;
+use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
+use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// How a file is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Compression {
+    None,
+    Gzip,
+    Xz,
+    Zstd,
+}
+
+/// Buffer in front of the file and behind the decoder, bytes.
+const BUFFER: usize = 1 << 18;
+
+/// Opens a file for reading its decompressed content. Bytes taken from the file itself are added to `consumed`.
+///
+/// # Errors
+/// When the file cannot be opened. Damaged data shows as an error of a later read.
+pub(crate) fn open(
+    path: &Path,
+    compression: Compression,
+    consumed: Arc<AtomicU64>,
+) -> io::Result<Box<dyn BufRead + Send>> {
+    let file = BufReader::with_capacity(BUFFER, Counted { file: File::open(path)?, consumed });
+    Ok(match compression {
+        Compression::None => Box::new(file),
+        Compression::Gzip => Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(file))),
+        Compression::Xz => Box::new(BufReader::with_capacity(BUFFER, XzReader::new(file, true))),
+        Compression::Zstd => Box::new(BufReader::with_capacity(BUFFER, ZstdReader::new(file))),
+    })
+}
+
+/// A file that counts what is read from it.
+struct Counted {
+    file: File,
+    consumed: Arc<AtomicU64>,
+}
+
+impl Read for Counted {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let n = self.file.read(out)?;
+        self.consumed.fetch_add(n as u64, Ordering::Relaxed);
+        Ok(n)
+    }
+}
+
+/// All frames of a zstd file, one after the other, with their checksums compared; skippable frames are skipped.
+struct ZstdReader<R> {
+    source: R,
+    decoder: FrameDecoder,
+    in_frame: bool,
+}
+
+impl<R: BufRead> ZstdReader<R> {
+    fn new(source: R) -> Self {
+        ZstdReader { source, decoder: FrameDecoder::new(), in_frame: false }
+    }
+
+    /// Enters the next frame; false at the end of the file.
+    fn enter(&mut self) -> io::Result<bool> {
+        while !self.source.fill_buf()?.is_empty() {
+            match self.decoder.reset(&mut self.source) {
+                Ok(()) => return Ok(true),
+                Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame {
+                    length,
+                    ..
+                })) => {
+                    let skipped = io::copy(&mut self.source.by_ref().take(length.into()), &mut io::sink())?;
+                    if skipped < length.into() {
+                        return Err(io::ErrorKind::UnexpectedEof.into());
+                    }
+                }
+                Err(e) => return Err(io::Error::other(e)),
+            }
+        }
+        Ok(false)
+    }
+}
+
+impl<R: BufRead> Read for ZstdReader<R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if out.is_empty() {
+            return Ok(0);
+        }
+        loop {
+            if !self.in_frame {
+                if !self.enter()? {
+                    return Ok(0);
+                }
+                self.in_frame = true;
+            }
+            while self.decoder.can_collect() == 0 && !self.decoder.is_finished() {
+                self.decoder
+                    .decode_blocks(&mut self.source, BlockDecodingStrategy::UptoBlocks(1))
+                    .map_err(io::Error::other)?;
+            }
+            if self.decoder.can_collect() > 0 {
+                return self.decoder.read(out);
+            }
+            self.in_frame = false;
+            if let Some(stored) = self.decoder.get_checksum_from_data()
+                && self.decoder.get_calculated_checksum() != Some(stored)
+            {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "the checksum of a frame does not match",
+                ));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ruzstd::encoding::{CompressionLevel, compress_to_vec};
+
+    fn zstd(bytes: &[u8]) -> io::Result<Vec<u8>> {
+        let mut out = Vec::new();
+        ZstdReader::new(bytes).read_to_end(&mut out).map(|_| out)
+    }
+
+    #[test]
+    fn zstd_reads_every_frame_and_skips_the_skippable() {
+        let mut file = compress_to_vec(&b"first, "[..], CompressionLevel::Fastest);
+        file.extend(0x184D2A53u32.to_le_bytes());
+        file.extend(3u32.to_le_bytes());
+        file.extend(b"xyz");
+        file.extend(compress_to_vec(&b"second"[..], CompressionLevel::Fastest));
+        assert_eq!(zstd(&file).unwrap(), b"first, second");
+        assert_eq!(zstd(b"").unwrap(), b"");
+    }
+
+    #[test]
+    fn zstd_refuses_damage() {
+        let text = "the same words again and again; ".repeat(1000);
+        let whole = compress_to_vec(text.as_bytes(), CompressionLevel::Fastest);
+        assert_eq!(zstd(&whole).unwrap(), text.as_bytes());
+        for end in [1, 5, whole.len() / 2, whole.len() - 1] {
+            assert!(zstd(&whole[..end]).is_err(), "cut to {end} of {} bytes", whole.len());
+        }
+        let mut flipped = whole.clone();
+        *flipped.last_mut().unwrap() ^= 1;
+        let e = zstd(&flipped).unwrap_err().to_string();
+        assert!(e.contains("checksum"), "{e}");
+    }
+}

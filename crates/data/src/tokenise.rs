@@ -1,0 +1,299 @@
+//! Tokenising a corpus once, on all cores.
+
+use crate::token_file::{TokenFile, TokenWriter};
+use crate::{Corpus, Piece, Tokenizer};
+use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+
+/// Text that is tokenised in one go, bytes: enough work to share among threads.
+const BATCH: usize = 8 << 20;
+
+/// Opens the token file of a corpus in the folder `cache`, or makes it first, with a progress bar when standard error
+/// is a terminal. `name` starts the file's name, for people; the rest of it is the fingerprint of the tokenizer and of
+/// names, sizes and times of the sources, so a changed source or tokenizer makes another file.
+///
+/// Two processes may do this at once: the second waits for the first.
+///
+/// # Errors
+/// Names the source that cannot be read, with the place; a damaged token file; a folder that cannot be written.
+pub fn tokenise(corpus: &Corpus, tokenizer: &Tokenizer, cache: &Path, name: &str) -> Result<TokenFile> {
+    let fingerprint = fingerprint(corpus, tokenizer);
+    let short: String = fingerprint[..8].iter().map(|b| format!("{b:02x}")).collect();
+    let name: String =
+        name.chars().map(|c| if c.is_alphanumeric() || "-_".contains(c) { c } else { '_' }).collect();
+    let path = cache.join(format!("{name}-{short}.tokens"));
+    if !path.exists() {
+        make(corpus, tokenizer, fingerprint, &path, &name)?;
+    }
+    let file = TokenFile::open(&path)?;
+    if file.fingerprint() != fingerprint {
+        bail!(
+            "{} was made from other text or by another tokenizer; delete it, and it is made anew",
+            path.display()
+        );
+    }
+    Ok(file)
+}
+
+fn fingerprint(corpus: &Corpus, tokenizer: &Tokenizer) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    let mut field = |bytes: &[u8]| {
+        hash.update((bytes.len() as u64).to_le_bytes());
+        hash.update(bytes);
+    };
+    field(b"tokens 1");
+    field(&tokenizer.fingerprint());
+    field(corpus.text_field.as_bytes());
+    for file in &corpus.files {
+        // The name alone: the same data under another folder is the same data.
+        field(file.path.file_name().unwrap_or_default().as_encoded_bytes());
+        field(&file.bytes.to_le_bytes());
+        field(&file.modified.to_le_bytes());
+    }
+    hash.finalize().into()
+}
+
+/// Makes the token file at `path`.
+fn make(
+    corpus: &Corpus,
+    tokenizer: &Tokenizer,
+    fingerprint: [u8; 32],
+    path: &Path,
+    name: &str,
+) -> Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    let part = path.with_extension("part");
+    let failed = || format!("cannot write {}", part.display());
+    let file = File::options().create(true).truncate(false).write(true).open(&part).with_context(failed)?;
+    // One maker at a time. The partial file is never deleted while others may wait for it, so whoever holds the lock
+    // holds the file of that name, or the finished one.
+    match file.lock() {
+        Err(e) if e.kind() != ErrorKind::Unsupported => return Err(e).with_context(failed),
+        _ => {}
+    }
+    if path.exists() {
+        return Ok(());
+    }
+    file.set_len(0).with_context(failed)?;
+    let result = write(corpus, tokenizer, fingerprint, file, name).and_then(|()| {
+        fs::rename(&part, path)?;
+        Ok(File::open(folder)?.sync_all()?)
+    });
+    if result.is_err() {
+        // Gives the room back; the name stays, for the reason above.
+        let _ = File::options().write(true).truncate(true).open(&part);
+    }
+    result.with_context(|| format!("cannot make the token file {}", path.display()))
+}
+
+fn write(
+    corpus: &Corpus,
+    tokenizer: &Tokenizer,
+    fingerprint: [u8; 32],
+    file: File,
+    name: &str,
+) -> Result<()> {
+    let failed = "cannot write it; is the disk full? (data.cache sets the folder)";
+    let mut writer = TokenWriter::new(file, tokenizer.vocab_size(), fingerprint).context(failed)?;
+    let bar = ProgressBar::new(corpus.bytes());
+    let style = "  tokenising {msg} [{bar:30}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} to go";
+    bar.set_style(ProgressStyle::with_template(style)?.progress_chars("=> "));
+    bar.set_message(name.to_owned());
+
+    let pieces = corpus.pieces();
+    let consumed = pieces.consumed();
+    // Tokens of the document that is open.
+    let mut open = false;
+    std::thread::scope(|scope| -> Result<()> {
+        // Reading and decompression run ahead by at most two batches.
+        let (send, receive) = mpsc::sync_channel(1);
+        scope.spawn(move || read_batches(pieces, send));
+        for batch in receive {
+            let batch: Vec<Piece> = batch?;
+            let encoded: Vec<Vec<u32>> =
+                batch.par_iter().map(|piece| tokenizer.encode(&piece.text)).collect::<Result<_>>()?;
+            for (piece, ids) in batch.iter().zip(&encoded) {
+                writer.push(ids, piece.text.len() as u64).context(failed)?;
+                open |= !ids.is_empty();
+                // Empty documents leave no trace.
+                if piece.ends_document && std::mem::take(&mut open) {
+                    writer.end_document().context(failed)?;
+                }
+            }
+            bar.set_position(consumed.load(Ordering::Relaxed));
+        }
+        Ok(())
+    })?;
+    bar.finish_and_clear();
+    if writer.tokens() == 0 {
+        bail!("the text of `{name}` is empty");
+    }
+    writer.finish().context(failed)
+}
+
+/// Sends pieces in batches until the end, an error, or the receiver's end.
+fn read_batches(pieces: impl Iterator<Item = Result<Piece>>, send: mpsc::SyncSender<Result<Vec<Piece>>>) {
+    let (mut batch, mut bytes) = (Vec::new(), 0);
+    for piece in pieces {
+        match piece {
+            Ok(piece) => {
+                bytes += piece.text.len();
+                batch.push(piece);
+                if bytes >= BATCH {
+                    bytes = 0;
+                    if send.send(Ok(std::mem::take(&mut batch))).is_err() {
+                        return;
+                    }
+                }
+            }
+            Err(e) => {
+                // A receiver that is gone has met an error of its own.
+                let _ = send.send(Err(e));
+                return;
+            }
+        }
+    }
+    let _ = send.send(Ok(batch));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::EOS;
+
+    fn tokenizer() -> Tokenizer {
+        Tokenizer::train([Ok("some words, some more words; naïve 狐 words ".repeat(50))], 300).unwrap()
+    }
+
+    fn ids(file: &TokenFile) -> Vec<u32> {
+        let mut ids = vec![0; file.tokens() as usize];
+        file.read(0, &mut ids);
+        ids
+    }
+
+    #[test]
+    fn pieces_give_the_tokens_of_whole_documents() {
+        let dir = tempfile::tempdir().unwrap();
+        let t = tokenizer();
+        // Several pieces a document, several batches, an empty document.
+        let long: String =
+            (0..90_000).map(|i| format!("{i} words  naïve\n\n 狐's{}", "\u{3000} x".repeat(i % 3))).collect();
+        assert!(long.len() > 2 << 20);
+        let documents = [&long, "", "short", &long, &long, &long, "end"];
+        for (i, d) in documents.iter().enumerate() {
+            fs::write(dir.path().join(format!("{i}.txt")), d).unwrap();
+        }
+        let corpus = Corpus::find(&[dir.path()], "text").unwrap();
+        let file = tokenise(&corpus, &t, &dir.path().join("cache"), "a/b").unwrap();
+        let mut expected = vec![];
+        for d in documents.iter().filter(|d| !d.is_empty()) {
+            expected.extend(t.encode(d).unwrap());
+            expected.push(EOS);
+        }
+        assert!(ids(&file) == expected, "{} and {} tokens", file.tokens(), expected.len());
+        assert_eq!(file.documents(), 6);
+        assert_eq!(file.text_bytes(), documents.iter().map(|d| d.len() as u64).sum::<u64>());
+        assert!(file.path().file_name().unwrap().to_str().unwrap().starts_with("a_b-"));
+    }
+
+    #[test]
+    fn files_are_reused_until_something_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = dir.path().join("cache");
+        let text = dir.path().join("a.txt");
+        let made = |t: &Tokenizer| {
+            let corpus = Corpus::find(&[&text], "text").unwrap();
+            let file = tokenise(&corpus, t, &cache, "x").unwrap();
+            (file.path().to_owned(), fs::metadata(file.path()).unwrap().modified().unwrap())
+        };
+        fs::write(&text, "some words").unwrap();
+        let t = tokenizer();
+        let first = made(&t);
+        assert_eq!(made(&t), first);
+        let other = Tokenizer::train([Ok("entirely different, different text".repeat(9))], 270).unwrap();
+        assert_ne!(made(&other).0, first.0);
+        fs::write(&text, "some more words").unwrap();
+        assert_ne!(made(&t).0, first.0);
+        assert!(!fs::read_dir(&cache).unwrap().any(|f| f.unwrap().path().extension().unwrap() != "tokens"));
+    }
+
+    #[test]
+    fn failures_leave_no_token_file_and_can_be_repeated() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = dir.path().join("cache");
+        let text = dir.path().join("a.jsonl");
+        fs::write(&text, "{\"text\":\"some words\"}\n{\"text\":").unwrap();
+        let t = tokenizer();
+        let corpus = Corpus::find(&[&text], "text").unwrap();
+        for _ in 0..2 {
+            let e = format!("{:#}", tokenise(&corpus, &t, &cache, "x").err().unwrap());
+            assert!(e.contains("a.jsonl") && e.contains("line 2"), "{e}");
+            assert!(
+                !fs::read_dir(&cache).unwrap().any(|f| f.unwrap().path().extension().unwrap() == "tokens")
+            );
+        }
+        fs::write(&text, "\n").unwrap();
+        let corpus = Corpus::find(&[&text], "text").unwrap();
+        let e = format!("{:#}", tokenise(&corpus, &t, &cache, "x").err().unwrap());
+        assert!(e.contains("empty"), "{e}");
+    }
+
+    #[test]
+    fn two_makers_at_once_make_one_whole_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = dir.path().join("a.txt");
+        fs::write(&text, "some words ".repeat(100_000)).unwrap();
+        let (t, corpus) = (tokenizer(), Corpus::find(&[&text], "text").unwrap());
+        let cache = dir.path().join("cache");
+        std::thread::scope(|s| {
+            let makers: Vec<_> =
+                (0..4).map(|_| s.spawn(|| ids(&tokenise(&corpus, &t, &cache, "x").unwrap()))).collect();
+            let expected = [t.encode(&"some words ".repeat(100_000)).unwrap(), vec![EOS]].concat();
+            for maker in makers {
+                assert!(maker.join().unwrap() == expected);
+            }
+        });
+    }
+
+    #[test]
+    fn torn_files_of_killed_makers_are_not_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = dir.path().join("a.txt");
+        fs::write(&text, "some words").unwrap();
+        let (t, corpus) = (tokenizer(), Corpus::find(&[&text], "text").unwrap());
+        let path = tokenise(&corpus, &t, dir.path(), "x").unwrap().path().to_owned();
+        let whole = fs::read(&path).unwrap();
+        // What a kill in the middle leaves: a partial file that is longer than the whole one will be.
+        fs::remove_file(&path).unwrap();
+        fs::write(path.with_extension("part"), [0; 5000]).unwrap();
+        tokenise(&corpus, &t, dir.path(), "x").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), whole);
+        // And what a bad disk leaves is refused, not repaired in silence.
+        fs::write(&path, &whole[..whole.len() - 2]).unwrap();
+        assert!(format!("{:#}", tokenise(&corpus, &t, dir.path(), "x").err().unwrap()).contains("delete it"));
+    }
+
+    /// A slice of the books corpus, against the count in its SOURCES.md.
+    #[test]
+    fn books_have_the_known_number_of_tokens() {
+        let (Some(books), Some(t)) =
+            (crate::testing::shared("data/books"), crate::testing::shared("data/tokenizer"))
+        else {
+            return;
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let corpus = Corpus::find(&[books.join("books-valid.jsonl.xz")], "text").unwrap();
+        let file = tokenise(&corpus, &Tokenizer::load(&t).unwrap(), dir.path(), "valid").unwrap();
+        assert_eq!(file.documents(), 67);
+        // 273,245 tokens of text, and one </s> a document.
+        assert!([273_245, 273_245 + 67].contains(&file.tokens()), "{}", file.tokens());
+    }
+}
