@@ -1,0 +1,59 @@
+//! Checkpoints: directories that any layout can read and that are never half there.
+//!
+//! ```text
+//! RUN/checkpoints/step-00000100/
+//!     model.safetensors      Hugging Face names; opens with any safetensors reader
+//!     adam_m.safetensors     one group of tensors per kind of state, split in shards when large
+//!     adam_v.safetensors
+//!     manifest.json          step, seed, configurations, loop state; shape, dtype and file of every tensor;
+//!                            size and checksum of every file, its own included
+//! ```
+//!
+//! **Writing** ([`Writer`]): a directory `.step-00000100.tmp-PID` is filled beside its final place, every file and the
+//! directory are fsynced, then it is renamed and the parent is fsynced. Whatever moment the process or the machine
+//! dies at, `step-00000100` is either absent or complete; left-over temporaries go at the next start.
+//!
+//! **Reading** ([`Store`]): listing believes only directories whose manifest is intact and whose files all have the
+//! size that it states. Loading checks the checksum of every byte before a tensor is handed out.
+
+mod load;
+mod manifest;
+mod retention;
+mod snapshot;
+mod store;
+mod write;
+mod writer;
+
+pub use load::{Checkpoint, TensorView};
+pub use manifest::{FileEntry, Manifest, RunState, TensorEntry};
+pub use retention::Retention;
+pub use safetensors::Dtype;
+pub use snapshot::{Data, Group, Snapshot, Tensor};
+pub use store::{Entry, Found, Store};
+pub use write::DEFAULT_SHARD_BYTES;
+pub use writer::{Event, Writer};
+
+/// Bytes for people, in binary units: "1.46 GiB".
+pub(crate) fn human_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+    if bytes < 1024 {
+        return format!("{bytes} bytes");
+    }
+    let mut value = bytes as f64 / 1024.0;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!("{value:.2} {}", UNITS[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn bytes_for_people() {
+        assert_eq!(super::human_bytes(1023), "1023 bytes");
+        assert_eq!(super::human_bytes(1024), "1.00 KiB");
+        assert_eq!(super::human_bytes(3 << 29), "1.50 GiB");
+    }
+}

@@ -1,0 +1,223 @@
+//! The checkpoints of a run.
+
+use super::load::{self, Checkpoint};
+use super::retention::Retention;
+use super::snapshot::Snapshot;
+use super::write::{self, Written, remove, sync_directory};
+use anyhow::{Context, Error, Result, bail, ensure};
+use std::fs::{self, File, TryLockError};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+const LOCK: &str = ".lock";
+
+/// Directory name of a step's checkpoint.
+pub(super) fn directory(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+/// Where a step's checkpoint is written, or moved to before it is deleted.
+pub(super) fn temporary(root: &Path, step: u64) -> PathBuf {
+    root.join(format!(".{}.tmp-{}", directory(step), std::process::id()))
+}
+
+fn is_temporary(name: &str) -> bool {
+    name.strip_prefix(".step-").is_some_and(|rest| rest.contains(".tmp-"))
+}
+
+/// Inverse of [`directory`].
+pub(super) fn step_of(name: &str) -> Option<u64> {
+    let step = name.strip_prefix("step-")?.parse().ok()?;
+    (directory(step) == name).then_some(step)
+}
+
+/// A checkpoint directory, as listed.
+#[derive(Debug)]
+pub struct Entry {
+    /// Step that its name says.
+    pub step: u64,
+    /// The directory.
+    pub path: PathBuf,
+    /// Why it is not whole: an unreadable manifest, a file that is missing or has another size.
+    pub damage: Option<Error>,
+}
+
+/// The newest checkpoint that can be used.
+#[derive(Debug)]
+pub struct Found {
+    /// It, verified.
+    pub checkpoint: Checkpoint,
+    /// Newer ones that were passed over, each error naming the damaged file and the damage. Show them.
+    pub damaged: Vec<Error>,
+}
+
+/// The folder `RUN/checkpoints`.
+///
+/// ```no_run
+/// # fn main() -> anyhow::Result<()> {
+/// use ferropt_train::checkpoint::Store;
+/// if let Some(found) = Store::open("runs/first")?.latest_whole()? {
+///     let embedding = found.checkpoint.tensor("model", "model.decoder.embed_tokens.weight")?;
+///     println!("step {}, {:?}", found.checkpoint.manifest().run.step, embedding.shape);
+/// }
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct Store {
+    root: PathBuf,
+    /// Held while the store may be written to; the system releases it however the process ends.
+    lock: Option<File>,
+}
+
+impl Store {
+    /// Opens the checkpoints of a run for reading. A folder without any is an empty store.
+    ///
+    /// # Errors
+    /// When `run` is not a directory.
+    pub fn open(run: impl AsRef<Path>) -> Result<Store> {
+        let run = run.as_ref();
+        ensure!(
+            run.is_dir(),
+            "there is no run folder {}: give the folder that `ferropt train` wrote",
+            run.display()
+        );
+        Ok(Store { root: run.join("checkpoints"), lock: None })
+    }
+
+    /// Opens the checkpoints of a run for training: creates what is missing, makes sure that no other process
+    /// writes there, and removes what an interrupted save or deletion left behind.
+    ///
+    /// # Errors
+    /// When another process trains into the folder, or it cannot be written to.
+    pub fn open_for_writing(run: impl AsRef<Path>) -> Result<Store> {
+        let root = run.as_ref().join("checkpoints");
+        fs::create_dir_all(&root).with_context(|| format!("cannot create {}", root.display()))?;
+        let path = root.join(LOCK);
+        let lock = File::create(&path).with_context(|| format!("cannot write to {}", path.display()))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => bail!(
+                "another process is training into {}: wait for it, stop it, or choose another run folder",
+                run.as_ref().display()
+            ),
+            // Some network file systems have no locks; one process per run folder is then the user's care.
+            Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => {}
+            Err(TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+            }
+        }
+        let store = Store { root, lock: Some(lock) };
+        for name in store.names()?.iter().filter(|name| is_temporary(name)) {
+            remove(&store.root.join(name))?;
+        }
+        Ok(store)
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.root
+    }
+
+    fn names(&self) -> Result<Vec<String>> {
+        let listing = match fs::read_dir(&self.root) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            listing => listing.with_context(|| format!("cannot list {}", self.root.display()))?,
+        };
+        let names: Result<Vec<_>, _> = listing.map(|entry| entry.map(|entry| entry.file_name())).collect();
+        let names = names.with_context(|| format!("cannot list {}", self.root.display()))?;
+        Ok(names.into_iter().filter_map(|name| name.into_string().ok()).collect())
+    }
+
+    /// All checkpoint directories, oldest first, without reading their tensors.
+    ///
+    /// # Errors
+    /// When the folder cannot be listed.
+    pub fn list(&self) -> Result<Vec<Entry>> {
+        let mut steps: Vec<u64> = self.names()?.iter().filter_map(|name| step_of(name)).collect();
+        steps.sort_unstable();
+        let entry = |step| {
+            let path = self.root.join(directory(step));
+            let damage = load::survey(&path).err();
+            Entry { step, path, damage }
+        };
+        Ok(steps.into_iter().map(entry).collect())
+    }
+
+    /// Opens the checkpoint of one step after verifying every byte of it.
+    ///
+    /// # Errors
+    /// When there is none, or it is damaged; the error names the file and the damage.
+    pub fn load(&self, step: u64) -> Result<Checkpoint> {
+        let path = self.root.join(directory(step));
+        if !path.is_dir() {
+            let steps: Vec<String> = self.list()?.iter().map(|entry| entry.step.to_string()).collect();
+            bail!(
+                "there is no checkpoint of step {step} in {}: {}",
+                self.root.display(),
+                if steps.is_empty() { "it is empty".into() } else { format!("it has {}", steps.join(", ")) }
+            );
+        }
+        Checkpoint::open(&path)
+    }
+
+    /// Opens the newest checkpoint that is whole, trying older ones when newer ones are damaged. `None` when the
+    /// run has no checkpoint yet.
+    ///
+    /// # Errors
+    /// When there are checkpoints and all are damaged: to begin again silently would be to lose the run.
+    pub fn latest_whole(&self) -> Result<Option<Found>> {
+        let mut damaged = Vec::new();
+        for entry in self.list()?.into_iter().rev() {
+            match entry.damage.map_or_else(|| Checkpoint::open(&entry.path), Err) {
+                Ok(checkpoint) => return Ok(Some(Found { checkpoint, damaged })),
+                Err(error) => damaged.push(error),
+            }
+        }
+        if damaged.is_empty() {
+            return Ok(None);
+        }
+        let reasons: Vec<String> = damaged.iter().map(|error| format!("\n  {error:#}")).collect();
+        bail!(
+            "no checkpoint in {} is whole:{}\nRestore one from a copy, or choose another run folder to begin again",
+            self.root.display(),
+            reasons.concat()
+        )
+    }
+
+    /// Writes a checkpoint; see [`write::write`].
+    pub(super) fn save(&self, snapshot: Snapshot, shard_bytes: u64) -> Result<Written> {
+        ensure!(self.lock.is_some(), "{} was opened for reading", self.root.display());
+        write::write(&self.root, snapshot, shard_bytes)
+    }
+
+    /// Deletes what `retention` does not keep, now that the checkpoint of step `newest` is durable. Each directory is
+    /// renamed to a temporary first, so that a kill leaves no half checkpoint under a real name.
+    pub(super) fn prune(&self, retention: Retention, newest: u64) -> Result<()> {
+        let whole = self.list()?.into_iter().filter(|entry| entry.damage.is_none());
+        let whole: Vec<u64> = whole.map(|entry| entry.step).collect();
+        for step in retention.surplus(&whole, newest) {
+            let (path, temporary) = (self.root.join(directory(step)), temporary(&self.root, step));
+            fs::rename(&path, &temporary).with_context(|| format!("cannot delete {}", path.display()))?;
+            sync_directory(&self.root)?;
+            remove(&temporary)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        assert_eq!(step_of("step-00000100"), Some(100));
+        assert_eq!(step_of("step-123456789012"), Some(123456789012));
+        for other in ["step-100", "step-", "step-0000010x", "step-+0000100", "model", ".step-00000100.tmp-7"]
+        {
+            assert_eq!(step_of(other), None, "{other}");
+        }
+        assert!(is_temporary(".step-00000100.tmp-7") && is_temporary(".step-00000100.tmp-7-old"));
+        assert!(!is_temporary("step-00000100") && !is_temporary(".lock") && !is_temporary(".step-notes"));
+    }
+}

@@ -1,0 +1,134 @@
+//! Writes checkpoints in the background.
+
+use super::retention::Retention;
+use super::snapshot::Snapshot;
+use super::store::Store;
+use anyhow::{Context, Error, Result, anyhow};
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// Something that happened in the background.
+#[derive(Debug)]
+pub enum Event {
+    /// A checkpoint is durable.
+    Saved {
+        /// Its step.
+        step: u64,
+        /// Its directory.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// From the snapshot to the last fsync.
+        took: Duration,
+    },
+    /// A checkpoint could not be saved. Earlier ones are untouched and the next save tries again, so training may go
+    /// on; the error says what to do.
+    Failed {
+        /// Its step.
+        step: u64,
+        /// What went wrong.
+        error: Error,
+    },
+    /// The checkpoint was saved, but old ones could not be deleted.
+    NotPruned {
+        /// Step that was saved.
+        step: u64,
+        /// What went wrong.
+        error: Error,
+    },
+}
+
+/// A thread that owns a run's checkpoint folder.
+///
+/// At most one snapshot exists at a time: [`Writer::save`] makes it only once the previous one is on disk.
+#[derive(Debug)]
+pub struct Writer {
+    snapshots: Sender<Snapshot>,
+    events: Receiver<Event>,
+    thread: JoinHandle<()>,
+    /// Step that is being written.
+    writing: Option<u64>,
+    /// Events that came while waiting, for the next poll.
+    seen: Vec<Event>,
+}
+
+impl Writer {
+    /// Starts the thread. `store` must be open for writing; shards are split at `shard_bytes`
+    /// ([`DEFAULT_SHARD_BYTES`](super::DEFAULT_SHARD_BYTES)).
+    ///
+    /// # Errors
+    /// When the system gives no thread.
+    pub fn start(store: Store, retention: Retention, shard_bytes: u64) -> Result<Writer> {
+        let (snapshots, inbox) = channel::<Snapshot>();
+        let (outbox, events) = channel();
+        let thread = Builder::new()
+            .name("checkpoints".into())
+            .spawn(move || {
+                for snapshot in inbox {
+                    let (started, step) = (Instant::now(), snapshot.run.step);
+                    let saved = store.save(snapshot, shard_bytes);
+                    // Nobody listens any more only if the trainer is gone; the checkpoint is finished regardless.
+                    let report = |event| drop(outbox.send(event));
+                    match saved {
+                        Err(error) => report(Event::Failed { step, error }),
+                        Ok(written) => {
+                            if let Err(error) = store.prune(retention, step) {
+                                report(Event::NotPruned { step, error });
+                            }
+                            let took = started.elapsed();
+                            report(Event::Saved { step, path: written.path, bytes: written.bytes, took });
+                        }
+                    }
+                }
+            })
+            .context("cannot start the thread that writes checkpoints")?;
+        Ok(Writer { snapshots, events, thread, writing: None, seen: Vec::new() })
+    }
+
+    /// Hands over a snapshot to be written. Waits while the previous one is under way, and only then calls
+    /// `snapshot`, so that memory never holds two.
+    ///
+    /// # Errors
+    /// Only those of `snapshot`, or when the thread has died. What happens to the save itself is told by
+    /// [`Writer::poll`] and [`Writer::finish`].
+    pub fn save(&mut self, snapshot: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
+        while self.writing.is_some() {
+            let event =
+                self.events.recv().map_err(|_| anyhow!("the thread that writes checkpoints has died"))?;
+            self.note(event);
+        }
+        let snapshot = snapshot()?;
+        self.writing = Some(snapshot.run.step);
+        self.snapshots.send(snapshot).map_err(|_| anyhow!("the thread that writes checkpoints has died"))
+    }
+
+    /// What happened since the last call; never waits.
+    pub fn poll(&mut self) -> Vec<Event> {
+        while let Ok(event) = self.events.try_recv() {
+            self.note(event);
+        }
+        std::mem::take(&mut self.seen)
+    }
+
+    /// Waits until everything is on disk and ends the thread. Returns what happened since the last poll.
+    pub fn finish(mut self) -> Vec<Event> {
+        drop(self.snapshots);
+        let died = self.thread.join().is_err();
+        self.seen.extend(self.events.try_iter());
+        if let (true, Some(step)) = (died, self.writing) {
+            self.seen
+                .push(Event::Failed { step, error: anyhow!("the thread that writes checkpoints has died") });
+        }
+        self.seen
+    }
+
+    fn note(&mut self, event: Event) {
+        // A save ends with one of these two; NotPruned comes before Saved.
+        if matches!(event, Event::Saved { .. } | Event::Failed { .. }) {
+            self.writing = None;
+        }
+        self.seen.push(event);
+    }
+}
