@@ -64,10 +64,17 @@ fn moments<S: Simd>(s: S, x: &[f32]) -> (f32, f32) {
     let n = x.len() as f32;
     let mean = sum_over(s, x, 0.0, |x| x) / n;
     let m = s.splat(mean);
-    let variance = sum_over(s, x, mean, |x| {
-        let d = s.sub(x, m);
-        s.mul(d, d)
-    }) / n;
+    let squares = sum_over(
+        s,
+        x,
+        mean,
+        #[inline(always)]
+        |x| {
+            let d = s.sub(x, m);
+            s.mul(d, d)
+        },
+    );
+    let variance = squares / n;
     (mean, 1.0 / (variance + EPS).sqrt())
 }
 

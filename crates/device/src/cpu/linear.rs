@@ -85,7 +85,13 @@ pub(super) fn backward_weight<E: Element>(
     let (dy, x) = (&dy[..s.m * s.n], &x[..s.m * s.k]);
     let a = Matrix { data: dy, ld: s.n, k_contiguous: false };
     let b = Matrix { data: x, ld: s.k, k_contiguous: false };
-    gemm(device, (s.n, s.k, s.m), a, b, &WeightGradient { k: s.k, store, dw: Shards::new(&mut dw[..s.n * s.k]) });
+    gemm(
+        device,
+        (s.n, s.k, s.m),
+        a,
+        b,
+        &WeightGradient { k: s.k, store, dw: Shards::new(&mut dw[..s.n * s.k]) },
+    );
     if let Some(dbias) = dbias {
         column_sums(device, s.n, dy, &mut dbias[..s.n], store);
     }
@@ -132,7 +138,13 @@ fn store_vector<S: Simd, E: Element>(s: S, x: &mut [E], v: S::F) {
 
 /// `values + bias[col ..]`, vector by vector, handed to `f` with each vector's offset and length.
 #[inline(always)]
-fn each_vector<S: Simd>(s: S, acc: &[f32], col: usize, bias: Option<&[f32]>, mut f: impl FnMut(usize, usize, S::F)) {
+fn each_vector<S: Simd>(
+    s: S,
+    acc: &[f32],
+    col: usize,
+    bias: Option<&[f32]>,
+    mut f: impl FnMut(usize, usize, S::F),
+) {
     for at in (0..acc.len()).step_by(S::LANES) {
         let count = S::LANES.min(acc.len() - at);
         let mut v = load(s, &acc[at..at + count]);
@@ -156,10 +168,17 @@ impl<O: Element> Epilogue for Forward<'_, O> {
         let start = row * self.n + col;
         // SAFETY: every part of every row comes once.
         let y = unsafe { self.y.range(start..start + acc.len()) };
-        each_vector(s, acc, col, self.bias, |at, count, v| {
-            let v = if self.act == Activation::Relu { s.max(v, s.zero()) } else { v };
-            store_vector(s, &mut y[at..at + count], v);
-        });
+        each_vector(
+            s,
+            acc,
+            col,
+            self.bias,
+            #[inline(always)]
+            |at, count, v| {
+                let v = if self.act == Activation::Relu { s.max(v, s.zero()) } else { v };
+                store_vector(s, &mut y[at..at + count], v);
+            },
+        );
     }
 }
 
@@ -185,10 +204,21 @@ impl Epilogue for Residual<'_> {
             let blocks = (skip + acc.len()).next_multiple_of(BLOCK);
             random::mask_row(s, d, d.first_row + row as u64, col - skip, &mut mask[..blocks]);
         }
-        each_vector(s, acc, col, self.bias, |at, count, v| {
-            let v = if self.dropout.is_some() { s.mul(v, load(s, &mask[skip + at..skip + at + count])) } else { v };
-            store_vector(s, &mut out[at..at + count], s.add(load(s, &residual[at..at + count]), v));
-        });
+        each_vector(
+            s,
+            acc,
+            col,
+            self.bias,
+            #[inline(always)]
+            |at, count, v| {
+                let v = if self.dropout.is_some() {
+                    s.mul(v, load(s, &mask[skip + at..skip + at + count]))
+                } else {
+                    v
+                };
+                store_vector(s, &mut out[at..at + count], s.add(load(s, &residual[at..at + count]), v));
+            },
+        );
     }
 }
 
@@ -204,13 +234,22 @@ impl<E: Element, O: Element> Epilogue for InputGradient<'_, E, O> {
         let start = row * self.k + col;
         // SAFETY: every part of every row comes once.
         let dx = unsafe { self.dx.range(start..start + acc.len()) };
-        each_vector(s, acc, col, None, |at, count, v| {
-            let v = match self.relu_output {
-                Some(y) => s.select_gt(load(s, &y[start + at..start + at + count]), s.zero(), v, s.zero()),
-                None => v,
-            };
-            store_vector(s, &mut dx[at..at + count], v);
-        });
+        each_vector(
+            s,
+            acc,
+            col,
+            None,
+            #[inline(always)]
+            |at, count, v| {
+                let v = match self.relu_output {
+                    Some(y) => {
+                        s.select_gt(load(s, &y[start + at..start + at + count]), s.zero(), v, s.zero())
+                    }
+                    None => v,
+                };
+                store_vector(s, &mut dx[at..at + count], v);
+            },
+        );
     }
 }
 
@@ -226,11 +265,18 @@ impl Epilogue for WeightGradient<'_> {
         let start = row * self.k + col;
         // SAFETY: every part of every row comes once.
         let dw = unsafe { self.dw.range(start..start + acc.len()) };
-        each_vector(s, acc, col, None, |at, count, v| {
-            let dw = &mut dw[at..at + count];
-            let v = if self.store == Store::Accumulate { s.add(load(s, dw), v) } else { v };
-            store_vector(s, dw, v);
-        });
+        each_vector(
+            s,
+            acc,
+            col,
+            None,
+            #[inline(always)]
+            |at, count, v| {
+                let dw = &mut dw[at..at + count];
+                let v = if self.store == Store::Accumulate { s.add(load(s, dw), v) } else { v };
+                store_vector(s, dw, v);
+            },
+        );
     }
 }
 

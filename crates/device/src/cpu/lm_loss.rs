@@ -93,10 +93,15 @@ fn row_loss<S: Simd, E: Element>(s: S, logits: &mut [E], target: u32, scale: Opt
         }
         return 0.0;
     }
-    let max = logits.chunks(S::LANES).fold(s.splat(f32::NEG_INFINITY), |max, part| s.max(max, load(s, part)));
+    let mut max = s.splat(f32::NEG_INFINITY);
+    for part in logits.chunks(S::LANES) {
+        max = s.max(max, load(s, part));
+    }
     let max = s.max_lane(max);
-    let shift = s.splat(max);
-    let sum = logits.chunks(S::LANES).fold(s.zero(), |sum, x| s.add(sum, s.exp(s.sub(load(s, x), shift))));
+    let (shift, mut sum) = (s.splat(max), s.zero());
+    for part in logits.chunks(S::LANES) {
+        sum = s.add(sum, s.exp(s.sub(load(s, part), shift)));
+    }
     let log_sum = max + s.sum(sum).ln();
     let target_logit = logits[target as usize].to_f32();
     if let Some(scale) = scale {

@@ -128,20 +128,18 @@ impl WordLanes for Avx512 {
 /// The words of columns `64*block ..` of a row.
 #[inline(always)]
 pub(super) fn words<S: WordLanes>(s: S, stream: &Stream, row: u64, block: usize) -> [u32; BLOCK] {
-    let counter = stream.counter(row, block as u32);
+    let [first, c1, c2, c3] = stream.counter(row, block as u32);
+    let (c1, c2, c3) = (s.splat_word(c1), s.splat_word(c2), s.splat_word(c3));
     let (m0, m1) = (s.splat_word(M0), s.splat_word(M1));
     let mut words = [0; BLOCK];
     // Two registers at a time hide the multiply's latency and still fit 16 registers.
     for lane in (0..COUNTERS).step_by(2 * S::WORDS) {
-        let start = |lane| {
-            let [first, rest @ ..] = counter;
-            let [c1, c2, c3] = rest.map(|c| s.splat_word(c));
-            [s.count_from(first + lane as u32), c1, c2, c3]
-        };
-        let mut pair = [start(lane), start(lane + S::WORDS)];
+        let first = first + lane as u32;
+        let mut pair =
+            [[s.count_from(first), c1, c2, c3], [s.count_from(first + S::WORDS as u32), c1, c2, c3]];
         let mut key = stream.key();
         for _ in 0..10 {
-            let [k0, k1] = key.map(|k| s.splat_word(k));
+            let (k0, k1) = (s.splat_word(key[0]), s.splat_word(key[1]));
             for c in &mut pair {
                 let (p0, p1) = (s.wide_mul(c[0], m0), s.wide_mul(c[2], m1));
                 *c = [s.mix(p1, c[1], k0), p1, s.mix(p0, c[3], k1), p0];
@@ -165,14 +163,26 @@ pub(super) fn mask_row<S: Simd>(s: S, d: &Dropout, row: u64, first_column: usize
         first_column.is_multiple_of(BLOCK),
         "masks start at blocks of {BLOCK}, not at {first_column}"
     );
+    let block = first_column / BLOCK;
+    let (blocks, rest) = out.as_chunks_mut();
+    for (i, out) in blocks.iter_mut().enumerate() {
+        mask_block(s, d, row, block + i, out);
+    }
+    if !rest.is_empty() {
+        let mut last = [0.0; BLOCK];
+        mask_block(s, d, row, block + blocks.len(), &mut last);
+        rest.copy_from_slice(&last[..rest.len()]);
+    }
+}
+
+#[inline(always)]
+fn mask_block<S: Simd>(s: S, d: &Dropout, row: u64, block: usize, out: &mut [f32; BLOCK]) {
     // `word >= p * 2^32` for an integral word; p < 1 has 24 bits, so this fits.
     let threshold = (d.p as f64 * 4_294_967_296.0).ceil() as u32;
     let keep = 1.0 / (1.0 - d.p);
-    for (i, out) in out.chunks_mut(BLOCK).enumerate() {
-        let words = words(s, &d.stream, row, first_column / BLOCK + i);
-        for (out, word) in out.iter_mut().zip(words) {
-            *out = if word >= threshold { keep } else { 0.0 };
-        }
+    let words = words(s, &d.stream, row, block);
+    for (out, word) in out.iter_mut().zip(&words) {
+        *out = if *word >= threshold { keep } else { 0.0 };
     }
 }
 

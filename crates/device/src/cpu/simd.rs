@@ -474,7 +474,8 @@ pub unsafe fn with_avx512<R>(f: impl FnOnce(Avx512) -> R) -> R {
 }
 
 /// `dispatch!(isa, s => body)` runs `body` with `s` the token of `isa`, compiled for that instruction set.
-/// Functions that `body` calls with `s` must be `#[inline(always)]`.
+/// Functions and closures that use `s` must be `#[inline(always)]`, and no iterator adaptor may call them: what is not
+/// inlined is compiled without the instructions, and every one of them becomes a call.
 macro_rules! dispatch {
     ($isa:expr, $s:ident => $body:expr) => {
         match $isa {
