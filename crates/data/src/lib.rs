@@ -5,6 +5,7 @@
 //! [`Tokenizer`], and [`Loader`] serves batches from it.
 
 mod corpus;
+mod crate_docs;
 mod decompress;
 mod loader;
 mod permutation;
@@ -16,6 +17,7 @@ mod tokenizer;
 mod testing;
 
 pub use corpus::{Corpus, Piece, Pieces};
+pub use crate_docs::{CrateDocs, registry_cache};
 pub use loader::{Batch, Loader};
 pub use permutation::Permutation;
 pub use token_file::TokenFile;
