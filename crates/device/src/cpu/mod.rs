@@ -87,7 +87,12 @@ impl CpuDevice {
             (1..=1024).contains(&threads),
             "threads = {threads}: expected 1 to 1024 (this machine offers {available})"
         );
-        Ok(CpuDevice { isa, pool: Pool::new(threads, options.pin), workspace: Mutex::default(), loss_workspace: Mutex::default() })
+        Ok(CpuDevice {
+            isa,
+            pool: Pool::new(threads, options.pin),
+            workspace: Mutex::default(),
+            loss_workspace: Mutex::default(),
+        })
     }
 
     /// Threads that run kernels.

@@ -97,21 +97,30 @@ fn write<S: Simd, E: Element>(
         }
         (DType::Bf16, None, Some((stream, first))) => {
             let w: &mut [u16] = bytemuck::cast_slice_mut(w);
-            for (block, (values, w)) in values.chunks(BLOCK).zip(w.chunks_mut(BLOCK)).enumerate() {
-                let words = words(s, &stream, 0, first / BLOCK + block);
-                for ((value, w), word) in values.iter().zip(w).zip(words) {
-                    // Up with the probability that the dropped bits say; the carry must not change what a NaN is.
-                    let bits = value.to_bits();
-                    let up = bits.wrapping_add(word & 0xffff);
-                    *w = (if value.is_nan() { bits | 0x40_0000 } else { up } >> 16) as u16;
-                }
+            let (blocks, rest) = values.as_chunks::<BLOCK>();
+            let (w_blocks, w_rest) = w.as_chunks_mut::<BLOCK>();
+            let first = first / BLOCK;
+            for (i, (values, w)) in blocks.iter().zip(w_blocks).enumerate() {
+                round_at_random(&words(s, &stream, 0, first + i), values, w);
             }
+            round_at_random(&words(s, &stream, 0, first + blocks.len()), rest, w_rest);
         }
         _ => {
             for (value, w) in values.chunks(S::LANES).zip(w.chunks_mut(S::LANES)) {
                 s.store_up_to(w, s.load_up_to(value));
             }
         }
+    }
+}
+
+/// bf16 bits of values, rounded up with the probability that the dropped bits say.
+#[inline(always)]
+fn round_at_random(words: &[u32; BLOCK], values: &[f32], w: &mut [u16]) {
+    for ((value, w), word) in values.iter().zip(w).zip(words) {
+        let bits = value.to_bits();
+        let up = bits.wrapping_add(word & 0xffff);
+        // A carry must not make a number of a NaN.
+        *w = (if value.is_nan() { bits | 0x40_0000 } else { up } >> 16) as u16;
     }
 }
 
