@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 const RUN: &str = "FERROPT_TEST_VICTIM_RUN";
 const ROWS: &str = "FERROPT_TEST_VICTIM_ROWS";
+const ROWS_KILLED: usize = 2000;
+const SHARD_BYTES: u64 = 40_000;
 
 /// Trains forever as far as the store can tell: resumes from the newest whole checkpoint and saves every step.
 /// Tells on standard output what is durable. Runs only when another test starts it.
@@ -28,7 +30,7 @@ fn victim() {
     let found = store.latest_whole().unwrap();
     let first = found.map_or(1, |found| found.checkpoint.manifest().run.step + 1);
     let retention = Retention { keep_last: 2, keep_every: Some(10) };
-    let mut writer = Writer::start(store, retention, 40_000).unwrap();
+    let mut writer = Writer::start(store, retention, SHARD_BYTES).unwrap();
     println!("ready {first}");
     for step in first.. {
         writer.save(|| Ok(snapshot(step, rows.parse().unwrap()))).unwrap();
@@ -60,23 +62,33 @@ fn start_victim(run: &Path, rows: usize, shell: &str) -> Child {
 
 /// Numbers for the moments of the kills; any would do, these are spread evenly.
 fn spread(round: u64) -> u64 {
-    round.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32
+    round.wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 #[test]
 fn kill_9_at_any_moment_leaves_a_whole_checkpoint() {
     let run = tempfile::tempdir().unwrap();
     let checkpoints = run.path().join("checkpoints");
+    let elsewhere = tempfile::tempdir().unwrap();
+    let started = Instant::now();
+    save(
+        elsewhere.path(),
+        (1..=4).map(|step| snapshot(step, ROWS_KILLED)).collect(),
+        Retention::ALL,
+        SHARD_BYTES,
+    );
+    let four_saves = started.elapsed().as_nanos() as u64;
+
     let (mut newest, mut torn) = (0, 0);
     for round in 0..60 {
-        let mut child = start_victim(run.path(), 2000, "");
+        let mut child = start_victim(run.path(), ROWS_KILLED, "");
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let ready = lines.by_ref().map(Result::unwrap).find(|line| line.contains("ready")).unwrap();
         let resumed: u64 = ready.rsplit(' ').next().unwrap().parse().unwrap();
         assert!(resumed > newest, "step {newest} was durable, yet training went on from {resumed}");
 
-        // A save takes some milliseconds here, so this spreads over all its phases, deletions included.
-        std::thread::sleep(Duration::from_micros(spread(round) % 100_000));
+        // Up to four saves later: all their phases are hit, deletions included.
+        std::thread::sleep(Duration::from_nanos(spread(round) % four_saves));
         child.kill().unwrap(); // SIGKILL
         child.wait().unwrap();
         for line in lines.map_while(Result::ok) {

@@ -23,7 +23,7 @@ impl Retention {
         steps
             .into_iter()
             .skip(self.keep_last.max(1))
-            .filter(|step| self.keep_every.is_none_or(|every| every == 0 || step % every != 0))
+            .filter(|step| self.keep_every.is_none_or(|every| !step.is_multiple_of(every)))
             .collect()
     }
 }

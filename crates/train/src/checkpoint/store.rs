@@ -90,15 +90,17 @@ impl Store {
     /// # Errors
     /// When another process trains into the folder, or it cannot be written to.
     pub fn open_for_writing(run: impl AsRef<Path>) -> Result<Store> {
-        let root = run.as_ref().join("checkpoints");
+        let run = run.as_ref();
+        let root = run.join("checkpoints");
         fs::create_dir_all(&root).with_context(|| format!("cannot create {}", root.display()))?;
+        sync_directory(run)?;
         let path = root.join(LOCK);
         let lock = File::create(&path).with_context(|| format!("cannot write to {}", path.display()))?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => bail!(
                 "another process is training into {}: wait for it, stop it, or choose another run folder",
-                run.as_ref().display()
+                run.display()
             ),
             // Some network file systems have no locks; one process per run folder is then the user's care.
             Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => {}

@@ -70,8 +70,7 @@ pub(super) fn write(root: &Path, snapshot: Snapshot, shard_bytes: u64) -> Result
         }
         write_file(&temporary.join(manifest::FILE), &manifest.to_bytes()?)?;
         sync_directory(&temporary)?;
-        publish(&temporary, &place)?;
-        sync_directory(root)?;
+        publish(root, &temporary, &place)?;
         Ok(manifest.bytes())
     })();
     match result {
@@ -203,21 +202,24 @@ fn write_file(path: &Path, content: &[u8]) -> Result<FileEntry> {
     file.finish()
 }
 
-/// Gives the finished temporary its name. Where a checkpoint of that step exists the two change places in one
-/// indivisible operation, so that at no moment there is none.
-fn publish(temporary: &Path, place: &Path) -> Result<()> {
+/// Gives the finished temporary its name, durably. Where a checkpoint of that step exists the two change places in one
+/// indivisible operation, so that at no moment there is none; the old one goes once the new one is safe.
+fn publish(root: &Path, temporary: &Path, place: &Path) -> Result<()> {
+    let failed = || format!("cannot rename {} to {}", temporary.display(), place.display());
     if !place.exists() {
-        fs::rename(temporary, place)
-    } else if rustix::fs::renameat_with(CWD, temporary, CWD, place, RenameFlags::EXCHANGE).is_ok() {
-        fs::remove_dir_all(temporary)
-    } else {
-        // The file system cannot exchange. A kill between these two lines loses this step, but no other.
-        let old = temporary.with_extension(format!("tmp-{}-old", std::process::id()));
-        fs::rename(place, &old)
-            .and_then(|()| fs::rename(temporary, place))
-            .and_then(|()| fs::remove_dir_all(&old))
+        fs::rename(temporary, place).with_context(failed)?;
+        return sync_directory(root);
     }
-    .with_context(|| format!("cannot rename {} to {}", temporary.display(), place.display()))
+    let old = if rustix::fs::renameat_with(CWD, temporary, CWD, place, RenameFlags::EXCHANGE).is_ok() {
+        temporary.to_path_buf()
+    } else {
+        // The file system cannot exchange. A kill between these two renames loses this step, but no other.
+        let old = temporary.with_extension(format!("tmp-{}-old", std::process::id()));
+        fs::rename(place, &old).and_then(|()| fs::rename(temporary, place)).with_context(failed)?;
+        old
+    };
+    sync_directory(root)?;
+    remove(&old)
 }
 
 /// Makes renames and new names in a directory durable.

@@ -87,3 +87,51 @@ impl Telemetry {
         Ok(path)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(folder: &Path, resumed: Option<u64>, steps: std::ops::RangeInclusive<u64>) {
+        let mut telemetry = Telemetry::open(folder, resumed, 10).unwrap();
+        for step in steps {
+            let loss = 10.0 / step as f64;
+            telemetry.record(&Record::Training(Training { step, loss, ..Training::default() })).unwrap();
+            if step % 5 == 0 {
+                let set = "books".to_string();
+                telemetry
+                    .record(&Record::Validation(Validation { step, set, loss, ..Default::default() }))
+                    .unwrap();
+            }
+        }
+        telemetry.sync().unwrap();
+        telemetry.draw("a run").unwrap();
+    }
+
+    #[test]
+    fn a_resumed_run_leaves_the_log_and_picture_of_an_uninterrupted_one() {
+        let (straight, broken) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        run(straight.path(), None, 1..=10);
+        run(broken.path(), None, 1..=7);
+        run(broken.path(), Some(5), 6..=10);
+        for file in ["metrics.jsonl", "loss.svg"] {
+            let read = |run: &Path| std::fs::read_to_string(run.join(file)).unwrap();
+            assert_eq!(read(straight.path()), read(broken.path()), "{file}");
+        }
+        assert!(
+            std::fs::read_to_string(broken.path().join("loss.svg"))
+                .unwrap()
+                .contains("validation, books 1.000")
+        );
+        // TensorBoard's files are never rewritten: one for each start.
+        let names = std::fs::read_dir(broken.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        assert_eq!(names.filter(|name| name.to_string_lossy().contains("tfevents")).count(), 2);
+    }
+
+    #[test]
+    fn a_folder_that_is_not_there_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = Telemetry::open(&folder.path().join("gone"), None, 1).unwrap_err().to_string();
+        assert!(error.contains("gone"), "{error}");
+    }
+}

@@ -101,12 +101,12 @@ pub fn loss_curves(records: &[Record], title: &str) -> Plot {
     }
 }
 
-/// Mean of the neighbours on both sides, over a fiftieth of the run. At the start, where the curve is steep, only over
-/// as many as there are before, so that the first value is not pulled down.
+/// Mean of the neighbours on both sides, over a fiftieth of the run; over fewer at the start, where the curve is so
+/// steep that they would pull it up.
 fn smoothed(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let finite: Vec<(f64, f64)> = points.iter().copied().filter(|point| point.1.is_finite()).collect();
     let mean = |place: usize| {
-        let reach = (finite.len() / 100).min(place);
+        let reach = (finite.len() / 100).min(place / 4);
         let window = &finite[place - reach..(place + reach + 1).min(finite.len())];
         window.iter().map(|point| point.1).sum::<f64>() / window.len() as f64
     };
@@ -124,7 +124,8 @@ struct Axis {
 }
 
 impl Axis {
-    /// Covers `values`, widened to whole ticks if `round`, otherwise to 0 if that is near.
+    /// Covers `values`. With `round` there is room around them, up to whole ticks on a linear scale; without, only 0 is
+    /// added where it is near.
     fn new(
         scale: Scale,
         values: impl Iterator<Item = f64>,
@@ -168,24 +169,17 @@ impl Axis {
     fn log_ticks(&mut self, count: usize, round: bool) {
         const BETWEEN: [&[f64]; 3] =
             [&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0], &[1.0, 2.0, 5.0], &[1.0]];
-        let exponents = self.low.log10().floor() as i32..=self.high.log10().ceil() as i32;
+        if round {
+            (self.low, self.high) = (self.low / 1.04, self.high * 1.04);
+        }
+        let (low, high) = (self.low * (1.0 - 1e-9), self.high * (1.0 + 1e-9));
+        let exponents = low.log10().floor() as i32..=high.log10().ceil() as i32;
         for between in BETWEEN {
-            let ticks = exponents.clone().flat_map(|e| between.iter().map(move |f| f * 10f64.powi(e)));
-            let ticks: Vec<f64> = ticks.collect();
-            let inside = |low: f64, high: f64| {
-                let near = move |t: &f64| *t >= low * (1.0 - 1e-9) && *t <= high * (1.0 + 1e-9);
-                ticks.iter().copied().filter(near).collect::<Vec<_>>()
-            };
-            if inside(self.low, self.high).len() > count + 2 && between.len() > 1 {
-                continue;
+            let all = exponents.clone().flat_map(|e| between.iter().map(move |f| f * 10f64.powi(e)));
+            self.ticks = all.filter(|tick| (low..=high).contains(tick)).collect();
+            if self.ticks.len() <= count + 2 {
+                break;
             }
-            if round {
-                let below = ticks.iter().rev().find(|&&t| t <= self.low * (1.0 + 1e-9));
-                let above = ticks.iter().find(|&&t| t >= self.high * (1.0 - 1e-9));
-                (self.low, self.high) = (*below.unwrap_or(&self.low), *above.unwrap_or(&self.high));
-            }
-            self.ticks = inside(self.low, self.high);
-            return;
         }
     }
 
@@ -195,7 +189,7 @@ impl Axis {
             Scale::Linear => (value - self.low) / (self.high - self.low),
             Scale::Log => (value / self.low).ln() / (self.high / self.low).ln(),
         };
-        share.is_finite().then(|| self.from + share * (self.to - self.from))
+        share.is_finite().then_some(self.from + share * (self.to - self.from))
     }
 
     /// Text of a tick, with the decimals that tell it from its neighbours.
@@ -204,8 +198,11 @@ impl Axis {
             (Scale::Linear, [first, second, ..]) => second - first,
             _ => tick.abs(),
         };
-        let size = self.ticks.iter().fold(0f64, |most, tick| most.max(tick.abs()));
-        let (unit, suffix) = match size.max(step) {
+        let size = match self.scale {
+            Scale::Linear => self.ticks.iter().fold(0f64, |most, tick| most.max(tick.abs())),
+            Scale::Log => tick.abs(),
+        };
+        let (unit, suffix) = match size {
             s if s >= 1e13 => return format!("{tick:.0e}"),
             s if s >= 1e10 => (1e9, "G"),
             s if s >= 1e7 => (1e6, "M"),
@@ -484,8 +481,8 @@ mod tests {
         assert_eq!(texts(Scale::Linear, 3.01, 3.69, true), "3.0 3.2 3.4 3.6 3.8");
         assert_eq!(texts(Scale::Linear, 1.0, 100_000.0, false), "0 20k 40k 60k 80k 100k");
         assert_eq!(texts(Scale::Linear, -1.0, 1.0, true), "-1.0 -0.5 0.0 0.5 1.0");
-        assert_eq!(texts(Scale::Log, 2.2, 10.8, true), "2 3 4 5 6 7 8 9 10 20");
-        assert_eq!(texts(Scale::Log, 1.0, 1000.0, true), "1 10 100 1000");
+        assert_eq!(texts(Scale::Log, 2.2, 10.8, true), "3 4 5 6 7 8 9 10");
+        assert_eq!(texts(Scale::Log, 0.01, 100_000.0, true), "0.01 0.1 1 10 100 1000 10k 100k");
     }
 
     #[test]
