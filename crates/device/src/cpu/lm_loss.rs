@@ -8,7 +8,7 @@ use crate::{Activation, Element, IGNORE, LinearShape, LossShape, Store};
 
 /// Rows of a chunk: enough for the matrix products to run at full speed (51 MB of bf16 logits for OPT's vocabulary).
 /// Fixed, so that the order of additions to dw is too.
-const ROWS: usize = 512;
+pub(super) const ROWS: usize = 512;
 
 /// Bytes of logits.
 pub(super) fn workspace_bytes<E: Element>(rows: usize, vocab: usize) -> usize {

@@ -377,12 +377,57 @@ impl Device for CpuDevice {
     }
 
     fn workspace_bytes<E: Element>(&self, rows: usize, widest: usize, vocab: usize, width: usize) -> usize {
-        gemm::workspace_bytes::<E>(self, rows, widest.max(width))
+        let products = gemm::workspace_bytes::<E>(self, rows, widest);
+        let head = gemm::workspace_bytes::<E>(self, rows.min(lm_loss::ROWS), vocab.max(width));
+        products.max(head)
             + layer_norm::workspace_bytes(rows, widest)
             + lm_loss::workspace_bytes::<E>(rows, vocab)
     }
 
     fn measured_peak<E: Element>(&self) -> f64 {
         peak::measure::<E>(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs what takes workspace, and compares with what was announced.
+    fn check<E: Element>(rows: usize, width: usize, widest: usize, vocab: usize) {
+        let device = CpuDevice::new(CpuOptions::default()).expect("a device");
+        let zeros = |len| CpuBuf::<E>::zeroed(len).expect("memory");
+        let zeros_f32 = |len| CpuBuf::<f32>::zeroed(len).expect("memory");
+        for (n, k) in [(widest, width), (width, widest)] {
+            let s = LinearShape { m: rows, n, k };
+            let (x, w, mut y) = (zeros(rows * k), zeros(n * k), zeros(rows * n));
+            device.linear(s, &x, &w, None, Activation::Identity, &mut y);
+            device.linear_backward_input(s, &y, &w, None, &mut zeros(rows * k));
+            device.linear_backward_weight(s, &y, &x, &mut zeros_f32(n * k), None, Store::Overwrite);
+        }
+        let (x, per_row, per_column) = (zeros_f32(rows * width), zeros_f32(rows), zeros_f32(width));
+        let (mut dx, mut dgamma, mut dbeta) = (zeros_f32(rows * width), zeros_f32(width), zeros_f32(width));
+        let (dx, dgamma, dbeta, store) = (&mut dx, &mut dgamma, &mut dbeta, Store::Overwrite);
+        let (mean, rstd, gamma) = (&per_row, &per_row, &per_column);
+        device.layer_norm_backward(width, &x, &x, mean, rstd, gamma, dx, store, dgamma, dbeta, store);
+        let s = LossShape { rows, vocab, width };
+        let (h, w, targets) = (zeros(rows * width), zeros(vocab * width), CpuBuf::zeroed(rows).expect("memory"));
+        let (mut losses, mut dh, mut dw) = (zeros_f32(rows), zeros(rows * width), zeros_f32(vocab * width));
+        device.lm_loss_backward(s, &h, &w, &targets, 1.0, &mut losses, &mut dh, &mut dw, Store::Overwrite);
+
+        let words = |w: &Workspace| w.bytes.iter().flatten().map(|piece| piece.len()).sum::<usize>();
+        let taken = 4 * (words(&device.workspace()) + words(&device.loss_workspace()));
+        let announced = device.workspace_bytes::<E>(rows, widest, vocab, width);
+        assert!(taken <= announced, "{rows} rows, {width} to {widest}, {vocab}: took {taken}, said {announced}");
+        // Packed operands are counted at their largest, up to 8 MiB each.
+        assert!(announced < 2 * taken + (24 << 20), "{announced} announced for {taken} is no estimate");
+    }
+
+    #[test]
+    fn workspace_is_at_most_what_is_announced() {
+        for (rows, width, widest, vocab) in [(1, 8, 32, 50), (100, 64, 256, 1000), (700, 96, 384, 9000)] {
+            check::<f32>(rows, width, widest, vocab);
+            check::<bf16>(rows, width, widest, vocab);
+        }
     }
 }

@@ -1,41 +1,59 @@
 //! The most FLOP/s that the matrix-product instruction gives here, measured: what a product's speed is a share of.
 
 use std::hint::black_box;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::CpuDevice;
+use super::buffer::Shards;
 use super::simd::{Isa, Simd, dispatch};
 use crate::{DType, Element};
 
 /// Sums that do not wait for each other: the instruction's latency times the number started in a cycle, with some to
 /// spare (4 x 2 on today's processors), and few enough for AVX2's 16 registers.
 const SUMS: usize = 12;
-/// Rounds in one trial; a few milliseconds, so that starting threads does not count.
+/// Rounds in one trial: a millisecond or two, so that on a machine that others use some trials are left alone.
 const ROUNDS: usize = 400_000;
-/// The best of these counts: others on the same machine can only make a trial slower.
-const TRIALS: usize = 15;
+/// Time that all threads go on for.
+const WINDOW: Duration = Duration::from_millis(150);
 
+/// Sum of each thread's best trial, all threads being busy. Others on the same machine can only make a trial slower,
+/// so this is what the processor gives, not what they leave.
 pub(super) fn measure<E: Element>(device: &CpuDevice) -> f64 {
     let with_bf16 = E::DTYPE == DType::Bf16 && device.isa == Isa::Avx512;
-    let trial = |_thread: usize| {
+    let trial = || {
+        let start = Instant::now();
         if with_bf16 {
             // SAFETY: an `Isa` value is only made for a processor that has it.
             unsafe { bf16_products() }
         } else {
             dispatch!(device.isa, s => f32_products(s))
         }
+        start.elapsed().as_secs_f64()
     };
+    let mut best = vec![f64::INFINITY; device.threads()];
+    let shards = Shards::new(&mut best);
+    let begin = Instant::now();
+    device.pool.run(&|thread| {
+        // SAFETY: each thread has its own element.
+        let best = unsafe { &mut shards.range(thread..thread + 1)[0] };
+        // The first trial is for clocks to rise and for the other threads to start; one that ends after the window
+        // may have had a core to itself that two threads share, and counts only if there is no other.
+        trial();
+        loop {
+            let seconds = trial();
+            let over = begin.elapsed() > WINDOW;
+            if !over || best.is_infinite() {
+                *best = best.min(seconds);
+            }
+            if over {
+                break;
+            }
+        }
+    });
     let lanes = dispatch!(device.isa, s => lanes(s));
     // A lane multiplies and adds one pair of f32, or two pairs of bf16.
-    let flops = (device.threads() * ROUNDS * SUMS * lanes * if with_bf16 { 4 } else { 2 }) as f64;
-    let best = (0..TRIALS)
-        .map(|_| {
-            let start = Instant::now();
-            device.pool.run(&trial);
-            start.elapsed().as_secs_f64()
-        })
-        .fold(f64::INFINITY, f64::min);
-    flops / best
+    let flops = (ROUNDS * SUMS * lanes * if with_bf16 { 4 } else { 2 }) as f64;
+    best.iter().map(|seconds| flops / seconds).sum()
 }
 
 #[inline(always)]
