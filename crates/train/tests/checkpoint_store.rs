@@ -111,7 +111,7 @@ fn damage(file: &str, act: impl FnOnce(&Path)) -> String {
     assert_content(&found.checkpoint);
     assert_eq!(found.checkpoint.manifest().run.step, 100);
     let told: Vec<String> = found.damaged.iter().map(|error| format!("{error:#}")).collect();
-    assert_eq!(told, [error.clone()]);
+    assert_eq!(told, std::slice::from_ref(&error));
     error
 }
 
