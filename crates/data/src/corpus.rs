@@ -338,7 +338,7 @@ fn split(text: String, pieces: &mut VecDeque<Piece>) {
 
 /// The last place where GPT-2's word pattern is sure to cut: before white space that follows something else, since
 /// no word goes on into white space. The end where there is none.
-fn seam(text: &str) -> usize {
+pub(crate) fn seam(text: &str) -> usize {
     let mut white = None;
     for (i, c) in text.char_indices().rev() {
         if c.is_whitespace() {

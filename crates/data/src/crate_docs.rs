@@ -3,13 +3,14 @@
 //! It is taken from the archives that cargo downloaded, whose checksums the lock file holds, so everyone who builds the
 //! same version has the same text: doc comments and Markdown, in a fixed order, without anything twice.
 
+use crate::{Document, Split};
 use anyhow::{Context, Result, bail, ensure};
 use flate2::read::GzDecoder;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use std::collections::HashSet;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// Documentation taken from one crate at most, bytes: no crate sets the tone.
@@ -30,23 +31,12 @@ const HELD_OUT: u8 = 16;
 /// Documentation of crates.
 #[derive(Clone, Debug, Default)]
 pub struct CrateDocs {
-    /// Documents to train on.
-    pub train: Vec<Document>,
-    /// Documents of the crates that are held out. None of their paragraphs is in `train`.
-    pub held_out: Vec<Document>,
+    /// The documentation; whole crates are held out, and none of their comments and sections is in the training part.
+    pub split: Split,
     /// Crates with any documentation, as `name-version`.
     pub crates: Vec<String>,
     /// Crates whose archive is not on this machine: those for other systems, which cargo does not download.
     pub missing: Vec<String>,
-}
-
-/// Documentation in one file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Document {
-    /// Crate, version and path.
-    pub file: String,
-    /// Prose and examples.
-    pub text: String,
 }
 
 #[derive(Deserialize)]
@@ -101,7 +91,7 @@ impl CrateDocs {
         // The held-out crates come last, so that what they share with others is left to the training text.
         let (held_out, train): (Vec<_>, Vec<_>) =
             packages.iter().partition(|p| p.hash()[31].is_multiple_of(HELD_OUT));
-        for (packages, documents) in [(train, &mut docs.train), (held_out, &mut docs.held_out)] {
+        for (packages, documents) in [(train, &mut docs.split.train), (held_out, &mut docs.split.held_out)] {
             for package in packages {
                 let id = package.id();
                 let archive = registries.iter().map(|r| r.join(format!("{id}.crate"))).find(|a| a.exists());
@@ -120,7 +110,7 @@ impl CrateDocs {
             }
         }
         docs.missing.sort();
-        if bytes < LEAST || docs.held_out.is_empty() {
+        if bytes < LEAST || docs.split.held_out.is_empty() {
             bail!(
                 "only {bytes} bytes of documentation are in {}: {} of {} crates are there",
                 cache.display(),
@@ -129,40 +119,6 @@ impl CrateDocs {
             );
         }
         Ok(docs)
-    }
-
-    /// Bytes of text to train on, and held out.
-    pub fn bytes(&self) -> (usize, usize) {
-        let sum = |documents: &[Document]| documents.iter().map(|d| d.text.len()).sum();
-        (sum(&self.train), sum(&self.held_out))
-    }
-
-    /// Writes `train.jsonl` and `held-out.jsonl` to a folder, with the fields `file` and `text`, and returns their
-    /// paths. Files that hold the same already are left alone, so that what was made from them stays valid.
-    ///
-    /// # Errors
-    /// When they cannot be written.
-    pub fn write(&self, folder: &Path) -> Result<(PathBuf, PathBuf)> {
-        fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-        let put = |name: &str, documents: &[Document]| -> Result<PathBuf> {
-            let path = folder.join(name);
-            let mut lines = Vec::new();
-            for d in documents {
-                serde_json::to_writer(&mut lines, &serde_json::json!({"file": d.file, "text": d.text}))?;
-                lines.push(b'\n');
-            }
-            if fs::read(&path).is_ok_and(|old| old == lines) {
-                return Ok(path);
-            }
-            let write = || -> std::io::Result<()> {
-                let mut out = fs::File::create(&path)?;
-                out.write_all(&lines)?;
-                out.sync_all()
-            };
-            write().with_context(|| format!("cannot write {}", path.display()))?;
-            Ok(path)
-        };
-        Ok((put("train.jsonl", &self.train)?, put("held-out.jsonl", &self.held_out)?))
     }
 }
 
@@ -215,7 +171,7 @@ fn read_crate(
         }
         if text.len() >= SHORTEST_DOCUMENT {
             left -= text.len();
-            documents.push(Document { file: path, text });
+            documents.push(Document { name: path, text });
         }
     }
     Ok(documents)
@@ -355,19 +311,15 @@ mod tests {
         let docs = CrateDocs::collect(&lock, dir.path()).unwrap();
         assert_eq!((docs.crates.len(), docs.missing.len()), (40, 0));
         let crates = |d: &[Document]| -> HashSet<String> {
-            d.iter().map(|d| d.file.split('/').next().unwrap().to_owned()).collect()
+            d.iter().map(|d| d.name.split('/').next().unwrap().to_owned()).collect()
         };
-        let (train, held_out) = (crates(&docs.train), crates(&docs.held_out));
+        let (train, held_out) = (crates(&docs.split.train), crates(&docs.split.held_out));
         assert!(train.len() > held_out.len() && !held_out.is_empty() && train.is_disjoint(&held_out));
         // The shared first line is in one document only.
-        let everywhere = docs.train.iter().chain(&docs.held_out);
+        let everywhere = docs.split.train.iter().chain(&docs.split.held_out);
         assert_eq!(everywhere.filter(|d| d.text.contains("A module.")).count(), 1);
 
-        let out = dir.path().join("out");
-        let (path, _) = docs.write(&out).unwrap();
-        let first = (fs::read(&path).unwrap(), fs::metadata(&path).unwrap().modified().unwrap());
-        let (path, _) = CrateDocs::collect(&lock, dir.path()).unwrap().write(&out).unwrap();
-        assert_eq!((fs::read(&path).unwrap(), fs::metadata(&path).unwrap().modified().unwrap()), first);
+        assert_eq!(CrateDocs::collect(&lock, dir.path()).unwrap().split, docs.split);
     }
 
     #[test]
@@ -417,7 +369,7 @@ mod tests {
         let package = toml::from_str::<Lock>(&lock).unwrap().package.remove(0);
         let path = dir.path().join("index/a-1.0.0.crate");
         let found = read_crate(&path, &package, PER_CRATE, &mut HashSet::new()).unwrap();
-        let names: Vec<&str> = found.iter().map(|d| d.file.as_str()).collect();
+        let names: Vec<&str> = found.iter().map(|d| d.name.as_str()).collect();
         assert_eq!(names, ["a-1.0.0/README.md", "a-1.0.0/src/lib.rs"]);
         assert!(
             found[0].text.starts_with("# Title\nWords about `x` and [links].\n\nMore words"),

@@ -80,18 +80,22 @@ fn make(
         _ => {}
     }
     if path.exists() {
+        // Made while this one waited; whoever waits for the empty file still will find the same.
+        let _ = fs::remove_file(&part);
         return Ok(());
     }
     file.set_len(0).with_context(failed)?;
-    let result = write(corpus, tokenizer, fingerprint, file, name).and_then(|()| {
-        fs::rename(&part, path)?;
-        Ok(File::open(folder)?.sync_all()?)
-    });
-    if result.is_err() {
+    // The lock lasts as long as `file` is open: until after the renaming.
+    let made = || -> Result<()> {
+        write(corpus, tokenizer, fingerprint, file.try_clone()?, name)?;
+        Ok(fs::rename(&part, path)?)
+    };
+    if let Err(e) = made() {
         // Gives the room back; the name stays, for the reason above.
-        let _ = File::options().write(true).truncate(true).open(&part);
+        let _ = file.set_len(0);
+        return Err(e.context(format!("cannot make the token file {}", path.display())));
     }
-    result.with_context(|| format!("cannot make the token file {}", path.display()))
+    File::open(folder).and_then(|f| f.sync_all()).with_context(|| format!("cannot sync {}", folder.display()))
 }
 
 fn write(
@@ -249,18 +253,20 @@ mod tests {
     #[test]
     fn two_makers_at_once_make_one_whole_file() {
         let dir = tempfile::tempdir().unwrap();
-        let text = dir.path().join("a.txt");
-        fs::write(&text, "some words ".repeat(100_000)).unwrap();
-        let (t, corpus) = (tokenizer(), Corpus::find(&[&text], "text").unwrap());
-        let cache = dir.path().join("cache");
-        std::thread::scope(|s| {
-            let makers: Vec<_> =
-                (0..4).map(|_| s.spawn(|| ids(&tokenise(&corpus, &t, &cache, "x").unwrap()))).collect();
-            let expected = [t.encode(&"some words ".repeat(100_000)).unwrap(), vec![EOS]].concat();
-            for maker in makers {
-                assert!(maker.join().unwrap() == expected);
-            }
-        });
+        let (path, text) = (dir.path().join("a.txt"), "some words ".repeat(10_000));
+        fs::write(&path, &text).unwrap();
+        let (t, corpus) = (tokenizer(), Corpus::find(&[&path], "text").unwrap());
+        let expected = [t.encode(&text).unwrap(), vec![EOS]].concat();
+        for round in 0..20 {
+            let cache = dir.path().join(format!("cache{round}"));
+            std::thread::scope(|s| {
+                let make = || ids(&tokenise(&corpus, &t, &cache, "x").unwrap());
+                let makers: Vec<_> = (0..4).map(|_| s.spawn(make)).collect();
+                for maker in makers {
+                    assert!(maker.join().unwrap() == expected);
+                }
+            });
+        }
     }
 
     #[test]
