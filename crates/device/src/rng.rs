@@ -73,12 +73,17 @@ impl Stream {
 
     /// Standard normal number of (row, column), by Box-Muller; columns 2i and 2i+1 share a pair of words.
     pub fn normal(&self, row: u64, column: usize) -> f32 {
-        let even = column & !1;
+        self.normal_pair(row, column & !1)[column & 1]
+    }
+
+    /// Standard normal numbers of (row, column) and (row, column + 1); `column` is even.
+    pub fn normal_pair(&self, row: u64, column: usize) -> [f32; 2] {
+        debug_assert!(column.is_multiple_of(2));
         // (0, 1]: the logarithm must not see 0.
-        let u = (self.word(row, even) as f64 + 1.0) / 4294967296.0;
-        let (sin, cos) = (self.word(row, even + 1) as f64 / 4294967296.0 * std::f64::consts::TAU).sin_cos();
+        let u = (self.word(row, column) as f64 + 1.0) / 4294967296.0;
+        let (sin, cos) = (self.word(row, column + 1) as f64 / 4294967296.0 * std::f64::consts::TAU).sin_cos();
         let radius = (-2.0 * u.ln()).sqrt();
-        (radius * if column & 1 == 0 { cos } else { sin }) as f32
+        [(radius * cos) as f32, (radius * sin) as f32]
     }
 }
 

@@ -1,0 +1,377 @@
+//! One decoder layer, forward and backward, over the buffers of the activation table.
+//!
+//! Pre-norm: `mid = stream + attention(norm1(stream))`, `stream' = mid + feed_forward(norm2(mid))`.
+//! Post-norm (350m): `between = norm1(stream + attention(stream))`, `stream' = norm2(between + feed_forward(between))`.
+
+use crate::activations::{Allocator, Copies, Recompute};
+use crate::backprop::{Options, Pass};
+use crate::config::Config;
+use crate::weights::{Layer, Linear, Norm};
+use anyhow::Result;
+use ferropt_device::rng::{Purpose, Stream};
+use ferropt_device::{Activation, AttentionShape, Device, Dropout, Element, LinearShape, Store};
+
+/// Buffers of all layers; the names are those of the activation table.
+pub(crate) struct Layers<D: Device, E: Element> {
+    pub(crate) stream: Copies<D::Buf<f32>>,
+    pub(crate) normed1: Copies<D::Buf<E>>,
+    mean1: Copies<D::Buf<f32>>,
+    rstd1: Copies<D::Buf<f32>>,
+    qkv: Copies<D::Buf<E>>,
+    attended: Copies<D::Buf<E>>,
+    lse: Copies<D::Buf<f32>>,
+    mid: Copies<D::Buf<f32>>,
+    normed2: Copies<D::Buf<E>>,
+    mean2: Copies<D::Buf<f32>>,
+    rstd2: Copies<D::Buf<f32>>,
+    relu: Copies<D::Buf<E>>,
+    /// Behind the last layer: what the LM head, or the projection before it, reads.
+    pub(crate) hidden: D::Buf<E>,
+    doc_start: D::Buf<u32>,
+    post: Option<PostNorm<D>>,
+    pub(crate) gradients: Gradients<D, E>,
+    sizes: Sizes,
+}
+
+/// What only post-norm layers have.
+struct PostNorm<D: Device> {
+    between: D::Buf<f32>,
+    sum2: Copies<D::Buf<f32>>,
+    d_stream_before: D::Buf<f32>,
+}
+
+/// Gradients of activations.
+pub(crate) struct Gradients<D: Device, E: Element> {
+    /// Of the residual stream; with post-norm the gradient of a layer's output is this plus `d_normed`.
+    pub(crate) d_stream: D::Buf<f32>,
+    pub(crate) d_branch: D::Buf<E>,
+    d_relu: D::Buf<E>,
+    /// Of a layer norm's output: what a block reads.
+    pub(crate) d_normed: D::Buf<E>,
+    d_attended: D::Buf<E>,
+    d_qkv: D::Buf<E>,
+}
+
+/// Numbers that every operation asks for.
+#[derive(Clone, Copy)]
+struct Sizes {
+    layers: usize,
+    width: usize,
+    attention: AttentionShape,
+    recompute: Recompute,
+    stop_at_documents: bool,
+    dropout: f64,
+    attention_dropout: f64,
+    qkv: LinearShape,
+    out: LinearShape,
+    fc1: LinearShape,
+    fc2: LinearShape,
+}
+
+impl Sizes {
+    fn new(config: &Config, options: Options) -> Self {
+        let (c, f) = (config.width, config.feed_forward);
+        let shape = |n, k| LinearShape { m: options.batch * options.seq, n, k };
+        Sizes {
+            layers: config.layers,
+            width: c,
+            attention: AttentionShape {
+                batch: options.batch,
+                seq: options.seq,
+                heads: config.heads,
+                width: config.head_width(),
+            },
+            recompute: options.recompute,
+            stop_at_documents: options.stop_at_documents,
+            dropout: config.dropout,
+            attention_dropout: config.attention_dropout,
+            qkv: shape(3 * c, c),
+            out: shape(c, c),
+            fc1: shape(f, c),
+            fc2: shape(c, f),
+        }
+    }
+
+    /// Dropout of one place, while training.
+    fn dropout(&self, pass: Option<Pass>, purpose: Purpose, layer: usize) -> Option<Dropout> {
+        let p = if purpose == Purpose::DropoutAttention { self.attention_dropout } else { self.dropout };
+        let pass = pass.filter(|_| p > 0.0)?;
+        Some(Dropout {
+            p: p as f32,
+            stream: Stream::new(pass.seed, purpose, layer, pass.step),
+            first_row: pass.first_sequence * self.attention.seq as u64,
+        })
+    }
+}
+
+impl<D: Device, E: Element> Layers<D, E> {
+    pub(crate) fn new(make: &mut Allocator<'_, D>, config: &Config, options: Options) -> Result<Self> {
+        let post = config.post_norm.then(|| -> Result<_> {
+            Ok(PostNorm {
+                between: make.one("between")?,
+                sum2: make.copies("sum2")?,
+                d_stream_before: make.one("d_stream_before")?,
+            })
+        });
+        Ok(Layers {
+            post: post.transpose()?,
+            stream: make.copies("stream")?,
+            normed1: make.copies("normed1")?,
+            mean1: make.copies("mean1")?,
+            rstd1: make.copies("rstd1")?,
+            qkv: make.copies("qkv")?,
+            attended: make.copies("attended")?,
+            lse: make.copies("lse")?,
+            mid: make.copies("mid")?,
+            normed2: make.copies("normed2")?,
+            mean2: make.copies("mean2")?,
+            rstd2: make.copies("rstd2")?,
+            relu: make.copies("relu")?,
+            hidden: make.one("hidden")?,
+            doc_start: make.one("doc_start")?,
+            gradients: Gradients {
+                d_stream: make.one("d_stream")?,
+                d_branch: make.one("d_branch")?,
+                d_relu: make.one("d_relu")?,
+                d_normed: make.one("d_normed")?,
+                d_attended: make.one("d_attended")?,
+                d_qkv: make.one("d_qkv")?,
+            },
+            sizes: Sizes::new(config, options),
+        })
+    }
+
+    /// Where documents start, `[B, T]`; used if attention stops there.
+    pub(crate) fn set_documents(&mut self, device: &D, doc_start: &[u32]) {
+        device.upload(&mut self.doc_start, 0, doc_start);
+    }
+
+    /// Forward through layer `l`: `stream[l]` to `stream[l + 1]` (and with post-norm `normed1`, or `hidden` behind the
+    /// last layer).
+    pub(crate) fn forward(&mut self, device: &D, w: &Layer<D, E>, l: usize, pass: Option<Pass>) {
+        if self.post.is_none() {
+            self.norm1_ahead(device, &w.norm1, l);
+        }
+        self.forward_attention(device, w, l, pass);
+        self.forward_feed_forward(device, w, l, pass, true);
+    }
+
+    /// Pre-norm: `normed1 = norm1(stream)`.
+    fn norm1_ahead(&mut self, d: &D, norm: &Norm<D>, l: usize) {
+        let (y, mean, rstd) = (&mut self.normed1[l], &mut self.mean1[l], &mut self.rstd1[l]);
+        d.layer_norm(self.sizes.width, &self.stream[l], &norm.gain, &norm.bias, y, None, mean, rstd);
+    }
+
+    /// `normed2`, the feed-forward block's input: pre-norm `norm2(mid)`, post-norm `norm1(mid)`.
+    fn norm_of_mid(&mut self, d: &D, w: &Layer<D, E>, l: usize) {
+        let (x, y, width) = (&self.mid[l], &mut self.normed2[l], self.sizes.width);
+        match &mut self.post {
+            None => {
+                let (mean, rstd) = (&mut self.mean2[l], &mut self.rstd2[l]);
+                d.layer_norm(width, x, &w.norm2.gain, &w.norm2.bias, y, None, mean, rstd);
+            }
+            Some(post) => {
+                let (mean, rstd) = (&mut self.mean1[l], &mut self.rstd1[l]);
+                let between = Some(&mut post.between);
+                d.layer_norm(width, x, &w.norm1.gain, &w.norm1.bias, y, between, mean, rstd);
+            }
+        }
+    }
+
+    fn attend(&mut self, d: &D, l: usize, pass: Option<Pass>) {
+        let s = &self.sizes;
+        let documents = s.stop_at_documents.then_some(&self.doc_start);
+        let dropout = s.dropout(pass, Purpose::DropoutAttention, l);
+        d.attention(s.attention, &self.qkv[l], documents, dropout, &mut self.attended[l], &mut self.lse[l]);
+    }
+
+    /// `mid = stream + attention(normed1)`.
+    fn forward_attention(&mut self, d: &D, w: &Layer<D, E>, l: usize, pass: Option<Pass>) {
+        let s = self.sizes;
+        let Linear { weight, bias } = &w.qkv;
+        d.linear(s.qkv, &self.normed1[l], weight, Some(bias), Activation::Identity, &mut self.qkv[l]);
+        self.attend(d, l, pass);
+        let Linear { weight, bias } = &w.out;
+        let dropout = s.dropout(pass, Purpose::DropoutAttentionOut, l);
+        let (x, residual, out) = (&self.attended[l], &self.stream[l], &mut self.mid[l]);
+        d.linear_residual(s.out, x, weight, Some(bias), dropout, residual, out);
+    }
+
+    /// From `mid` to the layer's output; without `output` only what the backward pass of this layer reads.
+    fn forward_feed_forward(&mut self, d: &D, w: &Layer<D, E>, l: usize, pass: Option<Pass>, output: bool) {
+        let s = self.sizes;
+        self.norm_of_mid(d, w, l);
+        let Linear { weight, bias } = &w.fc1;
+        d.linear(s.fc1, &self.normed2[l], weight, Some(bias), Activation::Relu, &mut self.relu[l]);
+        let Linear { weight, bias } = &w.fc2;
+        let dropout = s.dropout(pass, Purpose::DropoutFeedForward, l);
+        match &mut self.post {
+            None if output => {
+                let (residual, out) = (&self.mid[l], &mut self.stream[l + 1]);
+                d.linear_residual(s.fc2, &self.relu[l], weight, Some(bias), dropout, residual, out);
+            }
+            None => {}
+            Some(post) => {
+                let sum2 = &mut post.sum2[l];
+                d.linear_residual(s.fc2, &self.relu[l], weight, Some(bias), dropout, &post.between, sum2);
+                let last = l + 1 == s.layers;
+                let (y, y_f32) = match (output, last) {
+                    // Only mean and rstd are wanted; `d_branch` is free.
+                    (false, _) => (&mut self.gradients.d_branch, None),
+                    (true, true) => (&mut self.hidden, None),
+                    (true, false) => (&mut self.normed1[l + 1], Some(&mut self.stream[l + 1])),
+                };
+                let (mean, rstd) = (&mut self.mean2[l], &mut self.rstd2[l]);
+                d.layer_norm(s.width, sum2, &w.norm2.gain, &w.norm2.bias, y, y_f32, mean, rstd);
+            }
+        }
+    }
+
+    /// Computes again what layer `l`'s backward pass reads and the forward pass did not keep.
+    fn recompute(&mut self, d: &D, w: &Layer<D, E>, l: usize, pass: Option<Pass>) {
+        if l + 1 == self.sizes.layers {
+            // The last layer's activations have not been overwritten yet.
+            return;
+        }
+        match self.sizes.recompute {
+            Recompute::None => {}
+            Recompute::Selective => {
+                if self.post.is_none() {
+                    self.norm1_ahead(d, &w.norm1, l);
+                }
+                self.attend(d, l, pass);
+                self.norm_of_mid(d, w, l);
+            }
+            Recompute::Full => {
+                if self.post.is_none() {
+                    self.norm1_ahead(d, &w.norm1, l);
+                } else {
+                    d.cast(&self.stream[l], &mut self.normed1[l]);
+                }
+                self.forward_attention(d, w, l, pass);
+                self.forward_feed_forward(d, w, l, pass, false);
+            }
+        }
+    }
+
+    /// Backward through layer `l`: gradient of its output to gradient of its input, and gradients `g` of its weights.
+    pub(crate) fn backward(
+        &mut self,
+        device: &D,
+        w: &Layer<D, E>,
+        g: &mut Layer<D, f32>,
+        l: usize,
+        pass: Option<Pass>,
+        store: Store,
+    ) {
+        self.recompute(device, w, l, pass);
+        if let Some(post) = &mut self.post {
+            let x = &post.sum2[l];
+            let d = &mut self.gradients;
+            norm_backward_of_sum(device, self.sizes.width, x, &self.mean2[l], &self.rstd2[l], &w.norm2, d, &mut g.norm2, &mut post.d_stream_before, store);
+        }
+        self.backward_feed_forward(device, w, g, l, pass, store);
+        match &mut self.post {
+            None => {
+                let d = &mut self.gradients;
+                let (x, mean, rstd) = (&self.mid[l], &self.mean2[l], &self.rstd2[l]);
+                norm_backward(device, self.sizes.width, x, mean, rstd, &w.norm2, d, &mut g.norm2, store);
+            }
+            Some(post) => {
+                let d = &mut self.gradients;
+                let (x, mean, rstd) = (&self.mid[l], &self.mean1[l], &self.rstd1[l]);
+                norm_backward_of_sum(device, self.sizes.width, x, mean, rstd, &w.norm1, d, &mut g.norm1, &mut post.d_stream_before, store);
+            }
+        }
+        self.backward_attention(device, w, g, l, pass, store);
+        if self.post.is_none() {
+            let d = &mut self.gradients;
+            let (x, mean, rstd) = (&self.stream[l], &self.mean1[l], &self.rstd1[l]);
+            norm_backward(device, self.sizes.width, x, mean, rstd, &w.norm1, d, &mut g.norm1, store);
+        }
+    }
+
+    /// From `d_stream` to `d_normed`, the gradient of the feed-forward block's input.
+    fn backward_feed_forward(
+        &mut self,
+        device: &D,
+        w: &Layer<D, E>,
+        g: &mut Layer<D, f32>,
+        l: usize,
+        pass: Option<Pass>,
+        store: Store,
+    ) {
+        let (s, d) = (self.sizes, &mut self.gradients);
+        let dropout = s.dropout(pass, Purpose::DropoutFeedForward, l);
+        device.residual_backward(s.width, &d.d_stream, dropout, &mut d.d_branch);
+        let relu = &self.relu[l];
+        device.linear_backward_weight(s.fc2, &d.d_branch, relu, &mut g.fc2.weight, Some(&mut g.fc2.bias), store);
+        device.linear_backward_input(s.fc2, &d.d_branch, &w.fc2.weight, Some(relu), &mut d.d_relu);
+        let x = &self.normed2[l];
+        device.linear_backward_weight(s.fc1, &d.d_relu, x, &mut g.fc1.weight, Some(&mut g.fc1.bias), store);
+        device.linear_backward_input(s.fc1, &d.d_relu, &w.fc1.weight, None, &mut d.d_normed);
+    }
+
+    /// From `d_stream` to `d_normed`, the gradient of the attention block's input.
+    fn backward_attention(
+        &mut self,
+        device: &D,
+        w: &Layer<D, E>,
+        g: &mut Layer<D, f32>,
+        l: usize,
+        pass: Option<Pass>,
+        store: Store,
+    ) {
+        let (s, d) = (self.sizes, &mut self.gradients);
+        let dropout = s.dropout(pass, Purpose::DropoutAttentionOut, l);
+        device.residual_backward(s.width, &d.d_stream, dropout, &mut d.d_branch);
+        let attended = &self.attended[l];
+        device.linear_backward_weight(s.out, &d.d_branch, attended, &mut g.out.weight, Some(&mut g.out.bias), store);
+        device.linear_backward_input(s.out, &d.d_branch, &w.out.weight, None, &mut d.d_attended);
+        let documents = s.stop_at_documents.then_some(&self.doc_start);
+        let dropout = s.dropout(pass, Purpose::DropoutAttention, l);
+        let (qkv, lse) = (&self.qkv[l], &self.lse[l]);
+        device.attention_backward(s.attention, qkv, documents, dropout, attended, lse, &d.d_attended, &mut d.d_qkv);
+        let x = &self.normed1[l];
+        device.linear_backward_weight(s.qkv, &d.d_qkv, x, &mut g.qkv.weight, Some(&mut g.qkv.bias), store);
+        device.linear_backward_input(s.qkv, &d.d_qkv, &w.qkv.weight, None, &mut d.d_normed);
+    }
+}
+
+/// Pre-norm: adds the gradient that comes through a layer norm, `d_normed`, to that of the residual stream.
+fn norm_backward<D: Device, E: Element>(
+    device: &D,
+    width: usize,
+    x: &D::Buf<f32>,
+    mean: &D::Buf<f32>,
+    rstd: &D::Buf<f32>,
+    norm: &Norm<D>,
+    d: &mut Gradients<D, E>,
+    g: &mut Norm<D>,
+    store: Store,
+) {
+    let (dx, added) = (&mut d.d_stream, Store::Accumulate);
+    let (gain, bias) = (&mut g.gain, &mut g.bias);
+    device.layer_norm_backward(width, &d.d_normed, x, mean, rstd, &norm.gain, dx, added, gain, bias, store);
+}
+
+/// Post-norm: the gradient of a layer norm's output is `d_stream + d_normed`, and it replaces `d_stream` by that of its
+/// input. The backward pass is linear in it, so the parts are taken one after the other.
+fn norm_backward_of_sum<D: Device, E: Element>(
+    device: &D,
+    width: usize,
+    x: &D::Buf<f32>,
+    mean: &D::Buf<f32>,
+    rstd: &D::Buf<f32>,
+    norm: &Norm<D>,
+    d: &mut Gradients<D, E>,
+    g: &mut Norm<D>,
+    dx: &mut D::Buf<f32>,
+    store: Store,
+) {
+    let (gain, bias) = (&mut g.gain, &mut g.bias);
+    let (first, then) = (Store::Overwrite, Store::Accumulate);
+    device.layer_norm_backward(width, &d.d_stream, x, mean, rstd, &norm.gain, dx, first, gain, bias, store);
+    device.layer_norm_backward(width, &d.d_normed, x, mean, rstd, &norm.gain, dx, then, gain, bias, then);
+    std::mem::swap(&mut d.d_stream, dx);
+}

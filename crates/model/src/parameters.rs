@@ -1,0 +1,108 @@
+//! The parameter table: what decides allocation, initial values, checkpoints and the planner.
+
+use crate::config::{Config, POSITION_OFFSET};
+
+/// Standard deviation of OPT's initial weights.
+pub(crate) const INITIAL_STD: f64 = 0.006;
+
+/// Initial values of a parameter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Initial {
+    /// Normal with mean 0 and this standard deviation.
+    Normal(f64),
+    /// All zero.
+    Zeros,
+    /// All one.
+    Ones,
+}
+
+/// One parameter, as it lies in memory. Matrices are of the compute type, vectors always f32.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Parameter {
+    /// Names in Hugging Face checkpoints. More than one where the rows of that many equally large tensors are stacked
+    /// (q, k and v).
+    pub names: Vec<String>,
+    /// `[out, in]` for matrices, `[out]` for vectors.
+    pub shape: Vec<usize>,
+    /// Values before the first step.
+    pub initial: Initial,
+}
+
+impl Parameter {
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it is a matrix.
+    pub fn is_matrix(&self) -> bool {
+        self.shape.len() == 2
+    }
+
+    /// Shape of each of the tensors that are stacked.
+    pub fn part_shape(&self) -> Vec<usize> {
+        let mut shape = self.shape.clone();
+        shape[0] /= self.names.len();
+        shape
+    }
+}
+
+impl Config {
+    /// All parameters. Their numbers in this list name their streams of random numbers.
+    pub fn parameters(&self) -> Vec<Parameter> {
+        let (c, f, w) = (self.width, self.feed_forward, self.embedding_width);
+        let normal = Initial::Normal(INITIAL_STD);
+        // What adds to the residual stream starts smaller, as in Megatron-LM, so that the sum does not grow with depth.
+        let into_residual = Initial::Normal(INITIAL_STD / ((2 * self.layers) as f64).sqrt());
+        let mut table = Table(Vec::new());
+        table.add("embed_tokens.weight", &[self.vocab, w], normal);
+        table.add("embed_positions.weight", &[self.positions + POSITION_OFFSET, c], normal);
+        if self.has_projections() {
+            table.add("project_in.weight", &[c, w], normal);
+        }
+        for l in 0..self.layers {
+            table.stacked(l, ["q", "k", "v"].map(|x| format!("self_attn.{x}_proj")), [3 * c, c], normal);
+            table.linear(l, "self_attn.out_proj", [c, c], into_residual);
+            table.norm(&format!("layers.{l}.self_attn_layer_norm"), c);
+            table.linear(l, "fc1", [f, c], normal);
+            table.linear(l, "fc2", [c, f], into_residual);
+            table.norm(&format!("layers.{l}.final_layer_norm"), c);
+        }
+        if !self.post_norm {
+            table.norm("final_layer_norm", c);
+        }
+        if self.has_projections() {
+            table.add("project_out.weight", &[w, c], normal);
+        }
+        table.0
+    }
+}
+
+struct Table(Vec<Parameter>);
+
+impl Table {
+    fn add(&mut self, name: &str, shape: &[usize], initial: Initial) {
+        self.0.push(Parameter { names: vec![full(name)], shape: shape.to_vec(), initial });
+    }
+
+    fn linear(&mut self, layer: usize, name: &str, [out, into]: [usize; 2], initial: Initial) {
+        self.add(&format!("layers.{layer}.{name}.weight"), &[out, into], initial);
+        self.add(&format!("layers.{layer}.{name}.bias"), &[out], Initial::Zeros);
+    }
+
+    fn stacked(&mut self, layer: usize, names: [String; 3], [out, into]: [usize; 2], initial: Initial) {
+        for (end, shape, initial) in [("weight", vec![out, into], initial), ("bias", vec![out], Initial::Zeros)] {
+            let names = names.iter().map(|name| full(&format!("layers.{layer}.{name}.{end}"))).collect();
+            self.0.push(Parameter { names, shape, initial });
+        }
+    }
+
+    fn norm(&mut self, name: &str, width: usize) {
+        self.add(&format!("{name}.weight"), &[width], Initial::Ones);
+        self.add(&format!("{name}.bias"), &[width], Initial::Zeros);
+    }
+}
+
+fn full(name: &str) -> String {
+    format!("model.decoder.{name}")
+}

@@ -1,0 +1,215 @@
+//! What holds for the model as a whole, whatever the oracle says: dropout's gradients against finite differences,
+//! layouts that agree, documents that do not see each other, decoding that equals the forward pass.
+
+use ferropt_device::cpu::{CpuDevice, CpuOptions};
+use ferropt_device::{Buffer, Device, Element, Store, bf16};
+use ferropt_model::{
+    Backprop, Batch, Config, Initial, Model, Options, Parameter, Pass, Recompute, Session, Tensor, initial_values,
+};
+
+const SEED: u64 = 5;
+
+fn device() -> CpuDevice {
+    CpuDevice::new(CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap()
+}
+
+/// A pre-norm model and one like 350m, with initial values large enough for all parts to matter.
+fn configs() -> [Config; 2] {
+    let base = Config {
+        layers: 2,
+        heads: 2,
+        width: 32,
+        feed_forward: 48,
+        embedding_width: 32,
+        post_norm: false,
+        vocab: 61,
+        positions: 40,
+        dropout: 0.0,
+        attention_dropout: 0.0,
+    };
+    [base.clone(), Config { post_norm: true, embedding_width: 24, ..base }]
+}
+
+/// Initial values of a parameter, larger than OPT's.
+fn values(parameter: &Parameter, index: usize) -> Vec<f32> {
+    let columns = *parameter.shape.last().unwrap() as f64;
+    let (std, mean) = if parameter.is_matrix() { (1.2 / columns.sqrt(), 0.0) } else { (0.1, 0.0) };
+    let mean = if parameter.initial == Initial::Ones { 1.0 } else { mean };
+    let noise = Parameter { initial: Initial::Normal(std), ..parameter.clone() };
+    initial_values(&noise, index, SEED).into_iter().map(|v| v + mean).collect()
+}
+
+fn model<E: Element>(device: &CpuDevice, config: &Config) -> Model<CpuDevice, E> {
+    let mut model = Model::zeros(device, config).unwrap();
+    for (i, parameter) in config.parameters().iter().enumerate() {
+        model.set(device, i, &values(parameter, i)).unwrap();
+    }
+    model
+}
+
+fn options(batch: usize, seq: usize) -> Options {
+    Options { batch, seq, recompute: Recompute::None, stop_at_documents: false }
+}
+
+fn ids(which: usize, len: usize, vocab: usize) -> Vec<u32> {
+    let stream = ferropt_device::rng::Stream::new(77, ferropt_device::rng::Purpose::Sampling, which, 0);
+    (0..len).map(|i| stream.word(0, i) % vocab as u32).collect()
+}
+
+fn gradients(device: &CpuDevice, backprop: &Backprop<CpuDevice, f32>) -> Vec<Vec<f32>> {
+    let get = |tensor: Tensor<'_, CpuDevice, f32>| {
+        let (Tensor::Matrix(g) | Tensor::Vector(g)) = tensor;
+        let mut values = vec![0.0; g.len()];
+        device.download(g, 0, &mut values);
+        values
+    };
+    backprop.gradients.tensors().into_iter().map(get).collect()
+}
+
+/// The loss moves along a random direction as the gradient says, dropout masks staying as they are.
+#[test]
+fn gradients_under_dropout_match_finite_differences() {
+    let device = device();
+    for config in configs() {
+        let config = Config { dropout: 0.2, attention_dropout: 0.3, ..config };
+        let (batch, seq) = (2, 21);
+        let (tokens, targets) = (ids(1, batch * seq, 61), ids(2, batch * seq, 61));
+        let documents = vec![0; batch * seq];
+        let given = Batch { tokens: &tokens, targets: &targets, doc_start: &documents };
+        let pass = Pass { seed: 3, step: 7, first_sequence: 5 };
+        let mut backprop = Backprop::new(&device, &config, options(batch, seq)).unwrap();
+        let mut model = model::<f32>(&device, &config);
+        backprop.train(&device, &model, given, pass, 1.0, Store::Overwrite).unwrap();
+        let gradients = gradients(&device, &backprop);
+        for (i, parameter) in config.parameters().iter().enumerate() {
+            let at = values(parameter, i);
+            let noise = Parameter { initial: Initial::Normal(1.0), ..parameter.clone() };
+            let direction = initial_values(&noise, i, SEED + 1);
+            let slope: f64 = direction.iter().zip(&gradients[i]).map(|(d, g)| *d as f64 * *g as f64).sum();
+            let mut loss = |step: f32| {
+                let moved: Vec<f32> = at.iter().zip(&direction).map(|(w, d)| w + step * d).collect();
+                model.set(&device, i, &moved).unwrap();
+                backprop.train(&device, &model, given, pass, 1.0, Store::Overwrite).unwrap()
+            };
+            // ReLU has kinks, so the step is small, and f32 losses are rough, so it is not smaller.
+            let step = 2e-3 / (at.len() as f32).powf(0.25);
+            let measured = (loss(step) - loss(-step)) / (2.0 * step as f64);
+            loss(0.0);
+            let size: f64 = gradients[i].iter().map(|g| (*g as f64).powi(2)).sum::<f64>().sqrt();
+            let error = (measured - slope).abs();
+            assert!(error < 0.02 * size + 0.02, "{}: slope {slope}, measured {measured}", parameter.names[0]);
+        }
+    }
+}
+
+/// One pass over four sequences, or two over two: the same loss and gradients to rounding, masks included.
+#[test]
+fn micro_batches_agree() {
+    let device = device();
+    for config in configs() {
+        let config = Config { dropout: 0.1, attention_dropout: 0.1, ..config };
+        let seq = 17;
+        let (tokens, targets) = (ids(1, 4 * seq, 61), ids(2, 4 * seq, 61));
+        let documents = vec![0; 4 * seq];
+        let model = model::<f32>(&device, &config);
+        let run = |micro: usize| {
+            let mut backprop = Backprop::new(&device, &config, options(micro, seq)).unwrap();
+            let mut sum = 0.0;
+            for first in (0..4).step_by(micro) {
+                let rows = first * seq..(first + micro) * seq;
+                let (tokens, targets) = (&tokens[rows.clone()], &targets[rows.clone()]);
+                let given = Batch { tokens, targets, doc_start: &documents[rows] };
+                let pass = Pass { seed: 3, step: 7, first_sequence: first as u64 };
+                let store = if first == 0 { Store::Overwrite } else { Store::Accumulate };
+                sum += backprop.train(&device, &model, given, pass, 0.25, store).unwrap();
+            }
+            (sum, gradients(&device, &backprop))
+        };
+        let (whole, parts) = (run(4), run(2));
+        assert!((whole.0 / parts.0 - 1.0).abs() < 1e-6);
+        for ((a, b), parameter) in whole.1.iter().zip(&parts.1).zip(config.parameters()) {
+            let size = a.iter().fold(0.0f32, |most, g| most.max(g.abs()));
+            for (a, b) in a.iter().zip(b) {
+                assert!((a - b).abs() <= 1e-5 * size + 1e-6, "{}: {a} and {b}", parameter.names[0]);
+            }
+        }
+    }
+}
+
+#[test]
+fn documents_do_not_see_those_before_them() {
+    let device = device();
+    for config in configs() {
+        let seq = 30;
+        let start = 11;
+        let documents: Vec<u32> = (0..seq).map(|t| if t < start { 0 } else { start }).collect();
+        let model = model::<f32>(&device, &config);
+        let apart = Options { stop_at_documents: true, ..options(1, seq as usize) };
+        let mut backprop = Backprop::new(&device, &config, apart).unwrap();
+        let targets = ids(2, seq as usize, 61);
+        let mut logits = |tokens: &[u32]| {
+            let given = Batch { tokens, targets: &targets, doc_start: &documents };
+            backprop.logits(&device, &model, given).unwrap()
+        };
+        let tokens = ids(1, seq as usize, 61);
+        let mut other = tokens.clone();
+        other[start as usize - 1] = (other[start as usize - 1] + 1) % 61;
+        let (a, b) = (logits(&tokens), logits(&other));
+        let border = start as usize * 61;
+        assert!(a[border..] == b[border..], "a later document depends on an earlier one");
+        assert!(a[border - 61..border] != b[border - 61..border], "a token does not matter to itself");
+        other = tokens.clone();
+        other[start as usize] = (other[start as usize] + 1) % 61;
+        let c = logits(&other);
+        assert!(a[c.len() - 61..] != c[c.len() - 61..], "tokens of one document see each other");
+    }
+}
+
+#[test]
+fn decoding_is_the_forward_pass() {
+    fn check<E: Element>(tolerance: f32) {
+        let device = device();
+        for config in configs() {
+            let model = model::<E>(&device, &config);
+            let tokens = ids(1, 33, 61);
+            let mut backprop = Backprop::<_, E>::new(&device, &config, options(1, 33)).unwrap();
+            let documents = vec![0; 33];
+            let given = Batch { tokens: &tokens, targets: &tokens, doc_start: &documents };
+            let want = backprop.logits(&device, &model, given).unwrap();
+            for pieces in [vec![33], vec![1; 33], vec![7, 1, 2, 20, 3]] {
+                let mut session = Session::new(&device, &model, 33).unwrap();
+                let mut at = 0;
+                for piece in pieces {
+                    let logits = session.feed(&tokens[at..at + piece]).unwrap();
+                    at += piece;
+                    assert_eq!(session.len(), at);
+                    for (got, want) in logits.iter().zip(&want[(at - 1) * 61..at * 61]) {
+                        assert!((got - want).abs() < tolerance, "{} at {at}: {got}, not {want}", E::DTYPE);
+                    }
+                }
+                let full = session.feed(&[4]).unwrap_err().to_string();
+                assert!(full.contains("33"), "{full}");
+            }
+        }
+    }
+    check::<f32>(2e-5);
+    check::<bf16>(0.15);
+}
+
+#[test]
+fn wrong_batches_are_refused() {
+    let device = device();
+    let [config, _] = configs();
+    let model = model::<f32>(&device, &config);
+    let mut backprop = Backprop::new(&device, &config, options(1, 3)).unwrap();
+    let mut refused = |tokens: &[u32], targets: &[u32], documents: &[u32], part: &str| {
+        let given = Batch { tokens, targets, doc_start: documents };
+        let message = backprop.score(&device, &model, given).unwrap_err().to_string();
+        assert!(message.contains(part), "{message}");
+    };
+    refused(&[1, 2], &[1, 2, 3], &[0; 3], "2 tokens");
+    refused(&[1, 2, 61], &[1, 2, 3], &[0; 3], "61");
+    refused(&[1, 2, 3], &[1, 99, 3], &[0; 3], "99");
+    refused(&[1, 2, 3], &[1, 2, 3], &[1, 0, 0], "starts behind");
+    assert!(Backprop::<_, f32>::new(&device, &config, options(1, 41)).is_err_and(|e| e.to_string().contains("40")));
+}

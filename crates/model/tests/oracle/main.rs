@@ -1,0 +1,150 @@
+//! Against Hugging Face's `OPTForCausalLM` and PyTorch, with the fixtures of `scripts/make_fixtures.py`: logits, loss,
+//! every gradient and 20 AdamW steps, in f32 to rounding, and in bf16 with no larger errors than PyTorch's own autocast.
+//!
+//! `FERROPT_FIXTURES` names a folder of other cases made by the script.
+
+mod fixture;
+mod learner;
+
+use ferropt_device::cpu::{CpuDevice, CpuOptions, Isa};
+use ferropt_device::{bf16, Element};
+use ferropt_model::Recompute;
+use fixture::{Fixture, all};
+use learner::Learner;
+
+/// Largest difference of a logit, f32 (rule 1 of the design).
+const LOGIT: f64 = 1e-4;
+/// Relative error of a gradient tensor, f32 (rule 1 of the design).
+const GRADIENT: f64 = 1e-5;
+/// A key bias shifts all scores of a row alike, so its gradient is zero and what is computed is rounding noise.
+const NOISE: f64 = 1e-7;
+/// How much larger than PyTorch's our bf16 errors may be: both are sums of many rounding errors, drawn differently.
+const ROUGHLY: f64 = 1.5;
+
+fn devices() -> Vec<CpuDevice> {
+    let open = |isa| CpuDevice::new(CpuOptions { isa: Some(isa), threads: Some(2), pin: false });
+    Isa::available().into_iter().map(|isa| open(isa).expect("an available instruction set")).collect()
+}
+
+fn norm(values: impl IntoIterator<Item = f64>) -> f64 {
+    values.into_iter().map(|v| v * v).sum::<f64>().sqrt()
+}
+
+/// Norm of the difference.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    norm(a.iter().zip(b).map(|(a, b)| *a as f64 - *b as f64))
+}
+
+fn norm32(values: &[f32]) -> f64 {
+    norm(values.iter().map(|v| *v as f64))
+}
+
+/// Logits that take part in the loss: what stands behind padding is nobody's.
+fn used<'a>(fixture: &'a Fixture, logits: &'a [f32]) -> impl Iterator<Item = f32> + 'a {
+    let vocab = fixture.config.vocab;
+    let rows = fixture.targets.iter().enumerate().filter(|(_, t)| **t != ferropt_device::IGNORE);
+    rows.flat_map(move |(row, _)| logits[row * vocab..(row + 1) * vocab].iter().copied())
+}
+
+#[test]
+fn f32_logits_losses_and_gradients() {
+    for device in devices() {
+        for f in all() {
+            let what = format!("{} on {:?}", f.name, device.isa());
+            let mut learner = Learner::<f32>::new(&device, &f, Recompute::None);
+            let logits = learner.logits(&device, &f);
+            for (got, want) in used(&f, &logits).zip(used(&f, &f.values("logits"))) {
+                assert!((got as f64 - want as f64).abs() <= LOGIT, "{what}: logit {got}, not {want}");
+            }
+            let loss = learner.train(&device, &f);
+            let want = f.values("loss")[0] as f64;
+            assert!((loss - want).abs() < 1e-6 * want, "{what}: loss {loss}, not {want}");
+            for (name, got) in learner.gradients(&device) {
+                let want = f.values(&format!("grad.{name}"));
+                let (error, size) = (distance(&got, &want), norm32(&want));
+                assert!(error <= GRADIENT * size + NOISE, "{what}: gradient of {name} is off by {error:e} of {size:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn f32_twenty_adamw_steps() {
+    for device in devices() {
+        for f in all() {
+            let what = format!("{} on {:?}", f.name, device.isa());
+            let mut learner = Learner::<f32>::new(&device, &f, Recompute::None);
+            for (step, want) in f.values("loss20").into_iter().enumerate() {
+                let loss = learner.train(&device, &f);
+                assert!((loss / want as f64 - 1.0).abs() < 2e-5, "{what}, step {step}: loss {loss}, not {want}");
+                learner.step(&device, &f, step as u64 + 1);
+            }
+            for ((name, got), norms) in learner.masters(&device).into_iter().zip(f.values64("after20_norms").chunks(2)) {
+                let want = f.values(&format!("after20.{name}"));
+                let moved = norms[1];
+                // AdamW makes whole steps of a key bias's noise.
+                let slack = if name.ends_with("k_proj.bias") { 2.0 * moved } else { 2e-3 * moved };
+                let error = distance(&got[..want.len()], &want);
+                assert!(error <= slack, "{what}: {name} is off by {error:e} after moving by {moved:e}");
+                let size = norm32(&got);
+                assert!((size - norms[0]).abs() <= slack, "{what}: {name} has norm {size}, not {}", norms[0]);
+            }
+        }
+    }
+}
+
+#[test]
+fn bf16_is_as_exact_as_pytorch() {
+    for device in devices() {
+        for f in all() {
+            let what = format!("{} on {:?}", f.name, device.isa());
+            let mut learner = Learner::<bf16>::new(&device, &f, Recompute::None);
+            let exact: Vec<f32> = used(&f, &f.values("logits")).collect();
+            let got: Vec<f32> = used(&f, &learner.logits(&device, &f)).collect();
+            let theirs: Vec<f32> = used(&f, &f.values("bf16.logits")).collect();
+            let (error, allowed) = (distance(&got, &exact), ROUGHLY * distance(&theirs, &exact));
+            assert!(error <= allowed, "{what}: logits are off by {error:e}, PyTorch's times {ROUGHLY}: {allowed:e}");
+            let errors = f.values64("bf16.grad_errors");
+            let exact_loss = f.values("loss20");
+            for (step, theirs) in f.values("bf16.loss20").into_iter().enumerate() {
+                let loss = learner.train(&device, &f);
+                if step == 0 {
+                    // Stacked parameters come apart in the order of names, the fixture's rows in PyTorch's.
+                    for (name, got) in learner.gradients(&device) {
+                        let row = f.parameter(&name);
+                        let (theirs, size) = (errors[2 * row], errors[2 * row + 1]);
+                        let error = distance(&got, &f.values(&format!("grad.{name}")));
+                        let allowed = ROUGHLY * theirs + 2e-3 * size + 1e-5;
+                        assert!(error <= allowed, "{what}: gradient of {name} is off by {error:e}, PyTorch's by {theirs:e} of {size:e}");
+                    }
+                }
+                let allowed = 2.0 * (theirs - exact_loss[step]).abs() as f64 + 5e-3 * loss;
+                let error = (loss - exact_loss[step] as f64).abs();
+                assert!(error <= allowed, "{what}, step {step}: loss {loss}, PyTorch {theirs}, f32 {}", exact_loss[step]);
+                learner.step(&device, &f, step as u64 + 1);
+            }
+        }
+    }
+}
+
+#[test]
+fn recomputation_changes_no_bit() {
+    fn check<E: Element>(device: &CpuDevice, f: &Fixture) {
+        let run = |recompute| {
+            let mut learner = Learner::<E>::with_dropout(device, f, recompute);
+            let loss = learner.train(device, f);
+            (loss.to_bits(), learner.gradients(device))
+        };
+        let kept = run(Recompute::None);
+        for recompute in [Recompute::Selective, Recompute::Full] {
+            assert!(run(recompute) == kept, "{}, {recompute:?}, {}", f.name, E::DTYPE);
+        }
+    }
+    for device in devices() {
+        for f in all() {
+            check::<f32>(&device, &f);
+            check::<bf16>(&device, &f);
+        }
+    }
+}
