@@ -86,7 +86,8 @@ impl ActivationTable {
         let if_none = if recompute == Recompute::None { layers } else { 1 };
         let unless_full = if recompute == Recompute::Full { 1 } else { layers };
         let mut table = ActivationTable(Vec::new());
-        let mut add = |name, scalar, elements, copies| table.0.push(Activation { name, scalar, elements, copies });
+        let mut add =
+            |name, scalar, elements, copies| table.0.push(Activation { name, scalar, elements, copies });
 
         for name in ["tokens", "positions", "targets", "doc_start"] {
             add(name, U32, n, 1);
@@ -188,7 +189,9 @@ impl<'a, D: Device> Allocator<'a, D> {
     /// All copies of a line.
     pub(crate) fn copies<T: Element>(&mut self, name: &str) -> Result<Copies<D::Buf<T>>> {
         let line = self.lines.remove(name).with_context(|| format!("there is no activation {name}"))?;
-        let make = |_| self.device.alloc(line.elements).with_context(|| format!("no room for the activation {name}"));
+        let make = |_| {
+            self.device.alloc(line.elements).with_context(|| format!("no room for the activation {name}"))
+        };
         Ok(Copies((0..line.copies).map(make).collect::<Result<_>>()?))
     }
 

@@ -191,7 +191,9 @@ impl<D: Device, E: Element> Backprop<D, E> {
     /// Checks a batch and copies it to the device.
     fn load(&mut self, device: &D, batch: Batch<'_>) -> Result<()> {
         let (rows, vocab, seq) = (self.rows(), self.config.vocab, self.options.seq);
-        for (name, values) in [("tokens", batch.tokens), ("targets", batch.targets), ("doc_start", batch.doc_start)] {
+        for (name, values) in
+            [("tokens", batch.tokens), ("targets", batch.targets), ("doc_start", batch.doc_start)]
+        {
             ensure!(
                 values.len() == rows,
                 "a batch has {} {name}, but passes of {} x {seq} take {rows}",
@@ -205,7 +207,10 @@ impl<D: Device, E: Element> Backprop<D, E> {
             anyhow::bail!("a batch holds the token id {id}, but the model's vocabulary has {vocab}");
         }
         let early = |(row, start): (usize, &u32)| *start as usize <= row % seq;
-        ensure!(batch.doc_start.iter().enumerate().all(early), "a document of a batch starts behind its own tokens");
+        ensure!(
+            batch.doc_start.iter().enumerate().all(early),
+            "a document of a batch starts behind its own tokens"
+        );
         device.upload(&mut self.tokens, 0, batch.tokens);
         device.upload(&mut self.targets, 0, batch.targets);
         self.layers.set_documents(device, batch.doc_start);
@@ -265,13 +270,24 @@ impl<D: Device, E: Element> Backprop<D, E> {
             (Some(p), Some(weight), Some(d_weight)) => {
                 // The embeddings' own gradient comes last, so its buffer is free.
                 let dh = &mut p.d_embedded;
-                device.lm_loss_backward(loss_shape, &p.projected, &w.tokens, targets, scale, losses, dh, dw, store);
+                device.lm_loss_backward(
+                    loss_shape,
+                    &p.projected,
+                    &w.tokens,
+                    targets,
+                    scale,
+                    losses,
+                    dh,
+                    dw,
+                    store,
+                );
                 device.linear_backward_weight(shape, dh, &layers.hidden, d_weight, None, store);
                 device.linear_backward_input(shape, dh, weight, None, d_hidden);
             }
             _ => {
                 let h = &layers.hidden;
-                device.lm_loss_backward(loss_shape, h, &w.tokens, targets, scale, losses, d_hidden, dw, store);
+                device
+                    .lm_loss_backward(loss_shape, h, &w.tokens, targets, scale, losses, d_hidden, dw, store);
             }
         }
         let d_stream = &mut layers.gradients.d_stream;
@@ -279,7 +295,9 @@ impl<D: Device, E: Element> Backprop<D, E> {
             (Some((mean, rstd)), Some(norm), Some(g)) => {
                 let (x, first) = (&layers.stream[self.config.layers], Store::Overwrite);
                 let (c, gain, bias) = (self.config.width, &mut g.gain, &mut g.bias);
-                device.layer_norm_backward(c, d_hidden, x, mean, rstd, &norm.gain, d_stream, first, gain, bias, store);
+                device.layer_norm_backward(
+                    c, d_hidden, x, mean, rstd, &norm.gain, d_stream, first, gain, bias, store,
+                );
             }
             _ => device.fill(d_stream, 0.0),
         }

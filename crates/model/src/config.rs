@@ -176,7 +176,10 @@ impl Config {
             1 << 24
         );
         for (name, p) in [("dropout", self.dropout), ("attention_dropout", self.attention_dropout)] {
-            ensure!((0.0..1.0).contains(&p), "{name} = {p} is not a probability in [0, 1); OPT uses {OPT_DROPOUT}");
+            ensure!(
+                (0.0..1.0).contains(&p),
+                "{name} = {p} is not a probability in [0, 1); OPT uses {OPT_DROPOUT}"
+            );
         }
         Ok(())
     }
@@ -189,7 +192,8 @@ impl Config {
     /// Floating-point operations of the forward pass per token of a sequence of `seq` tokens.
     pub fn forward_flops(&self, seq: usize) -> ForwardFlops {
         let [l, c, f, w, v, t] =
-            [self.layers, self.width, self.feed_forward, self.embedding_width, self.vocab, seq].map(|x| x as f64);
+            [self.layers, self.width, self.feed_forward, self.embedding_width, self.vocab, seq]
+                .map(|x| x as f64);
         let projections = if self.has_projections() { 2.0 * c * w } else { 0.0 };
         ForwardFlops {
             products: 2.0 * (l * (4.0 * c * c + 2.0 * c * f) + projections),
@@ -247,7 +251,11 @@ mod tests {
             config.check().unwrap();
             if !config.post_norm {
                 let [v, c, l] = [config.vocab, config.width, config.layers].map(|x| x as u64);
-                assert_eq!(config.parameter_count(), v * c + 2050 * c + l * (12 * c * c + 13 * c) + 2 * c, "{name}");
+                assert_eq!(
+                    config.parameter_count(),
+                    v * c + 2050 * c + l * (12 * c * c + 13 * c) + 2 * c,
+                    "{name}"
+                );
             }
             assert_eq!(config.parameter_count(), count, "{name}");
         }
@@ -259,7 +267,8 @@ mod tests {
         for name in ["125m", "350m"] {
             let config = Config::preset(name).unwrap();
             let flops = config.forward_flops(1024);
-            let matrices = config.parameters().into_iter().enumerate().filter(|(i, p)| p.is_matrix() && *i != 1);
+            let matrices =
+                config.parameters().into_iter().enumerate().filter(|(i, p)| p.is_matrix() && *i != 1);
             let matrices: usize = matrices.map(|(_, p)| p.elements()).sum();
             assert_eq!(flops.products + flops.head, 2.0 * matrices as f64, "{name}");
             assert_eq!(flops.attention, (4 * config.layers * config.width * 1024) as f64, "{name}");

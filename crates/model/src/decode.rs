@@ -128,7 +128,8 @@ impl<'a, D: Device, E: Element> Session<'a, D, E> {
         let (d, w, config) = (self.device, &self.model.weights, self.model.config());
         let (c, width) = (config.width, config.embedding_width);
         d.upload(&mut rows.tokens, 0, tokens);
-        let positions: Vec<u32> = (0..tokens.len()).map(|i| (self.len + i + POSITION_OFFSET) as u32).collect();
+        let positions: Vec<u32> =
+            (0..tokens.len()).map(|i| (self.len + i + POSITION_OFFSET) as u32).collect();
         d.upload(&mut rows.positions, 0, &positions);
         match (&mut rows.narrow, &w.project_in) {
             (Some(embedded), Some(weight)) => {

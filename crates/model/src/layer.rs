@@ -268,7 +268,18 @@ impl<D: Device, E: Element> Layers<D, E> {
         if let Some(post) = &mut self.post {
             let x = &post.sum2[l];
             let d = &mut self.gradients;
-            norm_backward_of_sum(device, self.sizes.width, x, &self.mean2[l], &self.rstd2[l], &w.norm2, d, &mut g.norm2, &mut post.d_stream_before, store);
+            norm_backward_of_sum(
+                device,
+                self.sizes.width,
+                x,
+                &self.mean2[l],
+                &self.rstd2[l],
+                &w.norm2,
+                d,
+                &mut g.norm2,
+                &mut post.d_stream_before,
+                store,
+            );
         }
         self.backward_feed_forward(device, w, g, l, pass, store);
         match &mut self.post {
@@ -280,7 +291,18 @@ impl<D: Device, E: Element> Layers<D, E> {
             Some(post) => {
                 let d = &mut self.gradients;
                 let (x, mean, rstd) = (&self.mid[l], &self.mean1[l], &self.rstd1[l]);
-                norm_backward_of_sum(device, self.sizes.width, x, mean, rstd, &w.norm1, d, &mut g.norm1, &mut post.d_stream_before, store);
+                norm_backward_of_sum(
+                    device,
+                    self.sizes.width,
+                    x,
+                    mean,
+                    rstd,
+                    &w.norm1,
+                    d,
+                    &mut g.norm1,
+                    &mut post.d_stream_before,
+                    store,
+                );
             }
         }
         self.backward_attention(device, w, g, l, pass, store);
@@ -305,7 +327,14 @@ impl<D: Device, E: Element> Layers<D, E> {
         let dropout = s.dropout(pass, Purpose::DropoutFeedForward, l);
         device.residual_backward(s.width, &d.d_stream, dropout, &mut d.d_branch);
         let relu = &self.relu[l];
-        device.linear_backward_weight(s.fc2, &d.d_branch, relu, &mut g.fc2.weight, Some(&mut g.fc2.bias), store);
+        device.linear_backward_weight(
+            s.fc2,
+            &d.d_branch,
+            relu,
+            &mut g.fc2.weight,
+            Some(&mut g.fc2.bias),
+            store,
+        );
         device.linear_backward_input(s.fc2, &d.d_branch, &w.fc2.weight, Some(relu), &mut d.d_relu);
         let x = &self.normed2[l];
         device.linear_backward_weight(s.fc1, &d.d_relu, x, &mut g.fc1.weight, Some(&mut g.fc1.bias), store);
@@ -326,12 +355,28 @@ impl<D: Device, E: Element> Layers<D, E> {
         let dropout = s.dropout(pass, Purpose::DropoutAttentionOut, l);
         device.residual_backward(s.width, &d.d_stream, dropout, &mut d.d_branch);
         let attended = &self.attended[l];
-        device.linear_backward_weight(s.out, &d.d_branch, attended, &mut g.out.weight, Some(&mut g.out.bias), store);
+        device.linear_backward_weight(
+            s.out,
+            &d.d_branch,
+            attended,
+            &mut g.out.weight,
+            Some(&mut g.out.bias),
+            store,
+        );
         device.linear_backward_input(s.out, &d.d_branch, &w.out.weight, None, &mut d.d_attended);
         let documents = s.stop_at_documents.then_some(&self.doc_start);
         let dropout = s.dropout(pass, Purpose::DropoutAttention, l);
         let (qkv, lse) = (&self.qkv[l], &self.lse[l]);
-        device.attention_backward(s.attention, qkv, documents, dropout, attended, lse, &d.d_attended, &mut d.d_qkv);
+        device.attention_backward(
+            s.attention,
+            qkv,
+            documents,
+            dropout,
+            attended,
+            lse,
+            &d.d_attended,
+            &mut d.d_qkv,
+        );
         let x = &self.normed1[l];
         device.linear_backward_weight(s.qkv, &d.d_qkv, x, &mut g.qkv.weight, Some(&mut g.qkv.bias), store);
         device.linear_backward_input(s.qkv, &d.d_qkv, &w.qkv.weight, None, &mut d.d_normed);

@@ -91,7 +91,9 @@ impl Table {
     }
 
     fn stacked(&mut self, layer: usize, names: [String; 3], [out, into]: [usize; 2], initial: Initial) {
-        for (end, shape, initial) in [("weight", vec![out, into], initial), ("bias", vec![out], Initial::Zeros)] {
+        for (end, shape, initial) in
+            [("weight", vec![out, into], initial), ("bias", vec![out], Initial::Zeros)]
+        {
             let names = names.iter().map(|name| full(&format!("layers.{layer}.{name}.{end}"))).collect();
             self.0.push(Parameter { names, shape, initial });
         }

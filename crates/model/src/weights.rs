@@ -239,7 +239,12 @@ mod tests {
                     Tensor::Matrix(w) => (w.len(), true),
                     Tensor::Vector(w) => (w.len(), false),
                 };
-                assert_eq!((len, matrix), (parameter.elements(), parameter.is_matrix()), "{:?}", parameter.names);
+                assert_eq!(
+                    (len, matrix),
+                    (parameter.elements(), parameter.is_matrix()),
+                    "{:?}",
+                    parameter.names
+                );
             }
         }
     }

@@ -4,7 +4,8 @@
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
 use ferropt_device::{Buffer, Device, Element, Store, bf16};
 use ferropt_model::{
-    Backprop, Batch, Config, Initial, Model, Options, Parameter, Pass, Recompute, Session, Tensor, initial_values,
+    Backprop, Batch, Config, Initial, Model, Options, Parameter, Pass, Recompute, Session, Tensor,
+    initial_values,
 };
 
 const SEED: u64 = 5;
@@ -91,13 +92,17 @@ fn gradients_under_dropout_match_finite_differences() {
                 model.set(&device, i, &moved).unwrap();
                 backprop.train(&device, &model, given, pass, 1.0, Store::Overwrite).unwrap()
             };
-            // ReLU has kinks, so the step is small, and f32 losses are rough, so it is not smaller.
-            let step = 2e-3 / (at.len() as f32).powf(0.25);
-            let measured = (loss(step) - loss(-step)) / (2.0 * step as f64);
+            // ReLU has kinks, which a small step rarely crosses; f32 losses are rough, which a large one does not feel.
+            // A wrong mask in one place is an error of a tenth and more, whatever the step.
+            let errors = [2e-3, 6e-4, 2e-4].map(|step| {
+                let step = step / (at.len() as f32).powf(0.25);
+                let measured = (loss(step) - loss(-step)) / (2.0 * step as f64);
+                (measured - slope).abs()
+            });
             loss(0.0);
             let size: f64 = gradients[i].iter().map(|g| (*g as f64).powi(2)).sum::<f64>().sqrt();
-            let error = (measured - slope).abs();
-            assert!(error < 0.02 * size + 0.02, "{}: slope {slope}, measured {measured}", parameter.names[0]);
+            let error = errors.into_iter().fold(f64::INFINITY, f64::min);
+            assert!(error < 0.02 * size + 0.02, "{}: slope {slope}, off by {errors:?}", parameter.names[0]);
         }
     }
 }
@@ -211,5 +216,8 @@ fn wrong_batches_are_refused() {
     refused(&[1, 2, 61], &[1, 2, 3], &[0; 3], "61");
     refused(&[1, 2, 3], &[1, 99, 3], &[0; 3], "99");
     refused(&[1, 2, 3], &[1, 2, 3], &[1, 0, 0], "starts behind");
-    assert!(Backprop::<_, f32>::new(&device, &config, options(1, 41)).is_err_and(|e| e.to_string().contains("40")));
+    assert!(
+        Backprop::<_, f32>::new(&device, &config, options(1, 41))
+            .is_err_and(|e| e.to_string().contains("40"))
+    );
 }

@@ -99,10 +99,14 @@ impl Fixture {
         let tensors = SafeTensors::deserialize(&self.bytes).unwrap();
         let view = tensors.tensor(name).unwrap_or_else(|e| panic!("{}: {name}: {e}", self.name));
         match view.dtype() {
-            Dtype::F32 => view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
-            Dtype::BF16 => {
-                view.data().chunks_exact(2).map(|b| bf16::from_le_bytes(b.try_into().unwrap()).to_f32()).collect()
+            Dtype::F32 => {
+                view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
             }
+            Dtype::BF16 => view
+                .data()
+                .chunks_exact(2)
+                .map(|b| bf16::from_le_bytes(b.try_into().unwrap()).to_f32())
+                .collect(),
             other => panic!("{name} is {other:?}"),
         }
     }

@@ -35,7 +35,8 @@ impl<E: Element> Learner<E> {
             let values: Vec<f32> = parameter.names.iter().flat_map(|name| f.values(name)).collect();
             model.set(device, i, &values).unwrap();
         }
-        let buffers = |p: &Parameter| (device.alloc(p.elements()).unwrap(), device.alloc(p.elements()).unwrap());
+        let buffers =
+            |p: &Parameter| (device.alloc(p.elements()).unwrap(), device.alloc(p.elements()).unwrap());
         let split = |p: &Parameter| {
             (p.is_matrix() && size_of::<E>() == 2).then(|| device.alloc(p.elements()).unwrap())
         };
@@ -92,7 +93,9 @@ impl<E: Element> Learner<E> {
         };
         let tensors = self.model.weights.tensors_mut();
         let gradients = self.backprop.gradients.tensors();
-        for (((tensor, g), low), (m, v)) in tensors.into_iter().zip(gradients).zip(&mut self.low).zip(&mut self.moments) {
+        for (((tensor, g), low), (m, v)) in
+            tensors.into_iter().zip(gradients).zip(&mut self.low).zip(&mut self.moments)
+        {
             let (Tensor::Matrix(g) | Tensor::Vector(g)) = g;
             match tensor {
                 TensorMut::Matrix(w) => {

@@ -7,7 +7,7 @@ mod fixture;
 mod learner;
 
 use ferropt_device::cpu::{CpuDevice, CpuOptions, Isa};
-use ferropt_device::{bf16, Element};
+use ferropt_device::{Element, bf16};
 use ferropt_model::Recompute;
 use fixture::{Fixture, all};
 use learner::Learner;
@@ -18,8 +18,10 @@ const LOGIT: f64 = 1e-4;
 const GRADIENT: f64 = 1e-5;
 /// A key bias shifts all scores of a row alike, so its gradient is zero and what is computed is rounding noise.
 const NOISE: f64 = 1e-7;
-/// How much larger than PyTorch's our bf16 errors may be: both are sums of many rounding errors, drawn differently.
-const ROUGHLY: f64 = 1.5;
+/// How much larger than PyTorch's our bf16 errors may be: on average over all parameters and cases, and at most. Where
+/// rounding turns a ReLU on or off for one of the two only, all gradients before it move by some percent.
+const ROUGHLY: f64 = 1.4;
+const AT_MOST: f64 = 3.5;
 
 fn devices() -> Vec<CpuDevice> {
     let open = |isa| CpuDevice::new(CpuOptions { isa: Some(isa), threads: Some(2), pin: false });
@@ -63,7 +65,10 @@ fn f32_logits_losses_and_gradients() {
             for (name, got) in learner.gradients(&device) {
                 let want = f.values(&format!("grad.{name}"));
                 let (error, size) = (distance(&got, &want), norm32(&want));
-                assert!(error <= GRADIENT * size + NOISE, "{what}: gradient of {name} is off by {error:e} of {size:e}");
+                assert!(
+                    error <= GRADIENT * size + NOISE,
+                    "{what}: gradient of {name} is off by {error:e} of {size:e}"
+                );
             }
         }
     }
@@ -77,18 +82,24 @@ fn f32_twenty_adamw_steps() {
             let mut learner = Learner::<f32>::new(&device, &f, Recompute::None);
             for (step, want) in f.values("loss20").into_iter().enumerate() {
                 let loss = learner.train(&device, &f);
-                assert!((loss / want as f64 - 1.0).abs() < 2e-5, "{what}, step {step}: loss {loss}, not {want}");
+                assert!(
+                    (loss / want as f64 - 1.0).abs() < 2e-5,
+                    "{what}, step {step}: loss {loss}, not {want}"
+                );
                 learner.step(&device, &f, step as u64 + 1);
             }
-            for ((name, got), norms) in learner.masters(&device).into_iter().zip(f.values64("after20_norms").chunks(2)) {
+            let norms = f.values64("after20_norms");
+            for (name, got) in learner.masters(&device) {
                 let want = f.values(&format!("after20.{name}"));
-                let moved = norms[1];
+                let row = f.parameter(&name);
+                let (size, moved) = (norms[2 * row], norms[2 * row + 1]);
                 // AdamW makes whole steps of a key bias's noise.
-                let slack = if name.ends_with("k_proj.bias") { 2.0 * moved } else { 2e-3 * moved };
+                let most = 20.0 * f.optimizer.lr * (got.len() as f64).sqrt();
+                let slack = if name.ends_with("k_proj.bias") { most } else { 2e-3 * moved };
                 let error = distance(&got[..want.len()], &want);
                 assert!(error <= slack, "{what}: {name} is off by {error:e} after moving by {moved:e}");
-                let size = norm32(&got);
-                assert!((size - norms[0]).abs() <= slack, "{what}: {name} has norm {size}, not {}", norms[0]);
+                let got = norm32(&got);
+                assert!((got - size).abs() <= slack, "{what}: {name} has norm {got}, not {size}");
             }
         }
     }
@@ -97,6 +108,7 @@ fn f32_twenty_adamw_steps() {
 #[test]
 fn bf16_is_as_exact_as_pytorch() {
     for device in devices() {
+        let mut ratios = Vec::new();
         for f in all() {
             let what = format!("{} on {:?}", f.name, device.isa());
             let mut learner = Learner::<bf16>::new(&device, &f, Recompute::None);
@@ -104,27 +116,47 @@ fn bf16_is_as_exact_as_pytorch() {
             let got: Vec<f32> = used(&f, &learner.logits(&device, &f)).collect();
             let theirs: Vec<f32> = used(&f, &f.values("bf16.logits")).collect();
             let (error, allowed) = (distance(&got, &exact), ROUGHLY * distance(&theirs, &exact));
-            assert!(error <= allowed, "{what}: logits are off by {error:e}, PyTorch's times {ROUGHLY}: {allowed:e}");
+            assert!(
+                error <= allowed,
+                "{what}: logits are off by {error:e}, PyTorch's times {ROUGHLY}: {allowed:e}"
+            );
             let errors = f.values64("bf16.grad_errors");
             let exact_loss = f.values("loss20");
             for (step, theirs) in f.values("bf16.loss20").into_iter().enumerate() {
                 let loss = learner.train(&device, &f);
                 if step == 0 {
-                    // Stacked parameters come apart in the order of names, the fixture's rows in PyTorch's.
                     for (name, got) in learner.gradients(&device) {
                         let row = f.parameter(&name);
-                        let (theirs, size) = (errors[2 * row], errors[2 * row + 1]);
+                        let theirs = errors[2 * row];
                         let error = distance(&got, &f.values(&format!("grad.{name}")));
-                        let allowed = ROUGHLY * theirs + 2e-3 * size + 1e-5;
-                        assert!(error <= allowed, "{what}: gradient of {name} is off by {error:e}, PyTorch's by {theirs:e} of {size:e}");
+                        if !name.ends_with("k_proj.bias") {
+                            ratios.push(error / theirs);
+                        }
+                        let allowed = AT_MOST * theirs + 1e-5;
+                        assert!(
+                            error <= allowed,
+                            "{what}: gradient of {name} is off by {error:e}, PyTorch's by {theirs:e}"
+                        );
                     }
                 }
-                let allowed = 2.0 * (theirs - exact_loss[step]).abs() as f64 + 5e-3 * loss;
+                // Small differences grow from step to step, on either side.
+                let growing = if step == 0 { 2e-3 } else { 2e-2 };
+                let allowed = 2.0 * (theirs - exact_loss[step]).abs() as f64 + growing * loss;
                 let error = (loss - exact_loss[step] as f64).abs();
-                assert!(error <= allowed, "{what}, step {step}: loss {loss}, PyTorch {theirs}, f32 {}", exact_loss[step]);
+                assert!(
+                    error <= allowed,
+                    "{what}, step {step}: loss {loss}, PyTorch {theirs}, f32 {}",
+                    exact_loss[step]
+                );
                 learner.step(&device, &f, step as u64 + 1);
             }
         }
+        let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
+        assert!(
+            mean < ROUGHLY,
+            "{:?}: errors of gradients are {mean} times PyTorch's on average",
+            device.isa()
+        );
     }
 }
 
