@@ -17,7 +17,7 @@ const LOGIT: f64 = 1e-4;
 /// Relative error of a gradient tensor, f32 (rule 1 of the design).
 const GRADIENT: f64 = 1e-5;
 /// A key bias shifts all scores of a row alike, so its gradient is zero and what is computed is rounding noise.
-const NOISE: f64 = 1e-7;
+const NOISE: f64 = 1e-6;
 /// How much larger than PyTorch's our bf16 errors may be: on average over all parameters and cases, and at most. Where
 /// rounding turns a ReLU on or off for one of the two only, all gradients before it move by some percent.
 const ROUGHLY: f64 = 1.4;
@@ -66,7 +66,7 @@ fn f32_logits_losses_and_gradients() {
                 let want = f.values(&format!("grad.{name}"));
                 let (error, size) = (distance(&got, &want), norm32(&want));
                 assert!(
-                    error <= GRADIENT * size + NOISE,
+                    error <= GRADIENT * size + if name.ends_with("k_proj.bias") { NOISE } else { 0.0 },
                     "{what}: gradient of {name} is off by {error:e} of {size:e}"
                 );
             }
@@ -80,12 +80,12 @@ fn f32_twenty_adamw_steps() {
         for f in all() {
             let what = format!("{} on {:?}", f.name, device.isa());
             let mut learner = Learner::<f32>::new(&device, &f, Recompute::None);
-            for (step, want) in f.values("loss20").into_iter().enumerate() {
+            let losses = f.values("loss20");
+            // Relative to the first: rounding errors grow while losses shrink.
+            let slack = 5e-6 * losses[0] as f64;
+            for (step, want) in losses.into_iter().enumerate() {
                 let loss = learner.train(&device, &f);
-                assert!(
-                    (loss / want as f64 - 1.0).abs() < 2e-5,
-                    "{what}, step {step}: loss {loss}, not {want}"
-                );
+                assert!((loss - want as f64).abs() < slack, "{what}, step {step}: loss {loss}, not {want}");
                 learner.step(&device, &f, step as u64 + 1);
             }
             let norms = f.values64("after20_norms");
@@ -95,7 +95,7 @@ fn f32_twenty_adamw_steps() {
                 let (size, moved) = (norms[2 * row], norms[2 * row + 1]);
                 // AdamW makes whole steps of a key bias's noise.
                 let most = 20.0 * f.optimizer.lr * (got.len() as f64).sqrt();
-                let slack = if name.ends_with("k_proj.bias") { most } else { 2e-3 * moved };
+                let slack = if name.ends_with("k_proj.bias") { most } else { 1e-2 * moved };
                 let error = distance(&got[..want.len()], &want);
                 assert!(error <= slack, "{what}: {name} is off by {error:e} after moving by {moved:e}");
                 let got = norm32(&got);
@@ -129,9 +129,14 @@ fn bf16_is_as_exact_as_pytorch() {
                         let row = f.parameter(&name);
                         let theirs = errors[2 * row];
                         let error = distance(&got, &f.values(&format!("grad.{name}")));
-                        if !name.ends_with("k_proj.bias") {
-                            ratios.push(error / theirs);
+                        if name.ends_with("k_proj.bias") {
+                            assert!(
+                                error < 1e-2,
+                                "{what}: gradient of {name} is {error:e}, expected noise around 0"
+                            );
+                            continue;
                         }
+                        ratios.push(error / theirs);
                         let allowed = AT_MOST * theirs + 1e-5;
                         assert!(
                             error <= allowed,
@@ -140,8 +145,8 @@ fn bf16_is_as_exact_as_pytorch() {
                     }
                 }
                 // Small differences grow from step to step, on either side.
-                let growing = if step == 0 { 2e-3 } else { 2e-2 };
-                let allowed = 2.0 * (theirs - exact_loss[step]).abs() as f64 + growing * loss;
+                let growing = if step == 0 { 1e-3 } else { 5e-3 };
+                let allowed = 2.0 * (theirs - exact_loss[step]).abs() as f64 + growing * exact_loss[0] as f64;
                 let error = (loss - exact_loss[step] as f64).abs();
                 assert!(
                     error <= allowed,
