@@ -11,14 +11,18 @@
 
 // Kernels are the one place where unsafe code is allowed; each block says why it is sound.
 #![allow(unsafe_code)]
+// An optional pair of buffers is plainer than a name for it.
+#![allow(clippy::type_complexity)]
 
 pub mod cpu;
 mod element;
 pub mod rng;
+mod timed;
 
 pub use element::{DType, Element};
 pub use half::bf16;
 use rng::Stream;
+pub use timed::Timed;
 
 /// Target value that takes no part in the loss.
 pub const IGNORE: u32 = u32::MAX;
@@ -356,8 +360,16 @@ pub trait Device: Send + Sync + Sized + 'static {
     fn get_master<E: Element>(&self, w: &Self::Buf<E>, low: Option<&Self::Buf<i16>>, values: &mut [f32]);
 
     /// Bytes of workspace that the operations take beside their arguments, at most, for `rows` rows of a model whose
-    /// widest linear layer is `widest` and whose vocabulary is `vocab` x `width`, in elements of `E`.
-    fn workspace_bytes<E: Element>(&self, rows: usize, widest: usize, vocab: usize, width: usize) -> usize;
+    /// widest linear layer is `widest`, whose vocabulary is `vocab` x `width` and whose attention is of shape
+    /// `attention`, in elements of `E`.
+    fn workspace_bytes<E: Element>(
+        &self,
+        rows: usize,
+        widest: usize,
+        vocab: usize,
+        width: usize,
+        attention: AttentionShape,
+    ) -> usize;
     /// Measured peak of the matrix-product instruction for `E`, in FLOP/s (a register-only loop on all threads).
     fn measured_peak<E: Element>(&self) -> f64;
 }

@@ -2,6 +2,7 @@
 //! product walks many rows at once and would otherwise miss the TLB.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
 use std::ptr::NonNull;
 
 use crate::{Buffer, Element};
@@ -56,9 +57,7 @@ impl<T: Element> Drop for CpuBuf<T> {
     fn drop(&mut self) {
         if let (Some(layout), true) = (layout::<T>(self.len), self.len > 0) {
             // SAFETY: allocated by `zeroed` with the same layout.
-            unsafe {
-                dealloc(self.data.as_ptr().cast(), layout)
-            }
+            unsafe { dealloc(self.data.as_ptr().cast(), layout) }
         }
     }
 }
@@ -67,18 +66,14 @@ impl<T: Element> std::ops::Deref for CpuBuf<T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
         // SAFETY: `len` initialised elements that we own.
-        unsafe {
-            std::slice::from_raw_parts(self.data.as_ptr(), self.len)
-        }
+        unsafe { std::slice::from_raw_parts(self.data.as_ptr(), self.len) }
     }
 }
 
 impl<T: Element> std::ops::DerefMut for CpuBuf<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as in `deref`, and the borrow is exclusive.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.data.as_ptr(), self.len)
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.len) }
     }
 }
 
@@ -112,6 +107,16 @@ impl<'a, T> Shards<'a, T> {
         self.len
     }
 
+    /// Asks for the cache lines of a part that is about to be written.
+    #[inline(always)]
+    pub fn prefetch(&self, start: usize, len: usize) {
+        for at in (0..len).step_by(LINE / size_of::<T>()) {
+            let line = self.data.wrapping_add(start + at);
+            // SAFETY: the hint touches nothing; a processor that lacks it does nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_ET0>(line.cast_const().cast()) }
+        }
+    }
+
     /// A part of the slice.
     ///
     /// # Safety
@@ -119,13 +124,12 @@ impl<'a, T> Shards<'a, T> {
     #[allow(clippy::mut_from_ref)]
     #[inline(always)]
     pub unsafe fn range(&self, range: std::ops::Range<usize>) -> &'a mut [T] {
-        assert!(range.start <= range.end && range.end <= self.len, "range {range:?} of {} elements", self.len);
+        assert!(
+            range.start <= range.end && range.end <= self.len,
+            "range {range:?} of {} elements",
+            self.len
+        );
         // SAFETY: within bounds; disjointness is the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
-    }
-
-    /// Start of the memory, for kernels that walk columns.
-    pub fn as_mut_ptr(&self) -> *mut T {
-        self.data
     }
 }

@@ -5,7 +5,8 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use super::buffer::Shards;
-use super::gemm::{Epilogue, Matrix, gemm};
+use super::gemm::{Epilogue, gemm};
+use super::pack::Matrix;
 use super::simd::{Isa, Simd, dispatch, with_avx512};
 use super::{CpuDevice, random};
 use crate::rng::BLOCK;
@@ -180,6 +181,11 @@ impl<O: Element> Epilogue for Forward<'_, O> {
             },
         );
     }
+
+    #[inline(always)]
+    fn prefetch(&self, row: usize, col: usize, len: usize) {
+        self.y.prefetch(row * self.n + col, len);
+    }
 }
 
 struct Residual<'a> {
@@ -220,6 +226,11 @@ impl Epilogue for Residual<'_> {
             },
         );
     }
+
+    #[inline(always)]
+    fn prefetch(&self, row: usize, col: usize, len: usize) {
+        self.out.prefetch(row * self.n + col, len);
+    }
 }
 
 struct InputGradient<'a, E, O> {
@@ -251,6 +262,11 @@ impl<E: Element, O: Element> Epilogue for InputGradient<'_, E, O> {
             },
         );
     }
+
+    #[inline(always)]
+    fn prefetch(&self, row: usize, col: usize, len: usize) {
+        self.dx.prefetch(row * self.k + col, len);
+    }
 }
 
 struct WeightGradient<'a> {
@@ -278,6 +294,11 @@ impl Epilogue for WeightGradient<'_> {
             },
         );
     }
+
+    #[inline(always)]
+    fn prefetch(&self, row: usize, col: usize, len: usize) {
+        self.dw.prefetch(row * self.k + col, len);
+    }
 }
 
 /// A product with few rows of x: bound by the memory bandwidth of reading w once, row by row.
@@ -301,7 +322,7 @@ fn few_rows<E: Element, P: Epilogue>(device: &CpuDevice, shape: LinearShape, x: 
 
 /// Dot product, f32 accumulation in four registers.
 pub(super) fn dot<E: Element>(isa: Isa, a: &[E], b: &[E]) -> f32 {
-    if isa == Isa::Avx512 && E::DTYPE == DType::Bf16 {
+    if isa == Isa::Avx512Bf16 && E::DTYPE == DType::Bf16 {
         // SAFETY: the processor has AVX-512 BF16.
         return unsafe {
             with_avx512(
@@ -313,8 +334,9 @@ pub(super) fn dot<E: Element>(isa: Isa, a: &[E], b: &[E]) -> f32 {
     dispatch!(isa, s => dot_widened(s, a, b))
 }
 
+/// [`dot`] of widened elements, for use inside an instruction set.
 #[inline(always)]
-fn dot_widened<S: Simd, E: Element>(s: S, a: &[E], b: &[E]) -> f32 {
+pub(super) fn dot_widened<S: Simd, E: Element>(s: S, a: &[E], b: &[E]) -> f32 {
     let mut acc = [s.zero(); 4];
     let (chunks_a, chunks_b) = (a.chunks_exact(4 * S::LANES), b.chunks_exact(4 * S::LANES));
     let (rest_a, rest_b) = (chunks_a.remainder(), chunks_b.remainder());

@@ -12,6 +12,7 @@ mod layer_norm;
 mod linear;
 mod lm_loss;
 mod optimizer;
+mod pack;
 mod peak;
 mod pool;
 mod random;
@@ -30,8 +31,8 @@ use crate::*;
 pub struct CpuOptions {
     /// Threads; all that the process may use when absent.
     pub threads: Option<usize>,
-    /// Instruction set; the best there is when absent. The environment variable `FERROPT_ISA` (portable, avx2, avx512)
-    /// sets the default.
+    /// Instruction set; the fastest there is when absent. The environment variable `FERROPT_ISA` (portable, avx2,
+    /// avx512, avx512-bf16) sets the default.
     pub isa: Option<Isa>,
     /// Bind worker threads to processors.
     pub pin: bool,
@@ -66,20 +67,18 @@ enum Scratch {
 impl CpuDevice {
     /// Opens the processor. Fails when asked for an instruction set that it lacks.
     pub fn new(options: CpuOptions) -> anyhow::Result<Self> {
-        let best = Isa::detect();
+        let all = Isa::available().into_iter().map(Isa::name).collect::<Vec<_>>().join(", ");
         let isa = match (options.isa, std::env::var("FERROPT_ISA")) {
             (Some(isa), _) => isa,
-            (None, Ok(name)) => [Isa::Portable, Isa::Avx2, Isa::Avx512]
-                .into_iter()
-                .find(|i| i.name() == name)
-                .ok_or_else(|| anyhow::anyhow!("FERROPT_ISA is {name:?}; it may be portable, avx2 or avx512"))?,
-            (None, Err(_)) => best,
+            (None, Ok(name)) => Isa::from_name(&name).ok_or_else(|| {
+                anyhow::anyhow!("FERROPT_ISA is {name:?}; on this processor it may be one of {all}")
+            })?,
+            (None, Err(_)) => Isa::detect(),
         };
         anyhow::ensure!(
-            isa <= best,
-            "instruction set {} asked for, but this processor has {} at most; unset FERROPT_ISA to use that",
-            isa.name(),
-            best.name()
+            Isa::available().contains(&isa),
+            "instruction set {} asked for, but this processor has only {all}; unset FERROPT_ISA to use the best",
+            isa.name()
         );
         let available = std::thread::available_parallelism().map_or(1, |n| n.get());
         let threads = options.threads.unwrap_or(available);
@@ -376,12 +375,20 @@ impl Device for CpuDevice {
         optimizer::get_master(self, w, low.map(|l| &l[..]), values);
     }
 
-    fn workspace_bytes<E: Element>(&self, rows: usize, widest: usize, vocab: usize, width: usize) -> usize {
+    fn workspace_bytes<E: Element>(
+        &self,
+        rows: usize,
+        widest: usize,
+        vocab: usize,
+        width: usize,
+        attention: AttentionShape,
+    ) -> usize {
         let products = gemm::workspace_bytes::<E>(self, rows, widest);
         let head = gemm::workspace_bytes::<E>(self, rows.min(lm_loss::ROWS), vocab.max(width));
         products.max(head)
             + layer_norm::workspace_bytes(rows, widest)
             + lm_loss::workspace_bytes::<E>(rows, vocab)
+            + attention::workspace_bytes::<E>(self, attention)
     }
 
     fn measured_peak<E: Element>(&self) -> f64 {
@@ -411,14 +418,26 @@ mod tests {
         let (mean, rstd, gamma) = (&per_row, &per_row, &per_column);
         device.layer_norm_backward(width, &x, &x, mean, rstd, gamma, dx, store, dgamma, dbeta, store);
         let s = LossShape { rows, vocab, width };
-        let (h, w, targets) = (zeros(rows * width), zeros(vocab * width), CpuBuf::zeroed(rows).expect("memory"));
+        let (h, w, targets) =
+            (zeros(rows * width), zeros(vocab * width), CpuBuf::zeroed(rows).expect("memory"));
         let (mut losses, mut dh, mut dw) = (zeros_f32(rows), zeros(rows * width), zeros_f32(vocab * width));
         device.lm_loss_backward(s, &h, &w, &targets, 1.0, &mut losses, &mut dh, &mut dw, Store::Overwrite);
 
+        let shape = AttentionShape { batch: 1, seq: rows, heads: 2, width: width / 2 };
+        let (qkv, out) = (zeros(rows * 3 * width), zeros(rows * width));
+        let lse = zeros_f32(2 * rows);
+        device.attention(shape, &qkv, None, None, &mut zeros(rows * width), &mut zeros_f32(2 * rows));
+        device.attention_backward(shape, &qkv, None, None, &out, &lse, &out, &mut zeros(rows * 3 * width));
+        let (mut k, mut v) = (zeros(rows * width), zeros(rows * width));
+        device.attention_cached(2, width / 2, 0, rows, &qkv, &mut k, &mut v, &mut zeros(rows * width));
+
         let words = |w: &Workspace| w.bytes.iter().flatten().map(|piece| piece.len()).sum::<usize>();
         let taken = 4 * (words(&device.workspace()) + words(&device.loss_workspace()));
-        let announced = device.workspace_bytes::<E>(rows, widest, vocab, width);
-        assert!(taken <= announced, "{rows} rows, {width} to {widest}, {vocab}: took {taken}, said {announced}");
+        let announced = device.workspace_bytes::<E>(rows, widest, vocab, width, shape);
+        assert!(
+            taken <= announced,
+            "{rows} rows, {width} to {widest}, {vocab}: took {taken}, said {announced}"
+        );
         // Packed operands are counted at their largest, up to 8 MiB each.
         assert!(announced < 2 * taken + (24 << 20), "{announced} announced for {taken} is no estimate");
     }

@@ -19,7 +19,7 @@ const WINDOW: Duration = Duration::from_millis(150);
 /// Sum of each thread's best trial, all threads being busy. Others on the same machine can only make a trial slower,
 /// so this is what the processor gives, not what they leave.
 pub(super) fn measure<E: Element>(device: &CpuDevice) -> f64 {
-    let with_bf16 = E::DTYPE == DType::Bf16 && device.isa == Isa::Avx512;
+    let with_bf16 = E::DTYPE == DType::Bf16 && device.isa == Isa::Avx512Bf16;
     let trial = || {
         let start = Instant::now();
         if with_bf16 {

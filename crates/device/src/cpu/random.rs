@@ -175,10 +175,29 @@ pub(super) fn mask_row<S: Simd>(s: S, d: &Dropout, row: u64, first_column: usize
     }
 }
 
+/// Smallest word of a kept element: `word >= p * 2^32` for an integral word; p < 1 has 24 bits, so this fits.
+#[inline(always)]
+fn threshold(d: &Dropout) -> u32 {
+    (d.p as f64 * 4_294_967_296.0).ceil() as u32
+}
+
+/// Which of columns `64 * block ..` of a row are kept: a bit each, lowest first. The row is as in [`mask_row`].
+#[inline(always)]
+pub(super) fn kept<S: Simd>(s: S, d: &Dropout, row: u64, block: usize) -> [u32; 2] {
+    let threshold = threshold(d);
+    let words = words(s, &d.stream, row, block);
+    let mut kept = [0; 2];
+    for (kept, words) in kept.iter_mut().zip(words.as_chunks::<32>().0) {
+        for (i, word) in words.iter().enumerate() {
+            *kept |= ((*word >= threshold) as u32) << i;
+        }
+    }
+    kept
+}
+
 #[inline(always)]
 fn mask_block<S: Simd>(s: S, d: &Dropout, row: u64, block: usize, out: &mut [f32; BLOCK]) {
-    // `word >= p * 2^32` for an integral word; p < 1 has 24 bits, so this fits.
-    let threshold = (d.p as f64 * 4_294_967_296.0).ceil() as u32;
+    let threshold = threshold(d);
     let keep = 1.0 / (1.0 - d.p);
     let words = words(s, &d.stream, row, block);
     for (out, word) in out.iter_mut().zip(&words) {
@@ -224,6 +243,14 @@ mod tests {
                         let kept = stream.word(12, 128 + i) as f64 >= p as f64 * 4_294_967_296.0;
                         assert_eq!(m, if kept { 1.0 / (1.0 - p) } else { 0.0 }, "{isa:?} p {p} column {i}");
                     }
+                }
+                let mut mask = [f32::NAN; BLOCK];
+                let bits = dispatch!(isa, s => {
+                    mask_row(s, &d, 12, 128, &mut mask);
+                    kept(s, &d, 12, 2)
+                });
+                for (i, m) in mask.into_iter().enumerate() {
+                    assert_eq!(bits[i / 32] >> (i % 32) & 1 != 0, m != 0.0, "{isa:?} p {p} bit {i}");
                 }
             }
         }

@@ -1,10 +1,11 @@
-//! Every operation but the matrix products and attention, against its definition in f64 (or, where the definition
-//! says so, to the bit), on each instruction set that the processor has and with one, two and three threads, which
+//! Every operation against its definition in f64 (or, where the definition says so, to the bit), on each instruction set that the processor has and with one, two and three threads, which
 //! must agree to the bit. Outputs are filled with NaN first, so that an element that is not written shows.
 
+mod attention;
 mod elementwise;
 mod embed;
 mod layer_norm;
+mod linear;
 mod lm_loss;
 mod optimizer;
 

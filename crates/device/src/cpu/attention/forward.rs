@@ -1,0 +1,329 @@
+//! The forward pass, for whole sequences and for many new tokens over a cache.
+
+use std::ops::Range;
+
+use super::{HeadDropout, Kernel, MOST_LANES, NOTHING, Panel, Rows, Tile, Units, carve, carved, on_tile};
+use crate::cpu::buffer::Shards;
+use crate::cpu::gemm::micro_kernel;
+use crate::cpu::pack::{Matrix, pack_panels};
+use crate::cpu::simd::{Isa, Simd};
+use crate::cpu::{CpuDevice, Scratch};
+use crate::{AttentionShape, Dropout, Element};
+
+/// Keys of a tile of scores: a block of dropout's words, and few enough for the tile (12 KiB), a panel of queries and
+/// its output to stay in the first-level cache.
+pub(super) const KEYS: usize = 64;
+
+/// [`crate::Device::attention`].
+pub(in crate::cpu) fn forward<E: Element>(
+    device: &CpuDevice,
+    s: AttentionShape,
+    qkv: &[E],
+    doc_start: Option<&[u32]>,
+    dropout: Option<Dropout>,
+    out: &mut [E],
+    lse: &mut [f32],
+) {
+    let width = s.heads * s.width;
+    let (out, lse) = (Shards::new(out), Shards::new(lse));
+    attend(device, s.batch * s.heads, s.width, s.seq, s.seq, |index| {
+        let (b, h) = (index / s.heads, index % s.heads);
+        let part = |which: usize| Rows {
+            data: &qkv[b * s.seq * 3 * width + which * width + h * s.width..],
+            ld: 3 * width,
+        };
+        Head {
+            width: s.width,
+            past: 0,
+            q: part(0),
+            k: part(1),
+            v: part(2),
+            doc_start: doc_start.map(|d| &d[b * s.seq..(b + 1) * s.seq]),
+            dropout: dropout.map(|d| HeadDropout::new(d, s, b, h)),
+            out,
+            out_start: b * s.seq * width + h * s.width,
+            out_ld: width,
+            lse: Some((lse, index * s.seq)),
+        }
+    });
+}
+
+/// Attention of one head of one sequence.
+pub(super) struct Head<'a, E> {
+    /// D.
+    pub(super) width: usize,
+    /// Position of the first query.
+    pub(super) past: usize,
+    pub(super) q: Rows<'a, E>,
+    pub(super) k: Rows<'a, E>,
+    pub(super) v: Rows<'a, E>,
+    /// Of each query.
+    pub(super) doc_start: Option<&'a [u32]>,
+    pub(super) dropout: Option<HeadDropout>,
+    /// Query i's output is at `out_start + i * out_ld`.
+    pub(super) out: Shards<'a, E>,
+    pub(super) out_start: usize,
+    pub(super) out_ld: usize,
+    /// Where log-sum-exps go: query i's at the index plus i.
+    pub(super) lse: Option<(Shards<'a, f32>, usize)>,
+}
+
+/// Words of workspace for each thread, for at most `keys` keys.
+pub(super) fn words(tile: Tile, width: usize, keys: usize) -> usize {
+    carved(sizes(tile, width, keys))
+}
+
+/// Packed queries, a tile of scores, its output transposed and as rows, packed keys and values.
+fn sizes(tile: Tile, width: usize, keys: usize) -> [usize; 6] {
+    let Tile { mr, nr, per_unit } = tile;
+    let keys = keys.next_multiple_of(KEYS);
+    let units = width.div_ceil(per_unit);
+    let rows = width.next_multiple_of(mr);
+    [units * nr, KEYS * nr, rows * nr, nr * width.next_multiple_of(16), keys * units, rows * keys / per_unit]
+}
+
+/// Attention of `count` heads with `queries` queries each, over at most `keys` keys.
+pub(super) fn attend<'a, E: Element>(
+    device: &CpuDevice,
+    count: usize,
+    width: usize,
+    queries: usize,
+    keys: usize,
+    head: impl Fn(usize) -> Head<'a, E> + Sync,
+) {
+    let tile = Tile::of::<E>(device.isa);
+    let panels = queries.div_ceil(tile.nr);
+    // A task packs the keys that it needs, so heads are cut only where there are few of them for the threads.
+    let parts = (6 * device.threads()).div_ceil(count.max(1)).clamp(1, panels.max(1));
+    let words = words(tile, width, keys);
+    let mut workspace = device.workspace();
+    let [scratch] = workspace.take([(Scratch::Attention, device.threads() * words)]);
+    let scratch = Shards::new(scratch);
+    device.pool.for_each(count * parts, |task, thread| {
+        // Work grows with the position, so the first part of p is the sqrt(1/p)-th part of the panels.
+        let edge = |part: usize| (panels as f64 * (part as f64 / parts as f64).sqrt()).round() as usize;
+        let part = task % parts;
+        // SAFETY: each thread has its own part.
+        let scratch = unsafe { scratch.range(thread * words..(thread + 1) * words) };
+        let head = head(task / parts);
+        on_tile::<E>(
+            device.isa,
+            Task { isa: device.isa, head, queries, panels: edge(part)..edge(part + 1), scratch },
+        );
+    });
+}
+
+/// Some panels of queries of one head.
+struct Task<'a, 'b, E> {
+    isa: Isa,
+    head: Head<'a, E>,
+    /// Of the whole head.
+    queries: usize,
+    panels: Range<usize>,
+    scratch: &'b mut [u32],
+}
+
+impl<E: Element> Kernel for Task<'_, '_, E> {
+    #[inline(always)]
+    fn run<S: Simd, M: Units<S>, const MR: usize, const NV: usize>(self, s: S) {
+        let Task { isa, head, queries, panels, scratch } = self;
+        let nr = NV * S::LANES;
+        let per_unit = M::PER_UNIT;
+        let queries = panels.start * nr..(panels.end * nr).min(queries);
+        if queries.is_empty() {
+            return;
+        }
+        let (units, rows) = (head.width.div_ceil(per_unit), head.width.next_multiple_of(MR));
+        let keys_end = head.past + queries.end;
+        let first = head.doc_start.map_or(0, |d| d[queries.clone()].iter().copied().min().unwrap_or(0));
+        let first = first as usize / KEYS * KEYS;
+        let [q, scores, out, out_rows, k, v] =
+            carve(scratch, sizes(Tile { mr: MR, nr, per_unit }, head.width, keys_end - first));
+        for block in (first..keys_end).step_by(KEYS) {
+            let keys = block..(block + KEYS).min(keys_end);
+            let len = keys.len().next_multiple_of(MR) * units;
+            let k = &mut k[(block - first) * units..][..len];
+            pack_panels(isa, head.k.over_width(), keys.clone(), 0..head.width, MR, per_unit, k);
+            let len = rows * keys.len().div_ceil(per_unit);
+            let v = &mut v[(block - first) / per_unit * rows..][..len];
+            pack_panels(isa, head.v.over_tokens(), 0..head.width, keys, MR, per_unit, v);
+        }
+        let scores: &mut [f32] = bytemuck::cast_slice_mut(scores);
+        let out: &mut [f32] = bytemuck::cast_slice_mut(out);
+        let scale = 1.0 / (head.width as f32).sqrt();
+        for panel in panels {
+            let in_panel = panel * nr..((panel + 1) * nr).min(queries.end);
+            pack_panels(isa, head.q.over_width(), in_panel.clone(), 0..head.width, nr, per_unit, q);
+            let panel = Panel::new(in_panel, head.past, head.doc_start);
+            let mut state = State::new();
+            out.fill(0.0);
+            let end = head.past + panel.queries.end;
+            for block in (panel.low / KEYS * KEYS..end).step_by(KEYS) {
+                // Rows of the tile that are needed, to whole panels at the start and to pairs at the end.
+                let from = panel.low.saturating_sub(block) / MR * MR;
+                let keys = KEYS.min(end - block);
+                let to = keys.next_multiple_of(2);
+                for at in (from..keys).step_by(MR) {
+                    let k = &k[(block - first + at) * units..][..MR * units];
+                    micro_kernel::<S, M, MR, NV>(s, k, q, &[], false, &mut scores[at * nr..(at + MR) * nr]);
+                }
+                if block + to > head.past + panel.queries.start + 1 || block + from < panel.high {
+                    panel.mask::<S, NV>(s, scores, block, from..to);
+                }
+                let mut bits = [0; 2 * MOST_LANES];
+                if let Some(d) = &head.dropout {
+                    d.bits(s, panel.queries.clone(), block / KEYS, nr, &mut bits);
+                }
+                let kept = head.dropout.is_some().then_some(&bits[..]);
+                if state.update::<S, M, NV>(s, scores, from..to, scale, kept) {
+                    for row in out.chunks_exact_mut(nr) {
+                        for v in 0..NV {
+                            let row = &mut row[v * S::LANES..];
+                            s.store(row, s.mul(s.load(row), s.load(&state.shrink[v * S::LANES..])));
+                        }
+                    }
+                }
+                let p: &[u32] = bytemuck::cast_slice(scores);
+                let (from, to) = (from / per_unit, keys.div_ceil(per_unit));
+                let packed = KEYS.min(keys_end - block).div_ceil(per_unit);
+                let v = &v[(block - first) / per_unit * rows..][..rows * packed];
+                for (v, out) in v.chunks_exact(MR * packed).zip(out.chunks_exact_mut(MR * nr)) {
+                    micro_kernel::<S, M, MR, NV>(s, &v[from * MR..to * MR], &p[from * nr..], &[], true, out);
+                }
+            }
+            finish::<E, S, NV>(isa, s, &head, &panel, &state, scale, out, bytemuck::cast_slice_mut(out_rows));
+        }
+    }
+}
+
+/// The online softmax of a panel of queries.
+struct State {
+    /// Largest score so far, before scaling.
+    max: [f32; MOST_LANES],
+    /// Sum of exponentials, relative to it.
+    sum: [f32; MOST_LANES],
+    /// What the last update multiplied earlier exponentials by.
+    shrink: [f32; MOST_LANES],
+}
+
+impl State {
+    #[inline(always)]
+    fn new() -> Self {
+        State { max: [NOTHING; MOST_LANES], sum: [0.0; MOST_LANES], shrink: [1.0; MOST_LANES] }
+    }
+
+    /// Replaces rows of scores by units of their exponentials relative to the largest score so far, without those
+    /// that dropout zeroes. True if earlier results must be multiplied by `shrink`.
+    #[inline(always)]
+    fn update<S: Simd, M: Units<S>, const NV: usize>(
+        &mut self,
+        s: S,
+        scores: &mut [f32],
+        rows: Range<usize>,
+        scale: f32,
+        kept: Option<&[u32]>,
+    ) -> bool {
+        let nr = NV * S::LANES;
+        let scale = s.splat(scale);
+        let mut max = [s.zero(); NV];
+        for v in 0..NV {
+            max[v] = s.load(&self.max[v * S::LANES..]);
+        }
+        for row in scores[rows.start * nr..rows.end * nr].chunks_exact(nr) {
+            for v in 0..NV {
+                max[v] = s.max(max[v], s.load(&row[v * S::LANES..]));
+            }
+        }
+        let mut changed = false;
+        let mut sum = [s.zero(); NV];
+        for v in 0..NV {
+            let at = v * S::LANES;
+            let old = s.load(&self.max[at..]);
+            let shrink = s.exp(s.mul(s.sub(old, max[v]), scale));
+            changed |= s.to_array(old) != s.to_array(max[v]);
+            s.store(&mut self.max[at..], max[v]);
+            s.store(&mut self.shrink[at..], shrink);
+            sum[v] = s.mul(s.load(&self.sum[at..]), shrink);
+        }
+        for row in rows.step_by(2) {
+            for v in 0..NV {
+                let at = row * nr + v * S::LANES;
+                let mut even = s.exp(s.mul(s.sub(s.load(&scores[at..]), max[v]), scale));
+                let mut odd = s.exp(s.mul(s.sub(s.load(&scores[at + nr..]), max[v]), scale));
+                sum[v] = s.add(sum[v], s.add(even, odd));
+                if let Some(bits) = kept {
+                    let bits = &bits[row / 32 * nr + v * S::LANES..];
+                    even = s.select_bit(bits, row as u32 % 32, even, s.zero());
+                    odd = s.select_bit(bits, row as u32 % 32 + 1, odd, s.zero());
+                }
+                // Units take no more room than the rows that they are made of, which are not looked at again.
+                M::put(s, even, odd, &mut scores[row / M::PER_UNIT * nr + v * S::LANES..], nr);
+            }
+        }
+        for v in 0..NV {
+            s.store(&mut self.sum[v * S::LANES..], sum[v]);
+        }
+        changed
+    }
+}
+
+/// Divides the output of a panel by the sums, turns it around and stores it, with log-sum-exps.
+#[inline(always)]
+fn finish<E: Element, S: Simd, const NV: usize>(
+    isa: Isa,
+    s: S,
+    head: &Head<E>,
+    panel: &Panel,
+    state: &State,
+    scale: f32,
+    out: &mut [f32],
+    rows: &mut [f32],
+) {
+    let nr = NV * S::LANES;
+    let factor = s.splat(head.dropout.map_or(1.0, |d| d.factor()));
+    for v in 0..NV {
+        let factor = s.div(factor, s.load(&state.sum[v * S::LANES..]));
+        for row in out.chunks_exact_mut(nr) {
+            let row = &mut row[v * S::LANES..];
+            s.store(row, s.mul(s.load(row), factor));
+        }
+    }
+    let count = panel.queries.len();
+    store_turned(isa, s, out, nr, head.width, count, rows, |i| {
+        let start = head.out_start + (panel.queries.start + i) * head.out_ld;
+        // SAFETY: every query of every head has its own part.
+        unsafe { head.out.range(start..start + head.width) }
+    });
+    if let Some((lse, start)) = head.lse {
+        let start = start + panel.queries.start;
+        // SAFETY: as above.
+        let lse = unsafe { lse.range(start..start + count) };
+        for (i, lse) in lse.iter_mut().enumerate() {
+            *lse = state.max[i] * scale + state.sum[i].ln();
+        }
+    }
+}
+
+/// Stores column i of `x` [width, nr] at `row(i)`, for the first `count` columns; `rows` is workspace.
+#[inline(always)]
+pub(super) fn store_turned<'a, E: Element, S: Simd>(
+    isa: Isa,
+    s: S,
+    x: &[f32],
+    nr: usize,
+    width: usize,
+    count: usize,
+    rows: &mut [f32],
+    row: impl Fn(usize) -> &'a mut [E],
+) {
+    let padded = width.next_multiple_of(16);
+    let rows: &mut [u32] = bytemuck::cast_slice_mut(&mut rows[..count * padded]);
+    pack_panels(isa, Matrix { data: x, ld: nr, k_contiguous: true }, 0..width, 0..count, padded, 1, rows);
+    let rows: &[f32] = bytemuck::cast_slice(rows);
+    for (i, values) in rows.chunks_exact(padded).enumerate() {
+        let to = row(i);
+        for at in (0..width).step_by(S::LANES) {
+            s.store_up_to(&mut to[at..], s.load(&values[at..]));
+        }
+    }
+}

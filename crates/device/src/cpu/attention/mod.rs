@@ -1,0 +1,255 @@
+//! Causal attention in tiles with an online softmax (Milakov and Gimelshein, 2018; Dao et al., 2022; Dao, 2023).
+//!
+//! Scores are computed transposed: a row of a tile is a key, its columns are queries, which lie across the lanes of a
+//! register. The softmax is then free of sums across lanes, and probabilities leave it in the order in which the next
+//! product wants them. Only the gradients of k and v, whose sums run over queries, need tiles turned around.
+//!
+//! The products are those of [`super::gemm`]: packed panels and its micro-kernel. A panel of queries is as wide as
+//! the register tile; what happens to it does not depend on how panels are dealt to threads.
+
+mod backward;
+mod cached;
+mod forward;
+
+use std::arch::x86_64::*;
+use std::ops::Range;
+
+pub(super) use backward::backward;
+pub(super) use cached::cached;
+pub(super) use forward::forward;
+
+use super::gemm::{Dot, Fma, Mac};
+use super::pack::Matrix;
+use super::simd::{Avx512, Isa, Portable, Simd, with_avx2, with_avx512};
+use super::{CpuDevice, random};
+use crate::rng::BLOCK;
+use crate::{AttentionShape, DType, Dropout, Element, bf16};
+
+/// Most columns of a register tile: queries whose running maxima, sums and so on fit arrays.
+const MOST_LANES: usize = 48;
+/// Score that stands for none yet: it is below all others, and unlike an infinity it can be subtracted from itself.
+const NOTHING: f32 = f32::MIN;
+
+/// Sizes of the register tile of one instruction set and element type: keys or parts of a head by queries.
+#[derive(Clone, Copy)]
+struct Tile {
+    mr: usize,
+    nr: usize,
+    /// Numbers in a unit of packed panels.
+    per_unit: usize,
+}
+
+impl Tile {
+    fn of<E: Element>(isa: Isa) -> Self {
+        match isa {
+            Isa::Portable => Tile { mr: 4, nr: 8, per_unit: 1 },
+            Isa::Avx2 => Tile { mr: 4, nr: 24, per_unit: 1 },
+            Isa::Avx512 => Tile { mr: 8, nr: 48, per_unit: 1 },
+            Isa::Avx512Bf16 => Tile { mr: 8, nr: 48, per_unit: if E::DTYPE == DType::Bf16 { 2 } else { 1 } },
+        }
+    }
+}
+
+/// A task, written once for every register tile.
+trait Kernel {
+    /// Runs with `MR` rows and `NV` registers of columns.
+    fn run<S: Simd, M: Units<S>, const MR: usize, const NV: usize>(self, s: S);
+}
+
+/// Runs a kernel with the register tile of [`Tile::of`].
+fn on_tile<E: Element>(isa: Isa, kernel: impl Kernel) {
+    match isa {
+        Isa::Portable => kernel.run::<_, Fma, 4, 2>(Portable),
+        // SAFETY: an `Isa` value is only made for a processor that has it.
+        Isa::Avx2 => unsafe {
+            with_avx2(
+                #[inline(always)]
+                |s| kernel.run::<_, Fma, 4, 3>(s),
+            )
+        },
+        // SAFETY: as above.
+        Isa::Avx512Bf16 if E::DTYPE == DType::Bf16 => unsafe {
+            with_avx512(
+                #[inline(always)]
+                |s| kernel.run::<_, Dot, 8, 3>(s),
+            )
+        },
+        // SAFETY: as above.
+        Isa::Avx512 | Isa::Avx512Bf16 => unsafe {
+            with_avx512(
+                #[inline(always)]
+                |s| kernel.run::<_, Fma, 8, 3>(s),
+            )
+        },
+    }
+}
+
+/// How a multiply-accumulate's units are made of f32 numbers.
+trait Units<S: Simd>: Mac<S> {
+    /// Numbers in a unit.
+    const PER_UNIT: usize;
+    /// Type of these numbers.
+    type Value: Element;
+    /// Stores rows `2i` and `2i + 1` of a tile whose rows are `nr` wide as the rows of units that they make; `out`
+    /// starts where unit row `2i / PER_UNIT` does.
+    fn put(s: S, even: S::F, odd: S::F, out: &mut [f32], nr: usize);
+}
+
+impl<S: Simd> Units<S> for Fma {
+    const PER_UNIT: usize = 1;
+    type Value = f32;
+
+    #[inline(always)]
+    fn put(s: S, even: S::F, odd: S::F, out: &mut [f32], nr: usize) {
+        s.store(out, even);
+        s.store(&mut out[nr..], odd);
+    }
+}
+
+impl Units<Avx512> for Dot {
+    const PER_UNIT: usize = 2;
+    type Value = bf16;
+
+    #[inline(always)]
+    fn put(s: Avx512, even: __m512, odd: __m512, out: &mut [f32], _: usize) {
+        // SAFETY: the token says that the processor has AVX-512 BF16; the types only rename 512 bits.
+        let pairs = unsafe {
+            let halves: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(odd, even));
+            let low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
+            let high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(halves));
+            _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32::<16>(high)))
+        };
+        s.store(out, pairs);
+    }
+}
+
+/// Rows of one head: row `i` of `data` starts at `i * ld` and its first elements are the head's.
+#[derive(Clone, Copy)]
+struct Rows<'a, E> {
+    data: &'a [E],
+    ld: usize,
+}
+
+impl<'a, E> Rows<'a, E> {
+    /// As an operand whose products are summed over the width of the head.
+    fn over_width(self) -> Matrix<'a, E> {
+        Matrix { data: self.data, ld: self.ld, k_contiguous: true }
+    }
+
+    /// As an operand whose rows are the columns of the head and whose products are summed over tokens.
+    fn over_tokens(self) -> Matrix<'a, E> {
+        Matrix { data: self.data, ld: self.ld, k_contiguous: false }
+    }
+}
+
+/// Dropout of one head of one sequence.
+#[derive(Clone, Copy)]
+struct HeadDropout {
+    dropout: Dropout,
+    /// Row of the sequence's first token, and number of rows from one token to the next.
+    first: u64,
+    heads: u64,
+}
+
+impl HeadDropout {
+    fn new(dropout: Dropout, s: AttentionShape, batch: usize, head: usize) -> Self {
+        let heads = s.heads as u64;
+        let first = (dropout.first_row + (batch * s.seq) as u64) * heads + head as u64;
+        HeadDropout { dropout, first, heads }
+    }
+
+    /// What a kept probability is multiplied by.
+    fn factor(&self) -> f32 {
+        1.0 / (1.0 - self.dropout.p)
+    }
+
+    /// Which probabilities are kept, of queries `queries` and the 64 keys of `block`: bit `i` of word `w * nr + j`
+    /// is for key `64 * block + 32 * w + i` and the j-th query.
+    #[inline(always)]
+    fn bits<S: Simd>(&self, s: S, queries: Range<usize>, block: usize, nr: usize, out: &mut [u32]) {
+        for (j, query) in queries.enumerate() {
+            let row = self.first + query as u64 * self.heads;
+            let [low, high] = random::kept(s, &self.dropout, row, block);
+            out[j] = low;
+            out[nr + j] = high;
+        }
+    }
+}
+
+/// Where the queries of a panel are and what they may attend to.
+struct Panel {
+    /// The panel's queries.
+    queries: Range<usize>,
+    /// Position of each lane's query and the first key that it attends to.
+    position: [f32; MOST_LANES],
+    start: [f32; MOST_LANES],
+    /// Smallest and largest first key.
+    low: usize,
+    high: usize,
+}
+
+impl Panel {
+    /// `doc_start` is of each query; query 0 is at position `past`.
+    fn new(queries: Range<usize>, past: usize, doc_start: Option<&[u32]>) -> Self {
+        let mut position = [0.0; MOST_LANES];
+        let mut start = [0.0; MOST_LANES];
+        for (i, p) in position.iter_mut().enumerate() {
+            // Exact below 2^24.
+            *p = (past + queries.start + i) as f32;
+        }
+        let (mut low, mut high) = (0, 0);
+        if let Some(doc_start) = doc_start {
+            let doc_start = &doc_start[queries.clone()];
+            low = doc_start.iter().copied().min().unwrap_or(0) as usize;
+            high = doc_start.iter().copied().max().unwrap_or(0) as usize;
+            for (s, d) in start.iter_mut().zip(doc_start) {
+                *s = *d as f32;
+            }
+        }
+        Panel { queries, position, start, low, high }
+    }
+
+    /// Sets scores of keys `first_key ..` (rows `rows` of a tile that starts at `first_key`) to -infinity where a query
+    /// does not attend to the key.
+    #[inline(always)]
+    fn mask<S: Simd, const NV: usize>(&self, s: S, scores: &mut [f32], first_key: usize, rows: Range<usize>) {
+        let nr = NV * S::LANES;
+        let never = s.splat(f32::NEG_INFINITY);
+        for row in rows {
+            let key = s.splat((first_key + row) as f32);
+            for v in 0..NV {
+                let scores = &mut scores[row * nr + v * S::LANES..];
+                let score = s.load(scores);
+                let score = s.select_gt(key, s.load(&self.position[v * S::LANES..]), never, score);
+                let score = s.select_gt(s.load(&self.start[v * S::LANES..]), key, never, score);
+                s.store(scores, score);
+            }
+        }
+    }
+}
+
+/// Cuts memory into pieces of the given numbers of words, each starting on a cache line.
+fn carve<const N: usize>(mut words: &mut [u32], sizes: [usize; N]) -> [&mut [u32]; N] {
+    sizes.map(|size| {
+        let (piece, rest) = std::mem::take(&mut words).split_at_mut(size.next_multiple_of(LINE));
+        words = rest;
+        &mut piece[..size]
+    })
+}
+
+/// Words that [`carve`] takes.
+fn carved<const N: usize>(sizes: [usize; N]) -> usize {
+    sizes.iter().map(|size| size.next_multiple_of(LINE)).sum()
+}
+
+/// Words of a cache line.
+const LINE: usize = 16;
+
+/// Bytes of workspace, of all threads, for a pass over sequences of shape `s`.
+pub(super) fn workspace_bytes<E: Element>(device: &CpuDevice, s: AttentionShape) -> usize {
+    let tile = Tile::of::<E>(device.isa);
+    let most = forward::words(tile, s.width, s.seq).max(backward::words(tile, s.width, s.seq));
+    4 * device.threads() * most
+}
+
+const _: () = assert!(forward::KEYS == BLOCK && backward::KEYS.is_multiple_of(BLOCK));

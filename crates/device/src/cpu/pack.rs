@@ -1,0 +1,287 @@
+//! Operands of matrix products in the order in which [`super::gemm`]'s inner loop reads them.
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use super::CpuDevice;
+use super::buffer::Shards;
+use super::simd::{Isa, prefetch};
+use crate::{DType, Element};
+
+/// One operand: element (i, k) is at `i * ld + k` when `k_contiguous`, else at `k * ld + i`.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix<'a, E> {
+    pub(super) data: &'a [E],
+    pub(super) ld: usize,
+    pub(super) k_contiguous: bool,
+}
+
+/// Columns of a strided matrix that a task packs: some cache lines of each row.
+const COLUMNS: usize = 128;
+/// Units of a strided matrix that are packed together: some cache lines of each panel.
+const UNITS: usize = 8;
+
+/// Packs rows `is` and columns `ks` of `x` into panels of `width` rows, on all threads: `[panel][unit][width]`, zeros
+/// where the matrix ends.
+pub(super) fn pack<E: Element>(
+    device: &CpuDevice,
+    x: Matrix<E>,
+    is: std::ops::Range<usize>,
+    ks: std::ops::Range<usize>,
+    width: usize,
+    per_unit: usize,
+    out: &mut [u32],
+) {
+    let units = ks.len().div_ceil(per_unit);
+    let panels = is.len().div_ceil(width);
+    // A task reads whole cache lines of a strided matrix; a transposition of 16 rows serves two panels of 8.
+    let together = if x.k_contiguous { 16_usize.div_ceil(width) } else { COLUMNS.div_ceil(width) };
+    let tasks = panels.div_ceil(together);
+    let shards = Shards::new(out);
+    device.pool.for_each(tasks, |task, _| {
+        let first = task * together;
+        let here = together.min(panels - first);
+        // SAFETY: each task writes its own panels.
+        let out = unsafe { shards.range(first * width * units..(first + here) * width * units) };
+        let i0 = is.start + first * width;
+        let i1 = (i0 + here * width).min(is.end);
+        pack_panels(device.isa, x, i0..i1, ks.clone(), width, per_unit, out);
+    });
+}
+
+/// Packs one or more neighbouring panels on this thread.
+pub(super) fn pack_panels<E: Element>(
+    isa: Isa,
+    x: Matrix<E>,
+    is: std::ops::Range<usize>,
+    ks: std::ops::Range<usize>,
+    width: usize,
+    per_unit: usize,
+    out: &mut [u32],
+) {
+    let avx512 = isa >= Isa::Avx512 && (width == 8 || width.is_multiple_of(16));
+    match E::DTYPE {
+        // SAFETY: the processor has AVX-512, and the width is right; indices are checked inside.
+        DType::F32 | DType::Bf16 if avx512 => unsafe {
+            if x.k_contiguous {
+                pack_transposed_avx512(x, is, ks, width, per_unit, out);
+            } else {
+                pack_strided_avx512(x, is, ks, width, per_unit, out);
+            }
+        },
+        _ => pack_rows(x, is, ks, width, per_unit, out),
+    }
+}
+
+/// The plain way, for any element and layout; also defines what the fast ways do.
+fn pack_rows<E: Element>(
+    x: Matrix<E>,
+    is: std::ops::Range<usize>,
+    ks: std::ops::Range<usize>,
+    width: usize,
+    per_unit: usize,
+    out: &mut [u32],
+) {
+    let units = ks.len().div_ceil(per_unit);
+    let at = |i: usize, k: usize| if x.k_contiguous { x.data[i * x.ld + k] } else { x.data[k * x.ld + i] };
+    for (panel, out) in out.chunks_exact_mut(width * units).enumerate() {
+        let i0 = is.start + panel * width;
+        let rows = width.min(is.end.saturating_sub(i0));
+        for (unit, out) in out.chunks_exact_mut(width).enumerate() {
+            let k = ks.start + unit * per_unit;
+            if per_unit == 1 && !x.k_contiguous {
+                let row = &x.data[k * x.ld + i0..k * x.ld + i0 + rows];
+                for (o, v) in out.iter_mut().zip(row) {
+                    *o = v.to_f32().to_bits();
+                }
+            } else {
+                for (i, o) in out[..rows].iter_mut().enumerate() {
+                    *o = if per_unit == 1 {
+                        at(i0 + i, k).to_f32().to_bits()
+                    } else {
+                        let bits = |k: usize| if k < ks.end { pair_bits(at(i0 + i, k)) } else { 0 };
+                        bits(k) | bits(k + 1) << 16
+                    };
+                }
+            }
+            out[rows..].fill(0);
+        }
+    }
+}
+
+/// The 16 bits of a bf16, as a number.
+fn pair_bits<E: Element>(x: E) -> u32 {
+    bf16::from_f32(x.to_f32()).to_bits() as u32
+}
+
+/// Where 16 neighbouring rows of packed panels go: one piece of a wide panel, or two panels of 8.
+#[derive(Clone, Copy)]
+struct Place {
+    width: usize,
+    first: usize,
+    second: Option<usize>,
+}
+
+impl Place {
+    /// Of rows `row .. row + 16` among `rows`.
+    fn new(width: usize, units: usize, rows: usize, row: usize) -> Self {
+        let start = |row: usize| row / width * width * units + row % width;
+        Place { width, first: start(row), second: (width == 8 && row + 8 < rows).then(|| start(row + 8)) }
+    }
+
+    /// Stores the rows' words of one unit.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn store(self, out: &mut [u32], unit: usize, words: __m512i) {
+        let at = self.first + unit * self.width;
+        if self.width == 8 {
+            // SAFETY: the slices have 8 elements.
+            unsafe {
+                _mm256_storeu_si256(out[at..at + 8].as_mut_ptr().cast(), _mm512_castsi512_si256(words));
+                if let Some(second) = self.second {
+                    let at = second + unit * 8;
+                    let words = _mm512_extracti64x4_epi64::<1>(words);
+                    _mm256_storeu_si256(out[at..at + 8].as_mut_ptr().cast(), words);
+                }
+            }
+        } else {
+            // SAFETY: the slice has 16 elements.
+            unsafe { _mm512_storeu_si512(out[at..at + 16].as_mut_ptr().cast(), words) };
+        }
+    }
+}
+
+/// Packs a k-contiguous matrix: 16 x 16 words of its rows are turned at a time, which are units, or pairs of bf16 to
+/// be widened.
+///
+/// # Safety
+/// The processor has AVX-512 F, BW, VL; `width` is 8 or a multiple of 16; `E` is f32 with one to a unit, or bf16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn pack_transposed_avx512<E: Element>(
+    x: Matrix<E>,
+    is: std::ops::Range<usize>,
+    ks: std::ops::Range<usize>,
+    width: usize,
+    per_unit: usize,
+    out: &mut [u32],
+) {
+    let widen = E::DTYPE == DType::Bf16 && per_unit == 1;
+    let units = ks.len().div_ceil(per_unit);
+    let rows = out.len() / units;
+    // Elements of k in 16 words.
+    let block = 64 / size_of::<E>();
+    for row in (0..rows).step_by(16) {
+        let place = Place::new(width, units, rows, row);
+        let full = is.end.saturating_sub(is.start + row).min(rows - row).min(16);
+        for k in ks.clone().step_by(block) {
+            let count = block.min(ks.end - k);
+            let halves = count * size_of::<E>() / 2;
+            let mask = if halves == 32 { !0u32 } else { (1u32 << halves) - 1 };
+            let mut t = [_mm512_setzero_si512(); 16];
+            for (r, t) in t[..full].iter_mut().enumerate() {
+                let at = (is.start + row + r) * x.ld + k;
+                // SAFETY: the mask covers the elements of the slice and no more.
+                *t = unsafe { _mm512_maskz_loadu_epi16(mask, x.data[at..at + count].as_ptr().cast()) };
+            }
+            transpose(&mut t);
+            let unit = (k - ks.start) / per_unit;
+            if widen {
+                for (u, t) in t.iter().take(count.div_ceil(2)).enumerate() {
+                    place.store(out, unit + 2 * u, _mm512_slli_epi32::<16>(*t));
+                    if 2 * u + 1 < count {
+                        let odd = _mm512_and_si512(*t, _mm512_set1_epi32(0xffff_0000u32 as i32));
+                        place.store(out, unit + 2 * u + 1, odd);
+                    }
+                }
+            } else {
+                for (u, t) in t.iter().take(count.div_ceil(per_unit)).enumerate() {
+                    place.store(out, unit + u, *t);
+                }
+            }
+        }
+    }
+}
+
+/// Transposes 16 x 16 words.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose(t: &mut [__m512i; 16]) {
+    let mut a = *t;
+    for i in (0..16).step_by(2) {
+        a[i] = _mm512_unpacklo_epi32(t[i], t[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32(t[i], t[i + 1]);
+    }
+    let mut b = a;
+    for i in (0..16).step_by(4) {
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+    // b[4g + j] holds, in 128-bit lane l, words 4l + j of rows 4g ..= 4g + 3.
+    for j in 0..4 {
+        let low = _mm512_shuffle_i32x4::<0x88>(b[j], b[4 + j]);
+        let high = _mm512_shuffle_i32x4::<0xdd>(b[j], b[4 + j]);
+        let low2 = _mm512_shuffle_i32x4::<0x88>(b[8 + j], b[12 + j]);
+        let high2 = _mm512_shuffle_i32x4::<0xdd>(b[8 + j], b[12 + j]);
+        t[j] = _mm512_shuffle_i32x4::<0x88>(low, low2);
+        t[4 + j] = _mm512_shuffle_i32x4::<0x88>(high, high2);
+        t[8 + j] = _mm512_shuffle_i32x4::<0xdd>(low, low2);
+        t[12 + j] = _mm512_shuffle_i32x4::<0xdd>(high, high2);
+    }
+}
+
+/// Packs a k-strided matrix: its rows are widened, or two of them interleaved, a few at a time, so that both they and
+/// the panels are walked by whole cache lines.
+///
+/// # Safety
+/// As for [`pack_transposed_avx512`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn pack_strided_avx512<E: Element>(
+    x: Matrix<E>,
+    is: std::ops::Range<usize>,
+    ks: std::ops::Range<usize>,
+    width: usize,
+    per_unit: usize,
+    out: &mut [u32],
+) {
+    let units = ks.len().div_ceil(per_unit);
+    let rows = out.len() / units;
+    assert!(x.data.len() >= (ks.end - 1) * x.ld + is.end, "matrix ends inside the packed part");
+    let load = |k: usize, i: usize, mask: u16| {
+        let at = x.data.as_ptr().wrapping_add(k * x.ld + i);
+        // SAFETY: the mask ends at `is.end`, which row `ks.end - 1` of the matrix reaches, as asserted.
+        unsafe {
+            match E::DTYPE {
+                DType::F32 => _mm512_maskz_loadu_epi32(mask, at.cast()),
+                _ => _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at.cast())),
+            }
+        }
+    };
+    for first in (0..units).step_by(UNITS) {
+        let block = first..(first + UNITS).min(units);
+        for k in (block.end * per_unit..).take(UNITS * per_unit) {
+            for i in is.clone().step_by(64 / size_of::<E>()) {
+                prefetch(x.data.as_ptr().wrapping_add((ks.start + k) * x.ld + i));
+            }
+        }
+        for row in (0..rows).step_by(16) {
+            let place = Place::new(width, units, rows, row);
+            let i = (is.start + row).min(is.end);
+            let mask = ((1u32 << (is.end - i).min(16)) - 1) as u16;
+            for unit in block.clone() {
+                let k = ks.start + unit * per_unit;
+                let mut words = load(k, i, mask);
+                if per_unit == 2 {
+                    if k + 1 < ks.end {
+                        words = _mm512_or_si512(words, _mm512_slli_epi32::<16>(load(k + 1, i, mask)));
+                    }
+                } else if E::DTYPE == DType::Bf16 {
+                    words = _mm512_slli_epi32::<16>(words);
+                }
+                place.store(out, unit, words);
+            }
+        }
+    }
+}

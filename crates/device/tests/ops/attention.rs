@@ -1,0 +1,342 @@
+use ferropt_device::{AttentionShape, Device, Dropout, Element, bf16};
+
+use crate::*;
+
+/// What position t attends to, and what dropout does there.
+#[derive(Clone)]
+struct Case {
+    s: AttentionShape,
+    doc_start: Option<Vec<u32>>,
+    dropout: Option<Dropout>,
+}
+
+impl Case {
+    fn first_key(&self, b: usize, t: usize) -> usize {
+        self.doc_start.as_ref().map_or(0, |d| d[b * self.s.seq + t] as usize)
+    }
+
+    /// Factor of a probability, by the definition of the mask.
+    fn mask(&self, b: usize, h: usize, t: usize, key: usize) -> f64 {
+        let Some(d) = self.dropout else { return 1.0 };
+        let row = (d.first_row + (b * self.s.seq + t) as u64) * self.s.heads as u64 + h as u64;
+        let kept = d.stream.word(row, key) as f64 >= d.p as f64 * 4_294_967_296.0;
+        if kept { 1.0 / (1.0 - d.p as f64) } else { 0.0 }
+    }
+
+    fn tokens(&self) -> usize {
+        self.s.batch * self.s.seq
+    }
+
+    fn all(&self) -> usize {
+        self.s.heads * self.s.width
+    }
+}
+
+/// The definition in f64, with what the rounding of each step may change.
+struct Reference {
+    out: Vec<f64>,
+    lse: Vec<f64>,
+    dqkv: Vec<f64>,
+    out_slack: Vec<f64>,
+    lse_slack: Vec<f64>,
+    dqkv_slack: Vec<f64>,
+}
+
+/// Probabilities below about 10^-38 may become 0.
+const TINY: f64 = 1e-30;
+
+/// `unit` is the relative error of rounding probabilities and outputs; 0 for f32.
+fn reference(case: &Case, qkv: &[f64], dout: &[f64], unit: f64) -> Reference {
+    let AttentionShape { batch, seq, heads, width } = case.s;
+    let all = case.all();
+    let zeros = |len| vec![0.0; len];
+    let mut r = Reference {
+        out: zeros(case.tokens() * all),
+        lse: zeros(batch * heads * seq),
+        dqkv: zeros(case.tokens() * 3 * all),
+        out_slack: zeros(case.tokens() * all),
+        lse_slack: zeros(batch * heads * seq),
+        dqkv_slack: zeros(case.tokens() * 3 * all),
+    };
+    let scale = 1.0 / (width as f64).sqrt();
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let size = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a * b).abs()).sum::<f64>();
+    for (b, h) in (0..batch).flat_map(|b| (0..heads).map(move |h| (b, h))) {
+        let at = |which: usize, t: usize| ((b * seq + t) * 3 + which) * all + h * width;
+        let part = |which: usize, t: usize| &qkv[at(which, t)..][..width];
+        for t in 0..seq {
+            let keys = case.first_key(b, t)..t + 1;
+            let q = part(0, t);
+            let scores: Vec<f64> = keys.clone().map(|k| scale * dot(q, part(1, k))).collect();
+            let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let lse = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
+            // A score's error: of its sum, and of what is subtracted from it. exp makes it relative.
+            let off = keys.clone().map(|k| scale * size(q, part(1, k))).fold(0.0, f64::max);
+            let off = 16.0 * UNIT * (1.0 + off + lse.abs());
+            r.lse[(b * heads + h) * seq + t] = lse;
+            r.lse_slack[(b * heads + h) * seq + t] = off;
+            // Both the numerator and the sum, to first order and some.
+            let p_off = 2.2 * off;
+            let to = (b * seq + t) * all + h * width;
+            for (key, score) in keys.clone().zip(&scores) {
+                let p = (score - lse).exp() * case.mask(b, h, t, key);
+                for (c, v) in part(2, key).iter().enumerate() {
+                    r.out[to + c] += p * v;
+                    r.out_slack[to + c] += p * v.abs() * (p_off + unit + 16.0 * UNIT);
+                }
+            }
+            let g = &dout[to..][..width];
+            let delta = dot(g, &r.out[to..][..width]);
+            // Outputs come back rounded.
+            let delta_off: f64 = (0..width)
+                .map(|c| g[c].abs() * (r.out_slack[to + c] + (unit + 16.0 * UNIT) * r.out[to + c].abs()))
+                .sum();
+            for (key, score) in keys.zip(&scores) {
+                let (p, mask) = ((score - lse).exp(), case.mask(b, h, t, key));
+                let dp = mask * dot(g, part(2, key));
+                let ds = p * (dp - delta);
+                let dp_off = 16.0 * UNIT * mask * size(g, part(2, key));
+                let ds_off =
+                    p * (p_off * (dp - delta).abs() + dp_off + delta_off) + (unit + 16.0 * UNIT) * ds.abs();
+                for c in 0..width {
+                    let (q, k) = (qkv[at(0, t) + c], qkv[at(1, key) + c]);
+                    r.dqkv[at(0, t) + c] += scale * ds * k;
+                    r.dqkv_slack[at(0, t) + c] += scale * ds_off * k.abs();
+                    r.dqkv[at(1, key) + c] += scale * ds * q;
+                    r.dqkv_slack[at(1, key) + c] += scale * ds_off * q.abs();
+                    r.dqkv[at(2, key) + c] += p * mask * g[c];
+                    r.dqkv_slack[at(2, key) + c] += p * mask * g[c].abs() * (p_off + unit + 16.0 * UNIT);
+                }
+            }
+        }
+    }
+    r
+}
+
+/// Documents of random lengths, of which the first positions of each sequence start one.
+fn documents(s: AttentionShape) -> Vec<u32> {
+    let ends = whole(11, s.batch * s.seq, 1 + s.seq.div_ceil(3).min(40));
+    let mut starts = vec![0; s.batch * s.seq];
+    for (i, starts) in starts.chunks_mut(s.seq).enumerate() {
+        for t in 1..s.seq {
+            starts[t] = if ends[i * s.seq + t] == 0 { t as u32 } else { starts[t - 1] };
+        }
+    }
+    starts
+}
+
+fn dropout() -> Dropout {
+    Dropout { p: 0.3, stream: Stream::new(9, Purpose::DropoutAttention, 3, 17), first_row: 5000 }
+}
+
+fn shape(batch: usize, seq: usize, heads: usize, width: usize) -> AttentionShape {
+    AttentionShape { batch, seq, heads, width }
+}
+
+fn plain(s: AttentionShape) -> Case {
+    Case { s, doc_start: None, dropout: None }
+}
+
+/// A shape with everything that can be done to it.
+fn cases(s: AttentionShape) -> [Case; 4] {
+    [(false, false), (true, false), (false, true), (true, true)].map(|(docs, drop)| Case {
+        s,
+        doc_start: docs.then(|| documents(s)),
+        dropout: drop.then(dropout),
+    })
+}
+
+#[test]
+fn the_reference_is_its_own_derivative() {
+    for case in cases(shape(2, 7, 2, 3)) {
+        let qkv = widen::<f32>(&numbers(1, case.tokens() * 3 * case.all(), 1.0));
+        let dout = widen::<f32>(&numbers(2, case.tokens() * case.all(), 1.0));
+        let value = |qkv: &[f64]| -> f64 {
+            reference(&case, qkv, &dout, 0.0).out.iter().zip(&dout).map(|(o, d)| o * d).sum()
+        };
+        let want = reference(&case, &qkv, &dout, 0.0).dqkv;
+        let step = 1e-5;
+        for (i, want) in want.into_iter().enumerate() {
+            let moved = |by: f64| {
+                let mut qkv = qkv.clone();
+                qkv[i] += by;
+                value(&qkv)
+            };
+            let slope = (moved(step) - moved(-step)) / (2.0 * step);
+            assert!((slope - want).abs() < 1e-8, "dqkv {i}: {slope}, not {want}");
+        }
+    }
+}
+
+/// Leaves NaN in all workspace that `s` needs.
+fn spoil_workspace<E: Element>(device: &CpuDevice, s: AttentionShape) {
+    let (tokens, all) = (s.batch * s.seq, s.heads * s.width);
+    let (qkv, mut out) = (poisoned::<E>(device, tokens * 3 * all), poisoned::<E>(device, tokens * all));
+    let mut lse = poisoned(device, s.batch * s.heads * s.seq);
+    device.attention(s, &qkv, None, None, &mut out, &mut lse);
+    let mut dqkv = poisoned::<E>(device, tokens * 3 * all);
+    device.attention_backward(s, &qkv, None, None, &out, &lse, &out, &mut dqkv);
+}
+
+fn check<E: Element>(case: &Case, std: f32) {
+    let s = case.s;
+    let (tokens, all) = (case.tokens(), case.all());
+    let (qkv, dout) = (numbers::<E>(1, tokens * 3 * all, std), numbers::<E>(2, tokens * all, 1.0));
+    let rounding = if E::DTYPE == DType::F32 { 0.0 } else { unit(E::DTYPE) };
+    let want = reference(case, &widen(&qkv), &widen(&dout), rounding);
+    for (isa, got) in on_every_device(|device| {
+        spoil_workspace::<E>(device, s);
+        let (qkv, dout) = (put(device, &qkv), put(device, &dout));
+        let doc_start = case.doc_start.as_ref().map(|d| put(device, d));
+        let (mut out, mut lse) =
+            (poisoned::<E>(device, tokens * all), poisoned(device, s.batch * s.heads * s.seq));
+        device.attention(s, &qkv, doc_start.as_ref(), case.dropout, &mut out, &mut lse);
+        let mut dqkv = poisoned::<E>(device, tokens * 3 * all);
+        device.attention_backward(s, &qkv, doc_start.as_ref(), case.dropout, &out, &lse, &dout, &mut dqkv);
+        vec![get(device, &out), get(device, &lse), get(device, &dqkv)]
+    }) {
+        let (docs, drop) = (case.doc_start.is_some(), case.dropout.is_some());
+        let what = format!("{isa:?}, {}, {s:?}, documents {docs}, dropout {drop}", E::DTYPE);
+        assert_close(&format!("out, {what}"), E::DTYPE, &got[0], &want.out, |i| TINY + want.out_slack[i]);
+        assert_close(&format!("lse, {what}"), DType::F32, &got[1], &want.lse, |i| TINY + want.lse_slack[i]);
+        assert_close(&format!("dqkv, {what}"), E::DTYPE, &got[2], &want.dqkv, |i| TINY + want.dqkv_slack[i]);
+    }
+}
+
+/// Every head width of OPT and some that no register divides; lengths around every tile's edges.
+const SHAPES: [(usize, usize, usize, usize); 9] = [
+    (1, 1, 1, 1),
+    (3, 2, 2, 7),
+    (2, 31, 3, 16),
+    (1, 64, 2, 64),
+    (2, 65, 1, 80),
+    (1, 130, 2, 128),
+    (2, 193, 1, 64),
+    (1, 257, 2, 16),
+    (1, 400, 1, 33),
+];
+
+#[test]
+fn outputs_and_gradients_match_the_definition_in_f32() {
+    for (batch, seq, heads, width) in SHAPES {
+        cases(shape(batch, seq, heads, width)).iter().for_each(|case| check::<f32>(case, 1.0));
+    }
+}
+
+#[test]
+fn outputs_and_gradients_match_the_definition_in_bf16() {
+    for (batch, seq, heads, width) in SHAPES {
+        cases(shape(batch, seq, heads, width)).iter().for_each(|case| check::<bf16>(case, 1.0));
+    }
+}
+
+#[test]
+fn first_keys_need_not_be_in_order() {
+    let s = shape(2, 300, 1, 8);
+    let any = whole(12, s.batch * s.seq, 1 << 20);
+    let doc_start = any.iter().enumerate().map(|(i, x)| x % ((i % s.seq) as u32 + 1)).collect();
+    check::<f32>(&Case { s, doc_start: Some(doc_start), dropout: None }, 1.0);
+    // Every position on its own: probabilities of 1.
+    let alone = (0..s.batch * s.seq).map(|i| (i % s.seq) as u32).collect();
+    check::<f32>(&Case { s, doc_start: Some(alone), dropout: None }, 1.0);
+}
+
+#[test]
+fn large_scores_overflow_nothing() {
+    // Scores of some thousands, and of some 10^30: then each row has one probability of 1.
+    check::<f32>(&plain(shape(1, 100, 1, 64)), 25.0);
+    check::<bf16>(&plain(shape(1, 100, 1, 64)), 25.0);
+    let s = shape(1, 70, 1, 16);
+    let qkv = numbers::<f32>(1, s.seq * 3 * s.width, 1e15);
+    for (isa, got) in on_every_device(|device| {
+        let (qkv, mut out) = (put(device, &qkv), poisoned::<f32>(device, s.seq * s.width));
+        let mut lse = poisoned(device, s.seq);
+        device.attention(s, &qkv, None, None, &mut out, &mut lse);
+        let mut dqkv = poisoned::<f32>(device, s.seq * 3 * s.width);
+        let dout = put(device, &vec![1.0f32; s.seq * s.width]);
+        device.attention_backward(s, &qkv, None, None, &out, &lse, &dout, &mut dqkv);
+        vec![get(device, &out), get(device, &lse), get(device, &dqkv)]
+    }) {
+        assert!(got.iter().flatten().all(|x| x.is_finite()), "{isa:?}");
+        for (t, out) in got[0].chunks(s.width).enumerate() {
+            let from = |key: usize| &qkv[(3 * key + 2) * s.width..][..s.width];
+            assert!((0..=t).any(|key| same_bits(from(key), out)), "{isa:?}: row {t} is a value's");
+        }
+    }
+}
+
+#[test]
+fn one_more_or_less_key_would_show() {
+    // The tolerance of f32 must be far below what one key of the longest shape contributes.
+    let case = plain(shape(1, 257, 1, 16));
+    let qkv = widen(&numbers::<f32>(1, 257 * 48, 1.0));
+    let r = reference(&case, &qkv, &vec![0.0; 257 * 16], 0.0);
+    let typical = 1.0 / 257.0;
+    assert!(r.out_slack.iter().all(|slack| *slack < typical / 20.0), "tolerances hide a wrong mask");
+}
+
+fn check_cached<E: Element>(s: AttentionShape, chunks: &[usize]) {
+    let case = plain(s);
+    let all = case.all();
+    let qkv = numbers::<E>(4, s.seq * 3 * all, 1.0);
+    let rounding = if E::DTYPE == DType::F32 { 0.0 } else { unit(E::DTYPE) };
+    let want = reference(&case, &widen(&qkv), &vec![0.0; s.seq * all], rounding);
+    for (isa, got) in on_every_device(|device| {
+        // Rows that no token has been written to are never looked at.
+        let capacity = (s.seq + 3) * all;
+        let (mut k, mut v) = (poisoned::<E>(device, capacity), poisoned::<E>(device, capacity));
+        let (mut past, mut all_out) = (0, vec![]);
+        for count in chunks.iter().copied() {
+            let new = put(device, &qkv[past * 3 * all..(past + count) * 3 * all]);
+            let mut out = poisoned::<E>(device, count * all);
+            device.attention_cached(s.heads, s.width, past, count, &new, &mut k, &mut v, &mut out);
+            all_out.extend(get(device, &out));
+            past += count;
+        }
+        assert_eq!(past, s.seq);
+        let (k, v) = (get(device, &k), get(device, &v));
+        for (i, row) in qkv.chunks(3 * all).enumerate() {
+            let row: Vec<f32> = row.iter().map(|x| x.to_f32()).collect();
+            assert!(same_bits(&k[i * all..(i + 1) * all], &row[all..2 * all]), "k of token {i}");
+            assert!(same_bits(&v[i * all..(i + 1) * all], &row[2 * all..]), "v of token {i}");
+        }
+        assert!(k[s.seq * all..].iter().chain(&v[s.seq * all..]).all(|x| x.is_nan()));
+        vec![all_out]
+    }) {
+        let what = format!("cached, {isa:?}, {}, {s:?} in {chunks:?}", E::DTYPE);
+        assert_close(&what, E::DTYPE, &got[0], &want.out, |i| TINY + want.out_slack[i]);
+    }
+}
+
+#[test]
+fn cached_tokens_in_any_chunks_give_what_the_whole_sequence_does() {
+    let random: Vec<usize> = whole(13, 40, 24).into_iter().map(|n| 1 + n as usize).collect();
+    let total = random.iter().sum();
+    let chunks: [&[usize]; 5] = [&[1; 70], &[200, 1, 1, 9, 50, 8], &[65], &[7, 100, 1, 64], &random];
+    for (chunks, (heads, width)) in chunks.into_iter().zip([(2, 64), (3, 80), (1, 1), (2, 7), (1, 16)]) {
+        let s = shape(1, chunks.iter().sum(), heads, width);
+        check_cached::<f32>(s, chunks);
+        check_cached::<bf16>(s, chunks);
+    }
+    check_cached::<bf16>(shape(1, total, 2, 128), &random);
+}
+
+#[test]
+fn dropout_of_one_head_is_that_of_the_global_batch() {
+    // The second of two sequences, alone, with its rows' place in the batch.
+    let s = shape(2, 50, 3, 16);
+    let qkv = numbers::<f32>(1, 100 * 3 * 48, 1.0);
+    for (isa, got) in on_every_device(|device| {
+        let run = |s: AttentionShape, qkv: &[f32], first_row: u64| {
+            let (qkv, mut out) = (put(device, qkv), poisoned::<f32>(device, s.batch * 50 * 48));
+            let mut lse = poisoned(device, s.batch * 3 * 50);
+            let dropout = Some(Dropout { first_row, ..dropout() });
+            device.attention(s, &qkv, None, dropout, &mut out, &mut lse);
+            get(device, &out)
+        };
+        let both = run(s, &qkv, 0);
+        vec![both[50 * 48..].to_vec(), run(shape(1, 50, 3, 16), &qkv[50 * 3 * 48..], 50)]
+    }) {
+        assert!(same_bits(&got[0], &got[1]), "{isa:?}");
+    }
+}
