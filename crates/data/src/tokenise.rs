@@ -6,14 +6,18 @@ use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
+use std::time::Duration;
 
 /// Text that is tokenised in one go, bytes: enough work to share among threads.
 const BATCH: usize = 8 << 20;
+
+/// Time between two looks at whether another process has finished a token file.
+const TURN: Duration = Duration::from_millis(50);
 
 /// Opens the token file of a corpus in the folder `cache`, or makes it first, with a progress bar when standard error
 /// is a terminal. `name` starts the file's name, for people; the rest of it is the fingerprint of the tokenizer and of
@@ -24,13 +28,27 @@ const BATCH: usize = 8 << 20;
 /// # Errors
 /// Names the source that cannot be read, with the place; a damaged token file; a folder that cannot be written.
 pub fn tokenise(corpus: &Corpus, tokenizer: &Tokenizer, cache: &Path, name: &str) -> Result<TokenFile> {
+    tokenise_unless(&|| false, corpus, tokenizer, cache, name)?.context("tokenising was interrupted")
+}
+
+/// [`tokenise`], given up soon after `stop` says so; the result is then `None`, and the file will be made another time.
+///
+/// # Errors
+/// Those of [`tokenise`].
+pub fn tokenise_unless(
+    stop: &dyn Fn() -> bool,
+    corpus: &Corpus,
+    tokenizer: &Tokenizer,
+    cache: &Path,
+    name: &str,
+) -> Result<Option<TokenFile>> {
     let fingerprint = fingerprint(corpus, tokenizer);
     let short: String = fingerprint[..8].iter().map(|b| format!("{b:02x}")).collect();
     let name: String =
         name.chars().map(|c| if c.is_alphanumeric() || "-_".contains(c) { c } else { '_' }).collect();
     let path = cache.join(format!("{name}-{short}.tokens"));
-    if !path.exists() {
-        make(corpus, tokenizer, fingerprint, &path, &name)?;
+    if !path.exists() && !make(stop, corpus, tokenizer, fingerprint, &path, &name)? {
+        return Ok(None);
     }
     let file = TokenFile::open(&path)?;
     if file.fingerprint() != fingerprint {
@@ -39,7 +57,7 @@ pub fn tokenise(corpus: &Corpus, tokenizer: &Tokenizer, cache: &Path, name: &str
             path.display()
         );
     }
-    Ok(file)
+    Ok(Some(file))
 }
 
 fn fingerprint(corpus: &Corpus, tokenizer: &Tokenizer) -> [u8; 32] {
@@ -60,14 +78,15 @@ fn fingerprint(corpus: &Corpus, tokenizer: &Tokenizer) -> [u8; 32] {
     hash.finalize().into()
 }
 
-/// Makes the token file at `path`.
+/// Makes the token file at `path`; false if `stop` ended that.
 fn make(
+    stop: &dyn Fn() -> bool,
     corpus: &Corpus,
     tokenizer: &Tokenizer,
     fingerprint: [u8; 32],
     path: &Path,
     name: &str,
-) -> Result<()> {
+) -> Result<bool> {
     let folder = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
     let part = path.with_extension("part");
@@ -75,36 +94,49 @@ fn make(
     let file = File::options().create(true).truncate(false).write(true).open(&part).with_context(failed)?;
     // One maker at a time. The partial file is never deleted while others may wait for it, so whoever holds the lock
     // holds the file of that name, or the finished one.
-    match file.lock() {
-        Err(e) if e.kind() != ErrorKind::Unsupported => return Err(e).with_context(failed),
-        _ => {}
+    loop {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) if stop() => return Ok(false),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(TURN),
+            Err(TryLockError::Error(e)) if e.kind() != ErrorKind::Unsupported => return Err(e).with_context(failed),
+            _ => break,
+        }
     }
     if path.exists() {
         // Made while this one waited; whoever waits for the empty file still will find the same.
         let _ = fs::remove_file(&part);
-        return Ok(());
+        return Ok(true);
     }
     file.set_len(0).with_context(failed)?;
     // The lock lasts as long as `file` is open: until after the renaming.
-    let made = || -> Result<()> {
-        write(corpus, tokenizer, fingerprint, file.try_clone()?, name)?;
-        Ok(fs::rename(&part, path)?)
+    let made = || -> Result<bool> {
+        let whole = write(stop, corpus, tokenizer, fingerprint, file.try_clone()?, name)?;
+        if whole {
+            fs::rename(&part, path)?;
+        }
+        Ok(whole)
     };
-    if let Err(e) = made() {
+    let made = made().with_context(|| format!("cannot make the token file {}", path.display()));
+    if !matches!(made, Ok(true)) {
         // Gives the room back; the name stays, for the reason above.
         let _ = file.set_len(0);
-        return Err(e.context(format!("cannot make the token file {}", path.display())));
+        return made;
     }
-    File::open(folder).and_then(|f| f.sync_all()).with_context(|| format!("cannot sync {}", folder.display()))
+    File::open(folder)
+        .and_then(|f| f.sync_all())
+        .with_context(|| format!("cannot sync {}", folder.display()))
+        .map(|()| true)
 }
 
+/// Fills the token file; false if `stop` ended that.
 fn write(
+    stop: &dyn Fn() -> bool,
     corpus: &Corpus,
     tokenizer: &Tokenizer,
     fingerprint: [u8; 32],
     file: File,
     name: &str,
-) -> Result<()> {
+) -> Result<bool> {
     let failed = "cannot write it; is the disk full? (data.cache sets the folder)";
     let mut writer = TokenWriter::new(file, tokenizer.vocab_size(), fingerprint).context(failed)?;
     let bar = ProgressBar::new(corpus.bytes());
@@ -116,11 +148,14 @@ fn write(
     let consumed = pieces.consumed();
     // Tokens of the document that is open.
     let mut open = false;
-    std::thread::scope(|scope| -> Result<()> {
+    let whole = std::thread::scope(|scope| -> Result<bool> {
         // Reading and decompression run ahead by at most two batches.
         let (send, receive) = mpsc::sync_channel(1);
         scope.spawn(move || read_batches(pieces, send));
         for batch in receive {
+            if stop() {
+                return Ok(false);
+            }
             let batch: Vec<Piece> = batch?;
             let encoded: Vec<Vec<u32>> =
                 batch.par_iter().map(|piece| tokenizer.encode(&piece.text)).collect::<Result<_>>()?;
@@ -134,13 +169,17 @@ fn write(
             }
             bar.set_position(consumed.load(Ordering::Relaxed));
         }
-        Ok(())
+        Ok(true)
     })?;
     bar.finish_and_clear();
+    if !whole {
+        return Ok(false);
+    }
     if writer.tokens() == 0 {
         bail!("the text of `{name}` is empty");
     }
-    writer.finish().context(failed)
+    writer.finish().context(failed)?;
+    Ok(true)
 }
 
 /// Sends pieces in batches until the end, an error, or the receiver's end.
@@ -248,6 +287,21 @@ mod tests {
         let corpus = Corpus::find(&[&text], "text").unwrap();
         let e = format!("{:#}", tokenise(&corpus, &t, &cache, "x").err().unwrap());
         assert!(e.contains("empty"), "{e}");
+    }
+
+    #[test]
+    fn a_maker_that_is_stopped_leaves_nothing_and_the_next_one_begins_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, cache) = (dir.path().join("a.txt"), dir.path().join("cache"));
+        fs::write(&path, "some words ".repeat(10_000)).unwrap();
+        let (t, corpus) = (tokenizer(), Corpus::find(&[&path], "text").unwrap());
+        assert!(tokenise_unless(&|| true, &corpus, &t, &cache, "x").unwrap().is_none());
+        let left: u64 = fs::read_dir(&cache).unwrap().map(|f| f.unwrap().metadata().unwrap().len()).sum();
+        assert_eq!(left, 0);
+        let made = tokenise_unless(&|| false, &corpus, &t, &cache, "x").unwrap().unwrap();
+        assert!(made.tokens() > 1000);
+        // What is there already needs no time to be used.
+        assert!(tokenise_unless(&|| true, &corpus, &t, &cache, "x").unwrap().is_some());
     }
 
     #[test]

@@ -104,11 +104,11 @@ impl Tokenizer {
         Ok(Tokenizer { bpe, words: Words::new()?, letters, bytes, starts, fingerprint })
     }
 
-    /// Writes a `tokenizer.json`, which the `tokenizers` and `transformers` libraries read too.
+    /// Content of a `tokenizer.json`, which the `tokenizers` and `transformers` libraries read too.
     ///
     /// # Errors
-    /// When the file cannot be written. An older file is then left as it was.
-    pub fn save(&self, path: &Path) -> Result<()> {
+    /// When the library cannot write it.
+    pub fn to_json(&self) -> Result<String> {
         let mut inner = tokenizers::Tokenizer::new(self.bpe.clone());
         let level = ByteLevel::new(false, true, true);
         inner.with_pre_tokenizer(Some(level)).with_decoder(Some(level));
@@ -117,13 +117,22 @@ impl Tokenizer {
             .add_special_tokens(SPECIALS.map(|s| AddedToken::from(s, true)))
             .and_then(|_| inner.to_string(true))
             .map_err(|e| anyhow!(e))
-            .and_then(|json| {
-                let beside = path.with_extension("json.part");
-                fs::write(&beside, json)?;
-                fs::File::open(&beside)?.sync_all()?;
-                Ok(fs::rename(&beside, path)?)
-            })
-            .with_context(|| format!("cannot write the tokenizer to {}", path.display()))
+            .context("the tokenizer does not turn into JSON")
+    }
+
+    /// Writes [`Tokenizer::to_json`] to a file.
+    ///
+    /// # Errors
+    /// When the file cannot be written. An older file is then left as it was.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let json = self.to_json()?;
+        let write = || -> std::io::Result<()> {
+            let beside = path.with_extension("json.part");
+            fs::write(&beside, json)?;
+            fs::File::open(&beside)?.sync_all()?;
+            fs::rename(&beside, path)
+        };
+        write().with_context(|| format!("cannot write the tokenizer to {}", path.display()))
     }
 
     /// V, one more than the largest id. A model's table may have more rows.

@@ -1,7 +1,14 @@
 //! Training of OPT models, from a configuration file to a run folder that holds checkpoints and curves.
 
+pub mod bench;
 pub mod checkpoint;
 pub mod config;
+pub mod inference;
+pub mod optimizer;
+pub mod planner;
+pub mod quickstart;
 pub mod schedule;
 pub mod signals;
+mod stacked;
 pub mod telemetry;
+pub mod trainer;

@@ -5,13 +5,15 @@
 //! follows from it. A resolved configuration, written out, resolves to itself.
 
 mod keys;
-//mod resolve;
+mod resolve;
 mod span;
 
-//pub use resolve::{Optimizer, Resolved};
+pub(crate) use resolve::micro_batch;
+pub use resolve::{Published, Resolved, published};
 pub use span::{Count, Span};
 
 use crate::schedule;
+use crate::telemetry::DEFAULT_WATTS_PER_CORE;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -82,9 +84,9 @@ section! {
         /// Longest sequence the model knows positions for. May accompany a preset.
         positions: Option<usize> = None,
         /// Dropout after attention and feed-forward. OPT: 0.1.
-        dropout: f32 = 0.1,
+        dropout: f64 = 0.1,
         /// Dropout on attention probabilities. OPT: 0.1.
-        attention_dropout: f32 = 0.1,
+        attention_dropout: f64 = 0.1,
     }
 }
 
@@ -126,17 +128,17 @@ section! {
         /// Peak learning rate; OPT's for the preset unless given.
         lr: Option<f64> = None,
         /// Decays of the two moments (adamw).
-        betas: Option<[f32; 2]> = None,
+        betas: Option<[f64; 2]> = None,
         /// Added to the root of the second moment (adamw).
-        eps: Option<f32> = None,
+        eps: Option<f64> = None,
         /// Weight decay: decoupled for adamw, L2 for sgd.
-        weight_decay: f32 = 0.1,
+        weight_decay: f64 = 0.1,
         /// Whether biases and layer norms decay too, as in metaseq.
         decay_vectors: bool = true,
         /// Momentum (sgd).
-        momentum: Option<f32> = None,
+        momentum: Option<f64> = None,
         /// Largest gradient norm; 0 for no clipping.
-        clip: f32 = 1.0,
+        clip: f64 = 1.0,
     }
 }
 
@@ -161,9 +163,9 @@ section! {
     RunSection {
         /// Folder of checkpoints, metrics and the resolved configuration.
         dir: PathBuf = PathBuf::new(),
-        /// Length in optimiser steps.
+        /// Length in optimiser steps; or give `tokens`.
         steps: Option<u64> = None,
-        /// Length in tokens.
+        /// Length in tokens, rounded up to whole steps.
         tokens: Option<Count> = None,
         /// Stop (with a checkpoint) after this much time in one go.
         max_minutes: Option<f64> = None,
@@ -213,8 +215,8 @@ section! {
 section! {
     /// Energy accounting.
     EnergySection {
-        /// Power of the machine in watts, for an estimate where no meter can be read.
-        watts: Option<f64> = None,
+        /// Power of a busy core in watts, for an estimate where no counter can be read.
+        watts: f64 = DEFAULT_WATTS_PER_CORE,
     }
 }
 
@@ -275,10 +277,20 @@ pub enum Weights {
 pub enum Recompute {
     /// Keep every activation.
     None,
-    /// Compute the cheap ones again.
+    /// Compute what is cheap again: layer norms and attention.
     Selective,
-    /// Keep one row per layer.
+    /// Keep one row per layer and token.
     Full,
+}
+
+impl From<Recompute> for ferropt_model::Recompute {
+    fn from(recompute: Recompute) -> Self {
+        match recompute {
+            Recompute::None => ferropt_model::Recompute::None,
+            Recompute::Selective => ferropt_model::Recompute::Selective,
+            Recompute::Full => ferropt_model::Recompute::Full,
+        }
+    }
 }
 
 /// Values that are left out when a configuration is written.
@@ -300,7 +312,7 @@ impl Absent for BTreeMap<String, Paths> {
 macro_rules! always_written {
     ($($type:ty)*) => { $(impl Absent for $type {})* };
 }
-always_written!(bool u64 usize f32 String PathBuf Paths Span OptimizerKind schedule::Kind Precision Recompute);
+always_written!(bool u64 usize f64 String PathBuf Paths Span OptimizerKind schedule::Kind Precision Recompute);
 
 impl Config {
     /// Reads a configuration file and applies `--set` overrides, each `section.key=value`. The value is TOML; what is

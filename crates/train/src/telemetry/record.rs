@@ -33,13 +33,15 @@ pub struct Training {
     /// Tokens per second.
     #[serde(deserialize_with = "null_is_nan")]
     pub tokens_per_second: f64,
-    /// 10^12 floating-point operations per second that the model needs (no recomputation counted).
+    /// 10^12 floating-point operations per second that the model needs: no recomputation, the whole T x T square of
+    /// attention, as others count.
     #[serde(deserialize_with = "null_is_nan")]
     pub model_tflops: f64,
-    /// 10^12 floating-point operations per second that were executed (recomputation counted).
+    /// The same with recomputation.
     #[serde(deserialize_with = "null_is_nan")]
     pub hardware_tflops: f64,
-    /// `hardware_tflops` as a share (0 to 1) of the peak measured on this machine, where one was measured.
+    /// Operations executed (recomputation and the causal half of attention counted) as a share (0 to 1) of the peak
+    /// measured on this machine, where one was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_share: Option<f64>,
     /// Energy since the run began.

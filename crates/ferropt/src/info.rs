@@ -1,0 +1,22 @@
+//! `ferropt info`: what this machine can do.
+
+use ferropt_device::{Device, bf16};
+use ferropt_train::trainer::open_device;
+
+/// Arguments of `ferropt info`.
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  ferropt info\n  ferropt info --threads 1")]
+pub(crate) struct Args {
+    /// Threads; all available unless given
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+}
+
+pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    let device = open_device(args.threads)?;
+    println!("version        ferropt {}", env!("CARGO_PKG_VERSION"));
+    println!("device         {}", device.describe());
+    println!("measured peak  f32  {:.1} GFLOP/s", device.measured_peak::<f32>() * 1e-9);
+    println!("               bf16 {:.1} GFLOP/s", device.measured_peak::<bf16>() * 1e-9);
+    Ok(())
+}

@@ -1,0 +1,72 @@
+//! Trains OPT language models and generates from them. One file per subcommand: arguments and printing, no logic.
+
+mod bench;
+mod generate;
+mod info;
+mod presets;
+mod quickstart;
+mod train;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Trains OPT language models and generates from them.
+#[derive(Parser)]
+#[command(name = "ferropt", version, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  ferropt quickstart                            train a small OPT on text that is already here, in minutes
+  ferropt train config.toml                     train; the same command resumes
+  ferropt train config.toml --dry-run           memory, FLOPs and time, without starting
+  ferropt generate --model runs/a \"Once upon\"   continue a text with a trained model
+
+`ferropt COMMAND --help` shows more examples.";
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a small model on text that is already here, in minutes, and report.
+    Quickstart(quickstart::Args),
+    /// Train a model as a configuration file says; run again to resume.
+    Train(train::Args),
+    /// Continue a text with a trained model.
+    Generate(generate::Args),
+    /// List the models that can be named, with exact parameter counts.
+    Presets(presets::Args),
+    /// Measure how fast this machine trains, and where the time goes.
+    Bench(bench::Args),
+    /// Show what this machine can do: processor, threads, measured peak.
+    Info(info::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Quickstart(args) => quickstart::run(args),
+        Command::Train(args) => train::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Presets(args) => presets::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Info(args) => info::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Prints an error and its causes, one a line. A backtrace would not help the user.
+fn report(error: &anyhow::Error) {
+    eprintln!("error: {error}");
+    for cause in error.chain().skip(1) {
+        for line in cause.to_string().lines() {
+            eprintln!("  {line}");
+        }
+    }
+}

@@ -1,0 +1,40 @@
+//! A full disk, as a real small tmpfs: training goes on, the last good checkpoint stays, and the run resumes from it.
+
+mod lab;
+
+use lab::{Lab, text};
+use std::process::Command;
+
+#[test]
+fn a_full_disk_costs_no_good_checkpoint() {
+    let lab = Lab::new();
+    // A mount of our own needs a user namespace; not every machine lets users have one.
+    let can = Command::new("unshare").args(["-rm", "true"]).output().is_ok_and(|o| o.status.success());
+    if !can {
+        println!("skipped: `unshare -rm` is not allowed here, so no small tmpfs can be mounted");
+        return;
+    }
+    lab.train(&lab.config("whole", 30), &[]);
+    let config = lab.config("small/run", 30);
+    std::fs::create_dir(lab.path("small")).unwrap();
+    // Room for the run folder and one checkpoint; a ballast leaves too little for a second until it is removed.
+    let script = "set -e
+        mount -t tmpfs -o size=4m tmpfs \"$SMALL\"
+        $FERROPT train \"$CONFIG\" --set run.steps=5 --set schedule.total=30
+        dd if=/dev/zero of=\"$SMALL/ballast\" bs=4k 2>/dev/null || true
+        if $FERROPT train \"$CONFIG\" --set schedule.total=30; then echo 'full disk went unnoticed'; exit 1; fi
+        rm \"$SMALL/ballast\"
+        $FERROPT train \"$CONFIG\" --set schedule.total=30
+        cp -r \"$SMALL/run\" \"$KEEP\"";
+    let out = Command::new("unshare")
+        .args(["-rm", "sh", "-c", script])
+        .env("FERROPT", env!("CARGO_BIN_EXE_ferropt"))
+        .env("SMALL", lab.path("small"))
+        .env("CONFIG", &config)
+        .env("KEEP", lab.path("kept"))
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", text(&out));
+    assert!(text(&out).to_lowercase().contains("no space") || text(&out).contains("free"), "{}", text(&out));
+    assert!(lab.tensors("kept", 30) == lab.tensors("whole", 30), "the resumed run has other bits");
+}

@@ -1,0 +1,148 @@
+//! A folder with a small corpus, a tokenizer and a nano model's configuration, and the real binary to try on them.
+
+#![allow(dead_code)] // each test binary uses its own part
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use tempfile::TempDir;
+
+/// The folder; gone when dropped.
+pub struct Lab {
+    dir: TempDir,
+}
+
+impl Lab {
+    /// Writes corpus, held-out text and tokenizer.
+    pub fn new() -> Lab {
+        let dir = TempDir::new().unwrap();
+        let lab = Lab { dir };
+        std::fs::create_dir(lab.path("texts")).unwrap();
+        for i in 0..4 {
+            std::fs::write(lab.path(&format!("texts/{i}.txt")), story(i, 120)).unwrap();
+        }
+        std::fs::write(lab.path("held-out.txt"), story(99, 40)).unwrap();
+        std::fs::write(lab.path("tokenizer.json"), byte_tokenizer()).unwrap();
+        lab
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Configuration of a run in `RUN` with `steps` steps; everything not said here is the default.
+    pub fn config(&self, run: &str, steps: u64) -> PathBuf {
+        let at = |name: &str| self.path(name).display().to_string();
+        let text = format!(
+            "[model]\nlayers = 2\nheads = 2\nwidth = 32\nvocab = 260\npositions = 64\n\
+             [data]\ntrain = '{}'\ntokenizer = '{}'\nvalidation.held-out = '{}'\ncache = '{}'\n\
+             [batch]\ntokens = 512\n\
+             [optimizer]\nlr = 5e-3\n\
+             [run]\ndir = '{}'\nsteps = {steps}\nthreads = 2\n\
+             [checkpoint]\nevery = 5\nkeep_last = 2\n\
+             [validation]\nevery = 20\nmax_tokens = 1024\n",
+            at("texts"),
+            at("tokenizer.json"),
+            at("held-out.txt"),
+            at("cache"),
+            at(run),
+        );
+        let file = self.path(&format!("{}.toml", run.replace('/', "-")));
+        std::fs::write(&file, text).unwrap();
+        file
+    }
+
+    /// Trains to the end and fails the test when that fails.
+    pub fn train(&self, config: &Path, set: &[&str]) -> Output {
+        let out = train(config, set).output().unwrap();
+        assert!(out.status.success(), "training failed:\n{}", text(&out));
+        out
+    }
+
+    /// Bytes of every tensor file of a run's checkpoint.
+    pub fn tensors(&self, run: &str, step: u64) -> BTreeMap<String, Vec<u8>> {
+        let dir = self.path(run).join(format!("checkpoints/step-{step:08}"));
+        let files = std::fs::read_dir(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+        let tensors: BTreeMap<_, _> = files
+            .map(|f| f.unwrap().path())
+            .filter(|f| f.extension().is_some_and(|e| e == "safetensors"))
+            .map(|f| (f.file_name().unwrap().to_str().unwrap().to_string(), std::fs::read(&f).unwrap()))
+            .collect();
+        assert!(tensors.contains_key("model.safetensors"), "{} holds no model", dir.display());
+        tensors
+    }
+
+    /// Values of `key` in the lines of metrics.jsonl that have it, with their steps.
+    pub fn metric(&self, run: &str, key: &str) -> Vec<(u64, f64)> {
+        let lines = std::fs::read_to_string(self.path(run).join("metrics.jsonl")).unwrap();
+        lines
+            .lines()
+            .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap_or_else(|e| panic!("{l}: {e}")))
+            .filter_map(|l| Some((l["step"].as_u64()?, l.get(key)?.as_f64()?)))
+            .collect()
+    }
+}
+
+/// The binary.
+pub fn ferropt() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_ferropt"))
+}
+
+/// `ferropt train CONFIG --set ...`
+pub fn train(config: &Path, set: &[&str]) -> Command {
+    let mut command = ferropt();
+    command.arg("train").arg(config);
+    for item in set {
+        command.arg("--set").arg(item);
+    }
+    command
+}
+
+/// What a command printed.
+pub fn text(out: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr))
+}
+
+/// Sentences of a tiny language, so that there is something to learn.
+fn story(seed: usize, sentences: usize) -> String {
+    const WHO: [&str; 6] = ["The cat", "A sailor", "My aunt", "The baker", "Our dog", "The old king"];
+    const DOES: [&str; 5] = ["sees", "likes", "follows", "forgets", "paints"];
+    const WHAT: [&str; 6] = ["the moon", "a red boat", "warm bread", "the sea", "a small bird", "the garden"];
+    let mut state = seed as u64 + 1;
+    let mut pick = |n: usize| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as usize % n
+    };
+    (0..sentences).map(|_| format!("{} {} {}.\n", WHO[pick(6)], DOES[pick(5)], WHAT[pick(6)])).collect()
+}
+
+/// A byte-level tokenizer without merges: OPT's four special tokens, then a token per byte.
+fn byte_tokenizer() -> String {
+    // GPT-2's alphabet: printable bytes stand for themselves, the others for characters from U+0100 on.
+    let printable = |b: u32| matches!(b, 33..=126 | 161..=172 | 174..=255);
+    let mut next = 256;
+    let mut vocab = serde_json::Map::new();
+    for (id, special) in ["<s>", "<pad>", "</s>", "<unk>"].into_iter().enumerate() {
+        vocab.insert(special.into(), id.into());
+    }
+    for byte in 0..256 {
+        let code = if printable(byte) { byte } else { next };
+        next += u32::from(!printable(byte));
+        vocab.insert(char::from_u32(code).unwrap().to_string(), (byte + 4).into());
+    }
+    let special = |id: u32, content: &str| {
+        serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true})
+    };
+    serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(0, "<s>"), special(1, "<pad>"), special(2, "</s>"), special(3, "<unk>")],
+        "normalizer": null,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "post_processor": null,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []},
+    })
+    .to_string()
+}

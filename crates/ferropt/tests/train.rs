@@ -1,0 +1,152 @@
+//! `ferropt train` as a user meets it.
+
+mod lab;
+
+use lab::{Lab, ferropt, text, train};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+#[test]
+fn learns_validates_and_reports() {
+    let lab = Lab::new();
+    let out = lab.train(&lab.config("run", 60), &[]);
+    let losses = lab.metric("run", "loss");
+    assert_eq!(losses.len(), 60);
+    let (first, last) = (losses[0].1, losses[59].1);
+    assert!((first - 260f64.ln()).abs() < 0.2, "a fresh model guesses evenly: {first}");
+    assert!(last < 0.6 * first, "loss {first} -> {last}");
+    let validation: serde_json::Value = std::fs::read_to_string(lab.path("run").join("metrics.jsonl"))
+        .unwrap()
+        .lines()
+        .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap())
+        .rfind(|l| l.to_string().contains("held-out"))
+        .expect("the held-out set is reported");
+    assert!(validation.to_string().contains("bits_per_byte"), "{validation}");
+    assert!(text(&out).contains("held-out"), "{}", text(&out));
+    let resolved = std::fs::read_to_string(lab.path("run").join("config.toml")).unwrap();
+    assert!(resolved.contains("betas") && resolved.contains("warmup"), "{resolved}");
+    // Keep-last-2 of checkpoints every 5 steps.
+    let kept = std::fs::read_dir(lab.path("run").join("checkpoints")).unwrap();
+    let mut kept: Vec<String> = kept.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    kept.retain(|name| name.starts_with("step-"));
+    kept.sort();
+    assert_eq!(kept, ["step-00000055", "step-00000060"]);
+}
+
+#[test]
+fn sigterm_saves_and_the_same_command_continues_to_the_same_bits() {
+    let lab = Lab::new();
+    const STEPS: u64 = 400;
+    lab.train(&lab.config("whole", STEPS), &[]);
+    let config = lab.config("stopped", STEPS);
+    // Never on its own, so that the checkpoint can only come from the signal.
+    let set = ["checkpoint.every=100000"];
+    let child = train(&config, &set).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while std::fs::read_to_string(lab.path("stopped/metrics.jsonl")).unwrap_or_default().lines().count() < 10
+    {
+        assert!(Instant::now() < deadline, "no steps within a minute");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    let out = child.wait_with_output().unwrap();
+    assert!(out.status.success(), "{}", text(&out));
+    assert!(text(&out).contains("same command"), "says how to continue: {}", text(&out));
+    let done = lab.metric("stopped", "loss").len() as u64;
+    assert!((10..STEPS).contains(&done), "stopped after {done} steps");
+    lab.train(&config, &set);
+    assert!(lab.tensors("stopped", STEPS) == lab.tensors("whole", STEPS));
+    assert_eq!(lab.metric("stopped", "loss"), lab.metric("whole", "loss"), "each step is reported once");
+}
+
+#[test]
+fn a_longer_run_continues_and_a_different_one_is_refused() {
+    let lab = Lab::new();
+    let config = lab.config("run", 10);
+    let constant = ["schedule.kind=constant", "schedule.warmup=2"];
+    lab.train(&config, &constant);
+    lab.train(&config, &[constant[0], constant[1], "run.steps=20", "log.every=5", "checkpoint.keep_last=1"]);
+    assert!(lab.tensors("run", 20).contains_key("adam_m.safetensors"));
+    for (key, old) in [("optimizer.lr=1e-3", "0.005"), ("data.seq=32", "64"), ("run.seed=9", "1")] {
+        let out = train(&config, &[constant[0], constant[1], "run.steps=30", key]).output().unwrap();
+        let name = key.split('=').next().unwrap();
+        assert_eq!(out.status.code(), Some(1));
+        assert!(text(&out).contains(name) && text(&out).contains(old), "{key}: {}", text(&out));
+    }
+    let out = lab.train(&config, &[constant[0], constant[1], "run.steps=20"]);
+    assert!(text(&out).contains("already"), "nothing is left to do: {}", text(&out));
+}
+
+#[test]
+fn refusals_name_the_key_the_value_and_the_fix() {
+    let lab = Lab::new();
+    let config = lab.config("run", 10);
+    for (set, parts) in [
+        (&["optimizer.learning_rte=1"][..], &["optimizer.learning_rte", "unknown"][..]),
+        (&["optimizer.weight_deacy=1"], &["`optimizer.weight_decay`"]),
+        (&["model.preset=125m"], &["model.preset = \"125m\"", "model.layers = 2", "remove"]),
+        (&["run.tokens=1M"], &["run.steps = 10", "run.tokens = 1000000", "remove"]),
+        (&["batch.tokens=500"], &["batch.tokens = 500", "448", "512"]),
+        (&["data.seq=128"], &["data.seq = 128", "64"]),
+        (&["schedule.warmup=50"], &["schedule.warmup", "50 steps", "10 steps"]),
+        (&["model.vocab=100"], &["model.vocab", "100", "260"]),
+        (&["data.train=nowhere"], &["nowhere"]),
+        (&["data.tokenizer=nowhere.json"], &["nowhere.json"]),
+        (&["optimizer.kind=sgd", "optimizer.eps=1e-6"], &["sgd", "optimizer.eps"]),
+        (&["run.precision=f32", "run.weights=split"], &["run.precision", "run.weights"]),
+    ] {
+        let out = train(&config, set).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(1), "{set:?} is refused: {said}");
+        assert!(parts.iter().all(|p| said.contains(p)), "{set:?} should mention {parts:?}:\n{said}");
+        assert!(!said.contains("panicked"), "{said}");
+    }
+    assert!(!lab.path("run/checkpoints").exists(), "a refused run leaves nothing behind");
+    assert_eq!(ferropt().arg("trian").output().unwrap().status.code(), Some(2), "wrong usage exits with 2");
+}
+
+#[test]
+fn a_diverging_run_stops_without_saving_over_good_state() {
+    let lab = Lab::new();
+    let config = lab.config("run", 50);
+    let out =
+        train(&config, &["optimizer.kind=sgd", "optimizer.betas=", "optimizer.lr=1e30", "optimizer.clip=0"]);
+    let mut out = out;
+    let out = out.output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(said.contains("step") && said.contains("optimizer.lr"), "{said}");
+}
+
+#[test]
+fn dry_run_plans_every_preset_without_allocating() {
+    let lab = Lab::new();
+    let config = lab.config("run", 10);
+    let sizes = ["model.layers=", "model.heads=", "model.width=", "model.vocab=", "model.positions="];
+    for (preset, millions) in [
+        ("125m", 125.2),
+        ("350m", 331.2),
+        ("1.3b", 1315.8),
+        ("2.7b", 2651.6),
+        ("6.7b", 6658.5),
+        ("13b", 12853.5),
+        ("30b", 29974.5),
+        ("66b", 65717.0),
+        ("175b", 175_000.0),
+    ] {
+        let preset_key = format!("model.preset={preset}");
+        let set: Vec<&str> = sizes.into_iter().chain([&*preset_key, "batch.tokens="]).collect();
+        let out = train(&config, &set).args(["--dry-run", "--json"]).output().unwrap();
+        assert!(out.status.success(), "{preset}: {}", text(&out));
+        let plan: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        let parameters = plan["parameters"].as_f64().unwrap() / 1e6;
+        assert!((parameters / millions - 1.0).abs() < 0.01, "{preset}: {parameters} million parameters");
+        // Weights, masters, gradients and two moments: 16 bytes a parameter; activations and workspace come on top.
+        let total = plan["memory"]["total"].as_f64().unwrap();
+        assert!(total > 16e6 * parameters && total < 40e6 * parameters + 40e9, "{preset}: {total} bytes");
+    }
+    let out = train(&config, &[]).arg("--dry-run").output().unwrap();
+    let said = text(&out);
+    assert!(["activations", "tokens per step", "FLOP", "time"].iter().all(|w| said.contains(w)), "{said}");
+    assert!(!lab.path("run").exists(), "a dry run leaves nothing behind");
+}

@@ -1,0 +1,441 @@
+//! From what the user wrote to what will be done: contradictions are refused, defaults filled in, lengths counted.
+
+use super::*;
+use crate::optimizer::{Rule, Settings};
+use crate::schedule::{Kind, Schedule};
+use anyhow::{anyhow, bail, ensure};
+use ferropt_model::{Config as Model, Options};
+
+/// Tokens that one forward and backward pass takes at a time unless the user says otherwise: enough rows for the
+/// matrix kernels to run at their peak, few enough for the activations of the small models to stay modest.
+const MICRO_BATCH_TOKENS: usize = 2048;
+
+/// Batch, in tokens, of models without a published one.
+const SMALL_BATCH: u64 = 32_768;
+
+/// Peak learning rate of models without a published one.
+const SMALL_LR: f64 = 1e-3;
+
+/// What the OPT paper trained a model with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Published {
+    /// Name of the preset.
+    pub preset: &'static str,
+    /// Tokens per optimiser step.
+    pub batch_tokens: u64,
+    /// Peak learning rate.
+    pub lr: f64,
+}
+
+const fn paper(preset: &'static str, batch_tokens: u64, lr: f64) -> Published {
+    Published { preset, batch_tokens, lr }
+}
+
+/// Zhang et al., 2022, table 1.
+const PUBLISHED: [Published; 9] = [
+    paper("125m", 1 << 19, 6e-4),
+    paper("350m", 1 << 19, 3e-4),
+    paper("1.3b", 1 << 20, 2e-4),
+    paper("2.7b", 1 << 20, 1.6e-4),
+    paper("6.7b", 1 << 21, 1.2e-4),
+    paper("13b", 1 << 22, 1e-4),
+    paper("30b", 1 << 22, 1e-4),
+    paper("66b", 1 << 21, 0.8e-4),
+    paper("175b", 1 << 21, 1.2e-4),
+];
+
+/// What the OPT paper trained the preset of that name with; nothing for the small ones, which are not in it.
+pub fn published(preset: &str) -> Option<Published> {
+    PUBLISHED.into_iter().find(|p| p.preset == preset)
+}
+
+/// OPT's longest sequence, for models without a preset that do not say.
+const POSITIONS: usize = 2048;
+
+/// OPT's warm-up: 2000 steps, or 375M tokens for the small models.
+const WARMUP: (u64, Span) = (2000, Span::Tokens(375_000_000));
+
+/// Sequences per pass where the user does not say.
+pub(crate) fn micro_batch(sequences: usize, seq: usize) -> usize {
+    let fits = |b: &usize| sequences.is_multiple_of(*b) && b * seq <= MICRO_BATCH_TOKENS;
+    (1..=sequences.min(MICRO_BATCH_TOKENS)).rev().find(fits).unwrap_or(1)
+}
+
+/// A configuration without gaps, and everything that follows from it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Resolved {
+    /// The configuration with every default filled in; resolves to the same again.
+    pub config: Config,
+    /// The model's sizes.
+    pub model: Model,
+    /// T, tokens per sequence.
+    pub seq: usize,
+    /// Sequences per step.
+    pub sequences: usize,
+    /// Sequences per forward and backward pass.
+    pub micro_batch: usize,
+    /// Last step of the run.
+    pub steps: u64,
+    /// Learning rate by step.
+    pub schedule: Schedule,
+    /// Update rule and its constants.
+    pub optimizer: Settings,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+    /// Checkpoints at multiples of this many steps stay for ever.
+    pub keep_every: Option<u64>,
+    /// Steps between validations.
+    pub validation_every: u64,
+}
+
+impl Resolved {
+    /// Forward and backward passes per step.
+    pub fn accumulation(&self) -> usize {
+        self.sequences / self.micro_batch
+    }
+
+    /// One pass, as the model is told.
+    pub fn options(&self) -> Options {
+        Options {
+            batch: self.micro_batch,
+            seq: self.seq,
+            recompute: self.config.run.recompute.into(),
+            stop_at_documents: self.config.data.stop_attention_at_document_ends,
+        }
+    }
+
+    /// Tokens per optimiser step.
+    pub fn batch_tokens(&self) -> u64 {
+        (self.sequences * self.seq) as u64
+    }
+
+    /// The preset, or the sizes that make the model.
+    pub fn model_name(&self) -> String {
+        match &self.config.model.preset {
+            Some(name) => format!("OPT {name}"),
+            None => {
+                let m = &self.model;
+                format!("OPT of {} layers, {} heads, width {}", m.layers, m.heads, m.width)
+            }
+        }
+    }
+}
+
+impl Config {
+    /// Refuses contradictions, fills defaults in and works out what follows.
+    ///
+    /// # Errors
+    /// Names the keys, their values, and what to change.
+    pub fn resolve(mut self) -> anyhow::Result<Resolved> {
+        let model = self.resolve_model()?;
+        self.check_data()?;
+        let seq = *self.data.seq.get_or_insert(model.positions);
+        ensure!(seq > 0, "data.seq = 0, but a sequence has at least one token");
+        ensure!(
+            seq <= model.positions,
+            "data.seq = {seq} is longer than the {} positions of the model; lower data.seq or raise model.positions",
+            model.positions
+        );
+        let (sequences, micro_batch) = self.resolve_batch(seq)?;
+        let batch_tokens = (sequences * seq) as u64;
+        let steps = self.resolve_length(batch_tokens)?;
+        let schedule = self.resolve_schedule(steps, batch_tokens)?;
+        let optimizer = self.resolve_optimizer()?;
+        self.resolve_run()?;
+        let keep_every = self.check_reports(batch_tokens)?;
+        Ok(Resolved {
+            model,
+            seq,
+            sequences,
+            micro_batch,
+            steps,
+            schedule,
+            optimizer,
+            checkpoint_every: self.checkpoint.every.steps(batch_tokens),
+            keep_every,
+            validation_every: self.validation.every.steps(batch_tokens),
+            config: self,
+        })
+    }
+
+    fn resolve_model(&mut self) -> anyhow::Result<Model> {
+        let m = &mut self.model;
+        let mut model = match &m.preset {
+            Some(name) => {
+                let sizes = [
+                    ("layers", m.layers),
+                    ("heads", m.heads),
+                    ("width", m.width),
+                    ("feed_forward", m.feed_forward),
+                    ("embedding_width", m.embedding_width),
+                ];
+                let sizes = sizes.into_iter().map(|(key, size)| (key, size.map(|s| s.to_string())));
+                let given = sizes.chain([("post_norm", m.post_norm.map(|p| p.to_string()))]);
+                if let Some((key, value)) = given.into_iter().find_map(|(key, value)| Some((key, value?))) {
+                    bail!(
+                        "model.preset = \"{name}\" and model.{key} = {value} contradict each other: a preset fixes the \
+                         sizes; remove one of the two"
+                    );
+                }
+                Model::preset(name).map_err(|e| anyhow!("model.preset = \"{name}\": {e}"))?
+            }
+            None => {
+                let size = |key: &str, size: Option<usize>| {
+                    size.ok_or_else(|| {
+                        anyhow!(
+                            "model.{key} is missing; give model.preset (such as \"125m\"), or model.layers, \
+                             model.heads, model.width and model.vocab"
+                        )
+                    })
+                };
+                let width = size("width", m.width)?;
+                Model {
+                    layers: size("layers", m.layers)?,
+                    heads: size("heads", m.heads)?,
+                    width,
+                    feed_forward: *m.feed_forward.get_or_insert(width.saturating_mul(4)),
+                    embedding_width: *m.embedding_width.get_or_insert(width),
+                    post_norm: *m.post_norm.get_or_insert(false),
+                    vocab: size("vocab", m.vocab)?,
+                    positions: POSITIONS,
+                    dropout: m.dropout,
+                    attention_dropout: m.attention_dropout,
+                }
+            }
+        };
+        model.vocab = *m.vocab.get_or_insert(model.vocab);
+        model.positions = *m.positions.get_or_insert(model.positions);
+        (model.dropout, model.attention_dropout) = (m.dropout, m.attention_dropout);
+        // Its messages begin with the name of the size.
+        model.check().map_err(|e| anyhow!("model.{e}"))?;
+        Ok(model)
+    }
+
+    fn check_data(&self) -> anyhow::Result<()> {
+        let d = &self.data;
+        ensure!(!d.train.0.is_empty(), "data.train is missing; give the files or folders to train on");
+        ensure!(
+            d.tokenizer.is_some(),
+            "data.tokenizer is missing; give a tokenizer.json or a folder that holds one"
+        );
+        for (name, paths) in &d.validation {
+            ensure!(
+                !paths.0.is_empty(),
+                "data.validation.{name} is empty; give a file or a folder, or remove it"
+            );
+            ensure!(
+                name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)),
+                "data.validation.\"{name}\" is not a plain name; use letters, digits, '-', '_' and '.'"
+            );
+        }
+        Ok(())
+    }
+
+    /// Sequences per step and per pass.
+    fn resolve_batch(&mut self, seq: usize) -> anyhow::Result<(usize, usize)> {
+        let published = self.published().map(|p| p.batch_tokens);
+        let default = published.unwrap_or(SMALL_BATCH).next_multiple_of(seq as u64);
+        let tokens = self.batch.tokens.get_or_insert(Count(default)).0;
+        let t = seq as u64;
+        ensure!(
+            tokens > 0 && tokens % t == 0,
+            "batch.tokens = {tokens} is not a multiple of data.seq = {seq}; the nearest are {} and {}",
+            (tokens / t).max(1) * t,
+            (tokens / t + 1) * t
+        );
+        let sequences = usize::try_from(tokens / t)?;
+        let derived = micro_batch(sequences, seq);
+        let micro_batch = *self.batch.micro_batch.get_or_insert(derived);
+        ensure!(
+            micro_batch > 0 && sequences.is_multiple_of(micro_batch),
+            "batch.micro_batch = {micro_batch} does not divide the {sequences} sequences of a step (batch.tokens = \
+             {tokens}, data.seq = {seq}); remove it, or use for example {derived}"
+        );
+        Ok((sequences, micro_batch))
+    }
+
+    /// Last step of the run.
+    fn resolve_length(&self, batch_tokens: u64) -> anyhow::Result<u64> {
+        let run = &self.run;
+        if let Some(minutes) = run.max_minutes {
+            ensure!(minutes > 0.0, "run.max_minutes = {minutes}, but a run lasts longer than 0 minutes");
+        }
+        let steps = match (run.steps, run.tokens) {
+            (Some(steps), None) => steps,
+            (None, Some(tokens)) => Span::Tokens(tokens.0).steps(batch_tokens),
+            (Some(steps), Some(tokens)) => bail!(
+                "run.steps = {steps} and run.tokens = {} both say how long to train; remove one of the two",
+                tokens.0
+            ),
+            (None, None) => bail!(
+                "the length of the run is missing; give run.steps or run.tokens (run.max_minutes only limits one go)"
+            ),
+        };
+        ensure!(steps > 0, "a run of 0 steps trains nothing; give run.steps or run.tokens above 0");
+        Ok(steps)
+    }
+
+    fn resolve_schedule(&mut self, steps: u64, batch_tokens: u64) -> anyhow::Result<Schedule> {
+        let published = self.published().map(|p| p.lr);
+        let peak = *self.optimizer.lr.get_or_insert(published.unwrap_or(SMALL_LR));
+        ensure!(peak > 0.0 && peak.is_finite(), "optimizer.lr = {peak} is not above 0");
+        let s = &mut self.schedule;
+        let name =
+            format!("schedule.kind = \"{}\"", toml::Value::try_from(s.kind)?.as_str().unwrap_or_default());
+        let useless = |key: &str, value: String| {
+            anyhow::anyhow!(
+                "{name} makes no use of schedule.{key} = {value}; remove it or choose another kind"
+            )
+        };
+        if let (Some(decay), true) = (s.decay, s.kind != Kind::Wsd) {
+            return Err(useless("decay", decay.to_string()));
+        }
+        if !s.kind.needs_total() {
+            if let Some(total) = s.total {
+                return Err(useless("total", total.to_string()));
+            }
+            if let Some(min_lr) = s.min_lr {
+                return Err(useless("min_lr", min_lr.to_string()));
+            }
+        }
+        let total = s.total.map_or(steps, |t| t.steps(batch_tokens));
+        if s.kind.needs_total() {
+            s.total = Some(Span::Steps(total));
+        }
+        let tenth = total / 10;
+        let default = WARMUP.0.min(WARMUP.1.steps(batch_tokens)).min(tenth);
+        let warmup = s.warmup.get_or_insert(Span::Steps(default)).steps(batch_tokens);
+        let decay = match s.kind {
+            Kind::Wsd => s.decay.get_or_insert(Span::Steps(tenth)).steps(batch_tokens),
+            _ => 0,
+        };
+        let min_ratio = if s.kind.needs_total() { *s.min_lr.get_or_insert(0.1) } else { 0.0 };
+        ensure!(
+            (0.0..=1.0).contains(&min_ratio),
+            "schedule.min_lr = {min_ratio} is not a share of the peak (0 to 1)"
+        );
+        if s.kind.needs_total() {
+            ensure!(
+                warmup + decay <= total,
+                "schedule.warmup ({warmup} steps){} is longer than the whole schedule ({total} steps); shorten it or \
+                 raise schedule.total",
+                if decay > 0 { format!(" with schedule.decay ({decay} steps)") } else { String::new() }
+            );
+        }
+        Ok(Schedule { kind: s.kind, peak, warmup, decay, total, min_ratio })
+    }
+
+    fn resolve_optimizer(&mut self) -> anyhow::Result<Settings> {
+        Ok(Settings {
+            rule: self.resolve_rule()?,
+            weight_decay: self.optimizer.weight_decay,
+            decay_vectors: self.optimizer.decay_vectors,
+            clip: self.optimizer.clip,
+            stochastic: self.run.weights == Some(Weights::Bf16Stochastic),
+            seed: self.run.seed,
+        })
+    }
+
+    fn resolve_rule(&mut self) -> anyhow::Result<Rule> {
+        let o = &mut self.optimizer;
+        let (decay, clip) = (o.weight_decay, o.clip);
+        ensure!(
+            decay >= 0.0 && decay.is_finite(),
+            "optimizer.weight_decay = {decay}, but it is 0 or more; OPT uses 0.1"
+        );
+        ensure!(
+            clip >= 0.0 && clip.is_finite(),
+            "optimizer.clip = {clip}, but it is 0 (no clipping) or more; OPT uses 1"
+        );
+        match o.kind {
+            OptimizerKind::Adamw => {
+                if let Some(momentum) = o.momentum {
+                    bail!(
+                        "optimizer.kind = \"adamw\" and optimizer.momentum = {momentum} contradict each other; use \
+                         optimizer.betas, or kind = \"sgd\""
+                    );
+                }
+                let betas = *o.betas.get_or_insert([0.9, 0.95]);
+                let eps = *o.eps.get_or_insert(1e-8);
+                for beta in betas {
+                    ensure!((0.0..1.0).contains(&beta), "optimizer.betas = {betas:?}, but each is in [0, 1)");
+                }
+                ensure!(eps > 0.0, "optimizer.eps = {eps}, but it is above 0; OPT uses 1e-8");
+                Ok(Rule::AdamW { betas, eps })
+            }
+            OptimizerKind::Sgd => {
+                let adamw_only =
+                    [("betas", o.betas.map(|b| format!("{b:?}"))), ("eps", o.eps.map(|e| e.to_string()))];
+                if let Some((key, value)) = adamw_only.into_iter().find_map(|(k, v)| Some((k, v?))) {
+                    bail!(
+                        "optimizer.kind = \"sgd\" and optimizer.{key} = {value} contradict each other; remove \
+                         optimizer.{key}, or use kind = \"adamw\""
+                    );
+                }
+                let momentum = *o.momentum.get_or_insert(0.0);
+                ensure!(
+                    (0.0..1.0).contains(&momentum),
+                    "optimizer.momentum = {momentum}, but it is in [0, 1)"
+                );
+                Ok(Rule::Sgd { momentum })
+            }
+        }
+    }
+
+    fn resolve_run(&mut self) -> anyhow::Result<()> {
+        let run = &mut self.run;
+        ensure!(
+            !run.dir.as_os_str().is_empty(),
+            "run.dir is missing; give the folder for checkpoints and metrics"
+        );
+        ensure!(run.threads != Some(0), "run.threads = 0, but at least one thread is needed");
+        match (run.precision, run.weights) {
+            (Precision::F32, Some(weights)) => bail!(
+                "run.precision = \"f32\" and run.weights = {} contradict each other: f32 weights are their own masters; \
+                 remove run.weights, or use precision = \"bf16\"",
+                toml::Value::try_from(weights)?
+            ),
+            (Precision::F32, None) => {}
+            (Precision::Bf16, weights) => run.weights = Some(weights.unwrap_or(Weights::Split)),
+        }
+        if self.data.cache.is_none() {
+            let parent = run.dir.parent().unwrap_or(Path::new(""));
+            self.data.cache = Some(parent.join("data-cache"));
+        }
+        Ok(())
+    }
+
+    /// Intervals; returns that of the checkpoints that stay.
+    fn check_reports(&self, batch_tokens: u64) -> anyhow::Result<Option<u64>> {
+        let c = &self.checkpoint;
+        let every = c.every.steps(batch_tokens);
+        let keep_every = c.keep_every.map(|k| k.steps(batch_tokens));
+        ensure!(c.keep_last > 0, "checkpoint.keep_last = 0 would keep none to resume from; use 1 or more");
+        for (name, steps) in [
+            ("checkpoint.every", Some(every)),
+            ("checkpoint.keep_every", keep_every),
+            ("validation.every", Some(self.validation.every.steps(batch_tokens))),
+            ("log.every", Some(self.log.every)),
+        ] {
+            ensure!(steps != Some(0), "{name} is 0 steps; use 1 or more");
+        }
+        if let Some(keep) = keep_every {
+            ensure!(
+                keep.is_multiple_of(every),
+                "checkpoint.keep_every = {keep} steps is not a multiple of checkpoint.every = {every} steps, so most of \
+                 those would never be written; use for example {}",
+                keep.next_multiple_of(every)
+            );
+        }
+        let watts = self.energy.watts;
+        ensure!(
+            watts > 0.0 && watts.is_finite(),
+            "energy.watts = {watts}, but it is above 0; remove it for {DEFAULT_WATTS_PER_CORE} W"
+        );
+        Ok(keep_every)
+    }
+
+    fn published(&self) -> Option<Published> {
+        published(self.model.preset.as_deref()?)
+    }
+}

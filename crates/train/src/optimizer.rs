@@ -1,0 +1,291 @@
+//! AdamW and gradient descent over the parameter table, with the state that they keep.
+//!
+//! Every parameter is updated by one fused pass of the device. In bf16 the exact f32 value of a matrix is its bf16 weight
+//! joined with a low half kept here (the *split master*), unless updates are rounded at random instead; vectors and
+//! f32 matrices are their own masters.
+
+use crate::checkpoint::{Checkpoint, Data, Group};
+use crate::stacked;
+use anyhow::Result;
+use bytemuck::cast_slice_mut;
+use ferropt_device::rng::{Purpose, Stream};
+use ferropt_device::{AdamW, DType, Device, Element, Param, Sgd, bf16};
+use ferropt_model::{Model, Parameter, Tensor, TensorMut, Weights, initial_values};
+
+/// Update rule with its constants.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rule {
+    /// AdamW (Loshchilov and Hutter, 2019).
+    AdamW {
+        /// Decays of the two moments.
+        betas: [f64; 2],
+        /// Added to the root of the second moment.
+        eps: f64,
+    },
+    /// Gradient descent.
+    Sgd {
+        /// Momentum; 0 for none.
+        momentum: f64,
+    },
+}
+
+/// How to update.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    /// Update rule.
+    pub rule: Rule,
+    /// Weight decay: decoupled for AdamW, L2 for gradient descent.
+    pub weight_decay: f64,
+    /// Whether biases and layer norms decay too.
+    pub decay_vectors: bool,
+    /// Largest gradient norm; 0 for no clipping.
+    pub clip: f64,
+    /// bf16 matrices have no low halves; updates are rounded at random.
+    pub stochastic: bool,
+    /// Seed of that rounding.
+    pub seed: u64,
+}
+
+/// State of the optimiser for every parameter of a model.
+pub struct Optimizer<D: Device> {
+    settings: Settings,
+    /// In the order of the parameter table.
+    slots: Vec<Slot<D>>,
+}
+
+/// State of one parameter.
+struct Slot<D: Device> {
+    /// Low halves of the split master, as long as the parameter.
+    low: Option<D::Buf<i16>>,
+    memory: Memory<D>,
+}
+
+/// What the update rule remembers; buffers as long as the parameter.
+enum Memory<D: Device> {
+    Moments { m: D::Buf<f32>, v: D::Buf<f32> },
+    Momentum(D::Buf<f32>),
+    None,
+}
+
+impl Settings {
+    /// Buffers of f32 that the rule keeps for each parameter.
+    pub(crate) fn moments(&self) -> usize {
+        match self.rule {
+            Rule::AdamW { .. } => 2,
+            Rule::Sgd { momentum } => usize::from(momentum > 0.0),
+        }
+    }
+
+    /// Whether matrices of type `compute` have low halves.
+    pub(crate) fn splits(&self, compute: DType) -> bool {
+        compute == DType::Bf16 && !self.stochastic
+    }
+}
+
+/// L2 norm of all gradients together: squares summed in f64, parameter after parameter, each once.
+pub fn gradient_norm<D: Device>(device: &D, gradients: &Weights<D, f32>) -> f64 {
+    gradients.tensors().into_iter().map(|g| device.sum_of_squares(flat(g))).sum::<f64>().sqrt()
+}
+
+/// A gradient's buffer; matrices and vectors are both f32.
+fn flat<D: Device>(gradient: Tensor<'_, D, f32>) -> &D::Buf<f32> {
+    match gradient {
+        Tensor::Matrix(g) | Tensor::Vector(g) => g,
+    }
+}
+
+impl<D: Device> Optimizer<D> {
+    /// State for `model`, all zero.
+    ///
+    /// # Errors
+    /// When memory is short; the message says how much was asked for.
+    pub fn new<E: Element>(device: &D, model: &Model<D, E>, settings: Settings) -> Result<Self> {
+        let slot = |parameter: &Parameter| -> Result<Slot<D>> {
+            let n = parameter.elements();
+            let low = if parameter.is_matrix() && settings.splits(E::DTYPE) {
+                Some(device.alloc(n)?)
+            } else {
+                None
+            };
+            let memory = match (settings.rule, settings.moments()) {
+                (Rule::AdamW { .. }, _) => Memory::Moments { m: device.alloc(n)?, v: device.alloc(n)? },
+                (Rule::Sgd { .. }, 0) => Memory::None,
+                (Rule::Sgd { .. }, _) => Memory::Momentum(device.alloc(n)?),
+            };
+            Ok(Slot { low, memory })
+        };
+        Ok(Optimizer { settings, slots: model.parameters().iter().map(slot).collect::<Result<_>>()? })
+    }
+
+    /// Gives every parameter its initial values, which follow from `seed`.
+    pub fn initialise<E: Element>(&mut self, device: &D, model: &mut Model<D, E>, seed: u64) {
+        let table = model.parameters().to_vec();
+        for (index, parameter) in table.iter().enumerate() {
+            self.set(device, model, index, &initial_values(parameter, index, seed));
+        }
+    }
+
+    /// Sets the master values of parameter number `index`.
+    fn set<E: Element>(&mut self, device: &D, model: &mut Model<D, E>, index: usize, values: &[f32]) {
+        let low = self.slots[index].low.as_mut();
+        match model.weights.tensors_mut().swap_remove(index) {
+            TensorMut::Matrix(w) => device.set_master(Param { w, low, rounding: None }, values),
+            TensorMut::Vector(w) => device.set_master(Param { w, low: None, rounding: None }, values),
+        }
+    }
+
+    /// Update number `step` (1 is the first) at learning rate `lr`. `norm` is that of the gradients
+    /// ([`gradient_norm`]); where it is above the clipping threshold they are scaled down to it.
+    pub fn step<E: Element>(
+        &mut self,
+        device: &D,
+        model: &mut Model<D, E>,
+        gradients: &Weights<D, f32>,
+        step: u64,
+        lr: f64,
+        norm: f64,
+    ) {
+        let s = self.settings;
+        let clipped = s.clip > 0.0 && norm > s.clip;
+        let grad_scale = if clipped { (s.clip / norm) as f32 } else { 1.0 };
+        let parameters =
+            model.weights.tensors_mut().into_iter().zip(gradients.tensors()).zip(&mut self.slots);
+        for (index, ((parameter, gradient), slot)) in parameters.enumerate() {
+            let Slot { low, memory } = slot;
+            let update = Update { settings: s, step, lr, grad_scale, gradient: flat(gradient), memory };
+            match parameter {
+                TensorMut::Matrix(w) => {
+                    let rounding = s.stochastic.then(|| Stream::new(s.seed, Purpose::Rounding, index, step));
+                    update.apply(device, Param { w, low: low.as_mut(), rounding }, s.weight_decay);
+                }
+                TensorMut::Vector(w) => {
+                    let decay = if s.decay_vectors { s.weight_decay } else { 0.0 };
+                    update.apply(device, Param { w, low: None, rounding: None }, decay);
+                }
+            }
+        }
+    }
+
+    /// Weights and state as groups of a checkpoint: `model` (f32 masters; bf16 matrices where updates are rounded at
+    /// random), and what the rule remembers: `adam_m` and `adam_v`, or `momentum`. Tensors have their Hugging
+    /// Face names.
+    pub fn save<E: Element>(&self, device: &D, model: &Model<D, E>) -> Vec<Group> {
+        let table = model.parameters();
+        let weights = model.weights.tensors();
+        let masters = weights.iter().zip(&self.slots).zip(table).flat_map(|((weight, slot), parameter)| {
+            let data = match weight {
+                Tensor::Vector(w) => Data::F32(download(device, w, parameter)),
+                Tensor::Matrix(w) if E::DTYPE == DType::Bf16 && slot.low.is_none() => {
+                    let mut values = vec![bf16::ZERO; parameter.elements()];
+                    device.download(w, 0, cast_slice_mut(&mut values));
+                    Data::Bf16(values)
+                }
+                Tensor::Matrix(w) => {
+                    let mut values = vec![0.0; parameter.elements()];
+                    device.get_master(w, slot.low.as_ref(), &mut values);
+                    Data::F32(values)
+                }
+            };
+            stacked::tensors(parameter, data)
+        });
+        let mut groups = vec![Group { name: "model".into(), tensors: masters.collect() }];
+        for (name, pick) in Memory::<D>::GROUPS {
+            let slots = self.slots.iter().zip(table);
+            let kept = slots.filter_map(|(slot, parameter)| Some((pick(&slot.memory)?, parameter)));
+            let tensors: Vec<_> =
+                kept.flat_map(|(b, p)| stacked::tensors(p, Data::F32(download(device, b, p)))).collect();
+            if !tensors.is_empty() {
+                groups.push(Group { name: name.into(), tensors });
+            }
+        }
+        groups
+    }
+
+    /// Reads back what [`Optimizer::save`] wrote, to the bit.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing or has another shape.
+    pub fn load<E: Element>(
+        &mut self,
+        device: &D,
+        model: &mut Model<D, E>,
+        checkpoint: &Checkpoint,
+    ) -> Result<()> {
+        let table = model.parameters().to_vec();
+        for (index, parameter) in table.iter().enumerate() {
+            self.set(device, model, index, &stacked::read(checkpoint, "model", parameter)?);
+            let fill = |buffer: &mut D::Buf<f32>, group| -> Result<()> {
+                device.upload(buffer, 0, &stacked::read(checkpoint, group, parameter)?);
+                Ok(())
+            };
+            match &mut self.slots[index].memory {
+                Memory::Moments { m, v } => {
+                    fill(m, "adam_m")?;
+                    fill(v, "adam_v")?;
+                }
+                Memory::Momentum(momentum) => fill(momentum, "momentum")?,
+                Memory::None => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<D: Device> Memory<D> {
+    /// Groups of a checkpoint, and how to find their buffers.
+    #[allow(clippy::type_complexity)] // a table of names and accessors
+    const GROUPS: [(&'static str, fn(&Self) -> Option<&D::Buf<f32>>); 3] = [
+        ("adam_m", |memory| if let Memory::Moments { m, .. } = memory { Some(m) } else { None }),
+        ("adam_v", |memory| if let Memory::Moments { v, .. } = memory { Some(v) } else { None }),
+        ("momentum", |memory| if let Memory::Momentum(momentum) = memory { Some(momentum) } else { None }),
+    ];
+}
+
+fn download<D: Device>(device: &D, buffer: &D::Buf<f32>, parameter: &Parameter) -> Vec<f32> {
+    let mut values = vec![0.0; parameter.elements()];
+    device.download(buffer, 0, &mut values);
+    values
+}
+
+/// One parameter's part of a step.
+struct Update<'a, D: Device> {
+    settings: Settings,
+    step: u64,
+    lr: f64,
+    grad_scale: f32,
+    gradient: &'a D::Buf<f32>,
+    memory: &'a mut Memory<D>,
+}
+
+impl<D: Device> Update<'_, D> {
+    fn apply<E: Element>(self, device: &D, param: Param<'_, D, E>, weight_decay: f64) {
+        let (lr, weight_decay, grad_scale) = (self.lr as f32, weight_decay as f32, self.grad_scale);
+        match (self.settings.rule, self.memory) {
+            (Rule::AdamW { betas, eps }, Memory::Moments { m, v }) => {
+                // In f64: 1 - beta^t loses most of its digits in f32 while t is small.
+                let [bias_correction1, bias_correction2] =
+                    betas.map(|beta| (1.0 - beta.powf(self.step as f64)) as f32);
+                let [beta1, beta2] = betas.map(|beta| beta as f32);
+                let eps = eps as f32;
+                let hyper = AdamW {
+                    lr,
+                    beta1,
+                    beta2,
+                    eps,
+                    weight_decay,
+                    bias_correction1,
+                    bias_correction2,
+                    grad_scale,
+                };
+                device.adamw(hyper, param, self.gradient, m, v);
+            }
+            (Rule::Sgd { momentum }, memory) => {
+                let hyper = Sgd { lr, momentum: momentum as f32, weight_decay, grad_scale };
+                let buffer = if let Memory::Momentum(buffer) = memory { Some(buffer) } else { None };
+                device.sgd(hyper, param, self.gradient, buffer);
+            }
+            // `Optimizer::new` makes moments for every parameter under AdamW.
+            (Rule::AdamW { .. }, Memory::Momentum(_) | Memory::None) => {}
+        }
+    }
+}

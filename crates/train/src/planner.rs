@@ -1,0 +1,293 @@
+//! What a run will take, computed from the tables that allocation uses, without allocating: parameters, memory by
+//! part, floating-point operations in both conventions, time.
+
+use crate::checkpoint::human_bytes;
+use crate::config::{Precision, Resolved};
+use crate::optimizer::Settings;
+use ferropt_device::{AttentionShape, DType, Device, Element, bf16};
+use ferropt_model::{ActivationTable, Config, Options, Parameter, Recompute};
+use serde::Serialize;
+use std::fmt;
+
+/// Share of the measured matrix-product peak that a whole step is assumed to reach, for estimates of time.
+const ASSUMED_SHARE: f64 = 0.75;
+
+/// What a run will take.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Plan {
+    /// Name of the preset, or the sizes.
+    pub model: String,
+    /// Exact number of parameters.
+    pub parameters: u64,
+    /// Device, for people.
+    pub device: String,
+    /// Work per step.
+    pub batch: BatchPlan,
+    /// Bytes by part.
+    pub memory: Memory,
+    /// Work per token.
+    pub flops_per_token: Flops,
+    /// How long it will take.
+    pub time: Time,
+}
+
+/// Tokens per step and how they are divided.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct BatchPlan {
+    /// Tokens of one optimiser step.
+    pub tokens_per_step: u64,
+    /// T, tokens per sequence.
+    pub sequence: usize,
+    /// Sequences of one forward and backward pass.
+    pub micro_batch: usize,
+    /// Passes per step.
+    pub accumulation: usize,
+    /// Optimiser steps of the run.
+    pub steps: u64,
+    /// Tokens of the run.
+    pub tokens: u64,
+}
+
+/// Bytes by part.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Memory {
+    /// Weights in the compute type, vectors in f32.
+    pub weights: u64,
+    /// Low halves of bf16 weights that make them f32 masters.
+    pub masters: u64,
+    /// Gradients, f32.
+    pub gradients: u64,
+    /// Moments of the optimiser, f32.
+    pub moments: u64,
+    /// Activations of one pass and their gradients.
+    pub activations: u64,
+    /// What kernels use beside their arguments.
+    pub workspace: u64,
+    /// Host copy of the state while a checkpoint is written.
+    pub checkpoint: u64,
+    /// All of it.
+    pub total: u64,
+}
+
+/// Floating-point operations per token, forward and backward, in two conventions; multiply and add are two operations.
+///
+/// The *whole square* counts T x T attention scores, as Megatron-LM and the OPT paper do. The *causal half* counts what
+/// causal attention needs, and what is executed here.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Flops {
+    /// What the model needs, whole square: three times the forward pass (Chowdhery et al., 2022; "MFU").
+    pub model: f64,
+    /// The same with recomputation (Narayanan et al., 2021; "HFU").
+    pub hardware: f64,
+    /// What the model needs, causal half.
+    pub model_causal: f64,
+    /// The same with recomputation: what is executed. Shares of the measured peak are of this.
+    pub hardware_causal: f64,
+}
+
+/// How long a run will take.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Time {
+    /// Peak of the matrix-product instruction measured on this device, FLOP/s.
+    pub peak_flops: f64,
+    /// Share of it that is assumed.
+    pub assumed_share: f64,
+    /// Tokens per second at that share.
+    pub tokens_per_second: f64,
+    /// Seconds of the whole run.
+    pub seconds: f64,
+}
+
+impl Plan {
+    /// Works out what `resolved` takes on `device`.
+    pub(crate) fn new<D: Device>(resolved: &Resolved, device: &D) -> Plan {
+        match resolved.config.run.precision {
+            Precision::F32 => Plan::of::<D, f32>(resolved, device),
+            Precision::Bf16 => Plan::of::<D, bf16>(resolved, device),
+        }
+    }
+
+    fn of<D: Device, E: Element>(resolved: &Resolved, device: &D) -> Plan {
+        let options = resolved.options();
+        let flops = Flops::per_token(&resolved.model, &options);
+        let peak = device.measured_peak::<E>();
+        let tokens_per_second = peak * ASSUMED_SHARE / flops.hardware_causal;
+        let tokens = resolved.steps * resolved.batch_tokens();
+        Plan {
+            model: resolved.model_name(),
+            parameters: resolved.model.parameter_count(),
+            device: device.describe(),
+            batch: BatchPlan {
+                tokens_per_step: resolved.batch_tokens(),
+                sequence: resolved.seq,
+                micro_batch: resolved.micro_batch,
+                accumulation: resolved.accumulation(),
+                steps: resolved.steps,
+                tokens,
+            },
+            memory: Memory::of::<D, E>(&resolved.model, &options, &resolved.optimizer, device),
+            flops_per_token: flops,
+            time: Time {
+                peak_flops: peak,
+                assumed_share: ASSUMED_SHARE,
+                tokens_per_second,
+                seconds: tokens as f64 / tokens_per_second,
+            },
+        }
+    }
+}
+
+impl Flops {
+    /// Work of one token in passes over sequences of `options.seq` tokens.
+    pub fn per_token(model: &Config, options: &Options) -> Flops {
+        let forward = model.forward_flops(options.seq);
+        let [layers, c, f] = [model.layers, model.width, model.feed_forward].map(|x| x as f64);
+        // The last layer's activations are still there. Before a layer norm (pre-norm) the output of a layer is kept,
+        // so its second feed-forward product is not needed again.
+        let last_product = if model.post_norm { 2.0 } else { 1.0 };
+        let products_again = (layers - 1.0) * 2.0 * (4.0 * c * c + last_product * c * f);
+        let count = |attention: f64| {
+            let needed = 3.0 * (forward.products + attention + forward.head);
+            let attention_again = attention * (layers - 1.0) / layers;
+            let again = match options.recompute {
+                Recompute::None => 0.0,
+                Recompute::Selective => attention_again,
+                Recompute::Full => products_again + attention_again,
+            };
+            (needed, needed + again)
+        };
+        let (model, hardware) = count(forward.attention);
+        // Row t of the square has t + 1 of T scores that count.
+        let half = (options.seq as f64 + 1.0) / (2.0 * options.seq as f64);
+        let (model_causal, hardware_causal) = count(forward.attention * half);
+        Flops { model, hardware, model_causal, hardware_causal }
+    }
+}
+
+impl Memory {
+    /// Bytes of a run that trains `model` with compute type `E`.
+    pub fn of<D: Device, E: Element>(
+        model: &Config,
+        options: &Options,
+        optimizer: &Settings,
+        device: &D,
+    ) -> Memory {
+        let table = model.parameters();
+        let sum = |bytes: &dyn Fn(&Parameter) -> usize| {
+            table.iter().map(|p| (p.elements() * bytes(p)) as u64).sum::<u64>()
+        };
+        let of_matrices = |bytes: usize| sum(&|p| if p.is_matrix() { bytes } else { 0 });
+        let (f32, compute) = (DType::F32.size(), E::DTYPE.size());
+        let splits = optimizer.splits(E::DTYPE);
+        let weights = sum(&|p| if p.is_matrix() { compute } else { f32 });
+        let masters = if splits { of_matrices(DType::I16.size()) } else { 0 };
+        let moments = optimizer.moments() as u64 * sum(&|_| f32);
+        let rows = options.batch * options.seq;
+        let widest = model.feed_forward.max(3 * model.width);
+        let attention = AttentionShape {
+            batch: options.batch,
+            seq: options.seq,
+            heads: model.heads,
+            width: model.head_width(),
+        };
+        let mut memory = Memory {
+            weights,
+            masters,
+            gradients: sum(&|_| f32),
+            moments,
+            activations: ActivationTable::training(model, options.batch, options.seq, options.recompute)
+                .bytes(E::DTYPE),
+            workspace: device.workspace_bytes::<E>(
+                rows,
+                widest,
+                model.vocab,
+                model.embedding_width,
+                attention,
+            ) as u64,
+            // A weight and its low half are 4 bytes, as is the f32 that is written.
+            checkpoint: weights + masters + moments,
+            total: 0,
+        };
+        memory.total = memory.parts().iter().map(|(_, bytes)| bytes).sum();
+        memory
+    }
+
+    fn parts(&self) -> [(&'static str, u64); 7] {
+        [
+            ("weights", self.weights),
+            ("master halves", self.masters),
+            ("gradients", self.gradients),
+            ("moments", self.moments),
+            ("activations", self.activations),
+            ("kernel workspace", self.workspace),
+            ("checkpoint snapshot", self.checkpoint),
+        ]
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let b = &self.batch;
+        writeln!(f, "model            {} with {} parameters", self.model, grouped(self.parameters))?;
+        writeln!(f, "device           {}", self.device)?;
+        writeln!(
+            f,
+            "tokens per step  {} = {} passes of {} x {}",
+            grouped(b.tokens_per_step),
+            b.accumulation,
+            b.micro_batch,
+            b.sequence
+        )?;
+        writeln!(f, "steps            {}, {} tokens", grouped(b.steps), grouped(b.tokens))?;
+        writeln!(f, "memory           {}", human_bytes(self.memory.total))?;
+        for (part, bytes) in self.memory.parts().into_iter().filter(|(_, bytes)| *bytes > 0) {
+            let share = 100.0 * bytes as f64 / self.memory.total as f64;
+            writeln!(f, "  {part:<20} {:>12}  {share:4.1} %", human_bytes(bytes))?;
+        }
+        let fl = &self.flops_per_token;
+        writeln!(
+            f,
+            "FLOP per token   {:.4e} model, {:.4e} hardware (whole square of attention)",
+            fl.model, fl.hardware
+        )?;
+        writeln!(
+            f,
+            "                 {:.4e} model, {:.4e} hardware (causal half, as executed here)",
+            fl.model_causal, fl.hardware_causal
+        )?;
+        write!(
+            f,
+            "estimated time   {} at {:.0} tokens/s, {:.0} % of the measured peak of {:.1} GFLOP/s",
+            duration(self.time.seconds),
+            self.time.tokens_per_second,
+            self.time.assumed_share * 100.0,
+            self.time.peak_flops * 1e-9
+        )
+    }
+}
+
+/// A count for people: "12,345".
+pub fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+/// "45 seconds", "12 minutes", "5.2 hours", "33 days", "1,234 years".
+fn duration(seconds: f64) -> String {
+    const UNITS: [(f64, &str); 5] =
+        [(1.0, "seconds"), (60.0, "minutes"), (3600.0, "hours"), (86_400.0, "days"), (31_557_600.0, "years")];
+    let (unit, name) = UNITS.into_iter().rev().find(|(unit, _)| seconds >= 2.0 * unit).unwrap_or(UNITS[0]);
+    let value = seconds / unit;
+    if value < 9.95 {
+        format!("{value:.1} {name}")
+    } else {
+        format!("{} {name}", grouped(value.round() as u64))
+    }
+}

@@ -1,0 +1,189 @@
+//! How large a model and how many steps: what two cores can do in minutes, and what this machine is measured to do.
+
+use super::text::Counts;
+use super::{Options, Sizes};
+use crate::config::{Config, Precision, Resolved};
+use crate::inference::filled;
+use crate::trainer::open_device;
+use anyhow::Result;
+use ferropt_device::cpu::CpuDevice;
+use ferropt_device::{Device, Element, Store, bf16};
+use ferropt_model::{Backprop, Batch, Pass, Recompute, initial_values};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// L, H, C and T. Tried on two cores in four minutes: see docs/log.md.
+const LAYERS: usize = 4;
+const HEADS: usize = 4;
+const WIDTH: usize = 256;
+const POSITIONS: usize = 256;
+/// Tokens per step: many small steps bring a short run further than few large ones.
+const BATCH_TOKENS: usize = 4096;
+/// Peak learning rate.
+const LR: f64 = 3e-3;
+
+/// Longest time to measure speed, and share of the time that is left.
+const MEASURE: (Duration, f64) = (Duration::from_secs(2), 0.04);
+/// Share of the measured speed that a run keeps: the optimiser, validation, checkpoints and reports take the rest.
+const KEPT: f64 = 0.85;
+/// Fewest steps: even a glimpse should show a falling loss.
+const FEWEST_STEPS: u64 = 12;
+/// Most times through the text; a model this small learns little from it after that.
+const MOST_EPOCHS: u64 = 10;
+/// Validations of a run.
+const VALIDATIONS: u64 = 8;
+
+/// A run that is sized but not begun.
+pub(super) struct Planned {
+    /// The run as the trainer sees it.
+    pub(super) run: Resolved,
+    /// The same as a file for the user.
+    pub(super) toml: String,
+    /// The machine.
+    pub(super) device: String,
+    /// Tokens per second that forward and backward passes were measured at.
+    pub(super) tokens_per_second: f64,
+}
+
+impl Planned {
+    /// Measures this machine, and takes as many steps as fit before `deadline`.
+    pub(super) fn measure(options: &Options, counts: &Counts, deadline: Instant) -> Result<Planned> {
+        let device = open_device(options.threads)?;
+        let precision = faster(&device);
+        let resolve = |toml: &str| Config::parse(toml, &[])?.resolve();
+        let draft = resolve(&toml(
+            options,
+            counts,
+            precision,
+            MOST_EPOCHS * counts.train / BATCH_TOKENS as u64 + 1,
+        )?)?;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let time = MEASURE.0.min(left().mul_f64(MEASURE.1));
+        let tokens_per_second = match precision {
+            Precision::F32 => speed::<f32>(&device, &draft, time)?,
+            Precision::Bf16 => speed::<bf16>(&device, &draft, time)?,
+        };
+        let seconds = left().saturating_sub(super::RESERVE).as_secs_f64();
+        let fit = (KEPT * seconds * tokens_per_second / BATCH_TOKENS as f64) as u64;
+        let toml = toml(options, counts, precision, fit.clamp(FEWEST_STEPS, draft.steps.max(FEWEST_STEPS)))?;
+        Ok(Planned { run: resolve(&toml)?, toml, device: device.describe(), tokens_per_second })
+    }
+
+    /// Sizes for the report.
+    pub(super) fn sizes(&self) -> Sizes {
+        let (run, model) = (&self.run, &self.run.model);
+        Sizes {
+            parameters: model.parameter_count(),
+            layers: model.layers,
+            heads: model.heads,
+            width: model.width,
+            vocab: model.vocab,
+            sequence: run.seq,
+            precision: run.config.run.precision,
+            steps: run.steps,
+            batch_tokens: run.batch_tokens(),
+            peak_lr: run.schedule.peak,
+        }
+    }
+}
+
+/// The compute type whose products are faster here. Processors without bf16 instructions have to convert.
+fn faster(device: &CpuDevice) -> Precision {
+    let bf16_wins = device.measured_peak::<bf16>() > device.measured_peak::<f32>();
+    if bf16_wins { Precision::Bf16 } else { Precision::F32 }
+}
+
+/// Tokens per second of forward and backward passes, measured for about so long.
+fn speed<E: Element>(device: &CpuDevice, run: &Resolved, time: Duration) -> Result<f64> {
+    let (batch, seq) = (run.micro_batch, run.seq);
+    let options = ferropt_model::Options { batch, seq, recompute: Recompute::None, stop_at_documents: false };
+    let mut passes = Backprop::<_, E>::new(device, &run.model, options)?;
+    let model = filled::<E>(device, &run.model, |index, p| Ok(initial_values(p, index, 1).into()))?;
+    // The time does not depend on what the tokens are.
+    let tokens: Vec<u32> = (0..batch * seq).map(|i| (i * 7919 % run.model.vocab) as u32).collect();
+    let doc_start = vec![0; tokens.len()];
+    let mut pass = || {
+        let batch = Batch { tokens: &tokens, targets: &tokens, doc_start: &doc_start };
+        let pass = Pass { seed: 1, step: 1, first_sequence: 0 };
+        passes.train(device, &model, batch, pass, 1.0 / tokens.len() as f32, Store::Overwrite)
+    };
+    pass()?; // touches all memory for the first time
+    let (started, mut count) = (Instant::now(), 0);
+    while count == 0 || started.elapsed() < time {
+        pass()?;
+        count += 1;
+    }
+    Ok((count * tokens.len()) as f64 / started.elapsed().as_secs_f64())
+}
+
+/// The configuration, for people to read and edit.
+fn toml(options: &Options, counts: &Counts, precision: Precision, steps: u64) -> Result<String> {
+    let data = options.dir.join("data");
+    let path = |path: &Path| toml::Value::from(path.display().to_string()).to_string();
+    let file = |name: &str| path(&data.join(name));
+    let max_tokens = (steps * BATCH_TOKENS as u64 / 40).max(8192);
+    Ok(format!(
+        "\
+# A run of `ferropt quickstart`. Change what you like and train it anew, in another run.dir, with
+#     ferropt train THIS_FILE
+# Paths start from the folder that ferropt is started in. docs/configuration.md explains every key.
+
+[model]
+layers = {LAYERS}
+heads = {HEADS}
+width = {WIDTH}
+vocab = {vocab}
+positions = {POSITIONS}
+# The text is seen only a few times, so there is little danger of learning it by heart.
+dropout = 0.0
+attention_dropout = 0.0
+
+[data]
+train = {train}
+validation.held-out = {held_out}
+tokenizer = {tokenizer}
+cache = {cache}
+
+[batch]
+tokens = {BATCH_TOKENS}
+
+[optimizer]
+lr = {LR}
+
+[schedule]
+kind = \"linear\"
+warmup = {warmup}
+# Where the rate reaches its minimum. A run with more run.steps goes on at that.
+total = {steps}
+
+[run]
+dir = {dir}
+steps = {steps}
+seed = {seed}
+precision = {precision}
+
+[checkpoint]
+every = {checkpoint}
+keep_last = 2
+
+[validation]
+every = {validation}
+max_tokens = {max_tokens}
+
+[log]
+every = {log}
+",
+        vocab = counts.vocab,
+        train = file("train.jsonl"),
+        held_out = file("held-out.jsonl"),
+        tokenizer = file("tokenizer.json"),
+        cache = file("tokens"),
+        warmup = steps / 20,
+        dir = path(&options.dir),
+        seed = options.seed,
+        precision = toml::Value::try_from(precision)?,
+        checkpoint = steps.div_ceil(4),
+        validation = steps.div_ceil(VALIDATIONS),
+        log = (steps / 50).max(1),
+    ))
+}

@@ -1,0 +1,170 @@
+//! Text for a quick start: where it comes from, its tokenizer, its tokens.
+
+use super::{Baseline, Options};
+use anyhow::{Context, Result, ensure};
+use ferropt_data::{Corpus, CrateDocs, Document, EOS, Split, Tokenizer, registry_cache};
+use std::collections::HashSet;
+
+/// Tokens of the tokenizer, special ones included. A quick start sees each word few times: more would leave most of
+/// them without training.
+const VOCABULARY: usize = 4096;
+/// Text that the tokenizer is trained on at most, bytes.
+const TOKENIZER_TEXT: usize = 8 << 20;
+/// Text of the user's that is read at most, bytes: more would not be trained on in minutes.
+const MOST: usize = 32 << 20;
+/// Less text than this teaches nothing, bytes.
+const LEAST: usize = 50_000;
+/// One byte in so many of the user's text is held out.
+const HELD_OUT: usize = 20;
+/// What the samples start with when documentation was the text.
+const PROMPT: &str = "Returns the";
+
+/// Text to train on and to measure with.
+pub(super) struct Text {
+    pub(super) split: Split,
+    /// What it is, for people.
+    pub(super) source: String,
+    /// What is held out.
+    pub(super) held_out: String,
+    /// What the samples start with.
+    pub(super) prompt: String,
+}
+
+/// The user's text, or the documentation of crates.
+pub(super) fn collect(options: &Options) -> Result<Text> {
+    if options.texts.is_empty() { documentation(&options.lock) } else { own(options) }
+}
+
+fn documentation(lock: &str) -> Result<Text> {
+    let cache = registry_cache().context(
+        "cannot tell where cargo keeps its downloads (set CARGO_HOME); give any text with --text FILE instead",
+    )?;
+    let docs = CrateDocs::collect(lock, &cache).context(
+        "the documentation of Ferropt's own dependencies is not here to train on; run `cargo fetch` in its repository, or \
+         give any text with --text FILE",
+    )?;
+    let held_out: HashSet<&str> =
+        docs.split.held_out.iter().filter_map(|d| d.name.split('/').next()).collect();
+    let held_out = held_out.len();
+    Ok(Text {
+        source: format!("documentation of {} crates that Cargo.lock pins", docs.crates.len() - held_out),
+        held_out: format!("documentation of {held_out} other crates"),
+        split: docs.split,
+        prompt: PROMPT.into(),
+    })
+}
+
+fn own(options: &Options) -> Result<Text> {
+    let split = Split::tail(&Corpus::find(&options.texts, "text")?, MOST, HELD_OUT)?;
+    let names: Vec<String> = options.texts.iter().map(|path| path.display().to_string()).collect();
+    let names = names.join(", ");
+    let bytes = split.bytes().0 + split.bytes().1;
+    ensure!(
+        bytes >= LEAST,
+        "{names} has {bytes} bytes of text, which is too little to learn from; give {LEAST} or more"
+    );
+    let prompt = split.held_out.first().map_or(String::new(), first_words);
+    Ok(Text { source: names, held_out: format!("the last {} %", 100 / HELD_OUT), split, prompt })
+}
+
+/// Three words.
+fn first_words(document: &Document) -> String {
+    let words: Vec<&str> = document.text.split_whitespace().take(3).collect();
+    words.join(" ")
+}
+
+/// A tokenizer made for the text.
+pub(super) fn tokenizer(split: &Split) -> Result<Tokenizer> {
+    let mut left = TOKENIZER_TEXT;
+    let texts = split.train.iter().map_while(move |document| {
+        let text = &document.text[..document.text.floor_char_boundary(left)];
+        left -= text.len();
+        (!text.is_empty()).then(|| Ok(text.to_owned()))
+    });
+    Tokenizer::train(texts, VOCABULARY)
+}
+
+/// Numbers of tokens.
+pub(super) struct Counts {
+    /// The tokenizer's vocabulary.
+    pub(super) vocab: usize,
+    /// Tokens to train on, with one `</s>` a document.
+    pub(super) train: u64,
+    /// Tokens held out.
+    pub(super) held_out: u64,
+    /// Loss on the held-out tokens when each is predicted by its frequency in the training text alone, nats per token.
+    pub(super) unigram: f64,
+}
+
+impl Counts {
+    /// What a model that knows only how frequent tokens are would reach.
+    pub(super) fn baseline(&self, held_out_bytes: usize) -> Baseline {
+        let bits = self.unigram / std::f64::consts::LN_2;
+        Baseline { loss: self.unigram, bits_per_byte: bits * self.held_out as f64 / held_out_bytes as f64 }
+    }
+}
+
+/// Counts the tokens of both parts.
+pub(super) fn count(split: &Split, tokenizer: &Tokenizer) -> Result<Counts> {
+    let vocab = tokenizer.vocab_size();
+    let train = histogram(&split.train, tokenizer)?;
+    let held_out = histogram(&split.held_out, tokenizer)?;
+    let (trained, tested) = (train.iter().sum::<u64>(), held_out.iter().sum::<u64>());
+    // One is added to every count, so that what was never seen is not impossible.
+    let total = (trained + vocab as u64) as f64;
+    let nats = |(seen, times): (&u64, &u64)| *times as f64 * (total / (seen + 1) as f64).ln();
+    let unigram = train.iter().zip(&held_out).map(nats).sum::<f64>() / tested as f64;
+    Ok(Counts { vocab, train: trained, held_out: tested, unigram })
+}
+
+fn histogram(documents: &[Document], tokenizer: &Tokenizer) -> Result<Vec<u64>> {
+    let mut counts = vec![0; tokenizer.vocab_size()];
+    for document in documents {
+        for id in tokenizer.encode(&document.text)? {
+            counts[id as usize] += 1;
+        }
+        counts[EOS as usize] += 1;
+    }
+    Ok(counts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn document(text: &str) -> Document {
+        Document { name: "x".into(), text: text.into() }
+    }
+
+    #[test]
+    fn the_baseline_is_the_cross_entropy_of_frequencies() {
+        let split = Split { train: vec![document("ababab")], held_out: vec![document("aab"), document("c")] };
+        // The special tokens and all bytes; no merges, so each byte is a token.
+        let tokenizer = Tokenizer::train([Ok("x".into())], 260).unwrap();
+        let counts = count(&split, &tokenizer).unwrap();
+        assert_eq!((counts.vocab, counts.train, counts.held_out), (260, 7, 6));
+        let p = |seen: f64| ((seen + 1.0) / 267.0).ln();
+        // a a b </s> c </s>
+        let expected = -(2.0 * p(3.0) + p(3.0) + 2.0 * p(1.0) + p(0.0)) / 6.0;
+        assert!((counts.unigram - expected).abs() < 1e-12, "{} {expected}", counts.unigram);
+        let baseline = counts.baseline(4);
+        assert!((baseline.bits_per_byte - expected / std::f64::consts::LN_2 * 6.0 / 4.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn too_little_text_is_refused_with_the_numbers() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("short.txt");
+        std::fs::write(&path, "a few words").unwrap();
+        let options = Options {
+            dir: folder.path().join("run"),
+            texts: vec![path],
+            lock: String::new(),
+            minutes: 1.0,
+            threads: None,
+            seed: 1,
+        };
+        let message = collect(&options).err().unwrap().to_string();
+        assert!(["short.txt", "11 bytes", "50000"].iter().all(|part| message.contains(part)), "{message}");
+    }
+}

@@ -1,0 +1,93 @@
+//! Which changes of the configuration a run survives: those after which it still computes what it would have.
+
+use anyhow::{Result, ensure};
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+/// Keys and sections that may change between two parts of a run. Data is compared by content, not by path.
+const FREE: [&str; 15] = [
+    "run.dir",
+    "run.steps",
+    "run.tokens",
+    "run.max_minutes",
+    "run.threads",
+    "run.recompute",
+    "data.train",
+    "data.tokenizer",
+    "data.text_field",
+    "data.cache",
+    "data.validation",
+    "checkpoint",
+    "validation",
+    "log",
+    "energy",
+];
+
+/// Refuses to resume a run whose resolved configuration was `then` with one that would compute something else.
+pub(super) fn check(then: &Value, now: &Value) -> Result<()> {
+    let (then, now) = (flat(then), flat(now));
+    let keys: std::collections::BTreeSet<&String> = then.keys().chain(now.keys()).collect();
+    let show = |v: Option<&Value>| v.map_or("not set".into(), Value::to_string);
+    let changed: Vec<String> = keys
+        .into_iter()
+        .filter(|key| then.get(*key) != now.get(*key) && !free(key))
+        .map(|key| format!("{key} was {} and is {} now", show(then.get(key)), show(now.get(key))))
+        .collect();
+    ensure!(
+        changed.is_empty(),
+        "this run cannot be resumed with a configuration that would have trained another model:\n{}\nSet the old values \
+         to go on with this run (some follow from run.steps unless they are set), or choose another run.dir to start \
+         anew",
+        changed.join("\n")
+    );
+    Ok(())
+}
+
+fn free(key: &str) -> bool {
+    FREE.iter().any(|f| key.strip_prefix(f).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
+}
+
+/// `{"a": {"b": 1}}` as `{"a.b": 1}`.
+fn flat(value: &Value) -> BTreeMap<String, Value> {
+    fn walk(path: &str, value: &Value, out: &mut BTreeMap<String, Value>) {
+        match value {
+            Value::Object(map) => {
+                for (key, inner) in map {
+                    walk(&if path.is_empty() { key.clone() } else { format!("{path}.{key}") }, inner, out);
+                }
+            }
+            leaf => drop(out.insert(path.into(), leaf.clone())),
+        }
+    }
+    let mut out = BTreeMap::new();
+    walk("", value, &mut out);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn only_what_changes_the_result_is_refused() {
+        let then = json!({"run": {"steps": 10, "seed": 1}, "optimizer": {"lr": 1.0}, "log": {"every": 1}});
+        let mut now = then.clone();
+        now["run"]["steps"] = json!(20);
+        now["log"]["every"] = json!(7);
+        now["data"] = json!({"validation": {"books": ["x"]}});
+        check(&then, &now).unwrap();
+        now["optimizer"]["lr"] = json!(2.0);
+        now["run"]["seed"] = json!(3);
+        now["schedule"] = json!({"total": 20});
+        let message = check(&then, &now).unwrap_err().to_string();
+        for part in [
+            "optimizer.lr was 1.0 and is 2.0 now",
+            "run.seed was 1 and is 3 now",
+            "schedule.total was not set and is 20 now",
+        ] {
+            assert!(message.contains(part), "{message}");
+        }
+        assert!(!message.contains("run.steps was"), "{message}");
+    }
+}

@@ -1,0 +1,95 @@
+//! What a run reads: its tokenizer, its training data and its held-out sets.
+
+use crate::config::Resolved;
+use crate::signals::Stop;
+use anyhow::{Context, Result, ensure};
+use ferropt_data::{Corpus, Loader, TokenFile, Tokenizer, tokenise_unless};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// Opened data of a run.
+pub(super) struct Data {
+    /// Content of a `tokenizer.json`, for checkpoints.
+    pub(super) tokenizer_json: Vec<u8>,
+    pub(super) train: Loader,
+    /// Held-out sets in the order of their names.
+    pub(super) validation: Vec<(String, Loader)>,
+    /// What identifies the training data: content, not where it lies.
+    pub(super) identity: Identity,
+}
+
+/// What must not change between two parts of a run, or its order of samples would.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Identity {
+    /// SHA-256 of the tokenizer's vocabulary and merges, hexadecimal.
+    tokenizer: String,
+    tokens: u64,
+    documents: u64,
+    text_bytes: u64,
+}
+
+impl Data {
+    /// Opens everything, tokenising what was not yet; `None` if `stop` was requested meanwhile.
+    ///
+    /// # Errors
+    /// Names the key of the configuration, the file, and what is wrong with it.
+    pub(super) fn open(resolved: &Resolved, stop: &Stop) -> Result<Option<Data>> {
+        let data = &resolved.config.data;
+        let path = data.tokenizer.as_deref().unwrap_or(Path::new(""));
+        let tokenizer = Tokenizer::load(path)
+            .with_context(|| format!("data.tokenizer = \"{}\" cannot be used", path.display()))?;
+        ensure!(
+            tokenizer.vocab_size() <= resolved.model.vocab,
+            "model.vocab = {} is too small for the tokenizer {}, which has {} tokens; set model.vocab to {} or more",
+            resolved.model.vocab,
+            path.display(),
+            tokenizer.vocab_size(),
+            tokenizer.vocab_size()
+        );
+        let cache = data.cache.as_deref().unwrap_or(Path::new("data-cache"));
+        let file = |paths: &[PathBuf], name: &str| -> Result<Option<TokenFile>> {
+            let corpus = Corpus::find(paths, &data.text_field)?;
+            tokenise_unless(&|| stop.requested(), &corpus, &tokenizer, cache, name)
+        };
+        let (seq, seed) = (resolved.seq, resolved.config.run.seed);
+        let wrong = "data.train cannot be used";
+        let Some(train) = file(&data.train.0, "train").context(wrong)? else { return Ok(None) };
+        let train = Loader::shuffled(vec![train], &tokenizer, seq, seed).context(wrong)?;
+        let mut validation = Vec::new();
+        for (name, paths) in &data.validation {
+            let wrong = || format!("data.validation.{name} cannot be used");
+            let Some(held_out) = file(&paths.0, name).with_context(wrong)? else { return Ok(None) };
+            let loader = Loader::sequential(vec![held_out], &tokenizer, seq).with_context(wrong)?;
+            validation.push((name.clone(), loader));
+        }
+        let identity = Identity {
+            tokenizer: tokenizer.fingerprint().iter().map(|b| format!("{b:02x}")).collect(),
+            tokens: train.tokens(),
+            documents: train.documents(),
+            text_bytes: train.text_bytes(),
+        };
+        Ok(Some(Data { tokenizer_json: tokenizer.to_json()?.into_bytes(), train, validation, identity }))
+    }
+}
+
+impl Identity {
+    /// Refuses to go on with other data than a run began with.
+    pub(super) fn check(&self, now: &Identity) -> Result<()> {
+        ensure!(
+            self.tokenizer == now.tokenizer,
+            "data.tokenizer is not the one that this run began with; put that one back, or choose another run.dir"
+        );
+        ensure!(
+            self == now,
+            "data.train is not what this run began with: that had {} tokens in {} documents, {} bytes of text; now it is \
+             {} tokens in {} documents, {} bytes. Put the old data back, or choose another run.dir",
+            self.tokens,
+            self.documents,
+            self.text_bytes,
+            now.tokens,
+            now.documents,
+            now.text_bytes
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,125 @@
+//! The training loop, from a configuration to a finished (or saved) run.
+//!
+//! [`train`] is the whole of `ferropt train`: it resolves the configuration, plans, opens the data, resumes or begins,
+//! and runs. What it computes is a function of the configuration and of the state in a checkpoint: data order,
+//! dropout and rounding follow from the number of the step. So a run that was killed and resumed has the same bits as
+//! one that was not.
+
+mod compatible;
+mod data;
+mod run;
+mod state;
+
+use crate::checkpoint::Store;
+use crate::config::{Config, Precision, Resolved};
+use crate::planner::Plan;
+use crate::signals::Stop;
+use crate::telemetry::{Training, Validation};
+use anyhow::{Context, Result};
+use data::Data;
+use ferropt_device::bf16;
+use ferropt_device::cpu::{CpuDevice, CpuOptions};
+use run::Trainer;
+use std::path::{Path, PathBuf};
+
+/// Something that happened in a run, for programs that watch it; people are told on standard error anyway.
+#[derive(Clone, Copy, Debug)]
+pub enum Event<'a> {
+    /// The configuration is resolved and what it will take is known; nothing is allocated yet.
+    Planned {
+        /// What will be done.
+        resolved: &'a Resolved,
+        /// What it will take.
+        plan: &'a Plan,
+    },
+    /// A step was done.
+    Training(&'a Training),
+    /// A held-out set was scored.
+    Validation(&'a Validation),
+}
+
+/// Receives the events of a run.
+pub type Hook<'h> = &'h mut dyn FnMut(Event<'_>);
+
+/// Why a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// It made all its steps.
+    Complete,
+    /// It had made all its steps before.
+    AlreadyComplete,
+    /// Somebody asked it to stop; the same command continues.
+    Stopped,
+    /// `run.max_minutes` are over; the same command continues.
+    OutOfTime,
+}
+
+/// How a run ended. Everything is saved.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// Why.
+    pub ending: Ending,
+    /// Optimiser steps done.
+    pub step: u64,
+    /// Training tokens consumed.
+    pub tokens: u64,
+    /// The run folder.
+    pub run: PathBuf,
+    /// Picture of the loss curves; there is none if the run was stopped while its data was read.
+    pub curves: PathBuf,
+}
+
+/// Trains as `config` says, or continues where the run in `run.dir` was left. `stop` ends it after the current step;
+/// SIGINT and SIGTERM request that too from here on.
+///
+/// # Errors
+/// Whatever is wrong with the configuration, the data or the run folder, before any work starts; a loss that is not
+/// finite; a last checkpoint that cannot be written. What was saved stays good in all cases.
+pub fn train(config: Config, stop: &Stop, hook: Hook<'_>) -> Result<Outcome> {
+    let resolved = config.resolve()?;
+    let device = open_device(resolved.config.run.threads)?;
+    let plan = Plan::new(&resolved, &device);
+    hook(Event::Planned { resolved: &resolved, plan: &plan });
+    stop.on_signals()?;
+    let Some(data) = Data::open(&resolved, stop)? else { return Ok(stopped_early(&resolved)) };
+    match resolved.config.run.precision {
+        Precision::F32 => Trainer::<_, f32>::new(device, resolved, data, &plan, hook)?.run(stop),
+        Precision::Bf16 => Trainer::<_, bf16>::new(device, resolved, data, &plan, hook)?.run(stop),
+    }
+}
+
+/// The outcome of a run that was stopped before it could do anything; it stands where an earlier start left it.
+fn stopped_early(resolved: &Resolved) -> Outcome {
+    let run = resolved.config.run.dir.clone();
+    let last = Store::open(&run).and_then(|store| store.list()).ok().and_then(|mut list| list.pop());
+    let step = last.map_or(0, |entry| entry.step);
+    let (tokens, curves) = (step * resolved.batch_tokens(), run.join("loss.svg"));
+    Outcome { ending: Ending::Stopped, step, tokens, run, curves }
+}
+
+/// What `config` would take, without allocating anything.
+///
+/// # Errors
+/// Those of [`Config::resolve`].
+pub fn plan(config: Config) -> Result<(Resolved, Plan)> {
+    let resolved = config.resolve()?;
+    let plan = Plan::new(&resolved, &open_device(resolved.config.run.threads)?);
+    Ok((resolved, plan))
+}
+
+/// The device to work on: the processor, with so many threads.
+///
+/// # Errors
+/// When the number of threads is out of range, or the processor cannot be used as the environment asks
+/// (`FERROPT_ISA`).
+pub fn open_device(threads: Option<usize>) -> Result<CpuDevice> {
+    CpuDevice::new(CpuOptions { threads, pin: true, ..CpuOptions::default() })
+}
+
+/// Writes a small file beside its place, then renames it, so that readers find the old or the new one.
+fn write_whole(path: &Path, text: &str) -> Result<()> {
+    let temporary = path.with_extension("tmp");
+    std::fs::write(&temporary, text)
+        .and_then(|()| std::fs::rename(&temporary, path))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
