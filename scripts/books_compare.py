@@ -32,6 +32,7 @@ def parse():
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to ferropt train; may be repeated")
     parser.add_argument("--ferropt", type=Path, metavar="FILE", help="the binary (default: target/release/ferropt below $CARGO_TARGET_DIR or the repository)")
     parser.add_argument("--eager", dest="compile", action="store_false", help="do not compile the PyTorch model")
+    parser.add_argument("--precision", choices=["bf16", "f32"], default="bf16", help="PyTorch's precision: bf16 autocast, or f32, which is faster on processors that multiply bf16 slowly (default: %(default)s)")
     parser.add_argument("--micro-batch", type=int, default=8, metavar="N", help="PyTorch's sequences per pass (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", metavar="DIR", help="where to write the page (default: docs/benchmarks)")
     return parser.parse_args()
@@ -115,7 +116,7 @@ def main():
     config, run = train_ferropt(options)
     ours = read_ferropt(run, config)
     theirs = train_pytorch(options, config, run, ours)
-    words = [f"--set {item}" for item in options.set if not item.startswith(("run.dir", "data."))] + ([] if options.compile else ["--eager"])
+    words = [f"--set {item}" for item in options.set if not item.startswith(("run.dir", "data."))] + ([] if options.compile else ["--eager"]) + (["--precision f32"] if options.precision == "f32" else [])
     facts = {
         "config": options.config.name,
         "command": " ".join(["scripts/books_compare.py"] + words),

@@ -81,10 +81,12 @@ def page(config, runs, facts):
     worst = max(abs(a["loss"] - b["loss"]) for a, b in zip(ours["training"], theirs["training"]))
     minutes = {name: run["training"][-1]["seconds"] / 60 for name, run in runs.items()}
     batch = config["batch"]["tokens"]
+    precision = "bf16 autocast" if theirs["precision"] == "bf16" else "f32"
+    same = precision == "bf16 autocast" and config["run"]["precision"] == "bf16"
     yield "# A quarter of an hour on books, beside PyTorch"
     yield ""
-    yield f"One configuration ([configs/{facts['config']}](../../configs/{facts['config']})) trained twice: by `ferropt train`, and by {theirs['versions']}"
-    yield f"({'compiled' if theirs['compiled'] else 'eager'}, bf16 autocast, fused AdamW) from the same initial weights, on the same sequences in the same order, with the same"
+    yield f"One configuration ([configs/{facts['config']}](../../configs/{facts['config']})) trained twice: by `ferropt train` in {config['run']['precision']}, and by {theirs['versions']}"
+    yield f"({'compiled' if theirs['compiled'] else 'eager'}, {precision}, fused AdamW) from the same initial weights, on the same sequences in the same order, with the same"
     yield f"learning rates. {model['layers']} layers of {model['width']}, vocabulary {model['vocab']}, T = {config['data']['seq']}, {batch} tokens per step, {end['step']} steps, {config['run']['threads']} threads, no dropout."
     yield ""
     yield "![loss curves](books-compare.svg)"
@@ -101,7 +103,8 @@ def page(config, runs, facts):
         yield f"| last validation loss within {minutes['ferropt']:.1f} minutes | {ours['validation'][-1]['loss']:.4f} | {at[0]['loss']:.4f} (step {at[0]['step']}) |"
     yield ""
     yield f"Difference of the last validation losses (ferropt less PyTorch): {gap:+.4f}. The first training loss differs by {ours['training'][0]['loss'] - theirs['training'][0]['loss']:+.5f}, and no later one by more"
-    yield f"than {worst:.3f}: both compute in bf16, round differently, and drift apart as any two bf16 runs do."
+    why = "both compute in bf16, round differently" if same else "they round differently"
+    yield f"than {worst:.3f}: {why}, and drift apart as any two such runs do."
     yield "Minutes are those of training steps alone; start, compilation, validation and checkpoints are left out on both sides."
     yield ""
     yield "| step | ferropt: validation | PyTorch: validation | difference |"

@@ -1,4 +1,4 @@
-"""PyTorch's half of the comparison: the same weights, sequences and learning rates, under bf16 autocast."""
+"""PyTorch's half of the comparison: the same weights, sequences and learning rates, under bf16 autocast or in f32."""
 
 import os
 import time
@@ -59,7 +59,7 @@ class Trainer:
 
     def loss(self, inputs, targets):
         """Mean loss in nats of [B, T] sequences."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.options.precision == "bf16"):
             logits = self.forward(input_ids=torch.from_numpy(inputs)).logits
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), torch.from_numpy(targets).flatten())
 
@@ -111,4 +111,4 @@ class Trainer:
             if number % every == 0 or number == len(rates):
                 validation.append({"step": number, "loss": self.validate(), "seconds": seconds})
         versions = f"PyTorch {torch.__version__}, transformers {transformers.__version__}"
-        return {"training": training, "validation": validation, "versions": versions, "compiled": self.options.compile}
+        return {"training": training, "validation": validation, "versions": versions, "compiled": self.options.compile, "precision": self.options.precision}
