@@ -119,6 +119,67 @@ fn a_diverging_run_stops_without_saving_over_good_state() {
 }
 
 #[test]
+fn every_rule_schedule_and_attention_trains() {
+    let lab = Lab::new();
+    for (name, set) in [
+        ("sgd", &["optimizer.kind=sgd", "optimizer.momentum=0.9", "optimizer.lr=0.3"][..]),
+        ("plain-sgd", &["optimizer.kind=sgd", "optimizer.lr=1", "run.weights=bf16-stochastic"]),
+        ("cosine", &["schedule.kind=cosine"]),
+        ("inverse-sqrt", &["schedule.kind=inverse-sqrt"]),
+        ("constant", &["schedule.kind=constant", "optimizer.decay_vectors=false"]),
+        ("wsd", &["schedule.kind=wsd", "schedule.decay=10"]),
+        ("documents", &["data.stop_attention_at_document_ends=true"]),
+        ("post-norm", &["model.post_norm=true", "model.embedding_width=16", "run.precision=f32"]),
+    ] {
+        lab.train(&lab.config(name, 30), set);
+        let (losses, rates) = (lab.metric(name, "loss"), lab.metric(name, "lr"));
+        assert!(losses[29].1 < losses[0].1 - 0.3, "{name}: {losses:?}");
+        let peak = rates.iter().map(|r| r.1).fold(0.0, f64::max);
+        let falls = rates[29].1 < 0.9 * peak;
+        assert_eq!(falls, name != "constant", "{name}: {rates:?}");
+    }
+}
+
+#[test]
+fn a_run_without_time_saves_its_first_weights_and_goes_on_from_them() {
+    let lab = Lab::new();
+    let config = lab.config("run", 10);
+    let out = lab.train(&config, &["run.max_minutes=1e-12", "checkpoint.keep_every=10"]);
+    assert!(text(&out).contains("same command"), "{}", text(&out));
+    assert!(lab.tensors("run", 0).contains_key("adam_v.safetensors"));
+    for file in ["config.json", "tokenizer.json"] {
+        assert!(lab.path("run/checkpoints/step-00000000").join(file).is_file(), "{file}");
+    }
+    lab.train(&config, &["checkpoint.keep_every=10"]);
+    assert_eq!(lab.metric("run", "loss").len(), 10);
+    lab.tensors("run", 0);
+    let cached =
+        std::fs::read_dir(lab.path("cache")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    let mut cached: Vec<String> = cached.map(|name| name.split_once('-').unwrap().0.to_string()).collect();
+    cached.sort();
+    assert_eq!(cached, ["held", "train"]);
+}
+
+#[test]
+fn the_bench_says_where_time_and_memory_go() {
+    let args =
+        ["bench", "train", "--preset", "tiny", "--seq", "64", "--batch", "2", "--steps", "2", "--json"];
+    let out = ferropt().args(args).output().unwrap();
+    assert!(out.status.success(), "{}", text(&out));
+    let report: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(report["step_s"].as_array().unwrap().len(), 2);
+    assert_eq!(report["parameters"], 3_448_704);
+    let parts = report["parts"].as_object().unwrap();
+    let linear = parts["linear layers, forward"].as_f64().unwrap();
+    assert!(linear > 0.0 && parts["gradient norm, AdamW"].as_f64().unwrap() > 0.0, "{parts:?}");
+    assert!(report["measured_peak_flops"].as_f64().unwrap() > 1e9);
+    // The program itself and the pages that a buffer shares with nothing come on top of what is planned.
+    let (planned, taken) =
+        (report["planned_bytes"].as_f64().unwrap(), report["peak_rss_bytes"].as_f64().unwrap());
+    assert!(taken < 1.1 * planned + 32e6 && taken > 0.6 * planned, "planned {planned} bytes, took {taken}");
+}
+
+#[test]
 fn dry_run_plans_every_preset_without_allocating() {
     let lab = Lab::new();
     let config = lab.config("run", 10);

@@ -117,6 +117,15 @@ impl<D: Device> Optimizer<D> {
         Ok(Optimizer { settings, slots: model.parameters().iter().map(slot).collect::<Result<_>>()? })
     }
 
+    /// Bytes of all low halves, and of all that the rule remembers.
+    #[cfg(test)]
+    pub(crate) fn bytes(&self) -> (u64, u64) {
+        use ferropt_device::Buffer;
+        let low = self.slots.iter().flat_map(|slot| &slot.low).map(|low| 2 * low.len() as u64).sum();
+        let kept = self.slots.iter().flat_map(|slot| Memory::GROUPS.map(|(_, pick)| pick(&slot.memory)));
+        (low, kept.flatten().map(|kept| 4 * kept.len() as u64).sum())
+    }
+
     /// Gives every parameter its initial values, which follow from `seed`.
     pub fn initialise<E: Element>(&mut self, device: &D, model: &mut Model<D, E>, seed: u64) {
         let table = model.parameters().to_vec();
@@ -289,3 +298,6 @@ impl<D: Device> Update<'_, D> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -291,3 +291,92 @@ fn duration(seconds: f64) -> String {
         format!("{} {name}", grouped(value.round() as u64))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Data;
+    use crate::optimizer::{Optimizer, Rule};
+    use ferropt_device::cpu::{CpuDevice, CpuOptions};
+    use ferropt_device::{Buffer, bf16};
+    use ferropt_model::{Backprop, Model, Tensor, Weights};
+
+    const OPTIONS: Options =
+        Options { batch: 2, seq: 8, recompute: Recompute::None, stop_at_documents: false };
+    const SETTINGS: Settings = Settings {
+        rule: Rule::AdamW { betas: [0.9, 0.95], eps: 1e-8 },
+        weight_decay: 0.1,
+        decay_vectors: true,
+        clip: 1.0,
+        stochastic: false,
+        seed: 1,
+    };
+
+    fn bytes<E: Element>(weights: &Weights<CpuDevice, E>) -> u64 {
+        let bytes = |tensor: Tensor<'_, CpuDevice, E>| match tensor {
+            Tensor::Matrix(w) => w.len() * E::DTYPE.size(),
+            Tensor::Vector(w) => w.len() * 4,
+        };
+        weights.tensors().into_iter().map(bytes).sum::<usize>() as u64
+    }
+
+    /// What is planned against the buffers that are made. Activations are allocated from the same table as they are
+    /// counted from, and the workspace is checked where the device is.
+    fn check<E: Element>(config: &Config, settings: Settings) {
+        let device = CpuDevice::new(CpuOptions::default()).unwrap();
+        let plan = Memory::of::<_, E>(config, &OPTIONS, &settings, &device);
+        let model = Model::<_, E>::zeros(&device, config).unwrap();
+        let optimizer = Optimizer::new(&device, &model, settings).unwrap();
+        let backprop = Backprop::<_, E>::new(&device, config, OPTIONS).unwrap();
+        assert_eq!(plan.weights, bytes(&model.weights));
+        assert_eq!(plan.gradients, bytes(&backprop.gradients));
+        assert_eq!((plan.masters, plan.moments), optimizer.bytes());
+        let saved = optimizer.save(&device, &model);
+        let size = |data: &Data| data.len() * data.dtype().bitsize() / 8;
+        let saved: usize = saved.iter().flat_map(|g| &g.tensors).map(|t| size(&t.data)).sum();
+        assert_eq!(plan.checkpoint, saved as u64);
+        let parts = [plan.weights, plan.masters, plan.gradients, plan.moments, plan.activations];
+        assert_eq!(plan.total, parts.iter().sum::<u64>() + plan.workspace + plan.checkpoint);
+    }
+
+    #[test]
+    fn memory_is_what_is_allocated() {
+        let pre = Config { vocab: 100, positions: 16, ..Config::preset("tiny").unwrap() };
+        let post = Config { post_norm: true, embedding_width: 24, ..pre.clone() };
+        for config in [pre, post] {
+            check::<f32>(&config, SETTINGS);
+            check::<bf16>(&config, SETTINGS);
+            check::<bf16>(&config, Settings { stochastic: true, ..SETTINGS });
+            check::<bf16>(&config, Settings { rule: Rule::Sgd { momentum: 0.9 }, ..SETTINGS });
+            check::<f32>(&config, Settings { rule: Rule::Sgd { momentum: 0.0 }, ..SETTINGS });
+        }
+    }
+
+    /// Megatron-LM's count (Narayanan et al., 2021) with full recomputation is 96 B T L C^2 (1 + T/6C + V/16LC), which
+    /// also computes the last layer again and every second feed-forward product, as ours does not.
+    #[test]
+    fn flops_are_megatrons_but_for_what_is_not_computed_again() {
+        let config = Config::preset("175b").unwrap();
+        let [l, c, v, t] = [config.layers, config.width, config.vocab, 2048].map(|x| x as f64);
+        let full = Options { batch: 1, seq: 2048, recompute: Recompute::Full, stop_at_documents: false };
+        let ours = Flops::per_token(&config, &full);
+        let megatron = 96.0 * l * c * c * (1.0 + t / (6.0 * c) + v / (16.0 * l * c));
+        let layer = 24.0 * c * c * (1.0 + t / (6.0 * c));
+        let skipped = layer + (l - 1.0) * 8.0 * c * c;
+        assert!(((ours.hardware + skipped) / megatron - 1.0).abs() < 1e-12, "{ours:?} {megatron:e}");
+        let model = 72.0 * l * c * c * (1.0 + t / (6.0 * c) + v / (12.0 * l * c));
+        assert!((ours.model / model - 1.0).abs() < 1e-12, "{ours:?} {model:e}");
+        let none = Flops::per_token(&config, &Options { recompute: Recompute::None, ..full });
+        assert_eq!((none.model, none.model_causal), (none.hardware, none.hardware_causal));
+        assert!(ours.model_causal < ours.model && ours.hardware_causal < ours.hardware);
+    }
+
+    #[test]
+    fn figures_for_people() {
+        assert_eq!([0, 999, 1000, 1_234_567].map(grouped), ["0", "999", "1,000", "1,234,567"]);
+        assert_eq!(
+            [0.0, 119.0, 120.0, 7200.0, 1e6, 1e12].map(duration),
+            ["0.0 seconds", "119 seconds", "2.0 minutes", "2.0 hours", "12 days", "31,688 years"]
+        );
+    }
+}

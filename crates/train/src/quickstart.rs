@@ -21,7 +21,7 @@ use crate::config::Config;
 use crate::inference::Inference;
 use crate::signals::Stop;
 use crate::telemetry::{MetricLog, peak_resident_bytes};
-use crate::trainer::{Ending, train};
+use crate::trainer::{Ending, Event, train};
 use anyhow::{Context, Result, ensure};
 use ferropt_model::{Choice, Sampler};
 use plan::Planned;
@@ -87,14 +87,19 @@ pub fn run(options: &Options, stop: &Stop, say: &mut dyn FnMut(&str)) -> Result<
     let left = deadline.saturating_duration_since(Instant::now()).saturating_sub(RESERVE);
     run.run.max_minutes = Some((left.as_secs_f64() / 60.0).max(0.01));
     let begun = Instant::now();
-    let outcome = train(run, stop, &mut |_| {})?;
-    if outcome.ending == Ending::AlreadyComplete && report.results.is_some() {
+    let mut first_loss = report.results.as_ref().map(|results| results.first_loss);
+    let outcome = train(run, stop, &mut |event| match event {
+        Event::Training(training) if training.step == 1 => first_loss = Some(training.loss),
+        _ => {}
+    })?;
+    let reported = report.results.as_ref().is_some_and(|results| results.steps >= report.sizes.steps);
+    if outcome.ending == Ending::AlreadyComplete && reported {
         return Ok(Outcome { ending: outcome.ending, report, config });
     }
     report.seconds += begun.elapsed().as_secs_f64();
     if outcome.step > 0 {
         let records = MetricLog::read(&outcome.run.join("metrics.jsonl"))?;
-        report.results = Results::from_records(&records, outcome.tokens, peak_resident_bytes());
+        report.results = Results::from_records(&records, first_loss, outcome.tokens, peak_resident_bytes());
         let model = Inference::open(&outcome.run, None, options.threads)?;
         report.after = Some(sample(&model, &report.prompt, report.seed)?);
     }

@@ -1,8 +1,8 @@
 //! Matrix products: `C[m, n] = sum over k of A(m, k) * B(n, k)`, f32 accumulation, result handed row by row to an epilogue.
 //!
 //! Both operands are packed into panels: A in panels of `MR` rows, B in panels of `NR` columns, so that the inner loop
-//! reads both in order. One 32-bit *unit* of a panel is an f32, or with AVX-512 BF16 a pair of bf16 that are neighbours
-//! in k, which is what `vdpbf16ps` consumes. The micro-kernel keeps an MR x NR tile in registers (8 x 48 with AVX-512:
+//! reads both in order. One 32-bit *unit* of a panel is an f32 (which bf16 are widened to), or where `vdpbf16ps` is
+//! used a pair of bf16 that are neighbours in k, which is what it consumes. The micro-kernel keeps an MR x NR tile in registers (8 x 48 with AVX-512:
 //! 24 accumulators, 3 columns, 1 broadcast) over a whole block of k.
 //!
 //! Every element of C is summed by one thread in one order that depends on the shape alone.
@@ -64,7 +64,8 @@ fn blocks(t: Tile, m: usize, n: usize, k: usize) -> Blocks {
     // Equal blocks of k, an even number of elements each.
     let k_blocks = k.div_ceil(KC * t.per_unit).max(1);
     let kc = k.div_ceil(k_blocks).next_multiple_of(2);
-    let most = PACKED_UNITS / kc.div_ceil(t.per_unit);
+    // With several blocks of k, a super-block's partial sums are bounded too.
+    let most = PACKED_UNITS / if k_blocks > 1 { KC } else { kc.div_ceil(t.per_unit).max(1) };
     let side = |size: usize, step: usize| size.next_multiple_of(step).min((most / step).max(1) * step);
     Blocks { m: side(m, t.mr), n: side(n, t.nr), k: kc }
 }
@@ -126,8 +127,11 @@ pub(super) fn gemm<E: Element, P: Epilogue>(
 /// Workspace of the largest product over `rows` rows whose widest side is `widest`.
 pub(super) fn workspace_bytes<E: Element>(device: &CpuDevice, rows: usize, widest: usize) -> usize {
     let t = tile::<E>(device.isa);
-    let at_most = |side: usize| (side.max(1) * KC).min(PACKED_UNITS);
-    4 * (at_most(rows.max(widest)) + at_most(widest) + rows * widest.min(PACKED_UNITS / KC))
+    let longest = rows.max(widest);
+    let packed = |side: usize| (side.next_multiple_of(t.nr) * KC).min(PACKED_UNITS);
+    let side = |side: usize| side.next_multiple_of(t.nr).min(PACKED_UNITS / KC);
+    let partials = if longest > KC * t.per_unit { side(longest) * side(widest) } else { 0 };
+    4 * (packed(longest) + packed(widest) + partials)
 }
 
 /// One super-block of packed operands.

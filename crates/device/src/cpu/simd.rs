@@ -8,82 +8,9 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
+pub use super::isa::Isa;
 use super::random::WordLanes;
 use crate::{DType, Element};
-
-/// Instruction sets that kernels are compiled for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Isa {
-    /// Plain Rust, whatever the compiler makes of it.
-    Portable,
-    /// AVX2 and FMA.
-    Avx2,
-    /// AVX-512 F, BW, DQ, VL with BF16; products of bf16 are widened to f32.
-    Avx512,
-    /// The same, with products of bf16 by `vdpbf16ps`.
-    Avx512Bf16,
-}
-
-impl Isa {
-    const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
-
-    /// The fastest that this processor has.
-    pub fn detect() -> Self {
-        // Intel's cores start a `vdpbf16ps` every other cycle and two fused multiply-adds every cycle, so that
-        // widened products are twice as fast; AMD's start as many of one as of the other.
-        match Self::highest() {
-            Isa::Avx512Bf16 if vendor() == *b"GenuineIntel" => Isa::Avx512,
-            isa => isa,
-        }
-    }
-
-    /// The last of the list that this processor has.
-    fn highest() -> Self {
-        if is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512dq")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512bf16")
-            && is_x86_feature_detected!("fma")
-        {
-            Isa::Avx512Bf16
-        } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            Isa::Avx2
-        } else {
-            Isa::Portable
-        }
-    }
-
-    /// All that this processor has.
-    pub fn available() -> Vec<Self> {
-        Self::ALL.into_iter().filter(|i| *i <= Isa::highest()).collect()
-    }
-
-    /// The instruction set of a name.
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|i| i.name() == name)
-    }
-
-    /// Name as in `FERROPT_ISA`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Isa::Portable => "portable",
-            Isa::Avx2 => "avx2",
-            Isa::Avx512 => "avx512",
-            Isa::Avx512Bf16 => "avx512-bf16",
-        }
-    }
-}
-
-/// The processor's maker, as it calls itself.
-fn vendor() -> [u8; 12] {
-    let id = __cpuid(0);
-    let mut name = [0; 12];
-    for (part, word) in name.chunks_exact_mut(4).zip([id.ebx, id.edx, id.ecx]) {
-        part.copy_from_slice(&word.to_le_bytes());
-    }
-    name
-}
 
 /// Operations on one register of f32. All methods are single instructions or a few.
 pub trait Simd: WordLanes {

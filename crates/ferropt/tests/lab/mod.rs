@@ -72,12 +72,13 @@ impl Lab {
         tensors
     }
 
-    /// Values of `key` in the lines of metrics.jsonl that have it, with their steps.
+    /// Values of `key` of the training steps in metrics.jsonl that have it, with their steps.
     pub fn metric(&self, run: &str, key: &str) -> Vec<(u64, f64)> {
         let lines = std::fs::read_to_string(self.path(run).join("metrics.jsonl")).unwrap();
         lines
             .lines()
             .map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap_or_else(|e| panic!("{l}: {e}")))
+            .filter(|l| l["kind"] == "training")
             .filter_map(|l| Some((l["step"].as_u64()?, l.get(key)?.as_f64()?)))
             .collect()
     }

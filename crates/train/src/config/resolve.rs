@@ -258,7 +258,11 @@ impl Config {
     fn resolve_length(&self, batch_tokens: u64) -> anyhow::Result<u64> {
         let run = &self.run;
         if let Some(minutes) = run.max_minutes {
-            ensure!(minutes > 0.0, "run.max_minutes = {minutes}, but a run lasts longer than 0 minutes");
+            // A year, far below what durations can hold.
+            ensure!(
+                minutes > 0.0 && minutes <= 525_600.0,
+                "run.max_minutes = {minutes}, but it is above 0 and at most 525600, a year; remove it for no limit"
+            );
         }
         let steps = match (run.steps, run.tokens) {
             (Some(steps), None) => steps,
@@ -427,6 +431,11 @@ impl Config {
                 keep.next_multiple_of(every)
             );
         }
+        if let Some(Count(0)) = self.validation.max_tokens {
+            bail!(
+                "validation.max_tokens = 0 scores nothing; remove it for all tokens, or remove data.validation"
+            );
+        }
         let watts = self.energy.watts;
         ensure!(
             watts > 0.0 && watts.is_finite(),
@@ -439,3 +448,6 @@ impl Config {
         published(self.model.preset.as_deref()?)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -208,37 +208,16 @@ impl<E: Element> Kernel for Head<'_, E> {
                     if block + at + pairs > queries.start + 1 || block + at < panel.high {
                         panel.mask::<S, NV>(s, scores, block + at, 0..pairs);
                     }
-                    for row in (0..pairs).step_by(2) {
-                        for lane in (0..nr).step_by(S::LANES) {
-                            let lse = s.load(&lse[start + lane..]);
-                            let delta = s.load(&delta[start + lane..]);
-                            let mut ds_pair = [s.zero(); 2];
-                            for i in 0..2 {
-                                let at_row = (row + i) * nr + lane;
-                                // Not fused: the difference of large numbers must be 0 where they are equal.
-                                let score = s.mul(s.load(&scores[at_row..]), s.splat(scale));
-                                let p = s.exp(s.sub(score, lse));
-                                let (mut p_kept, mut dp) = (p, s.load(&dp[at_row..]));
-                                if self.dropout.is_some() {
-                                    let key = at + row + i;
-                                    let bits = &bits[key / 32 * nr + lane..];
-                                    p_kept = s.select_bit(bits, key as u32 % 32, p, s.zero());
-                                    dp = s.select_bit(
-                                        bits,
-                                        key as u32 % 32,
-                                        s.mul(dp, s.splat(factor)),
-                                        s.zero(),
-                                    );
-                                }
-                                let ds = s.mul(p, s.sub(dp, delta));
-                                s.store_as(&mut p_rows[at_row..], p_kept);
-                                s.store_as(&mut ds_rows[at_row..], ds);
-                                ds_pair[i] = ds;
-                            }
-                            let to = &mut ds[(at + row) / per_unit * nr + lane..];
-                            M::put(s, ds_pair[0], ds_pair[1], to, nr);
-                        }
-                    }
+                    let square = Tiles {
+                        lse: &lse[start..],
+                        delta: &delta[start..],
+                        kept: self.dropout.is_some().then_some((&bits[..], factor)),
+                        scores,
+                        dp,
+                        p: p_rows,
+                        ds: ds_rows,
+                    };
+                    square.differentiate::<S, M, NV>(s, pairs, at, scale, &mut ds[at / per_unit * nr..]);
                     for (x, turned, factors, sums) in [
                         (&*p_rows, &mut *p_turned, g_turned, &mut *dv),
                         (&*ds_rows, &mut *ds_turned, q_turned, &mut *dk),
@@ -274,6 +253,59 @@ impl<E: Element> Kernel for Head<'_, E> {
             let to = self.start + start * 3 * self.all;
             let count = nr.min(seq - start);
             store(isa, s, sums, nr, width, count, scale, self.dqkv, to, 3 * self.all, out_rows);
+        }
+    }
+}
+
+/// A square tile: rows are keys, columns are queries.
+struct Tiles<'a, V> {
+    /// Of each query.
+    lse: &'a [f32],
+    delta: &'a [f32],
+    /// Bits of the keys of a block that dropout keeps, and what it multiplies them by.
+    kept: Option<(&'a [u32], f32)>,
+    scores: &'a [f32],
+    dp: &'a [f32],
+    /// Receive probabilities after dropout, and gradients of scores.
+    p: &'a mut [V],
+    ds: &'a mut [V],
+}
+
+impl<V: Element> Tiles<'_, V> {
+    /// Fills `p`, `ds`, and `units` with the units that rows of `ds` make. Row 0 is key `first` of the block.
+    #[inline(always)]
+    fn differentiate<S: Simd, M: Units<S>, const NV: usize>(
+        self,
+        s: S,
+        rows: usize,
+        first: usize,
+        scale: f32,
+        units: &mut [f32],
+    ) {
+        let nr = NV * S::LANES;
+        for row in (0..rows).step_by(2) {
+            for lane in (0..nr).step_by(S::LANES) {
+                let (lse, delta) = (s.load(&self.lse[lane..]), s.load(&self.delta[lane..]));
+                let mut pair = [s.zero(); 2];
+                for i in 0..2 {
+                    let at = (row + i) * nr + lane;
+                    // Not fused: the difference of large numbers must be 0 where they are equal.
+                    let score = s.mul(s.load(&self.scores[at..]), s.splat(scale));
+                    let p = s.exp(s.sub(score, lse));
+                    let (mut p_kept, mut dp) = (p, s.load(&self.dp[at..]));
+                    if let Some((bits, factor)) = self.kept {
+                        let (word, bit) = ((first + row + i) / 32, ((first + row + i) % 32) as u32);
+                        let bits = &bits[word * nr + lane..];
+                        p_kept = s.select_bit(bits, bit, p, s.zero());
+                        dp = s.select_bit(bits, bit, s.mul(dp, s.splat(factor)), s.zero());
+                    }
+                    let ds = s.mul(p, s.sub(dp, delta));
+                    s.store_as(&mut self.p[at..], p_kept);
+                    s.store_as(&mut self.ds[at..], ds);
+                    pair[i] = ds;
+                }
+                M::put(s, pair[0], pair[1], &mut units[row / M::PER_UNIT * nr + lane..], nr);
+            }
         }
     }
 }
