@@ -98,7 +98,9 @@ fn make(
         match file.try_lock() {
             Err(TryLockError::WouldBlock) if stop() => return Ok(false),
             Err(TryLockError::WouldBlock) => std::thread::sleep(TURN),
-            Err(TryLockError::Error(e)) if e.kind() != ErrorKind::Unsupported => return Err(e).with_context(failed),
+            Err(TryLockError::Error(e)) if e.kind() != ErrorKind::Unsupported => {
+                return Err(e).with_context(failed);
+            }
             _ => break,
         }
     }

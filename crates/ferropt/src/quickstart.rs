@@ -20,7 +20,7 @@ pub(crate) struct Args {
     /// documentation of the crates that Ferropt is built from
     #[arg(long, value_name = "PATH", action = clap::ArgAction::Append)]
     text: Vec<PathBuf>,
-    /// How long it may take
+    /// How long it should take; the number of steps follows from the measured speed
     #[arg(long, value_name = "N", default_value_t = 4.0, allow_negative_numbers = true)]
     minutes: f64,
     /// Take the crates that this Cargo.lock pins

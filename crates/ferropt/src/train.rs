@@ -63,6 +63,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         }
     })?;
     let (run, step) = (outcome.run.display(), outcome.step);
+    let Some(curves) = outcome.curves else {
+        println!("stopped while the data was being read; the same command continues");
+        return Ok(());
+    };
     match outcome.ending {
         Ending::Complete => println!("complete: {step} steps, {} tokens", grouped(outcome.tokens)),
         Ending::AlreadyComplete => {
@@ -75,6 +79,6 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             );
         }
     }
-    println!("run folder: {run}\nloss curves: {}", outcome.curves.display());
+    println!("run folder: {run}\nloss curves: {}", curves.display());
     Ok(())
 }

@@ -5,15 +5,22 @@ mod lab;
 use lab::{Lab, ferropt, text};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+/// Quick starts fit their length to the speed that they measure, so they go one at a time, with a thread each: that does
+/// not depend on what else the machine does as much.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A folder with real prose and code: this workspace's sources.
 fn corpus() -> Lab {
     let lab = Lab::new();
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../train/src");
-    let mut files: Vec<_> =
-        std::fs::read_dir(sources.join("config")).unwrap().map(|f| f.unwrap().path()).collect();
-    files.extend(std::fs::read_dir(sources.join("telemetry")).unwrap().map(|f| f.unwrap().path()));
+    let list = |folder: &str| std::fs::read_dir(sources.join(folder)).unwrap().map(|f| f.unwrap().path());
+    let mut files: Vec<_> = list("config").chain(list("telemetry")).filter(|path| path.is_file()).collect();
     files.sort();
     let all: String = files.iter().map(|f| std::fs::read_to_string(f).unwrap()).collect();
     std::fs::write(lab.path("sources.txt"), all).unwrap();
@@ -40,7 +47,7 @@ fn succeeds(mut command: Command) -> Output {
 
 #[test]
 fn learns_reports_and_can_be_used_at_once() {
-    let lab = corpus();
+    let (lab, _alone) = (corpus(), alone());
     let out = text(&succeeds(quickstart(&lab, &["--minutes", "0.1", "--seed", "3"])));
     let losses = lab.metric("quick", "loss");
     assert!(losses.len() >= 10, "{losses:?}");
@@ -73,8 +80,8 @@ fn learns_reports_and_can_be_used_at_once() {
 
 #[test]
 fn the_same_command_again_goes_on_or_says_that_it_is_complete() {
-    let lab = corpus();
-    let child = quickstart(&lab, &["--minutes", "0.5"])
+    let (lab, _alone) = (corpus(), alone());
+    let child = quickstart(&lab, &["--minutes", "0.2"])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -89,11 +96,11 @@ fn the_same_command_again_goes_on_or_says_that_it_is_complete() {
     assert!(out.status.success() && text(&out).contains("same command"), "{}", text(&out));
     let stopped = lab.metric("quick", "loss").last().unwrap().0;
 
-    let again = text(&succeeds(quickstart(&lab, &["--minutes", "1"])));
+    let again = text(&succeeds(quickstart(&lab, &["--minutes", "0.5"])));
     assert!(again.contains("resuming") && again.contains("After training"), "{again}");
     assert!(lab.metric("quick", "loss").last().unwrap().0 > stopped);
     let report = std::fs::read(lab.path("quick/report.json")).unwrap();
-    let complete = text(&succeeds(quickstart(&lab, &["--minutes", "1"])));
+    let complete = text(&succeeds(quickstart(&lab, &["--minutes", "0.5"])));
     assert!(complete.contains("complete already") && complete.contains("After training"), "{complete}");
     assert_eq!(std::fs::read(lab.path("quick/report.json")).unwrap(), report);
 }

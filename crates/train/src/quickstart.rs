@@ -35,6 +35,10 @@ const SAMPLE_TOKENS: usize = 120;
 /// Kept from the minutes asked for: the last checkpoint, the sample after training, the report.
 const RESERVE: Duration = Duration::from_millis(1500);
 
+/// Longest that a run may be late, when the machine gets slower than it was measured: so long, and this share of the
+/// minutes. It is better to be late than to stop short of the schedule's end.
+const LATE: (Duration, f64) = (Duration::from_secs(20), 0.15);
+
 /// What the user may choose.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -44,7 +48,7 @@ pub struct Options {
     pub texts: Vec<PathBuf>,
     /// Content of the `Cargo.lock` whose crates to take.
     pub lock: String,
-    /// How long all of it may take.
+    /// How long all of it should take, for which the number of steps is chosen.
     pub minutes: f64,
     /// Threads; all available unless given.
     pub threads: Option<usize>,
@@ -84,8 +88,8 @@ pub fn run(options: &Options, stop: &Stop, say: &mut dyn FnMut(&str)) -> Result<
 
     let mut run = Config::load(&config, &[])?;
     run.run.threads = options.threads;
-    let left = deadline.saturating_duration_since(Instant::now()).saturating_sub(RESERVE);
-    run.run.max_minutes = Some((left.as_secs_f64() / 60.0).max(0.01));
+    let left = deadline.saturating_duration_since(Instant::now()).saturating_sub(RESERVE) + LATE.0;
+    run.run.max_minutes = Some(left.as_secs_f64() / 60.0 + minutes * LATE.1);
     let begun = Instant::now();
     let mut first_loss = report.results.as_ref().map(|results| results.first_loss);
     let outcome = train(run, stop, &mut |event| match event {

@@ -72,6 +72,11 @@ impl Lab {
         tensors
     }
 
+    /// Lines of metrics.jsonl, the last of which a kill may have torn; 0 if there is no such file yet.
+    pub fn told(&self, run: &str) -> usize {
+        std::fs::read_to_string(self.path(run).join("metrics.jsonl")).map_or(0, |text| text.lines().count())
+    }
+
     /// Values of `key` of the training steps in metrics.jsonl that have it, with their steps.
     pub fn metric(&self, run: &str, key: &str) -> Vec<(u64, f64)> {
         let lines = std::fs::read_to_string(self.path(run).join("metrics.jsonl")).unwrap();

@@ -238,7 +238,7 @@ impl Config {
         let tokens = self.batch.tokens.get_or_insert(Count(default)).0;
         let t = seq as u64;
         ensure!(
-            tokens > 0 && tokens % t == 0,
+            tokens > 0 && tokens.is_multiple_of(t),
             "batch.tokens = {tokens} is not a multiple of data.seq = {seq}; the nearest are {} and {}",
             (tokens / t).max(1) * t,
             (tokens / t + 1) * t

@@ -60,7 +60,7 @@ fn parse_span(text: &str) -> Result<Span, String> {
 impl fmt::Display for Count {
     /// The shortest exact way to write the count.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match SUFFIXES.iter().find(|(_, factor)| self.0 > 0 && self.0 % factor == 0) {
+        match SUFFIXES.iter().find(|(_, factor)| self.0 > 0 && self.0.is_multiple_of(*factor)) {
             Some((suffix, factor)) => write!(f, "{}{suffix}", self.0 / factor),
             None => write!(f, "{}", self.0),
         }

@@ -18,9 +18,9 @@ const HEADS: usize = 4;
 const WIDTH: usize = 256;
 const POSITIONS: usize = 256;
 /// Tokens per step: many small steps bring a short run further than few large ones.
-const BATCH_TOKENS: usize = 4096;
+const BATCH_TOKENS: usize = 1024;
 /// Peak learning rate.
-const LR: f64 = 3e-3;
+const LR: f64 = 2e-3;
 
 /// Longest time to measure speed, and share of the time that is left.
 const MEASURE: (Duration, f64) = (Duration::from_secs(2), 0.04);

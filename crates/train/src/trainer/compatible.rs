@@ -90,4 +90,15 @@ mod tests {
         }
         assert!(!message.contains("run.steps was"), "{message}");
     }
+
+    #[test]
+    fn keys_that_may_change_exist() {
+        for key in FREE {
+            let item = if key.contains('.') { format!("{key}=x") } else { format!("{key}.every=x") };
+            let error =
+                crate::config::Config::parse("", &[item]).err().map(|e| format!("{e:#}")).unwrap_or_default();
+            let section_without_it = key == "energy" && error.contains("energy.every");
+            assert!(!error.contains("unknown") || section_without_it, "{key}: {error}");
+        }
+    }
 }

@@ -65,8 +65,8 @@ pub struct Outcome {
     pub tokens: u64,
     /// The run folder.
     pub run: PathBuf,
-    /// Picture of the loss curves; there is none if the run was stopped while its data was read.
-    pub curves: PathBuf,
+    /// Picture of the loss curves; none if the run was stopped while its data was read, before training went on.
+    pub curves: Option<PathBuf>,
 }
 
 /// Trains as `config` says, or continues where the run in `run.dir` was left. `stop` ends it after the current step;
@@ -93,8 +93,7 @@ fn stopped_early(resolved: &Resolved) -> Outcome {
     let run = resolved.config.run.dir.clone();
     let last = Store::open(&run).and_then(|store| store.list()).ok().and_then(|mut list| list.pop());
     let step = last.map_or(0, |entry| entry.step);
-    let (tokens, curves) = (step * resolved.batch_tokens(), run.join("loss.svg"));
-    Outcome { ending: Ending::Stopped, step, tokens, run, curves }
+    Outcome { ending: Ending::Stopped, step, tokens: step * resolved.batch_tokens(), run, curves: None }
 }
 
 /// What `config` would take, without allocating anything.

@@ -134,7 +134,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             ending,
             step: self.step,
             tokens: self.step * self.resolved.batch_tokens(),
-            curves: self.telemetry.draw(&self.resolved.model_name())?,
+            curves: Some(self.telemetry.draw(&self.resolved.model_name())?),
             run: self.resolved.config.run.dir,
         })
     }
