@@ -188,7 +188,7 @@ pub trait Device: Send + Sync + Sized + 'static {
         dtable: &mut Self::Buf<f32>,
     );
 
-    /// Layer norm over the last axis, eps 1e-5. `x` [N, C] f32; `y` [N, C]; `mean`, `rstd` [N].
+    /// Layer norm over the last axis, eps 1e-5. `x` [N, C] f32; `y` [N, C]; `mean`, `rstd` `[N]`.
     /// `y_f32`, when given, also receives the result in f32 (post-LN, where it is the residual stream).
     fn layer_norm<E: Element>(
         &self,
@@ -202,7 +202,7 @@ pub trait Device: Send + Sync + Sized + 'static {
         rstd: &mut Self::Buf<f32>,
     );
     /// Backward of [`Device::layer_norm`]. `dy` [N, C] of any type; `dx` [N, C] replaced or added to by `dx_store`;
-    /// `dgamma`, `dbeta` [C] by `grad_store`.
+    /// `dgamma`, `dbeta` `[C]` by `grad_store`.
     fn layer_norm_backward<G: Element>(
         &self,
         width: usize,
@@ -312,7 +312,7 @@ pub trait Device: Send + Sync + Sized + 'static {
     );
 
     /// Cross-entropy of a tied LM head, in chunks of rows so that the [N, V] logits never exist.
-    /// `h` [N, width], `w` [V, width], `targets` [N] ([`IGNORE`] takes no part); `losses` [N] in nats (0 where ignored).
+    /// `h` [N, width], `w` [V, width], `targets` `[N]` ([`IGNORE`] takes no part); `losses` `[N]` in nats (0 where ignored).
     fn lm_loss<E: Element>(
         &self,
         s: LossShape,

@@ -4,11 +4,12 @@ use super::text::Counts;
 use super::{Options, Sizes};
 use crate::config::{Config, Precision, Resolved};
 use crate::inference::filled;
+use crate::optimizer::{Optimizer, gradient_norm};
 use crate::trainer::open_device;
 use anyhow::Result;
 use ferropt_device::cpu::CpuDevice;
 use ferropt_device::{Device, Element, Store, bf16};
-use ferropt_model::{Backprop, Batch, Pass, Recompute, initial_values};
+use ferropt_model::{Backprop, Batch, Pass, initial_values};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -24,8 +25,11 @@ const LR: f64 = 2e-3;
 
 /// Longest time to measure speed, and share of the time that is left.
 const MEASURE: (Duration, f64) = (Duration::from_secs(2), 0.04);
-/// Share of the measured speed that a run keeps: the optimiser, validation, checkpoints and reports take the rest.
-const KEPT: f64 = 0.85;
+/// bf16 is taken, which needs half the memory, unless f32 is so much faster: processors without bf16 instructions have to
+/// convert.
+const F32_AHEAD: f64 = 1.1;
+/// Share of the measured speed that a run keeps: validation, checkpoints and reports take the rest.
+const KEPT: f64 = 0.88;
 /// Fewest steps: even a glimpse should show a falling loss.
 const FEWEST_STEPS: u64 = 12;
 /// Most times through the text; a model this small learns little from it after that.
@@ -41,7 +45,7 @@ pub(super) struct Planned {
     pub(super) toml: String,
     /// The machine.
     pub(super) device: String,
-    /// Tokens per second that forward and backward passes were measured at.
+    /// Tokens per second that steps were measured at.
     pub(super) tokens_per_second: f64,
 }
 
@@ -49,24 +53,25 @@ impl Planned {
     /// Measures this machine, and takes as many steps as fit before `deadline`.
     pub(super) fn measure(options: &Options, counts: &Counts, deadline: Instant) -> Result<Planned> {
         let device = open_device(options.threads)?;
-        let precision = faster(&device);
-        let resolve = |toml: &str| Config::parse(toml, &[])?.resolve();
-        let draft = resolve(&toml(
-            options,
-            counts,
-            precision,
-            MOST_EPOCHS * counts.train / BATCH_TOKENS as u64 + 1,
-        )?)?;
+        let most = MOST_EPOCHS * counts.train / BATCH_TOKENS as u64 + 1;
+        let resolve = |precision, steps| -> Result<_> {
+            let toml = toml(options, counts, precision, steps)?;
+            Ok((Config::parse(&toml, &[])?.resolve()?, toml))
+        };
+        let (draft, _) = resolve(Precision::Bf16, most)?;
         let left = || deadline.saturating_duration_since(Instant::now());
-        let time = MEASURE.0.min(left().mul_f64(MEASURE.1));
-        let tokens_per_second = match precision {
-            Precision::F32 => speed::<f32>(&device, &draft, time)?,
-            Precision::Bf16 => speed::<bf16>(&device, &draft, time)?,
+        let time = MEASURE.0.min(left().mul_f64(MEASURE.1)) / 2;
+        let (f32_speed, bf16_speed) =
+            (speed::<f32>(&device, &draft, time)?, speed::<bf16>(&device, &draft, time)?);
+        let (precision, tokens_per_second) = if f32_speed > F32_AHEAD * bf16_speed {
+            (Precision::F32, f32_speed)
+        } else {
+            (Precision::Bf16, bf16_speed)
         };
         let seconds = left().saturating_sub(super::RESERVE).as_secs_f64();
         let fit = (KEPT * seconds * tokens_per_second / BATCH_TOKENS as f64) as u64;
-        let toml = toml(options, counts, precision, fit.clamp(FEWEST_STEPS, draft.steps.max(FEWEST_STEPS)))?;
-        Ok(Planned { run: resolve(&toml)?, toml, device: device.describe(), tokens_per_second })
+        let (run, toml) = resolve(precision, fit.clamp(FEWEST_STEPS, most.max(FEWEST_STEPS)))?;
+        Ok(Planned { run, toml, device: device.describe(), tokens_per_second })
     }
 
     /// Sizes for the report.
@@ -87,30 +92,26 @@ impl Planned {
     }
 }
 
-/// The compute type whose products are faster here. Processors without bf16 instructions have to convert.
-fn faster(device: &CpuDevice) -> Precision {
-    let bf16_wins = device.measured_peak::<bf16>() > device.measured_peak::<f32>();
-    if bf16_wins { Precision::Bf16 } else { Precision::F32 }
-}
-
-/// Tokens per second of forward and backward passes, measured for about so long.
+/// Tokens per second of optimiser steps on made-up tokens, measured for about so long.
 fn speed<E: Element>(device: &CpuDevice, run: &Resolved, time: Duration) -> Result<f64> {
-    let (batch, seq) = (run.micro_batch, run.seq);
-    let options = ferropt_model::Options { batch, seq, recompute: Recompute::None, stop_at_documents: false };
-    let mut passes = Backprop::<_, E>::new(device, &run.model, options)?;
-    let model = filled::<E>(device, &run.model, |index, p| Ok(initial_values(p, index, 1).into()))?;
-    // The time does not depend on what the tokens are.
-    let tokens: Vec<u32> = (0..batch * seq).map(|i| (i * 7919 % run.model.vocab) as u32).collect();
+    let mut model = filled::<E>(device, &run.model, |index, p| Ok(initial_values(p, index, 1).into()))?;
+    let mut backprop = Backprop::<_, E>::new(device, &run.model, run.options())?;
+    let mut optimizer = Optimizer::new(device, &model, run.optimizer)?;
+    let tokens: Vec<u32> =
+        (0..run.micro_batch * run.seq).map(|i| (i * 7919 % run.model.vocab) as u32).collect();
     let doc_start = vec![0; tokens.len()];
-    let mut pass = || {
+    let mut step = || -> Result<()> {
         let batch = Batch { tokens: &tokens, targets: &tokens, doc_start: &doc_start };
         let pass = Pass { seed: 1, step: 1, first_sequence: 0 };
-        passes.train(device, &model, batch, pass, 1.0 / tokens.len() as f32, Store::Overwrite)
+        backprop.train(device, &model, batch, pass, 1.0 / tokens.len() as f32, Store::Overwrite)?;
+        let norm = gradient_norm(device, &backprop.gradients);
+        optimizer.step(device, &mut model, &backprop.gradients, 1, LR, norm);
+        Ok(())
     };
-    pass()?; // touches all memory for the first time
+    step()?; // touches all memory for the first time
     let (started, mut count) = (Instant::now(), 0);
     while count == 0 || started.elapsed() < time {
-        pass()?;
+        step()?;
         count += 1;
     }
     Ok((count * tokens.len()) as f64 / started.elapsed().as_secs_f64())
