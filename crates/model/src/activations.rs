@@ -17,26 +17,6 @@ pub enum Recompute {
     Full,
 }
 
-impl Recompute {
-    /// Floating-point operations per token that are executed a second time. The last layer's activations are still
-    /// there when the backward pass begins.
-    pub fn flops(self, config: &Config, seq: usize) -> f64 {
-        let forward = config.forward_flops(seq);
-        let again = match self {
-            Recompute::None => 0.0,
-            Recompute::Selective => forward.attention,
-            Recompute::Full => {
-                let [c, f] = [config.width, config.feed_forward].map(|x| x as f64);
-                // The last product of a layer only makes the next layer's input, which is kept, except with
-                // post-norm, where a layer norm follows it.
-                let fc2 = if config.post_norm { 2.0 * c * f } else { 0.0 };
-                forward.attention + config.layers as f64 * (2.0 * (4.0 * c * c + c * f) + fc2)
-            }
-        };
-        again * (config.layers - 1) as f64 / config.layers as f64
-    }
-}
-
 /// Type of an activation's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scalar {
