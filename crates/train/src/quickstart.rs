@@ -103,7 +103,12 @@ pub fn run(options: &Options, stop: &Stop, say: &mut dyn FnMut(&str)) -> Result<
     report.seconds += begun.elapsed().as_secs_f64();
     if outcome.step > 0 {
         let records = MetricLog::read(&outcome.run.join("metrics.jsonl"))?;
-        report.results = Results::from_records(&records, first_loss, outcome.tokens, peak_resident_bytes());
+        report.results = Results::from_records(
+            &records,
+            first_loss,
+            (outcome.step, outcome.tokens),
+            peak_resident_bytes(),
+        );
         let model = Inference::open(&outcome.run, None, options.threads)?;
         report.after = Some(sample(&model, &report.prompt, report.seed)?);
     }

@@ -27,7 +27,7 @@ const LR: f64 = 2e-3;
 const MEASURE: (Duration, f64) = (Duration::from_secs(2), 0.04);
 /// bf16 is taken, which needs half the memory, unless f32 is so much faster: processors without bf16 instructions have to
 /// convert.
-const F32_AHEAD: f64 = 1.1;
+const F32_AHEAD: f64 = 1.25;
 /// Share of the measured speed that a run keeps: validation, checkpoints and reports take the rest.
 const KEPT: f64 = 0.88;
 /// Fewest steps: even a glimpse should show a falling loss.
