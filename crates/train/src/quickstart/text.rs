@@ -5,9 +5,9 @@ use anyhow::{Context, Result, ensure};
 use ferropt_data::{Corpus, CrateDocs, Document, EOS, Split, Tokenizer, registry_cache};
 use std::collections::HashSet;
 
-/// Tokens of the tokenizer, special ones included. A quick start sees each word few times: more would leave most of
-/// them without training.
-const VOCABULARY: usize = 4096;
+/// Tokens of the tokenizer, special ones included. Few, and the model has to learn spelling first; many, and it spends
+/// its time on the head: docs/log.md has the figures.
+const VOCABULARY: usize = 8192;
 /// Text that the tokenizer is trained on at most, bytes.
 const TOKENIZER_TEXT: usize = 8 << 20;
 /// Text of the user's that is read at most, bytes: more would not be trained on in minutes.
