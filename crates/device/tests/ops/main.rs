@@ -8,6 +8,7 @@ mod layer_norm;
 mod linear;
 mod lm_loss;
 mod optimizer;
+mod packed;
 
 use ferropt_device::cpu::{CpuBuf, CpuDevice, CpuOptions, Isa};
 use ferropt_device::rng::{Purpose, Stream};
