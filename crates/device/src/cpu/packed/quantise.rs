@@ -144,7 +144,7 @@ mod tests {
 
     #[test]
     fn scales_are_rounded_up() {
-        for x in [0.0, 1.0, 1.001, 3.1415927, 1e-30, 255.9] {
+        for x in [0.0, 1.0, 1.001, 3.3, 1e-30, 255.9] {
             let up = not_below(x).to_f32();
             assert!(up >= x && up <= x * 1.008, "{x} {up}");
         }
