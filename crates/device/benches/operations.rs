@@ -92,8 +92,7 @@ fn main() -> anyhow::Result<()> {
     let (from, mut to): (CpuBuf<f32>, CpuBuf<f32>) = (device.alloc(1 << 25)?, device.alloc(1 << 25)?);
     // A copy reads, and fetches before it writes, so it moves three times its length.
     let bandwidth = (3u64 << 27) as f64 / best_of(|| device.cast(&from, &mut to));
-    let large = device.alloc::<f32>(100 << 20)?;
-    let reading = (100u64 << 22) as f64 / best_of(|| _ = device.sum_of_squares(&large));
+    let reading = device.measured_bandwidth()?;
     let (peak_f32, peak_bf16) = (device.measured_peak::<f32>(), device.measured_peak::<bf16>());
     println!(
         "{}; peak {:.0} GFLOP/s f32, {:.0} bf16; copy {:.1} GB/s, reading {:.1}",

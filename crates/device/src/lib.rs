@@ -457,4 +457,6 @@ pub trait Device: Send + Sync + Sized + 'static {
     ) -> usize;
     /// Measured peak of the matrix-product instruction for `E`, in FLOP/s (a register-only loop on all threads).
     fn measured_peak<E: Element>(&self) -> f64;
+    /// Measured bytes per second of reading memory on all threads. Fails when there is no GiB to read.
+    fn measured_bandwidth(&self) -> anyhow::Result<f64>;
 }

@@ -103,6 +103,9 @@ macro_rules! timed {
             fn measured_peak<E: Element>(&self) -> f64 {
                 self.inner.measured_peak::<E>()
             }
+            fn measured_bandwidth(&self) -> anyhow::Result<f64> {
+                self.inner.measured_bandwidth()
+            }
         }
     };
     (@ $arg:ident) => { $arg };

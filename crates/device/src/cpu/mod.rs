@@ -456,6 +456,10 @@ impl Device for CpuDevice {
             + attention::workspace_bytes::<E>(self, attention)
     }
 
+    fn measured_bandwidth(&self) -> anyhow::Result<f64> {
+        peak::bandwidth(self)
+    }
+
     fn measured_peak<E: Element>(&self) -> f64 {
         peak::measure::<E>(self)
     }

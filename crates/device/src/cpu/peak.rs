@@ -1,11 +1,12 @@
-//! The most FLOP/s that the matrix-product instruction gives here, measured: what a product's speed is a share of.
+//! What the processor gives at most, measured: FLOP/s of the matrix-product instruction and bytes per second read from
+//! memory. Speeds of operations are shares of these.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-use super::CpuDevice;
 use super::buffer::Shards;
 use super::simd::{Isa, Simd, dispatch};
+use super::{CpuBuf, CpuDevice, elementwise};
 use crate::{DType, Element};
 
 /// Sums that do not wait for each other: the instruction's latency times the number started in a cycle, with some to
@@ -54,6 +55,43 @@ pub(super) fn measure<E: Element>(device: &CpuDevice) -> f64 {
     // A lane multiplies and adds one pair of f32, or two pairs of bf16.
     let flops = (ROUNDS * SUMS * lanes * if with_bf16 { 4 } else { 2 }) as f64;
     best.iter().map(|seconds| flops / seconds).sum()
+}
+
+/// Bytes per second of reading memory once, in order, on all threads: more than caches hold, the best of a few passes.
+pub(super) fn bandwidth(device: &CpuDevice) -> anyhow::Result<f64> {
+    let mut memory = CpuBuf::<f32>::zeroed(READ / size_of::<f32>())?;
+    // Pages that were never written are all the same one.
+    elementwise::fill(device, &mut memory, 1.0);
+    let mut best = f64::INFINITY;
+    for _ in 0..4 {
+        let start = Instant::now();
+        device.pool.for_chunks(memory.len(), PIECE, |range| {
+            let x = &memory[range];
+            black_box(dispatch!(device.isa, s => add_up(s, x)));
+        });
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok(READ as f64 / best)
+}
+
+/// Bytes that are read in a pass.
+const READ: usize = 1 << 30;
+/// Numbers that a thread reads at a time.
+const PIECE: usize = 1 << 20;
+
+#[inline(always)]
+fn add_up<S: Simd>(s: S, x: &[f32]) -> f32 {
+    let mut sums = [s.zero(); 8];
+    for x in x.chunks_exact(8 * S::LANES) {
+        for (i, sum) in sums.iter_mut().enumerate() {
+            *sum = s.add(*sum, s.load(&x[i * S::LANES..]));
+        }
+    }
+    let mut all = s.zero();
+    for sum in sums {
+        all = s.add(all, sum);
+    }
+    s.sum(all)
 }
 
 #[inline(always)]

@@ -97,6 +97,14 @@ fn assert_close(what: &str, dtype: DType, got: &[f32], want: &[f64], slack: impl
 }
 
 #[test]
+fn the_measured_bandwidth_is_one() {
+    let bandwidth =
+        CpuDevice::new(CpuOptions::default()).expect("device").measured_bandwidth().expect("memory");
+    // Of memory, disks are slower and registers faster.
+    assert!((1e8..1e13).contains(&bandwidth), "{bandwidth:e} bytes/s");
+}
+
+#[test]
 fn the_measured_peak_is_a_speed() {
     for isa in Isa::available() {
         let device =
