@@ -8,15 +8,15 @@
 //! the register tile; what happens to it does not depend on how panels are dealt to threads.
 
 mod backward;
-mod cached;
 mod forward;
+mod paged;
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 pub(super) use backward::backward;
-pub(super) use cached::cached;
 pub(super) use forward::forward;
+pub(super) use paged::paged;
 
 use super::gemm::{Dot, Fma, Mac};
 use super::pack::Matrix;
@@ -248,7 +248,9 @@ const LINE: usize = 16;
 /// Bytes of workspace, of all threads, for a pass over sequences of shape `s`.
 pub(super) fn workspace_bytes<E: Element>(device: &CpuDevice, s: AttentionShape) -> usize {
     let tile = Tile::of::<E>(device.isa);
-    let most = forward::words(tile, s.width, s.seq).max(backward::words(tile, s.width, s.seq));
+    let most = forward::words(tile, s.width, s.seq)
+        .max(backward::words(tile, s.width, s.seq))
+        .max(paged::words(s.width));
     4 * device.threads() * most
 }
 
