@@ -92,15 +92,18 @@ fn main() -> anyhow::Result<()> {
     let (from, mut to): (CpuBuf<f32>, CpuBuf<f32>) = (device.alloc(1 << 25)?, device.alloc(1 << 25)?);
     // A copy reads, and fetches before it writes, so it moves three times its length.
     let bandwidth = (3u64 << 27) as f64 / best_of(|| device.cast(&from, &mut to));
+    let large = device.alloc::<f32>(100 << 20)?;
+    let reading = (100u64 << 22) as f64 / best_of(|| _ = device.sum_of_squares(&large));
     let (peak_f32, peak_bf16) = (device.measured_peak::<f32>(), device.measured_peak::<bf16>());
     println!(
-        "{}; peak {:.0} GFLOP/s f32, {:.0} bf16; copy {:.1} GB/s",
+        "{}; peak {:.0} GFLOP/s f32, {:.0} bf16; copy {:.1} GB/s, reading {:.1}",
         device.describe(),
         peak_f32 * 1e-9,
         peak_bf16 * 1e-9,
-        bandwidth * 1e-9
+        bandwidth * 1e-9,
+        reading * 1e-9
     );
-    let bench = Bench { device, filter, peak_f32, peak_bf16, bandwidth };
+    let mut bench = Bench { device, filter, peak_f32, peak_bf16, bandwidth };
     rows::<f32>(&bench);
     rows::<bf16>(&bench);
     products::<f32>(&bench);
@@ -110,7 +113,9 @@ fn main() -> anyhow::Result<()> {
     loss::<f32>(&bench);
     loss::<bf16>(&bench);
     optimizers(&bench);
-    Ok(())
+    // Weights that are only read are read, not copied.
+    bench.bandwidth = reading;
+    packed(&bench)
 }
 
 /// A work without matrix products: `bytes(size)` for an element size.
@@ -164,6 +169,47 @@ fn products<E: Element>(b: &Bench) {
             d.linear_backward_weight(s, &y, &x, &mut dw, None, Store::Overwrite);
         });
     }
+}
+
+/// Read-only weights: OPT-1.3b's first feed-forward matrices, enough of them to lie in memory rather than in a cache,
+/// for as many rows as decoding has, alone and in batches, and for a prompt.
+fn packed(b: &Bench) -> anyhow::Result<()> {
+    let (n, k, most) = (8192, 2048, 1024);
+    for format in WeightFormat::ALL {
+        let rows: Vec<usize> = [1, 8, 32, most]
+            .into_iter()
+            .filter(|m| format!("packed_linear {} x{m} bf16", format.name()).contains(&b.filter))
+            .collect();
+        if rows.is_empty() {
+            continue;
+        }
+        let stream = Stream::new(1, Purpose::Init, 5, 0);
+        let pack = || {
+            b.device.pack_weight(format, n, k, &mut |range, out| {
+                for (row, out) in range.zip(out.chunks_exact_mut(k)) {
+                    out.iter_mut().enumerate().for_each(|(i, w)| *w = stream.uniform(row as u64, i) - 0.5);
+                }
+                Ok(())
+            })
+        };
+        let mut matrices = vec![pack()?];
+        let bytes = b.device.packed_bytes(&matrices[0]);
+        while matrices.len() * bytes < 400 << 20 {
+            matrices.push(pack()?);
+        }
+        let (x, mut y) = (b.numbers::<bf16>(6, most * k), b.zeros::<bf16>(most * n));
+        for m in rows {
+            let flops = 2.0 * (m * n * k * matrices.len()) as f64;
+            let bytes = (bytes + 2 * m * (n + k)) * matrices.len();
+            let work = Work { dtype: DType::Bf16, flops, bytes: bytes as f64 };
+            b.line(&format!("packed_linear {} x{m}", format.name()), work, |d| {
+                for w in &matrices {
+                    d.packed_linear(m, &x, w, None, Activation::Relu, &mut y);
+                }
+            });
+        }
+    }
+    Ok(())
 }
 
 fn attention<E: Element>(b: &Bench) {

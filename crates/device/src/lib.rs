@@ -79,6 +79,39 @@ pub struct LinearShape {
     pub k: usize,
 }
 
+/// How a weight matrix that is only read is stored.
+///
+/// Int8 and Int4 are for weights alone: groups of 64 along k share a scale (and with 4 bits a minimum, both bf16).
+/// Activations stay in the compute type; products round them to 8 bits on the way, a group at a time, and add up
+/// integers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum WeightFormat {
+    /// 32 bits.
+    F32,
+    /// 16 bits.
+    Bf16,
+    /// 8.25 bits.
+    Int8,
+    /// 4.5 bits.
+    Int4,
+}
+
+impl WeightFormat {
+    /// All, from wide to narrow.
+    pub const ALL: [WeightFormat; 4] =
+        [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Int8, WeightFormat::Int4];
+
+    /// Name for people and programs.
+    pub fn name(self) -> &'static str {
+        match self {
+            WeightFormat::F32 => "f32",
+            WeightFormat::Bf16 => "bf16",
+            WeightFormat::Int8 => "int8",
+            WeightFormat::Int4 => "int4",
+        }
+    }
+}
+
 /// Shape of causal self-attention over packed `[B*T, 3*H*D]` rows that hold q, k and v in that order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttentionShape {
@@ -170,6 +203,8 @@ pub struct Param<'a, D: Device, E: Element> {
 pub trait Device: Send + Sync + Sized + 'static {
     /// Memory of this device.
     type Buf<T: Element>: Buffer<T>;
+    /// A weight matrix `[n, k]` that is only read, laid out for this device's products.
+    type Packed: Send + Sync;
 
     /// Name for people: "AMD EPYC, 2 threads, avx512-bf16".
     fn describe(&self) -> String;
@@ -252,6 +287,46 @@ pub trait Device: Send + Sync + Sized + 'static {
         bias: Option<&Self::Buf<f32>>,
         dropout: Option<Dropout>,
         residual: &Self::Buf<f32>,
+        out: &mut Self::Buf<f32>,
+    );
+    /// Lays out a weight matrix `[n, k]` for reading. `rows` fills its slice with the rows of a range, as f32; it is
+    /// called with ranges in order that cover all rows once. Fails when it does, or memory is short.
+    fn pack_weight(
+        &self,
+        format: WeightFormat,
+        n: usize,
+        k: usize,
+        rows: &mut dyn FnMut(std::ops::Range<usize>, &mut [f32]) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self::Packed>;
+    /// Bytes that a packed matrix takes, all of which a product reads.
+    fn packed_bytes(&self, w: &Self::Packed) -> usize;
+    /// `y[m, n] = act(x[m, k] * w^T + bias)`. A row of y has the same bits whatever m and the other rows are.
+    fn packed_linear<E: Element, O: Element>(
+        &self,
+        m: usize,
+        x: &Self::Buf<E>,
+        w: &Self::Packed,
+        bias: Option<&Self::Buf<f32>>,
+        act: Activation,
+        y: &mut Self::Buf<O>,
+    );
+    /// `out[m, n] = residual + x[m, k] * w^T + bias`; rows are as independent as in [`Device::packed_linear`].
+    fn packed_linear_residual<E: Element>(
+        &self,
+        m: usize,
+        x: &Self::Buf<E>,
+        w: &Self::Packed,
+        bias: Option<&Self::Buf<f32>>,
+        residual: &Self::Buf<f32>,
+        out: &mut Self::Buf<f32>,
+    );
+    /// Rows of a packed matrix as f32, `out[N, k] = w[ids[i]] (+ table[ids2[i]])` with `second` being `(ids2, table)`:
+    /// embeddings that are tied to an LM head need no second copy.
+    fn packed_embed(
+        &self,
+        ids: &Self::Buf<u32>,
+        w: &Self::Packed,
+        second: Option<(&Self::Buf<u32>, &Self::Buf<f32>)>,
         out: &mut Self::Buf<f32>,
     );
     /// Gradient of a linear layer's input: `dx[m, k] = dy[m, n] * w[n, k]`; with `relu_output` [m, k] (this layer's

@@ -57,6 +57,7 @@ macro_rules! timed {
 
         impl<D: Device> Device for Timed<D> {
             type Buf<T: Element> = D::Buf<T>;
+            type Packed = D::Packed;
 
             $(fn $name $(<$($generic: Element),*>)? (&self, $($arg: $type),*) $(-> $result)? {
                 self.time(Operation::$name, |d| d.$name($(timed!(@ $arg $($pass)?)),*))
@@ -77,6 +78,18 @@ macro_rules! timed {
                 attention: AttentionShape,
             ) -> usize {
                 self.inner.workspace_bytes::<E>(rows, widest, vocab, width, attention)
+            }
+            fn pack_weight(
+                &self,
+                format: WeightFormat,
+                n: usize,
+                k: usize,
+                rows: &mut dyn FnMut(std::ops::Range<usize>, &mut [f32]) -> anyhow::Result<()>,
+            ) -> anyhow::Result<Self::Packed> {
+                self.inner.pack_weight(format, n, k, rows)
+            }
+            fn packed_bytes(&self, w: &Self::Packed) -> usize {
+                self.inner.packed_bytes(w)
             }
             fn measured_peak<E: Element>(&self) -> f64 {
                 self.inner.measured_peak::<E>()
@@ -101,6 +114,12 @@ timed! {
         act: Activation, y: &mut Self::Buf<O>);
     fn linear_residual<E>(s: LinearShape, x: &Self::Buf<E>, w: &Self::Buf<E>, bias: Option<&Self::Buf<f32>>,
         dropout: Option<Dropout>, residual: &Self::Buf<f32>, out: &mut Self::Buf<f32>);
+    fn packed_linear<E, O>(m: usize, x: &Self::Buf<E>, w: &Self::Packed, bias: Option<&Self::Buf<f32>>,
+        act: Activation, y: &mut Self::Buf<O>);
+    fn packed_linear_residual<E>(m: usize, x: &Self::Buf<E>, w: &Self::Packed, bias: Option<&Self::Buf<f32>>,
+        residual: &Self::Buf<f32>, out: &mut Self::Buf<f32>);
+    fn packed_embed(ids: &Self::Buf<u32>, w: &Self::Packed, second: Option<(&Self::Buf<u32>, &Self::Buf<f32>)>,
+        out: &mut Self::Buf<f32>);
     fn linear_backward_input<E, O>(s: LinearShape, dy: &Self::Buf<E>, w: &Self::Buf<E>,
         relu_output: Option<&Self::Buf<E>>, dx: &mut Self::Buf<O>);
     fn linear_backward_weight<E>(s: LinearShape, dy: &Self::Buf<E>, x: &Self::Buf<E>, dw: &mut Self::Buf<f32>,

@@ -327,18 +327,9 @@ impl<D: Device, E: Element> Layers<D, E> {
         let dropout = s.dropout(pass, Purpose::DropoutFeedForward, l);
         device.residual_backward(s.width, &d.d_stream, dropout, &mut d.d_branch);
         let relu = &self.relu[l];
-        device.linear_backward_weight(
-            s.fc2,
-            &d.d_branch,
-            relu,
-            &mut g.fc2.weight,
-            Some(&mut g.fc2.bias),
-            store,
-        );
-        device.linear_backward_input(s.fc2, &d.d_branch, &w.fc2.weight, Some(relu), &mut d.d_relu);
+        linear_backward(device, s.fc2, &d.d_branch, relu, &w.fc2, &mut g.fc2, Some(relu), &mut d.d_relu, store);
         let x = &self.normed2[l];
-        device.linear_backward_weight(s.fc1, &d.d_relu, x, &mut g.fc1.weight, Some(&mut g.fc1.bias), store);
-        device.linear_backward_input(s.fc1, &d.d_relu, &w.fc1.weight, None, &mut d.d_normed);
+        linear_backward(device, s.fc1, &d.d_relu, x, &w.fc1, &mut g.fc1, None, &mut d.d_normed, store);
     }
 
     /// From `d_stream` to `d_normed`, the gradient of the attention block's input.
@@ -355,15 +346,9 @@ impl<D: Device, E: Element> Layers<D, E> {
         let dropout = s.dropout(pass, Purpose::DropoutAttentionOut, l);
         device.residual_backward(s.width, &d.d_stream, dropout, &mut d.d_branch);
         let attended = &self.attended[l];
-        device.linear_backward_weight(
-            s.out,
-            &d.d_branch,
-            attended,
-            &mut g.out.weight,
-            Some(&mut g.out.bias),
-            store,
+        linear_backward(
+            device, s.out, &d.d_branch, attended, &w.out, &mut g.out, None, &mut d.d_attended, store,
         );
-        device.linear_backward_input(s.out, &d.d_branch, &w.out.weight, None, &mut d.d_attended);
         let documents = s.stop_at_documents.then_some(&self.doc_start);
         let dropout = s.dropout(pass, Purpose::DropoutAttention, l);
         let (qkv, lse) = (&self.qkv[l], &self.lse[l]);
@@ -378,9 +363,24 @@ impl<D: Device, E: Element> Layers<D, E> {
             &mut d.d_qkv,
         );
         let x = &self.normed1[l];
-        device.linear_backward_weight(s.qkv, &d.d_qkv, x, &mut g.qkv.weight, Some(&mut g.qkv.bias), store);
-        device.linear_backward_input(s.qkv, &d.d_qkv, &w.qkv.weight, None, &mut d.d_normed);
+        linear_backward(device, s.qkv, &d.d_qkv, x, &w.qkv, &mut g.qkv, None, &mut d.d_normed, store);
     }
+}
+
+/// Backward of `y = x * w^T + b`: gradients of weight and bias, and of `x`, zeroed where `relu_output` is not above 0.
+fn linear_backward<D: Device, E: Element>(
+    device: &D,
+    s: LinearShape,
+    dy: &D::Buf<E>,
+    x: &D::Buf<E>,
+    w: &Linear<D, E>,
+    g: &mut Linear<D, f32>,
+    relu_output: Option<&D::Buf<E>>,
+    dx: &mut D::Buf<E>,
+    store: Store,
+) {
+    device.linear_backward_weight(s, dy, x, &mut g.weight, Some(&mut g.bias), store);
+    device.linear_backward_input(s, dy, &w.weight, relu_output, dx);
 }
 
 /// Pre-norm: adds the gradient that comes through a layer norm, `d_normed`, to that of the residual stream.

@@ -8,6 +8,7 @@
 //! Every element of C is summed by one thread in one order that depends on the shape alone.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::buffer::Shards;
 use super::pack::{Matrix, pack};
@@ -34,16 +35,17 @@ const AHEAD: usize = 16;
 
 /// Sizes of the register tile, and how units are made, for one instruction set and element type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Tile {
-    mr: usize,
-    nr: usize,
+pub(super) struct Tile {
+    pub(super) mr: usize,
+    pub(super) nr: usize,
     /// Elements of k in a unit.
-    per_unit: usize,
+    pub(super) per_unit: usize,
 }
 
-fn tile<E: Element>(isa: Isa) -> Tile {
+/// The tile for operands of `dtype`.
+pub(super) fn tile(isa: Isa, dtype: DType) -> Tile {
     match isa {
-        Isa::Avx512Bf16 => Tile { mr: 8, nr: 48, per_unit: if E::DTYPE == DType::Bf16 { 2 } else { 1 } },
+        Isa::Avx512Bf16 => Tile { mr: 8, nr: 48, per_unit: if dtype == DType::Bf16 { 2 } else { 1 } },
         Isa::Avx512 => Tile { mr: 8, nr: 48, per_unit: 1 },
         Isa::Avx2 => Tile { mr: 6, nr: 16, per_unit: 1 },
         Isa::Portable => Tile { mr: 4, nr: 8, per_unit: 1 },
@@ -70,6 +72,31 @@ fn blocks(t: Tile, m: usize, n: usize, k: usize) -> Blocks {
     Blocks { m: side(m, t.mr), n: side(n, t.nr), k: kc }
 }
 
+/// The right operand of a product, in whatever form.
+pub(super) trait Operand: Sync {
+    /// Words of scratch for a super-block.
+    fn scratch(&self, words: usize) -> usize;
+    /// Prepares columns `cols` and elements `ks` in `scratch`, on all threads.
+    fn prepare(&self, device: &CpuDevice, cols: Range<usize>, ks: Range<usize>, t: Tile, scratch: &mut [u32]);
+    /// What was prepared for columns from `col` on, and elements from `k` on.
+    fn panels<'a>(&'a self, scratch: &'a [u32], col: usize, k: usize, units: usize, t: Tile)
+    -> Panels<'a, u32>;
+}
+
+impl<E: Element> Operand for Matrix<'_, E> {
+    fn scratch(&self, words: usize) -> usize {
+        words
+    }
+
+    fn prepare(&self, device: &CpuDevice, cols: Range<usize>, ks: Range<usize>, t: Tile, scratch: &mut [u32]) {
+        pack(device, *self, cols, ks, t.nr, t.per_unit, scratch);
+    }
+
+    fn panels<'a>(&'a self, scratch: &'a [u32], _: usize, _: usize, units: usize, t: Tile) -> Panels<'a, u32> {
+        Panels { data: scratch, stride: units * t.nr, start: 0 }
+    }
+}
+
 /// Computes the product and calls `epilogue` once for every part of every row.
 pub(super) fn gemm<E: Element, P: Epilogue>(
     device: &CpuDevice,
@@ -78,18 +105,29 @@ pub(super) fn gemm<E: Element, P: Epilogue>(
     b: Matrix<E>,
     epilogue: &P,
 ) {
+    product(device, tile(device.isa, E::DTYPE), (m, n, k), a, &b, epilogue);
+}
+
+/// [`gemm`] with any right operand, over units of `t`.
+pub(super) fn product<E: Element, B: Operand, P: Epilogue>(
+    device: &CpuDevice,
+    t: Tile,
+    (m, n, k): (usize, usize, usize),
+    a: Matrix<E>,
+    b: &B,
+    epilogue: &P,
+) {
     if m == 0 || n == 0 {
         return;
     }
-    let t = tile::<E>(device.isa);
     let step = blocks(t, m, n, k);
     let k_blocks = k.div_ceil(step.k).max(1);
     let units = step.k.div_ceil(t.per_unit);
     let partial = if k_blocks > 1 { step.m * step.n } else { 0 };
     let mut workspace = device.workspace();
-    let [packed_a, packed_b, partials] = workspace.take([
+    let [packed_a, scratch, partials] = workspace.take([
         (Scratch::PackedA, step.m * units),
-        (Scratch::PackedB, step.n * units),
+        (Scratch::PackedB, b.scratch(step.n * units)),
         (Scratch::Partials, partial),
     ]);
     let (mut in_a, mut in_b) = (None, None);
@@ -101,7 +139,7 @@ pub(super) fn gemm<E: Element, P: Epilogue>(
                 let ks = k_block * step.k..((k_block + 1) * step.k).min(k);
                 let units = ks.len().div_ceil(t.per_unit);
                 if in_b != Some((n0, k_block)) {
-                    pack(device, b, n0..n1, ks.clone(), t.nr, t.per_unit, packed_b);
+                    b.prepare(device, n0..n1, ks.clone(), t, scratch);
                     in_b = Some((n0, k_block));
                 }
                 if in_a != Some((m0, k_block)) {
@@ -116,7 +154,7 @@ pub(super) fn gemm<E: Element, P: Epilogue>(
                     first: k_block == 0,
                     last: k_block + 1 == k_blocks,
                     a: packed_a,
-                    b: packed_b,
+                    b: b.panels(scratch, n0, ks.start, units, t),
                 };
                 block.run(device, Shards::new(bytemuck::cast_slice_mut(partials)), epilogue);
             }
@@ -126,7 +164,7 @@ pub(super) fn gemm<E: Element, P: Epilogue>(
 
 /// Workspace of the largest product over `rows` rows whose widest side is `widest`.
 pub(super) fn workspace_bytes<E: Element>(device: &CpuDevice, rows: usize, widest: usize) -> usize {
-    let t = tile::<E>(device.isa);
+    let t = tile(device.isa, E::DTYPE);
     let longest = rows.max(widest);
     let packed = |side: usize| (side.next_multiple_of(t.nr) * KC).min(PACKED_UNITS);
     let side = |side: usize| side.next_multiple_of(t.nr).min(PACKED_UNITS / KC);
@@ -134,77 +172,99 @@ pub(super) fn workspace_bytes<E: Element>(device: &CpuDevice, rows: usize, wides
     4 * (packed(longest) + packed(widest) + partials)
 }
 
-/// One super-block of packed operands.
-struct Block<'a> {
-    tile: Tile,
-    /// Units of k.
-    units: usize,
-    rows: std::ops::Range<usize>,
-    cols: std::ops::Range<usize>,
-    /// First and last block of k: start from 0, or finish with the epilogue.
-    first: bool,
-    last: bool,
-    a: &'a [u32],
-    b: &'a [u32],
+/// Panels of B over one block of k: that of panel `p` begins at `p * stride + start`. `W` is u32 for units as they are
+/// multiplied, or bf16 for single elements that are widened when they are loaded.
+#[derive(Clone, Copy)]
+pub(super) struct Panels<'a, W> {
+    pub(super) data: &'a [W],
+    pub(super) stride: usize,
+    pub(super) start: usize,
 }
 
-impl Block<'_> {
-    /// Multiplies on all threads. A task is a group of A panels that fits the L2 cache by a few B panels.
-    fn run<P: Epilogue>(&self, device: &CpuDevice, partials: Shards<f32>, epilogue: &P) {
-        let Tile { mr, nr, per_unit } = self.tile;
+/// One super-block of packed operands.
+pub(super) struct Block<'a, W> {
+    pub(super) tile: Tile,
+    /// Units of k.
+    pub(super) units: usize,
+    pub(super) rows: Range<usize>,
+    pub(super) cols: Range<usize>,
+    /// First and last block of k: start from 0, or finish with the epilogue.
+    pub(super) first: bool,
+    pub(super) last: bool,
+    pub(super) a: &'a [u32],
+    pub(super) b: Panels<'a, W>,
+}
+
+impl<W: Element> Block<'_, W> {
+    /// Multiplies on all threads.
+    pub(super) fn run<P: Epilogue>(&self, device: &CpuDevice, partials: Shards<f32>, epilogue: &P) {
+        let group = GROUP_UNITS / (self.units * self.tile.mr).max(1);
+        self.each_task(device, group, |a, b| match device.isa {
+            // SAFETY: the processor has AVX-512 BF16.
+            Isa::Avx512Bf16 if self.tile.per_unit == 2 => unsafe {
+                with_avx512(
+                    #[inline(always)]
+                    |s| self.task::<_, Dot, _, 8, 3>(s, a, b, partials, epilogue),
+                )
+            },
+            // SAFETY: the processor has AVX-512.
+            Isa::Avx512 | Isa::Avx512Bf16 => unsafe {
+                with_avx512(
+                    #[inline(always)]
+                    |s| self.task::<_, Fma, _, 8, 3>(s, a, b, partials, epilogue),
+                )
+            },
+            Isa::Avx2 => {
+                dispatch!(Isa::Avx2, s => self.task::<_, Fma, _, 6, 2>(s, a, b, partials, epilogue))
+            }
+            Isa::Portable => self.task::<_, Fma, _, 4, 2>(Portable, a, b, partials, epilogue),
+        });
+    }
+
+    /// Calls `task` with ranges of A and B panels on all threads: at most `group` A panels, which should fit the L2
+    /// cache, by a few B panels.
+    pub(super) fn each_task(
+        &self,
+        device: &CpuDevice,
+        group: usize,
+        task: impl Fn(Range<usize>, Range<usize>) + Sync,
+    ) {
+        let Tile { mr, nr, .. } = self.tile;
         let (a_panels, b_panels) = (self.rows.len().div_ceil(mr), self.cols.len().div_ceil(nr));
-        let group = (GROUP_UNITS / (self.units * mr)).clamp(1, a_panels);
-        let groups = a_panels.div_ceil(group);
+        let groups = a_panels.div_ceil(group.clamp(1, a_panels));
         let group = a_panels.div_ceil(groups);
         // Small enough that threads finish together, large enough that a task is not all overhead.
         let span = (b_panels * groups / (16 * device.threads())).clamp(1, 4);
         let spans = b_panels.div_ceil(span);
-        device.pool.for_each(groups * spans, |task, _| {
-            let a = task / spans * group..((task / spans + 1) * group).min(a_panels);
-            let b = task % spans * span..((task % spans + 1) * span).min(b_panels);
-            match device.isa {
-                // SAFETY: the processor has AVX-512 BF16.
-                Isa::Avx512Bf16 if per_unit == 2 => unsafe {
-                    with_avx512(
-                        #[inline(always)]
-                        |s| self.task::<_, Dot, _, 8, 3>(s, a, b, partials, epilogue),
-                    )
-                },
-                // SAFETY: the processor has AVX-512.
-                Isa::Avx512 | Isa::Avx512Bf16 => unsafe {
-                    with_avx512(
-                        #[inline(always)]
-                        |s| self.task::<_, Fma, _, 8, 3>(s, a, b, partials, epilogue),
-                    )
-                },
-                Isa::Avx2 => {
-                    dispatch!(Isa::Avx2, s => self.task::<_, Fma, _, 6, 2>(s, a, b, partials, epilogue))
-                }
-                Isa::Portable => self.task::<_, Fma, _, 4, 2>(Portable, a, b, partials, epilogue),
-            }
+        device.pool.for_each(groups * spans, |at, _| {
+            let a = at / spans * group..((at / spans + 1) * group).min(a_panels);
+            let b = at % spans * span..((at % spans + 1) * span).min(b_panels);
+            task(a, b);
         });
     }
 
     #[inline(always)]
-    fn task<S: Simd, M: Mac<S>, P: Epilogue, const MR: usize, const NV: usize>(
+    pub(super) fn task<S: Simd, M: Mac<S>, P: Epilogue, const MR: usize, const NV: usize>(
         &self,
         s: S,
-        a_panels: std::ops::Range<usize>,
-        b_panels: std::ops::Range<usize>,
+        a_panels: Range<usize>,
+        b_panels: Range<usize>,
         partials: Shards<f32>,
         epilogue: &P,
     ) {
         let nr = NV * S::LANES;
         let mut out = [0.0f32; 8 * 48];
         let a_count = self.rows.len().div_ceil(MR);
+        let all = self.b.data;
         for bp in b_panels {
-            let b = &self.b[bp * nr * self.units..(bp + 1) * nr * self.units];
+            let start = bp * self.b.stride + self.b.start;
+            let b = &all[start..start + nr * self.units];
             for ap in a_panels.clone() {
                 let a = &self.a[ap * MR * self.units..(ap + 1) * MR * self.units];
                 // The next panel of B comes to the L2 cache while this one is in use, a share with each panel of A.
                 let share = b.len().div_ceil(a_panels.len());
-                let at = ((bp + 1) * b.len() + (ap - a_panels.start) * share).min(self.b.len());
-                let next = &self.b[at..(at + share).min(self.b.len())];
+                let at = (start + self.b.stride + (ap - a_panels.start) * share).min(all.len());
+                let next = &all[at..(at + share).min(all.len())];
                 // What earlier blocks of k gave.
                 let keep = (bp * a_count + ap) * MR * nr;
                 let keep = keep..keep + MR * nr;
@@ -214,7 +274,7 @@ impl Block<'_> {
                 if !self.last {
                     // SAFETY: every (ap, bp) belongs to one task.
                     let sums = unsafe { partials.range(keep) };
-                    micro_kernel::<S, M, MR, NV>(s, a, b, next, !self.first, sums);
+                    micro_kernel::<S, M, W, MR, NV>(s, a, b, next, !self.first, sums);
                     continue;
                 }
                 if !self.first {
@@ -226,7 +286,7 @@ impl Block<'_> {
                 for i in 0..height {
                     epilogue.prefetch(row + i, col, width);
                 }
-                micro_kernel::<S, M, MR, NV>(s, a, b, next, !self.first, &mut out);
+                micro_kernel::<S, M, W, MR, NV>(s, a, b, next, !self.first, &mut out);
                 for i in 0..height {
                     epilogue.row(s, row + i, col, &out[i * nr..i * nr + width]);
                 }
@@ -273,21 +333,20 @@ impl Mac<Avx512> for Dot {
 /// `out[MR, NV * LANES] = a * b`, or with `add` `out += a * b`, over packed panels `a` [units, MR] and
 /// `b` [units, NV * LANES]. Meanwhile `next` is brought to the second-level cache.
 #[inline(always)]
-pub(super) fn micro_kernel<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(
+pub(super) fn micro_kernel<S: Simd, M: Mac<S>, W: Element, const MR: usize, const NV: usize>(
     s: S,
     a: &[u32],
-    b: &[u32],
-    next: &[u32],
+    b: &[W],
+    next: &[W],
     add: bool,
     out: &mut [f32],
 ) {
     let (mut next, next_step) = match next {
-        [] => (a.as_ptr(), 0),
+        [] => (b.as_ptr(), 0),
         _ => (next.as_ptr(), next.len().div_ceil((a.len() / MR).max(1))),
     };
     let nr = NV * S::LANES;
     let a: &[f32] = bytemuck::cast_slice(a);
-    let b: &[f32] = bytemuck::cast_slice(b);
     let mut acc = [[s.zero(); NV]; MR];
     if add {
         for (i, row) in acc.iter_mut().enumerate() {
@@ -300,7 +359,7 @@ pub(super) fn micro_kernel<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>
         prefetch_l2(next);
         prefetch(a.as_ptr().wrapping_add(AHEAD * MR));
         next = next.wrapping_add(next_step);
-        let b: [S::F; NV] = std::array::from_fn(|j| s.load(&b[j * S::LANES..]));
+        let b: [S::F; NV] = std::array::from_fn(|j| load_units(s, &b[j * S::LANES..]));
         for (i, row) in acc.iter_mut().enumerate() {
             let a = s.splat(a[i]);
             for (v, b) in row.iter_mut().zip(b) {
@@ -312,6 +371,15 @@ pub(super) fn micro_kernel<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>
         for (j, v) in row.iter().enumerate() {
             s.store(&mut out[i * nr + j * S::LANES..], *v);
         }
+    }
+}
+
+/// The first `LANES` units of a panel.
+#[inline(always)]
+fn load_units<S: Simd, W: Element>(s: S, b: &[W]) -> S::F {
+    match W::DTYPE {
+        DType::Bf16 => s.load_bf16(bytemuck::cast_slice(b)),
+        _ => s.load(bytemuck::cast_slice(b)),
     }
 }
 

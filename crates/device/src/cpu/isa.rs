@@ -9,7 +9,7 @@ pub enum Isa {
     Portable,
     /// AVX2 and FMA.
     Avx2,
-    /// AVX-512 F, BW, DQ, VL with BF16; products of bf16 are widened to f32.
+    /// AVX-512 F, BW, DQ, VL with BF16 and VNNI; products of bf16 are widened to f32.
     Avx512,
     /// The same, with products of bf16 by `vdpbf16ps`.
     Avx512Bf16,
@@ -35,6 +35,7 @@ impl Isa {
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
             && is_x86_feature_detected!("avx512bf16")
+            && is_x86_feature_detected!("avx512vnni")
             && is_x86_feature_detected!("fma")
         {
             Isa::Avx512Bf16

@@ -15,6 +15,7 @@ mod lm_loss;
 mod log_sum_exp;
 mod optimizer;
 mod pack;
+mod packed;
 mod peak;
 mod pool;
 mod random;
@@ -24,6 +25,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use buffer::CpuBuf;
 pub use isa::Isa;
+pub use packed::Packed;
 use pool::Pool;
 
 use crate::*;
@@ -143,6 +145,7 @@ impl Workspace {
 
 impl Device for CpuDevice {
     type Buf<T: Element> = CpuBuf<T>;
+    type Packed = Packed;
 
     fn describe(&self) -> String {
         format!("CPU, {} threads, {}", self.threads(), self.isa.name())
@@ -239,6 +242,57 @@ impl Device for CpuDevice {
         out: &mut CpuBuf<f32>,
     ) {
         linear::forward_residual(self, s, x, w, bias.map(|b| &b[..]), dropout, residual, out);
+    }
+
+    fn pack_weight(
+        &self,
+        format: WeightFormat,
+        n: usize,
+        k: usize,
+        rows: &mut dyn FnMut(std::ops::Range<usize>, &mut [f32]) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Packed> {
+        Packed::new(self, format, n, k, rows)
+    }
+
+    fn packed_bytes(&self, w: &Packed) -> usize {
+        w.bytes()
+    }
+
+    fn packed_linear<E: Element, O: Element>(
+        &self,
+        m: usize,
+        x: &CpuBuf<E>,
+        w: &Packed,
+        bias: Option<&CpuBuf<f32>>,
+        act: Activation,
+        y: &mut CpuBuf<O>,
+    ) {
+        let finish = packed::Finish::new(w, bias.map(|b| &b[..]), act, None, y);
+        packed::multiply(self, m, packed::Rows::new(x), w, &finish);
+    }
+
+    fn packed_linear_residual<E: Element>(
+        &self,
+        m: usize,
+        x: &CpuBuf<E>,
+        w: &Packed,
+        bias: Option<&CpuBuf<f32>>,
+        residual: &CpuBuf<f32>,
+        out: &mut CpuBuf<f32>,
+    ) {
+        let bias = bias.map(|b| &b[..]);
+        let finish = packed::Finish::new(w, bias, Activation::Identity, Some(residual), out);
+        packed::multiply(self, m, packed::Rows::new(x), w, &finish);
+    }
+
+    fn packed_embed(
+        &self,
+        ids: &CpuBuf<u32>,
+        w: &Packed,
+        second: Option<(&CpuBuf<u32>, &CpuBuf<f32>)>,
+        out: &mut CpuBuf<f32>,
+    ) {
+        packed::embed(self, ids, w, second.map(|(ids, table)| (&ids[..], &table[..])), out);
     }
 
     fn linear_backward_input<E: Element, O: Element>(

@@ -60,7 +60,8 @@ pub(super) fn pack_panels<E: Element>(
     per_unit: usize,
     out: &mut [u32],
 ) {
-    let avx512 = isa >= Isa::Avx512 && (width == 8 || width.is_multiple_of(16));
+    let whole = E::DTYPE == DType::Bf16 || per_unit == 1;
+    let avx512 = isa >= Isa::Avx512 && (width == 8 || width.is_multiple_of(16)) && whole;
     match E::DTYPE {
         // SAFETY: the processor has AVX-512, and the width is right; indices are checked inside.
         DType::F32 | DType::Bf16 if avx512 => unsafe {

@@ -460,8 +460,8 @@ pub unsafe fn with_avx2<R>(f: impl FnOnce(Avx2) -> R) -> R {
 /// Calls a closure inside a function compiled for AVX-512 with BF16, into which it is inlined.
 ///
 /// # Safety
-/// The processor has AVX-512 F, BW, DQ, VL and BF16, and FMA.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")]
+/// The processor has AVX-512 F, BW, DQ, VL, BF16 and VNNI, and FMA.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma")]
 pub unsafe fn with_avx512<R>(f: impl FnOnce(Avx512) -> R) -> R {
     f(Avx512(()))
 }

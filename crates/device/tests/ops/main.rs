@@ -9,6 +9,7 @@ mod linear;
 mod lm_loss;
 mod log_sum_exp;
 mod optimizer;
+mod packed;
 
 use ferropt_device::cpu::{CpuBuf, CpuDevice, CpuOptions, Isa};
 use ferropt_device::rng::{Purpose, Stream};

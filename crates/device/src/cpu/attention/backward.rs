@@ -194,7 +194,7 @@ impl<E: Element> Kernel for Head<'_, E> {
                     for row in (0..keys).step_by(MR) {
                         let a = (at + row) * units..(at + row + MR) * units;
                         let tile = row * nr..(row + MR) * nr;
-                        micro_kernel::<S, M, MR, NV>(
+                        micro_kernel::<S, M, u32, MR, NV>(
                             s,
                             &k[a.clone()],
                             q,
@@ -202,7 +202,7 @@ impl<E: Element> Kernel for Head<'_, E> {
                             false,
                             &mut scores[tile.clone()],
                         );
-                        micro_kernel::<S, M, MR, NV>(s, &v[a], g, &[], false, &mut dp[tile]);
+                        micro_kernel::<S, M, u32, MR, NV>(s, &v[a], g, &[], false, &mut dp[tile]);
                     }
                     let pairs = keys.next_multiple_of(2);
                     if block + at + pairs > queries.start + 1 || block + at < panel.high {
@@ -228,7 +228,7 @@ impl<E: Element> Kernel for Head<'_, E> {
                         for (a, sums) in
                             factors.chunks_exact(MR * query_units).zip(sums.chunks_exact_mut(MR * nr))
                         {
-                            micro_kernel::<S, M, MR, NV>(s, a, turned, &[], true, sums);
+                            micro_kernel::<S, M, u32, MR, NV>(s, a, turned, &[], true, sums);
                         }
                     }
                 }
@@ -236,7 +236,7 @@ impl<E: Element> Kernel for Head<'_, E> {
                 let dq = &mut dq[start * rows..][..rows * nr];
                 let (from, to) = (first / per_unit, (end - block).div_ceil(per_unit));
                 for (a, sums) in k_turned.chunks_exact(MR * block_units).zip(dq.chunks_exact_mut(MR * nr)) {
-                    micro_kernel::<S, M, MR, NV>(s, &a[from * MR..to * MR], ds, &[], true, sums);
+                    micro_kernel::<S, M, u32, MR, NV>(s, &a[from * MR..to * MR], ds, &[], true, sums);
                 }
             }
             for (which, sums, factor) in [(1, &mut *dk, scale), (2, &mut *dv, factor)] {

@@ -165,7 +165,7 @@ impl<E: Element> Kernel for Task<'_, '_, E> {
                 let to = keys.next_multiple_of(2);
                 for at in (from..keys).step_by(MR) {
                     let k = &k[(block - first + at) * units..][..MR * units];
-                    micro_kernel::<S, M, MR, NV>(s, k, q, &[], false, &mut scores[at * nr..(at + MR) * nr]);
+                    micro_kernel::<S, M, u32, MR, NV>(s, k, q, &[], false, &mut scores[at * nr..(at + MR) * nr]);
                 }
                 if block + to > head.past + panel.queries.start + 1 || block + from < panel.high {
                     panel.mask::<S, NV>(s, scores, block, from..to);
@@ -188,7 +188,7 @@ impl<E: Element> Kernel for Task<'_, '_, E> {
                 let packed = KEYS.min(keys_end - block).div_ceil(per_unit);
                 let v = &v[(block - first) / per_unit * rows..][..rows * packed];
                 for (v, out) in v.chunks_exact(MR * packed).zip(out.chunks_exact_mut(MR * nr)) {
-                    micro_kernel::<S, M, MR, NV>(s, &v[from * MR..to * MR], &p[from * nr..], &[], true, out);
+                    micro_kernel::<S, M, u32, MR, NV>(s, &v[from * MR..to * MR], &p[from * nr..], &[], true, out);
                 }
             }
             finish::<E, S, NV>(isa, s, &head, &panel, &state, scale, out, bytemuck::cast_slice_mut(out_rows));

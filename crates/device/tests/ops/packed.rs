@@ -1,0 +1,186 @@
+use ferropt_device::cpu::{CpuDevice, Packed};
+use ferropt_device::{Activation, Device, Element, WeightFormat, bf16};
+
+use crate::*;
+
+/// One column and one element, partial panels and groups, whole ones, several blocks of k, many columns.
+const SHAPES: [(usize, usize); 6] = [(1, 1), (50, 77), (48, 64), (193, 200), (100, 2500), (1000, 128)];
+/// Rows: every size of tile, partial tiles, as many as go in one pass over the weights, more.
+const ROWS: [usize; 9] = [1, 2, 3, 4, 5, 8, 33, 64, 150];
+
+fn pack(device: &CpuDevice, format: WeightFormat, (n, k): (usize, usize), w: &[f32]) -> Packed {
+    let mut next = 0;
+    device
+        .pack_weight(format, n, k, &mut |range, out| {
+            assert_eq!(range.start, next, "rows come in order");
+            next = range.end;
+            out.copy_from_slice(&w[range.start * k..range.end * k]);
+            Ok(())
+        })
+        .expect("a packed matrix")
+}
+
+/// The matrix that products see.
+fn unpacked(device: &CpuDevice, w: &Packed, (n, k): (usize, usize)) -> Vec<f32> {
+    let ids: Vec<u32> = (0..n as u32).collect();
+    let mut out = put(device, &vec![f32::NAN; n * k]);
+    device.packed_embed(&put(device, &ids), w, None, &mut out);
+    out.to_vec()
+}
+
+#[test]
+fn rows_come_back_within_the_formats_rounding() {
+    for (n, k) in SHAPES {
+        let w: Vec<f32> = numbers(1, n * k, 0.02);
+        on_every_device(|device| {
+            WeightFormat::ALL
+                .into_iter()
+                .map(|format| {
+                    let packed = pack(device, format, (n, k), &w);
+                    let got = unpacked(device, &packed, (n, k));
+                    for (got, w) in got.chunks(k).zip(w.chunks(k)) {
+                        for (got, w) in got.chunks(64).zip(w.chunks(64)) {
+                            let most = w.iter().fold(0.0f32, |m, w| m.max(w.abs()));
+                            for (got, w) in got.iter().zip(w) {
+                                let slack = match format {
+                                    WeightFormat::F32 => 0.0,
+                                    WeightFormat::Bf16 => w.abs() / 256.0,
+                                    WeightFormat::Int8 => 0.51 * most / 127.0,
+                                    // Half a step, and up to a fifth cut off at the ends.
+                                    WeightFormat::Int4 => 0.51 * most * 2.0 / 15.0 + 0.2 * most,
+                                };
+                                assert!((got - w).abs() <= slack, "{format:?} {n}x{k}: {got}, not {w}");
+                            }
+                        }
+                    }
+                    got
+                })
+                .collect()
+        });
+    }
+}
+
+fn check<E: Element>(format: WeightFormat) {
+    for (n, k) in SHAPES {
+        for m in ROWS {
+            let (x, w): (Vec<E>, Vec<f32>) = (numbers(1, m * k, 1.0), numbers(2, n * k, 0.02));
+            let (bias, residual): (Vec<f32>, Vec<f32>) = (numbers(3, n, 1.0), numbers(4, m * n, 1.0));
+            let outputs = on_every_device(|device| {
+                let packed = pack(device, format, (n, k), &w);
+                let (x, bias) = (put(device, &x), put(device, &bias));
+                let mut y = put(device, &vec![f32::NAN; m * n]);
+                device.packed_linear(m, &x, &packed, Some(&bias), Activation::Relu, &mut y);
+                let mut low = put(device, &vec![bf16::NAN; m * n]);
+                device.packed_linear(m, &x, &packed, Some(&bias), Activation::Relu, &mut low);
+                let low: Vec<f32> = low.iter().map(|v| v.to_f32()).collect();
+                for (low, y) in low.iter().zip(&y[..]) {
+                    assert_eq!(*low, bf16::from_f32(*y).to_f32());
+                }
+                let mut sum = put(device, &vec![f32::NAN; m * n]);
+                let residual = put(device, &residual);
+                device.packed_linear_residual(m, &x, &packed, Some(&bias), &residual, &mut sum);
+                vec![y.to_vec(), sum.to_vec(), unpacked(device, &packed, (n, k))]
+            });
+            for (isa, out) in outputs {
+                let seen = &out[2];
+                for i in (0..m).step_by(1 + m / 5) {
+                    for j in (0..n).step_by(1 + n / 30) {
+                        let (mut exact, mut squares, mut sizes) = (0.0f64, 0.0f64, 0.0f64);
+                        for l in 0..k {
+                            let (x, w) = (x[i * k + l].to_f32() as f64, seen[j * k + l] as f64);
+                            exact += x * w;
+                            squares += w * w;
+                            sizes += (x * w).abs();
+                        }
+                        // Activations of deviation 1, of which the largest of a group is hardly above 4.5, are
+                        // rounded to steps of that by 127; errors of six deviations, and what f32 loses.
+                        let rounding = match format {
+                            WeightFormat::Int8 | WeightFormat::Int4 => {
+                                6.0 * squares.sqrt() * 4.5 / 127.0 / 12f64.sqrt()
+                            }
+                            // f32 activations are multiplied with pairs as bf16.
+                            WeightFormat::Bf16 if size_of::<E>() == 4 => sizes / 256.0,
+                            _ => 0.0,
+                        };
+                        let slack = rounding + 1e-6 * (4.0 + sizes);
+                        let want = (exact + bias[j] as f64).max(0.0);
+                        let got = out[0][i * n + j] as f64;
+                        assert!((got - want).abs() <= slack, "{isa:?} {format:?} {m}x{n}x{k}: {got}, not {want}");
+                        let want = exact + bias[j] as f64 + residual[i * n + j] as f64;
+                        let got = out[1][i * n + j] as f64;
+                        assert!((got - want).abs() <= slack, "{isa:?} {format:?} {m}x{n}x{k}: {got}, not {want}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn products_match_the_definition() {
+    for format in WeightFormat::ALL {
+        check::<f32>(format);
+        check::<bf16>(format);
+    }
+}
+
+#[test]
+fn a_row_does_not_depend_on_the_rows_beside_it() {
+    let most = *ROWS.last().unwrap();
+    for (n, k) in SHAPES {
+        let (x, w): (Vec<bf16>, Vec<f32>) = (numbers(1, most * k, 1.0), numbers(2, n * k, 0.02));
+        for format in WeightFormat::ALL {
+            on_every_device(|device| {
+                let packed = pack(device, format, (n, k), &w);
+                let product = |x: &[bf16]| {
+                    let m = x.len() / k;
+                    let mut y = put(device, &vec![f32::NAN; m * n]);
+                    device.packed_linear(m, &put(device, x), &packed, None, Activation::Identity, &mut y);
+                    y.to_vec()
+                };
+                let all = product(&x);
+                for m in ROWS {
+                    for first in [0, most - m, (most - m) / 2] {
+                        let some = product(&x[first * k..(first + m) * k]);
+                        assert!(
+                            same_bits(&some, &all[first * n..(first + m) * n]),
+                            "{format:?} {n}x{k}: rows {first}.. differ when {m} are multiplied"
+                        );
+                    }
+                }
+                vec![all]
+            });
+        }
+    }
+}
+
+#[test]
+fn embeddings_are_rows_and_sums_of_rows() {
+    let (n, k) = (90, 130);
+    let (w, table): (Vec<f32>, Vec<f32>) = (numbers(1, n * k, 1.0), numbers(2, 7 * k, 1.0));
+    let (ids, ids2) = (whole(1, 20, n), whole(2, 20, 7));
+    for (_, out) in on_every_device(|device| {
+        let packed = pack(device, WeightFormat::F32, (n, k), &w);
+        let mut out = put(device, &vec![f32::NAN; 20 * k]);
+        let (table, ids2) = (put(device, &table), put(device, &ids2));
+        device.packed_embed(&put(device, &ids), &packed, Some((&ids2, &table)), &mut out);
+        vec![out.to_vec()]
+    }) {
+        for (i, got) in out[0].chunks(k).enumerate() {
+            let (a, b) = (&w[ids[i] as usize * k..][..k], &table[ids2[i] as usize * k..][..k]);
+            assert!(got.iter().zip(a.iter().zip(b)).all(|(got, (a, b))| *got == a + b));
+        }
+    }
+}
+
+#[test]
+fn failing_readers_and_empty_matrices_are_refused() {
+    let device = CpuDevice::new(Default::default()).unwrap();
+    let broken = device.pack_weight(WeightFormat::Int4, 100, 64, &mut |range, _| {
+        anyhow::ensure!(range.start == 0, "never");
+        anyhow::bail!("the file ends")
+    });
+    assert_eq!(broken.err().unwrap().to_string(), "the file ends");
+    let empty = device.pack_weight(WeightFormat::F32, 0, 64, &mut |_, _| Ok(()));
+    assert!(empty.err().unwrap().to_string().contains("0 x 64"));
+}
