@@ -120,7 +120,9 @@ mod tests {
     /// Log-probabilities of a made-up model behind a text.
     fn model(seed: u64, text: &[u32]) -> Vec<f32> {
         let place = text.iter().fold(1u64, |at, id| at * VOCAB as u64 + *id as u64);
-        let logits: Vec<f32> = (0..VOCAB as usize).map(|i| 2.0 * Stream::new(seed, Purpose::Init, 0, 0).normal(place, i)).collect();
+        let logits: Vec<f32> = (0..VOCAB as usize)
+            .map(|i| 2.0 * Stream::new(seed, Purpose::Init, 0, 0).normal(place, i))
+            .collect();
         let sum: f32 = logits.iter().map(|l| l.exp()).sum();
         logits.iter().map(|l| l - sum.ln()).collect()
     }
@@ -157,7 +159,11 @@ mod tests {
                     ended.push((sum / length, text.clone()));
                 } else {
                     let longer = [&text[..], &[id]].concat();
-                    if longer.len() == limit { ended.push((sum / length, longer)) } else { open.push((sum, longer)) }
+                    if longer.len() == limit {
+                        ended.push((sum / length, longer))
+                    } else {
+                        open.push((sum, longer))
+                    }
                 }
             }
         }
@@ -173,7 +179,11 @@ mod tests {
                 let got = search(seed, 64, 5, 4, penalty);
                 for (got, (score, text)) in got.iter().zip(&want) {
                     let ids: Vec<u32> = got.text.tokens.iter().map(|t| t.id).collect();
-                    assert_eq!((&ids, got.complete), (text, text.len() < 4), "seed {seed}, penalty {penalty}");
+                    assert_eq!(
+                        (&ids, got.complete),
+                        (text, text.len() < 4),
+                        "seed {seed}, penalty {penalty}"
+                    );
                     assert!((got.score - score).abs() < 1e-9);
                 }
                 assert_eq!(got.len(), 5);

@@ -8,7 +8,7 @@ use crate::text::Token;
 use anyhow::{Context, Result};
 use ferropt_data::{EOS, Tokenizer};
 use ferropt_device::{Device, Element, PAGE, Segment};
-use ferropt_model::{Cache, Decoder, Logits, Pass};
+use ferropt_model::{Cache, Decoder, Logits, Memory};
 use std::collections::BTreeMap;
 
 /// How an engine is set up.
@@ -41,7 +41,7 @@ pub struct Engine<'t, D: Device, E: Element> {
     device: D,
     decoder: Decoder<D>,
     cache: Cache<D, E>,
-    pass: Pass<D, E>,
+    memory: Memory<D, E>,
     tokenizer: &'t Tokenizer,
     scheduler: Scheduler,
     capacity: Capacity,
@@ -74,7 +74,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
         let config = decoder.config();
         let pages = options.cache_tokens.div_ceil(PAGE);
         let scheduler = Scheduler::new(options.limits, pages)?;
-        let pass = Pass::new(&device, config, options.limits.tokens, HEAD_ROWS)?;
+        let memory = Memory::new(&device, config, options.limits.tokens, HEAD_ROWS)?;
         let cache = Cache::new(&device, config, pages)?;
         let capacity = Capacity {
             vocab: config.vocab,
@@ -87,7 +87,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             device,
             decoder,
             cache,
-            pass,
+            memory,
             tokenizer,
             scheduler,
             capacity,
@@ -160,7 +160,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             self.compute(&plan)?;
             self.scheduler.done(&plan);
             let wanted = self.wanted(&plan);
-            for rows in wanted.chunks(self.pass.head_rows()) {
+            for rows in wanted.chunks(self.memory.head_rows()) {
                 self.choose(rows)?;
             }
         }
@@ -174,7 +174,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             tokens.extend_from_slice(&sequence.tokens()[work.past..work.past + work.count]);
             segments.push(Segment { rows: work.count, past: work.past, pages: sequence.pages() });
         }
-        self.decoder.forward(&self.device, &tokens, &segments, &mut self.cache, &mut self.pass)
+        self.decoder.forward(&self.device, &tokens, &segments, &mut self.cache, &mut self.memory)
     }
 
     /// The rows of a step whose logits somebody wants.
@@ -202,9 +202,14 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
     /// Does with some rows' logits what is wanted.
     fn choose(&mut self, wanted: &[Wanted]) -> Result<()> {
         let rows: Vec<u32> = wanted.iter().map(|w| w.row).collect();
-        let logits = self.decoder.head(&self.device, &rows, &mut self.pass)?;
-        let mut chooser =
-            Chooser { logits, row: 0, known: self.known, sampler: &mut self.sampler, scratch: &mut self.logits };
+        let logits = self.decoder.head(&self.device, &rows, &mut self.memory)?;
+        let mut chooser = Chooser {
+            logits,
+            row: 0,
+            known: self.known,
+            sampler: &mut self.sampler,
+            scratch: &mut self.logits,
+        };
         for (row, Wanted { key, echo, .. }) in wanted.iter().enumerate() {
             chooser.row = row;
             let Some(running) = self.requests.get_mut(&key.request) else { continue };
@@ -271,7 +276,9 @@ fn go_on<D: Device>(
                 }
             }
             // All that begin here have the prompt in common, also when the first of them has ended.
-            next.iter().filter(|(part, _)| *part != key.part).for_each(|(part, _)| scheduler.fork(key, at(*part)));
+            next.iter()
+                .filter(|(part, _)| *part != key.part)
+                .for_each(|(part, _)| scheduler.fork(key, at(*part)));
             next.iter().for_each(|(part, id)| scheduler.push(at(*part), *id));
             if !next.iter().any(|(part, _)| *part == key.part) {
                 scheduler.remove(key);

@@ -235,7 +235,11 @@ impl Events {
 }
 
 /// Steps until it is told to stop.
-fn serve<D: Device, E: Element>(engine: &mut Engine<'_, D, E>, commands: &Receiver<Command>, load: &Mutex<Load>) {
+fn serve<D: Device, E: Element>(
+    engine: &mut Engine<'_, D, E>,
+    commands: &Receiver<Command>,
+    load: &Mutex<Load>,
+) {
     // By the engine's numbers: that of the handle, and where events go.
     let mut sinks: HashMap<u64, (u64, Sink)> = HashMap::new();
     loop {

@@ -150,7 +150,11 @@ impl Parameters {
             "temperature = {} is not a number from 0 (always the likeliest token) up",
             self.temperature
         );
-        refuse_unless!(self.top_k != Some(0), "top_k", "top_k = 0 leaves no token to choose from; use 1 or more");
+        refuse_unless!(
+            self.top_k != Some(0),
+            "top_k",
+            "top_k = 0 leaves no token to choose from; use 1 or more"
+        );
         refuse_unless!(
             self.top_p > 0.0 && self.top_p <= 1.0,
             "top_p",
@@ -288,9 +292,15 @@ impl Request {
             "prompt",
             "the prompt has {prompt} tokens, counting the </s> in front, but the model has {positions} positions; shorten it"
         );
-        for (parameter, id) in self.prompt.iter().map(|id| ("prompt", id)).chain(p.logit_bias.iter().map(|b| ("logit_bias", &b.0))) {
+        for (parameter, id) in self
+            .prompt
+            .iter()
+            .map(|id| ("prompt", id))
+            .chain(p.logit_bias.iter().map(|b| ("logit_bias", &b.0)))
+        {
             if *id as usize >= vocab {
-                let message = format!("{parameter} has the token id {id}, but the vocabulary has {vocab} ids");
+                let message =
+                    format!("{parameter} has the token id {id}, but the vocabulary has {vocab} ids");
                 return Err(Refusal { parameter, message });
             }
         }

@@ -127,7 +127,13 @@ impl Scheduler {
             limits.tokens,
             limits.sequences
         );
-        Ok(Scheduler { limits, pages: Pages::new(pages), sequences: BTreeMap::new(), reused: 0, preemptions: 0 })
+        Ok(Scheduler {
+            limits,
+            pages: Pages::new(pages),
+            sequences: BTreeMap::new(),
+            reused: 0,
+            preemptions: 0,
+        })
     }
 
     /// A new sequence, which takes at most `reusable` tokens from earlier texts.
@@ -273,7 +279,8 @@ impl Scheduler {
                 let (known, computed) = (found.len(), found.len() * PAGE);
                 self.reused += computed as u64;
                 if let Some(s) = self.sequences.get_mut(&key) {
-                    (s.pages, s.known, s.content, s.computed, s.running) = (found, known, content, computed, true);
+                    (s.pages, s.known, s.content, s.computed, s.running) =
+                        (found, known, content, computed, true);
                 }
                 return true;
             }
@@ -321,7 +328,8 @@ impl Scheduler {
 
     /// Takes the pages of the youngest sequence behind `key` that has any.
     fn give_way(&mut self, key: Key) -> bool {
-        let youngest = self.sequences.range(key..).rev().find(|(k, s)| **k != key && s.running).map(|(k, _)| *k);
+        let youngest =
+            self.sequences.range(key..).rev().find(|(k, s)| **k != key && s.running).map(|(k, _)| *k);
         if let Some(youngest) = youngest {
             self.preempt(youngest);
             self.preemptions += 1;

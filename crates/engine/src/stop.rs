@@ -149,7 +149,8 @@ mod tests {
     fn long_strings_are_found_across_many_pieces() {
         let stop = "ab".repeat(5000) + "c";
         let text = "ab".repeat(12_000) + "c rest";
-        let pieces: Vec<&str> = (0..text.len()).step_by(7).map(|i| &text[i..(i + 7).min(text.len())]).collect();
+        let pieces: Vec<&str> =
+            (0..text.len()).step_by(7).map(|i| &text[i..(i + 7).min(text.len())]).collect();
         assert_eq!(feed(&[&stop], &pieces), ("ab".repeat(7000), true));
     }
 }

@@ -120,8 +120,10 @@ mod tests {
         let t = tokenizer();
         let text = "the end of the road — the day";
         let merged = t.encode(text).unwrap();
-        let bytes: Vec<u32> =
-            text.bytes().map(|b| (4..t.vocab_size() as u32).find(|id| t.token_bytes(*id) == [b]).unwrap()).collect();
+        let bytes: Vec<u32> = text
+            .bytes()
+            .map(|b| (4..t.vocab_size() as u32).find(|id| t.token_bytes(*id) == [b]).unwrap())
+            .collect();
         assert!(merged.len() < bytes.len());
         for ids in [&merged, &bytes] {
             assert_eq!(write(&t, ids, &[], 0), (text.into(), ids.len(), false));

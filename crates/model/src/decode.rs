@@ -110,7 +110,7 @@ impl<D: Device> Decoder<D> {
     /// was cut into calls.
     ///
     /// # Errors
-    /// When there are more tokens than the pass has rows, ids are not in the vocabulary, or a sequence is longer than the
+    /// When there are more tokens than the memory has rows, ids are not in the vocabulary, or a sequence is longer than the
     /// model's positions or its pages; nothing is computed then.
     pub fn forward<E: Element>(
         &self,
@@ -118,20 +118,23 @@ impl<D: Device> Decoder<D> {
         tokens: &[u32],
         segments: &[Segment<'_>],
         cache: &mut Cache<D, E>,
-        pass: &mut Pass<D, E>,
+        memory: &mut Memory<D, E>,
     ) -> Result<()> {
-        self.check(tokens, segments, cache.pages, pass.rows)?;
+        self.check(tokens, segments, cache.pages, memory.rows)?;
         let m = tokens.len();
         if m == 0 {
             return Ok(());
         }
-        let rows = pass.sizes.iter_mut().find(|s| s.count >= m).context("the pass has no rows")?;
-        let positions: Vec<u32> =
-            segments.iter().flat_map(|s| s.past..s.past + s.rows).map(|p| (p + POSITION_OFFSET) as u32).collect();
+        let rows = memory.sizes.iter_mut().find(|s| s.count >= m).context("the memory has no rows")?;
+        let positions: Vec<u32> = segments
+            .iter()
+            .flat_map(|s| s.past..s.past + s.rows)
+            .map(|p| (p + POSITION_OFFSET) as u32)
+            .collect();
         d.upload(&mut rows.tokens, 0, tokens);
         d.upload(&mut rows.positions, 0, &positions);
-        let (c, a) = (self.config.width, &mut pass.activations);
-        match (&mut pass.narrow, &self.projections) {
+        let (c, a) = (self.config.width, &mut memory.activations);
+        match (&mut memory.narrow, &self.projections) {
             (Some((embedded, narrow)), Some((weight, _))) => {
                 d.packed_embed(&rows.tokens, &self.tokens, None, embedded);
                 d.cast(embedded, narrow);
@@ -158,7 +161,7 @@ impl<D: Device> Decoder<D> {
     fn check(&self, tokens: &[u32], segments: &[Segment<'_>], pages: usize, rows: usize) -> Result<()> {
         let all: usize = segments.iter().map(|s| s.rows).sum();
         ensure!(all == tokens.len(), "{} tokens were given for {all} rows", tokens.len());
-        ensure!(all <= rows, "{all} tokens are more than the {rows} rows of a pass");
+        ensure!(all <= rows, "{all} tokens are more than the {rows} rows of the memory");
         if let Some(id) = tokens.iter().find(|id| **id as usize >= self.config.vocab) {
             anyhow::bail!("the token id {id} is not in the model's vocabulary of {}", self.config.vocab);
         }
@@ -169,7 +172,11 @@ impl<D: Device> Decoder<D> {
                 "a text of {len} tokens is longer than the model's {} positions",
                 self.config.positions
             );
-            ensure!(s.pages.len() * PAGE >= len, "a text of {len} tokens does not fit {} pages", s.pages.len());
+            ensure!(
+                s.pages.len() * PAGE >= len,
+                "a text of {len} tokens does not fit {} pages",
+                s.pages.len()
+            );
             if let Some(page) = s.pages.iter().find(|page| **page as usize >= pages) {
                 anyhow::bail!("page {page} was named, but the cache has {pages}");
             }
@@ -180,34 +187,34 @@ impl<D: Device> Decoder<D> {
     /// Logits of some rows of the last forward pass.
     ///
     /// # Errors
-    /// When there are more than the pass has room for.
+    /// When there are more than the memory has room for.
     pub fn head<'p, E: Element>(
         &self,
         d: &'p D,
         rows: &[u32],
-        pass: &'p mut Pass<D, E>,
+        memory: &'p mut Memory<D, E>,
     ) -> Result<Logits<'p, D>> {
         let m = rows.len();
-        ensure!(m <= pass.head_rows, "logits of {m} rows are more than {}", pass.head_rows);
+        ensure!(m <= memory.head_rows, "logits of {m} rows are more than {}", memory.head_rows);
         let vocab = self.config.vocab;
         if m > 0 {
             let (none, c) = (Activation::Identity, self.config.width);
-            let size = pass.sizes.iter_mut().find(|s| s.count >= m).context("the pass has no rows")?;
+            let size = memory.sizes.iter_mut().find(|s| s.count >= m).context("the memory has no rows")?;
             d.upload(&mut size.tokens, 0, rows);
-            d.embed(c, &size.tokens, &pass.activations.normed, None, &mut pass.chosen);
-            match (&mut pass.narrow, &self.projections) {
+            d.embed(c, &size.tokens, &memory.activations.normed, None, &mut memory.chosen);
+            match (&mut memory.narrow, &self.projections) {
                 (Some((_, narrow)), Some((_, weight))) => {
-                    d.packed_linear(m, &pass.chosen, weight, None, none, narrow);
-                    d.packed_linear(m, narrow, &self.tokens, None, none, &mut pass.logits);
+                    d.packed_linear(m, &memory.chosen, weight, None, none, narrow);
+                    d.packed_linear(m, narrow, &self.tokens, None, none, &mut memory.logits);
                 }
-                _ => d.packed_linear(m, &pass.chosen, &self.tokens, None, none, &mut pass.logits),
+                _ => d.packed_linear(m, &memory.chosen, &self.tokens, None, none, &mut memory.logits),
             }
-            d.log_sum_exp(m, vocab, &pass.logits, &mut pass.lse, &mut pass.largest);
+            d.log_sum_exp(m, vocab, &memory.logits, &mut memory.lse, &mut memory.largest);
         }
         let (mut lse, mut largest) = (vec![0.0; m], vec![0; m]);
-        d.download(&pass.lse, 0, &mut lse);
-        d.download(&pass.largest, 0, &mut largest);
-        Ok(Logits { device: d, vocab, logits: &pass.logits, lse, largest })
+        d.download(&memory.lse, 0, &mut lse);
+        d.download(&memory.largest, 0, &mut largest);
+        Ok(Logits { device: d, vocab, logits: &memory.logits, lse, largest })
     }
 }
 
@@ -278,7 +285,7 @@ impl<D: Device, E: Element> Cache<D, E> {
 }
 
 /// Memory of a forward pass, made once.
-pub struct Pass<D: Device, E: Element> {
+pub struct Memory<D: Device, E: Element> {
     rows: usize,
     head_rows: usize,
     sizes: Vec<Size<D>>,
@@ -313,7 +320,7 @@ struct Activations<D: Device, E: Element> {
     relu: D::Buf<E>,
 }
 
-impl<D: Device, E: Element> Pass<D, E> {
+impl<D: Device, E: Element> Memory<D, E> {
     /// For at most `rows` tokens in a call, and logits of at most `head_rows` of them at a time.
     ///
     /// # Errors
@@ -326,8 +333,9 @@ impl<D: Device, E: Element> Pass<D, E> {
             let (tokens, positions) = (device.alloc(count)?, device.alloc(count)?);
             Ok(Size { count, tokens, positions, mean: device.alloc(count)?, rstd: device.alloc(count)? })
         };
-        let narrow = if config.has_projections() { Some((device.alloc(n * w)?, device.alloc(n * w)?)) } else { None };
-        Ok(Pass {
+        let narrow =
+            if config.has_projections() { Some((device.alloc(n * w)?, device.alloc(n * w)?)) } else { None };
+        Ok(Memory {
             rows,
             head_rows,
             sizes: (0..=n.ilog2()).map(|i| size(1 << i)).collect::<Result<_>>()?,

@@ -327,7 +327,17 @@ impl<D: Device, E: Element> Layers<D, E> {
         let dropout = s.dropout(pass, Purpose::DropoutFeedForward, l);
         device.residual_backward(s.width, &d.d_stream, dropout, &mut d.d_branch);
         let relu = &self.relu[l];
-        linear_backward(device, s.fc2, &d.d_branch, relu, &w.fc2, &mut g.fc2, Some(relu), &mut d.d_relu, store);
+        linear_backward(
+            device,
+            s.fc2,
+            &d.d_branch,
+            relu,
+            &w.fc2,
+            &mut g.fc2,
+            Some(relu),
+            &mut d.d_relu,
+            store,
+        );
         let x = &self.normed2[l];
         linear_backward(device, s.fc1, &d.d_relu, x, &w.fc1, &mut g.fc1, None, &mut d.d_normed, store);
     }
@@ -347,7 +357,15 @@ impl<D: Device, E: Element> Layers<D, E> {
         device.residual_backward(s.width, &d.d_stream, dropout, &mut d.d_branch);
         let attended = &self.attended[l];
         linear_backward(
-            device, s.out, &d.d_branch, attended, &w.out, &mut g.out, None, &mut d.d_attended, store,
+            device,
+            s.out,
+            &d.d_branch,
+            attended,
+            &w.out,
+            &mut g.out,
+            None,
+            &mut d.d_attended,
+            store,
         );
         let documents = s.stop_at_documents.then_some(&self.doc_start);
         let dropout = s.dropout(pass, Purpose::DropoutAttention, l);

@@ -19,7 +19,7 @@ mod weights;
 pub use activations::{Activation, ActivationTable, Recompute, Scalar};
 pub use backprop::{Backprop, Batch, Options, Pass};
 pub use config::{Config, ForwardFlops, PRESETS, Preset};
-pub use decode::{Cache, Decoder, Logits, Pass, ReadRows};
+pub use decode::{Cache, Decoder, Logits, Memory, ReadRows};
 pub use initial::initial_values;
 pub use parameters::{Initial, Parameter};
 pub use weights::{Layer, Linear, Model, Norm, Tensor, TensorMut, Weights};

@@ -79,8 +79,14 @@ pub(super) trait Operand: Sync {
     /// Prepares columns `cols` and elements `ks` in `scratch`, on all threads.
     fn prepare(&self, device: &CpuDevice, cols: Range<usize>, ks: Range<usize>, t: Tile, scratch: &mut [u32]);
     /// What was prepared for columns from `col` on, and elements from `k` on.
-    fn panels<'a>(&'a self, scratch: &'a [u32], col: usize, k: usize, units: usize, t: Tile)
-    -> Panels<'a, u32>;
+    fn panels<'a>(
+        &'a self,
+        scratch: &'a [u32],
+        col: usize,
+        k: usize,
+        units: usize,
+        t: Tile,
+    ) -> Panels<'a, u32>;
 }
 
 impl<E: Element> Operand for Matrix<'_, E> {
@@ -88,11 +94,25 @@ impl<E: Element> Operand for Matrix<'_, E> {
         words
     }
 
-    fn prepare(&self, device: &CpuDevice, cols: Range<usize>, ks: Range<usize>, t: Tile, scratch: &mut [u32]) {
+    fn prepare(
+        &self,
+        device: &CpuDevice,
+        cols: Range<usize>,
+        ks: Range<usize>,
+        t: Tile,
+        scratch: &mut [u32],
+    ) {
         pack(device, *self, cols, ks, t.nr, t.per_unit, scratch);
     }
 
-    fn panels<'a>(&'a self, scratch: &'a [u32], _: usize, _: usize, units: usize, t: Tile) -> Panels<'a, u32> {
+    fn panels<'a>(
+        &'a self,
+        scratch: &'a [u32],
+        _: usize,
+        _: usize,
+        units: usize,
+        t: Tile,
+    ) -> Panels<'a, u32> {
         Panels { data: scratch, stride: units * t.nr, start: 0 }
     }
 }

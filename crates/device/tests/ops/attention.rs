@@ -384,7 +384,7 @@ fn texts_share_pages_and_copies_are_texts_of_their_own() {
     for (isa, got) in on_every_device(|device| {
         let size = 3 * PAGE * all;
         let (mut k, mut v) = (poisoned::<f32>(device, size), poisoned::<f32>(device, size));
-        let mut run = |past: usize, rows: &[f32], pages: &[u32], k: &mut _, v: &mut _| {
+        let run = |past: usize, rows: &[f32], pages: &[u32], k: &mut _, v: &mut _| {
             let count = rows.len() / (3 * all);
             let (qkv, mut out) = (put(device, rows), poisoned::<f32>(device, count * all));
             let segments = [Segment { rows: count, past, pages }];
@@ -414,7 +414,7 @@ fn texts_share_pages_and_copies_are_texts_of_their_own() {
 #[should_panic(expected = "two sequences write to one page")]
 fn two_texts_cannot_write_to_one_page() {
     let device = CpuDevice::new(CpuOptions::default()).expect("a device");
-    let mut pages = || device.alloc::<f32>(PAGE * 2).expect("memory");
+    let pages = || device.alloc::<f32>(PAGE * 2).expect("memory");
     let segment = Segment { rows: 1, past: 0, pages: &[0] };
     let (qkv, mut out) = (put(&device, &[0.0f32; 12]), put(&device, &[0.0f32; 4]));
     device.attention_paged(1, 2, &[segment, segment], &qkv, &mut pages(), &mut pages(), &mut out);

@@ -105,10 +105,16 @@ fn check<E: Element>(format: WeightFormat) {
                         let slack = rounding + 1e-6 * (4.0 + sizes);
                         let want = (exact + bias[j] as f64).max(0.0);
                         let got = out[0][i * n + j] as f64;
-                        assert!((got - want).abs() <= slack, "{isa:?} {format:?} {m}x{n}x{k}: {got}, not {want}");
+                        assert!(
+                            (got - want).abs() <= slack,
+                            "{isa:?} {format:?} {m}x{n}x{k}: {got}, not {want}"
+                        );
                         let want = exact + bias[j] as f64 + residual[i * n + j] as f64;
                         let got = out[1][i * n + j] as f64;
-                        assert!((got - want).abs() <= slack, "{isa:?} {format:?} {m}x{n}x{k}: {got}, not {want}");
+                        assert!(
+                            (got - want).abs() <= slack,
+                            "{isa:?} {format:?} {m}x{n}x{k}: {got}, not {want}"
+                        );
                     }
                 }
             }

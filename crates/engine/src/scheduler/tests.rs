@@ -44,14 +44,23 @@ impl World {
             for i in work.past..work.past + work.count {
                 let page = s.pages[i / PAGE];
                 let writer = writers.entry(page).or_insert(work.key);
-                assert_eq!((*writer, self.scheduler.pages.users(page)), (work.key, 1), "a shared page is written");
+                assert_eq!(
+                    (*writer, self.scheduler.pages.users(page)),
+                    (work.key, 1),
+                    "a shared page is written"
+                );
                 self.cache[page as usize][i % PAGE] = Some(s.tokens[i]);
             }
         }
         for work in &plan.work {
             let s = self.scheduler.sequence(work.key).unwrap();
             for (i, token) in s.tokens[..work.past + work.count].iter().enumerate() {
-                assert_eq!(self.cache[s.pages[i / PAGE] as usize][i % PAGE], Some(*token), "{:?} at {i}", work.key);
+                assert_eq!(
+                    self.cache[s.pages[i / PAGE] as usize][i % PAGE],
+                    Some(*token),
+                    "{:?} at {i}",
+                    work.key
+                );
             }
         }
         let tokens: usize = plan.work.iter().map(|w| w.count).sum();
@@ -131,7 +140,10 @@ fn random_lives_of_sequences_end_and_leak_nothing() {
             }
             world.check();
             let busy = !world.goals.is_empty();
-            assert!(world.step(&mut dice) > 0 || !busy, "seed {seed}: nothing is done though something is there");
+            assert!(
+                world.step(&mut dice) > 0 || !busy,
+                "seed {seed}: nothing is done though something is there"
+            );
             steps += 1;
             assert!(steps < 200_000, "seed {seed}: it does not end");
         }
@@ -141,7 +153,10 @@ fn random_lives_of_sequences_end_and_leak_nothing() {
         reused += load.reused_tokens;
         preemptions += load.preemptions;
     }
-    assert!(reused > 1000 && preemptions > 100, "too tame: {reused} tokens reused, {preemptions} preemptions");
+    assert!(
+        reused > 1000 && preemptions > 100,
+        "too tame: {reused} tokens reused, {preemptions} preemptions"
+    );
 }
 
 fn keys(plan: &Plan) -> Vec<(u64, usize, usize)> {

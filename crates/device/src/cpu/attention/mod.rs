@@ -189,13 +189,13 @@ struct Panel {
 }
 
 impl Panel {
-    /// `doc_start` is of each query; query 0 is at position `past`.
-    fn new(queries: Range<usize>, past: usize, doc_start: Option<&[u32]>) -> Self {
+    /// `doc_start` is of each query.
+    fn new(queries: Range<usize>, doc_start: Option<&[u32]>) -> Self {
         let mut position = [0.0; MOST_LANES];
         let mut start = [0.0; MOST_LANES];
         for (i, p) in position.iter_mut().enumerate() {
             // Exact below 2^24.
-            *p = (past + queries.start + i) as f32;
+            *p = (queries.start + i) as f32;
         }
         let (mut low, mut high) = (0, 0);
         if let Some(doc_start) = doc_start {

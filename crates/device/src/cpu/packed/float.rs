@@ -44,12 +44,7 @@ pub(super) fn words(
 }
 
 /// Panels of single bf16.
-pub(super) fn halves(
-    device: &CpuDevice,
-    n: usize,
-    k: usize,
-    read: ReadRows,
-) -> anyhow::Result<Panels<bf16>> {
+pub(super) fn halves(device: &CpuDevice, n: usize, k: usize, read: ReadRows) -> anyhow::Result<Panels<bf16>> {
     let tile = tile(device.isa, DType::F32);
     let mut data = CpuBuf::zeroed(n.next_multiple_of(tile.nr) * k)?;
     read_panels(device, (n, k, tile.nr), read, &mut data, |rows, out| {

@@ -181,14 +181,7 @@ pub(super) fn multiply(device: &CpuDevice, m: usize, k: usize, x: Rows, w: &Pane
     }
 }
 
-fn multiply_rows<E: Element>(
-    device: &CpuDevice,
-    m: usize,
-    k: usize,
-    x: &[E],
-    w: &Panels,
-    finish: &Finish,
-) {
+fn multiply_rows<E: Element>(device: &CpuDevice, m: usize, k: usize, x: &[E], w: &Panels, finish: &Finish) {
     if m == 0 {
         return;
     }

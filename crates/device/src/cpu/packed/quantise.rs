@@ -18,7 +18,13 @@ pub(super) struct Group {
 fn not_below(x: f32) -> bf16 {
     let near = bf16::from_f32(x);
     // Next towards plus infinity: away from 0 if positive, towards it if negative.
-    let step = if near.to_f32() >= x { 0 } else if near.is_sign_negative() { -1 } else { 1 };
+    let step = if near.to_f32() >= x {
+        0
+    } else if near.is_sign_negative() {
+        -1
+    } else {
+        1
+    };
     bf16::from_bits((near.to_bits() as i32 + step) as u16)
 }
 
