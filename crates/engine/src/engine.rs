@@ -321,8 +321,9 @@ impl<D: Device> Chooser<'_, D> {
     }
 
     fn top(&mut self, count: usize) -> Vec<(u32, f32)> {
-        if count == 0 {
-            return Vec::new();
+        if count <= 1 {
+            let largest = self.logits.largest(self.row);
+            return (0..count).map(|_| (largest, self.logits.log_prob(self.row, largest))).collect();
         }
         self.logits.read(self.row, self.scratch);
         let lse = self.logits.log_sum_exp(self.row);

@@ -9,11 +9,12 @@ use anyhow::{Context, Result, bail};
 use ferropt_data::Tokenizer;
 use ferropt_device::{Device, Element};
 use ferropt_model::Decoder;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// Receives the events of one request; false ends the request.
 type Sink = Box<dyn FnMut(Event) -> bool + Send>;
@@ -127,6 +128,29 @@ impl Handle {
     pub fn complete(&self, request: Request) -> Result<Completion> {
         self.submit(request)?.complete()
     }
+
+    /// Computes many requests, `ahead` of them handed over at a time, and gives what comes of them to `each` in order.
+    ///
+    /// # Errors
+    /// The first error of a request or of `each`, with what is still under way cancelled.
+    pub fn complete_all(
+        &self,
+        requests: impl IntoIterator<Item = Result<Request>>,
+        ahead: usize,
+        mut each: impl FnMut(Completion) -> Result<()>,
+    ) -> Result<()> {
+        let mut requests = requests.into_iter();
+        let mut under_way = VecDeque::new();
+        loop {
+            while under_way.len() < ahead.max(1)
+                && let Some(request) = requests.next()
+            {
+                under_way.push_back(self.submit(request?)?);
+            }
+            let Some(first) = under_way.pop_front() else { return Ok(()) };
+            each(first.complete()?)?;
+        }
+    }
 }
 
 const ENDED: &str = "the engine has ended";
@@ -155,6 +179,16 @@ impl Iterator for Events {
     /// Waits for the next one; none after the last.
     fn next(&mut self) -> Option<Event> {
         self.events.recv().ok()
+    }
+}
+
+impl Events {
+    /// Waits for the next one, but not longer than so.
+    ///
+    /// # Errors
+    /// When the time is over, or there are no more.
+    pub fn next_within(&mut self, time: Duration) -> Result<Event, RecvTimeoutError> {
+        self.events.recv_timeout(time)
     }
 }
 

@@ -16,6 +16,7 @@ mod parameters;
 mod request;
 pub mod sampler;
 pub mod scheduler;
+mod score;
 pub mod stop;
 pub mod text;
 
@@ -24,4 +25,5 @@ pub use handle::{Completion, Events, Handle, Text};
 pub use parameters::{Capacity, MOST_CHOICES, MOST_LOG_PROBS, MOST_STOPS, Parameters, Refusal, Request};
 pub use request::{Event, Finish, Usage};
 pub use scheduler::{Limits, Load};
+pub use score::{Score, scoring};
 pub use text::{Piece, Token};

@@ -121,7 +121,7 @@ fn random_lives_of_sequences_end_and_leak_nothing() {
                 request += 1;
             }
             let alive: Vec<Key> = world.scheduler.sequences.keys().copied().collect();
-            if !alive.is_empty() && dice.roll(8) == 0 {
+            if !alive.is_empty() && part < 30 && dice.roll(8) == 0 {
                 let from = alive[dice.roll(alive.len())];
                 part += 1;
                 let to = Key { request: from.request, part };
