@@ -72,8 +72,9 @@ pub(crate) struct Running<'t> {
     /// Tokens at most, and why a text ends there.
     pub(crate) limit: usize,
     full: Finish,
-    /// Tokens of the prompt that were asked for and are known, with what was asked for about them.
+    /// Tokens of the prompt that were asked for and are known, until they are handed out, and how many there were.
     echoed: Vec<Token>,
+    known: usize,
     pub(crate) texts: Texts<'t>,
     generated: usize,
 }
@@ -129,8 +130,16 @@ impl<'t> Running<'t> {
             Some(max) if max <= room => (max, Finish::MaxTokens),
             _ => (room, Finish::Positions),
         };
-        let mut running =
-            Running { request, tokenizer, limit, full, echoed: Vec::new(), texts: Texts::None, generated: 0 };
+        let mut running = Running {
+            request,
+            tokenizer,
+            limit,
+            full,
+            echoed: Vec::new(),
+            known: 0,
+            texts: Texts::None,
+            generated: 0,
+        };
         running.echo_plainly();
         running
     }
@@ -152,13 +161,14 @@ impl<'t> Running<'t> {
 
     /// The token of the prompt whose log-probability is wanted next.
     pub(crate) fn next_echo(&self) -> Option<usize> {
-        let at = self.parameters().echo? + self.echoed.len();
+        let at = self.parameters().echo? + self.known;
         (at < self.request.prompt.len()).then_some(at)
     }
 
     /// Notes what is known about the token of [`Running::next_echo`].
     pub(crate) fn echo(&mut self, token: Token) {
         self.echoed.push(token);
+        self.known += 1;
     }
 
     /// Echo of what needs no computing: all without log-probabilities, else a first token, which follows nothing.
@@ -170,12 +180,13 @@ impl<'t> Running<'t> {
             _ => return,
         };
         self.echoed = plain.iter().map(|id| Token { id: *id, log_prob: None, top: Vec::new() }).collect();
+        self.known = self.echoed.len();
     }
 
     /// The prompt's tokens, once all that were asked for are known.
     pub(crate) fn take_echo(&mut self) -> Option<Event> {
-        let all = self.request.prompt.len() - self.parameters().echo?;
-        (self.echoed.len() == all && all > 0).then(|| Event::Prompt(std::mem::take(&mut self.echoed)))
+        let complete = self.parameters().echo.is_some() && self.next_echo().is_none();
+        (complete && !self.echoed.is_empty()).then(|| Event::Prompt(std::mem::take(&mut self.echoed)))
     }
 
     /// Makes the texts that follow the prompt.

@@ -295,35 +295,34 @@ impl Scheduler {
         let s = &self.sequences[&key];
         let (computed, count) = (s.computed, s.pending().min(most));
         let last = computed / PAGE;
-        // A page that another sequence has too is not written to.
-        if let Some(shared) = s.pages.get(last).copied().filter(|page| self.pages.users(*page) > 1) {
-            let Some(own) = self.take(key) else { return 0 };
-            self.pages.give_back(shared);
-            copies.push((shared, own));
-            self.pages_of(key)[last] = own;
+        // A page that another sequence has too is not written to; a younger one may give way and leave it.
+        while let Some(shared) = self.shared(key, last) {
+            if let Some(own) = self.pages.take() {
+                self.pages.give_back(shared);
+                copies.push((shared, own));
+                self.pages_of(key)[last] = own;
+            } else if !self.give_way(key) {
+                return 0;
+            }
         }
         let needed = (computed + count).div_ceil(PAGE);
         while self.pages_of(key).len() < needed {
-            let Some(page) = self.take(key) else { break };
-            self.pages_of(key).push(page);
+            if let Some(page) = self.pages.take() {
+                self.pages_of(key).push(page);
+            } else if !self.give_way(key) {
+                break;
+            }
         }
         count.min(self.pages_of(key).len() * PAGE - computed)
     }
 
-    fn pages_of(&mut self, key: Key) -> &mut Vec<u32> {
-        &mut self.sequences.get_mut(&key).expect("the sequence is being planned").pages
+    /// Page number `page` of a sequence, if another one has it too.
+    fn shared(&self, key: Key, page: usize) -> Option<u32> {
+        self.sequences[&key].pages.get(page).copied().filter(|page| self.pages.users(*page) > 1)
     }
 
-    /// A page for a sequence, if need be from a younger one.
-    fn take(&mut self, key: Key) -> Option<u32> {
-        loop {
-            if let Some(page) = self.pages.take() {
-                return Some(page);
-            }
-            if !self.give_way(key) {
-                return None;
-            }
-        }
+    fn pages_of(&mut self, key: Key) -> &mut Vec<u32> {
+        &mut self.sequences.get_mut(&key).expect("the sequence is being planned").pages
     }
 
     /// Takes the pages of the youngest sequence behind `key` that has any.

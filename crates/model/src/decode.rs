@@ -131,8 +131,8 @@ impl<D: Device> Decoder<D> {
             .flat_map(|s| s.past..s.past + s.rows)
             .map(|p| (p + POSITION_OFFSET) as u32)
             .collect();
-        d.upload(&mut rows.tokens, 0, tokens);
-        d.upload(&mut rows.positions, 0, &positions);
+        upload_padded(d, &mut rows.tokens, rows.count, tokens);
+        upload_padded(d, &mut rows.positions, rows.count, &positions);
         let (c, a) = (self.config.width, &mut memory.activations);
         match (&mut memory.narrow, &self.projections) {
             (Some((embedded, narrow)), Some((weight, _))) => {
@@ -200,7 +200,7 @@ impl<D: Device> Decoder<D> {
         if m > 0 {
             let (none, c) = (Activation::Identity, self.config.width);
             let size = memory.sizes.iter_mut().find(|s| s.count >= m).context("the memory has no rows")?;
-            d.upload(&mut size.tokens, 0, rows);
+            upload_padded(d, &mut size.tokens, size.count, rows);
             d.embed(c, &size.tokens, &memory.activations.normed, None, &mut memory.chosen);
             match (&mut memory.narrow, &self.projections) {
                 (Some((_, narrow)), Some((_, weight))) => {
@@ -252,6 +252,12 @@ impl<D: Device> Layer<D> {
             d.packed_linear_residual(m, &a.relu, &fc2.weight, Some(&fc2.bias), &a.mid, &mut a.stream);
         }
     }
+}
+
+/// Uploads numbers of rows, and row 0 for the rest of the buffer.
+fn upload_padded<D: Device>(d: &D, to: &mut D::Buf<u32>, count: usize, ids: &[u32]) {
+    d.upload(to, 0, ids);
+    d.upload(to, ids.len(), &vec![0; count - ids.len()]);
 }
 
 /// Keys and values of all layers, in pages of [`PAGE`] tokens.

@@ -101,11 +101,11 @@ impl World {
 #[test]
 fn random_lives_of_sequences_end_and_leak_nothing() {
     let (mut reused, mut preemptions) = (0, 0);
-    for seed in 0..60 {
+    for seed in 0..100 {
         let mut dice = Dice::new(seed);
         let sequences = 1 + dice.roll(6);
         let limits = Limits { tokens: sequences + dice.roll(100), sequences, reuse: seed % 3 != 0 };
-        let pages = 6 + dice.roll(20);
+        let pages = 6 + dice.roll(10);
         let mut world = World::new(limits, pages);
         let mut steps = 0;
         let (mut request, mut part) = (0, 0);

@@ -12,17 +12,17 @@ use ferropt_engine::{Completion, Engine, Limits, Options, Parameters, Request};
 use ferropt_model::{Config, Decoder};
 use std::collections::BTreeMap;
 
-pub fn device() -> CpuDevice {
+fn device() -> CpuDevice {
     CpuDevice::new(CpuOptions { threads: Some(2), ..CpuOptions::default() }).unwrap()
 }
 
 /// Has 280 tokens; the model has 300 rows, of which the last must never be chosen.
-pub fn tokenizer() -> Tokenizer {
+fn tokenizer() -> Tokenizer {
     let text = "the cat sat on the mat and the dog sat on the log — naïve café. ".repeat(20);
     Tokenizer::train([Ok(text)], 280).unwrap()
 }
 
-pub fn config() -> Config {
+fn config() -> Config {
     Config {
         layers: 2,
         heads: 2,
@@ -38,7 +38,7 @@ pub fn config() -> Config {
 }
 
 /// A model whose probabilities are uneven enough to be told apart.
-pub fn decoder(device: &CpuDevice, config: &Config, format: WeightFormat) -> Decoder<CpuDevice> {
+fn decoder(device: &CpuDevice, config: &Config, format: WeightFormat) -> Decoder<CpuDevice> {
     let table = config.parameters();
     let mut read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
         let (parameter, stream) = (&table[index], Stream::new(5, Purpose::Init, index, 0));
@@ -53,11 +53,11 @@ pub fn decoder(device: &CpuDevice, config: &Config, format: WeightFormat) -> Dec
 }
 
 /// Room for everything, and no use of earlier texts.
-pub fn roomy() -> Options {
+fn roomy() -> Options {
     Options { limits: Limits { tokens: 1000, sequences: 200, reuse: false }, cache_tokens: 200 * 320 }
 }
 
-pub fn engine<E: Element>(
+fn engine<E: Element>(
     tokenizer: &Tokenizer,
     format: WeightFormat,
     options: Options,
@@ -68,7 +68,7 @@ pub fn engine<E: Element>(
 }
 
 /// Steps until all is done; `before` is called before each step.
-pub fn run<E: Element>(
+fn run<E: Element>(
     engine: &mut Engine<'_, CpuDevice, E>,
     mut before: impl FnMut(&mut Engine<'_, CpuDevice, E>, usize),
 ) -> BTreeMap<u64, Completion> {
@@ -87,22 +87,22 @@ pub fn run<E: Element>(
 }
 
 /// One request in an engine of its own.
-pub fn alone<E: Element>(tokenizer: &Tokenizer, format: WeightFormat, request: &Request) -> Completion {
+fn alone<E: Element>(tokenizer: &Tokenizer, format: WeightFormat, request: &Request) -> Completion {
     let mut engine = engine::<E>(tokenizer, format, roomy());
     let number = engine.submit(request.clone()).unwrap();
     run(&mut engine, |_, _| {}).remove(&number).unwrap()
 }
 
 /// Whole numbers below `below`, of a fixed stream.
-pub fn whole(which: usize, len: usize, below: usize) -> Vec<u32> {
+fn whole(which: usize, len: usize, below: usize) -> Vec<u32> {
     let stream = Stream::new(43, Purpose::Sampling, which, 0);
     (0..len).map(|i| stream.word(0, i) % below as u32).collect()
 }
 
-pub fn greedy(max_tokens: usize) -> Parameters {
+fn greedy(max_tokens: usize) -> Parameters {
     Parameters { temperature: 0.0, max_tokens: Some(max_tokens), ..Parameters::default() }
 }
 
-pub fn sampled(max_tokens: usize, seed: u64) -> Parameters {
+fn sampled(max_tokens: usize, seed: u64) -> Parameters {
     Parameters { seed, max_tokens: Some(max_tokens), ..Parameters::default() }
 }
