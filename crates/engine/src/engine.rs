@@ -21,10 +21,11 @@ pub struct Options {
 }
 
 impl Options {
-    /// For `sequences` texts at a time, each of which may be as long as the model's positions allow.
-    pub fn new(sequences: usize, positions: usize) -> Options {
+    /// For `sequences` texts at a time, each of `longest` tokens at most.
+    pub fn new(sequences: usize, longest: usize) -> Options {
         let limits = Limits { tokens: TOKENS.max(sequences), sequences, reuse: true };
-        Options { limits, cache_tokens: sequences * positions.next_multiple_of(PAGE) }
+        // A page more for each: while it is copied, a page that two texts have in common is there twice.
+        Options { limits, cache_tokens: sequences * (longest.next_multiple_of(PAGE) + PAGE) }
     }
 }
 

@@ -54,6 +54,7 @@ impl Handle {
             // The engine borrows the tokenizer, so it is made where it works.
             match Engine::<D, E>::new(device, decoder, &own, options) {
                 Ok(mut engine) => {
+                    *shared.lock().unwrap_or_else(PoisonError::into_inner) = engine.load();
                     if ready.send(Ok(engine.capacity())).is_ok() {
                         serve(&mut engine, &received, &shared);
                     }

@@ -62,7 +62,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         ..args.sampling.parameters(None)
     };
     parameters.check().map_err(refused)?;
-    let model = args.model.open(1)?;
+    let model = args.model.open(1, None)?;
     let engine = &model.engine;
     let interrupt = Interrupt::new()?;
     let mut conversation = Conversation {

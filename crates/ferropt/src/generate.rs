@@ -1,6 +1,6 @@
 //! `ferropt generate`: continues texts with a trained model.
 
-use crate::model::{ModelArgs, SamplingArgs, refused, text_field, unescaped};
+use crate::model::{ModelArgs, SamplingArgs, refused, text_field, tokens_at_most, unescaped};
 use anyhow::{Context, Result, ensure};
 use ferropt_engine::{Completion, Event, Handle, Parameters, Request, Text, Token};
 use serde_json::{Value, json};
@@ -111,7 +111,8 @@ fn run_prompt(args: &Args, parameters: Parameters) -> Result<()> {
         None => read_prompt()?,
     };
     let together = parameters.computed().max(parameters.beams.unwrap_or(1));
-    let model = args.model.open(together)?;
+    let longest = tokens_at_most(&prompt).saturating_add(args.max_tokens);
+    let model = args.model.open(together, Some(longest))?;
     let engine = &model.engine;
     let started = Instant::now();
     let request = Request { prompt: engine.tokenizer().encode_prompt(&prompt)?, parameters };
@@ -127,7 +128,9 @@ fn run_file(args: &Args, file: &Path, parameters: &Parameters) -> Result<()> {
     let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
     let prompts = prompts(&text, file.extension().is_some_and(|e| e == "jsonl"))
         .with_context(|| format!("cannot use {}", file.display()))?;
-    let engine = &args.model.open(args.batch.max(parameters.beams.unwrap_or(1)))?.engine;
+    let longest = prompts.iter().map(|(_, prompt)| tokens_at_most(prompt)).max().unwrap_or(0);
+    let together = args.batch.max(parameters.beams.unwrap_or(1));
+    let engine = &args.model.open(together, Some(longest.saturating_add(args.max_tokens)))?.engine;
     let request = |(line, prompt): &(usize, String)| -> Result<Request> {
         let named = || format!("line {line} of {}", file.display());
         let prompt = engine.tokenizer().encode_prompt(prompt).with_context(named)?;

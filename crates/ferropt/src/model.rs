@@ -24,10 +24,11 @@ pub(crate) struct ModelArgs {
 }
 
 impl ModelArgs {
-    /// Opens the model for so many texts at a time, and tells of damaged checkpoints.
-    pub(crate) fn open(&self, sequences: usize) -> Result<Model> {
+    /// Opens the model for so many texts at a time, of so many tokens at most, and tells of damaged checkpoints.
+    pub(crate) fn open(&self, sequences: usize, longest: Option<usize>) -> Result<Model> {
         let ModelArgs { checkpoint, weights, threads, .. } = *self;
-        let model = Model::open(&self.model, &Opening { checkpoint, weights, threads, sequences })?;
+        let opening = Opening { checkpoint, weights, threads, sequences, longest };
+        let model = Model::open(&self.model, &opening)?;
         for damage in &model.damaged {
             eprintln!(
                 "warning: passed over a damaged checkpoint, using the one of step {}: {damage:#}",
@@ -115,6 +116,11 @@ impl SamplingArgs {
             ..Parameters::default()
         }
     }
+}
+
+/// More tokens than a text has: each stands for a byte at least, and `</s>` comes before.
+pub(crate) fn tokens_at_most(text: &str) -> usize {
+    text.len() + 1
 }
 
 /// A refusal, under the name of the argument.

@@ -1,6 +1,6 @@
 //! `ferropt score`: how likely a model finds texts.
 
-use crate::model::{ModelArgs, refused, text_field};
+use crate::model::{ModelArgs, refused, text_field, tokens_at_most};
 use anyhow::{Context, Result, ensure};
 use ferropt_engine::{Handle, Request, Score, scoring};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -61,7 +61,8 @@ fn score(args: &Args) -> Result<()> {
         None => ("standard input".into(), read_input()?, false),
     };
     let items = items(&text, jsonl).with_context(|| format!("cannot use {name}"))?;
-    let engine = &args.model.open(args.batch)?.engine;
+    let longest = items.iter().map(|(_, context, text)| tokens_at_most(context) + tokens_at_most(text)).max();
+    let engine = &args.model.open(args.batch, longest)?.engine;
     let request = |(line, context, text): &Item| -> Result<Request> {
         let named = || format!("line {line} of {name}");
         let request = scoring(engine.tokenizer(), context, text).with_context(named)?;

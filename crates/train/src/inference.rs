@@ -25,12 +25,15 @@ pub struct Opening {
     pub threads: Option<usize>,
     /// Texts that are computed together, at least 1.
     pub sequences: usize,
+    /// Tokens of the longest text, what is generated included, for which the cache has room; as many as the model has
+    /// positions when absent.
+    pub longest: Option<usize>,
 }
 
 impl Default for Opening {
     /// One text at a time.
     fn default() -> Self {
-        Opening { checkpoint: None, weights: None, threads: None, sequences: 1 }
+        Opening { checkpoint: None, weights: None, threads: None, sequences: 1, longest: None }
     }
 }
 

@@ -56,9 +56,9 @@ fn check<E: Element>(format: WeightFormat) {
         few(1000, 64, 200, true),
         few(37, 12, 200, true),
         few(64, 8, 200, false),
-        few(23, 7, 24, true),
-        few(500, 20, 24, false),
-        few(4, 4, 24, true),
+        few(23, 7, 13, true),
+        few(500, 20, 13, false),
+        few(60, 9, 12, true),
     ]
     .into_iter()
     .enumerate()
