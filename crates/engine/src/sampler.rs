@@ -127,8 +127,8 @@ fn adjust(p: &Parameters, place: Place<'_>, logits: &mut [f32]) {
         seen.dedup();
         for id in seen {
             if let Some(logit) = get(logits, id) {
-                let factor = if logit > 0.0 { 1.0 / p.repetition_penalty } else { p.repetition_penalty };
-                logits[id as usize] = logit * factor;
+                let r = p.repetition_penalty;
+                logits[id as usize] = if logit > 0.0 { logit / r } else { logit * r };
             }
         }
     }

@@ -105,6 +105,13 @@ impl<D: Device> Decoder<D> {
         &self.config
     }
 
+    /// Bytes of all matrices, which each pass reads once, but for the rows of embeddings.
+    pub fn bytes(&self, device: &D) -> usize {
+        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.out, &l.fc1, &l.fc2]).map(|l| &l.weight);
+        let projections = self.projections.iter().flat_map(|(a, b)| [a, b]);
+        layers.chain(projections).chain([&self.tokens]).map(|w| device.packed_bytes(w)).sum()
+    }
+
     /// Runs new tokens, those of one segment after those of another, through all layers, and appends their keys and
     /// values to the cache. A token's results have the same bits whatever else is in the call and however its sequence
     /// was cut into calls.
