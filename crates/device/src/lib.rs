@@ -16,6 +16,7 @@
 
 pub mod cpu;
 mod element;
+pub mod quantise;
 pub mod rng;
 mod timed;
 
@@ -297,6 +298,15 @@ pub trait Device: Send + Sync + Sized + 'static {
         n: usize,
         k: usize,
         rows: &mut dyn FnMut(std::ops::Range<usize>, &mut [f32]) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self::Packed>;
+    /// The same for a matrix whose numbers were rounded before. `rows` fills codes and groups of a range of rows. Fails
+    /// when the format has no codes, or a code is too large for it.
+    fn pack_codes(
+        &self,
+        format: WeightFormat,
+        n: usize,
+        k: usize,
+        rows: &mut dyn FnMut(std::ops::Range<usize>, quantise::Codes<'_>) -> anyhow::Result<()>,
     ) -> anyhow::Result<Self::Packed>;
     /// Bytes that a packed matrix takes, all of which a product reads.
     fn packed_bytes(&self, w: &Self::Packed) -> usize;

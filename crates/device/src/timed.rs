@@ -88,6 +88,15 @@ macro_rules! timed {
             ) -> anyhow::Result<Self::Packed> {
                 self.inner.pack_weight(format, n, k, rows)
             }
+            fn pack_codes(
+                &self,
+                format: WeightFormat,
+                n: usize,
+                k: usize,
+                rows: &mut dyn FnMut(std::ops::Range<usize>, quantise::Codes<'_>) -> anyhow::Result<()>,
+            ) -> anyhow::Result<Self::Packed> {
+                self.inner.pack_codes(format, n, k, rows)
+            }
             fn packed_bytes(&self, w: &Self::Packed) -> usize {
                 self.inner.packed_bytes(w)
             }

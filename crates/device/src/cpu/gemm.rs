@@ -379,10 +379,14 @@ pub(super) fn micro_kernel<S: Simd, M: Mac<S>, W: Element, const MR: usize, cons
         prefetch_l2(next);
         prefetch(a.as_ptr().wrapping_add(AHEAD * MR));
         next = next.wrapping_add(next_step);
-        let b: [S::F; NV] = std::array::from_fn(|j| load_units(s, &b[j * S::LANES..]));
+        // A closure would not always be inlined, and then it lacks the instructions.
+        let mut columns = [s.zero(); NV];
+        for (j, column) in columns.iter_mut().enumerate() {
+            *column = load_units(s, &b[j * S::LANES..]);
+        }
         for (i, row) in acc.iter_mut().enumerate() {
             let a = s.splat(a[i]);
-            for (v, b) in row.iter_mut().zip(b) {
+            for (v, b) in row.iter_mut().zip(columns) {
                 *v = M::mac(s, a, b, *v);
             }
         }

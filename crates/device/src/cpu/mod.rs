@@ -254,6 +254,16 @@ impl Device for CpuDevice {
         Packed::new(self, format, n, k, rows)
     }
 
+    fn pack_codes(
+        &self,
+        format: WeightFormat,
+        n: usize,
+        k: usize,
+        rows: &mut dyn FnMut(std::ops::Range<usize>, quantise::Codes<'_>) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Packed> {
+        Packed::from_codes(self, format, n, k, rows)
+    }
+
     fn packed_bytes(&self, w: &Packed) -> usize {
         w.bytes()
     }

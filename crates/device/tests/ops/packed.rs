@@ -1,4 +1,5 @@
 use ferropt_device::cpu::{CpuDevice, Packed};
+use ferropt_device::quantise::{GROUP, round_group};
 use ferropt_device::{Activation, Device, Element, WeightFormat, bf16};
 
 use crate::*;
@@ -62,7 +63,7 @@ fn rows_come_back_within_the_formats_rounding() {
 
 fn check<E: Element>(format: WeightFormat) {
     for (n, k) in SHAPES {
-        for m in ROWS {
+        for m in [1, 2, 5, 33, 150] {
             let (x, w): (Vec<E>, Vec<f32>) = (numbers(1, m * k, 1.0), numbers(2, n * k, 0.02));
             let (bias, residual): (Vec<f32>, Vec<f32>) = (numbers(3, n, 1.0), numbers(4, m * n, 1.0));
             let outputs = on_every_device(|device| {
@@ -177,6 +178,41 @@ fn embeddings_are_rows_and_sums_of_rows() {
             assert!(got.iter().zip(a.iter().zip(b)).all(|(got, (a, b))| *got == a + b));
         }
     }
+}
+
+#[test]
+fn codes_are_packed_as_rounding_would() {
+    let device = CpuDevice::new(Default::default()).unwrap();
+    for (n, k) in SHAPES {
+        let w: Vec<f32> = numbers(1, n * k, 0.02);
+        for format in [WeightFormat::Int8, WeightFormat::Int4] {
+            let packed = device
+                .pack_codes(format, n, k, &mut |range, out| {
+                    let count = k.div_ceil(GROUP);
+                    for (i, row) in range.enumerate() {
+                        for (g, w) in w[row * k..(row + 1) * k].chunks(GROUP).enumerate() {
+                            let at = i * count + g;
+                            let codes = (&mut out.codes[at * GROUP..][..GROUP]).try_into().unwrap();
+                            out.groups[at] = round_group(format, w, codes);
+                        }
+                    }
+                    Ok(())
+                })
+                .unwrap();
+            let rounded = pack(&device, format, (n, k), &w);
+            assert!(same_bits(&unpacked(&device, &packed, (n, k)), &unpacked(&device, &rounded, (n, k))));
+        }
+    }
+    let refused = |format, code| {
+        let packed = device.pack_codes(format, 3, 64, &mut |_, out| {
+            out.codes[70] = code;
+            Ok(())
+        });
+        packed.err().unwrap().to_string()
+    };
+    let too_large = refused(WeightFormat::Int4, 16);
+    assert!(too_large.contains("row 1") && too_large.contains("16"), "{too_large}");
+    assert!(refused(WeightFormat::F32, 0).contains("no codes"));
 }
 
 #[test]

@@ -12,13 +12,13 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::quantise::{self, GROUP, Group};
 use super::{Finish, ReadRows, Rows, read_panels};
-use crate::Element;
 use crate::cpu::buffer::Shards;
 use crate::cpu::gemm::Epilogue;
 use crate::cpu::simd::{Isa, Simd, dispatch, prefetch_l2, with_avx512};
 use crate::cpu::{CpuBuf, CpuDevice, Scratch};
+use crate::quantise::{self, Codes, GROUP, Group};
+use crate::{Element, WeightFormat};
 
 /// Columns of a panel.
 const NR: usize = 48;
@@ -31,12 +31,29 @@ const NEAR: usize = 512 << 10;
 
 /// How many bits a weight has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Bits {
+enum Bits {
     Eight,
     Four,
 }
 
 impl Bits {
+    fn of(format: WeightFormat) -> anyhow::Result<Bits> {
+        match format {
+            WeightFormat::Int8 => Ok(Bits::Eight),
+            WeightFormat::Int4 => Ok(Bits::Four),
+            WeightFormat::F32 | WeightFormat::Bf16 => {
+                anyhow::bail!("{} has no codes; int8 and int4 do", format.name())
+            }
+        }
+    }
+
+    fn format(self) -> WeightFormat {
+        match self {
+            Bits::Eight => WeightFormat::Int8,
+            Bits::Four => WeightFormat::Int4,
+        }
+    }
+
     /// Words of codes in a group of a panel.
     const fn words(self) -> usize {
         match self {
@@ -62,29 +79,74 @@ pub(super) struct Panels {
     data: CpuBuf<u32>,
 }
 
+impl Panels {
+    fn zeros(format: WeightFormat, n: usize, k: usize) -> anyhow::Result<Panels> {
+        let (bits, groups) = (Bits::of(format)?, k.div_ceil(GROUP));
+        Ok(Panels { bits, n, groups, data: CpuBuf::zeroed(n.div_ceil(NR) * groups * bits.stride())? })
+    }
+}
+
 /// Rounds and packs a matrix.
 pub(super) fn pack(
     device: &CpuDevice,
-    bits: Bits,
+    format: WeightFormat,
     n: usize,
     k: usize,
     read: ReadRows,
 ) -> anyhow::Result<Panels> {
-    let groups = k.div_ceil(GROUP);
-    let mut data = CpuBuf::zeroed(n.div_ceil(NR) * groups * bits.stride())?;
-    read_panels(device, (n, k, NR), read, &mut data, |rows, out| {
+    let mut panels = Panels::zeros(format, n, k)?;
+    let bits = panels.bits;
+    read_panels(device, (n, k, NR), read, &mut panels.data, |rows, out| {
         for (column, row) in rows.chunks_exact(k).enumerate() {
             for (w, out) in row.chunks(GROUP).zip(out.chunks_exact_mut(bits.stride())) {
                 let mut codes = [0; GROUP];
-                let group = match bits {
-                    Bits::Eight => quantise::eight_bits(w, &mut codes),
-                    Bits::Four => quantise::four_bits(w, &mut codes),
-                };
+                let group = quantise::round_group(format, w, &mut codes);
                 put(bits, out, column, group, &codes);
             }
         }
     })?;
-    Ok(Panels { bits, n, groups, data })
+    Ok(panels)
+}
+
+/// Packs a matrix that was rounded before, a panel of rows at a time.
+pub(super) fn pack_codes(
+    device: &CpuDevice,
+    format: WeightFormat,
+    n: usize,
+    k: usize,
+    read: &mut dyn FnMut(Range<usize>, Codes<'_>) -> anyhow::Result<()>,
+) -> anyhow::Result<Panels> {
+    let most = quantise::largest_code(format);
+    let mut panels = Panels::zeros(format, n, k)?;
+    let (bits, count) = (panels.bits, panels.groups);
+    let mut codes = vec![0; NR * count * GROUP];
+    let mut groups = vec![Group { scale: bf16::ZERO, min: bf16::ZERO }; NR * count];
+    for (p, out) in panels.data.chunks_exact_mut(count * bits.stride()).enumerate() {
+        let rows = p * NR..((p + 1) * NR).min(n);
+        let codes = &mut codes[..rows.len() * count * GROUP];
+        let groups = &mut groups[..rows.len() * count];
+        read(rows.clone(), Codes { codes, groups })?;
+        if let Some(at) = codes.iter().position(|code| Some(*code) > most) {
+            let row = rows.start + at / (count * GROUP);
+            anyhow::bail!(
+                "row {row} has the code {}, and {} has none above {most:?}",
+                codes[at],
+                format.name()
+            );
+        }
+        let shards = Shards::new(out);
+        device.pool.for_each(count, |g, _| {
+            // SAFETY: each task writes its own group of the panel.
+            let out = unsafe { shards.range(g * bits.stride()..(g + 1) * bits.stride()) };
+            for column in 0..rows.len() {
+                let at = column * count + g;
+                let mut group = [0; GROUP];
+                group.copy_from_slice(&codes[at * GROUP..][..GROUP]);
+                put(bits, out, column, groups[at], &group);
+            }
+        });
+    }
+    Ok(panels)
 }
 
 /// Puts a column's group in its place in a panel.
@@ -122,19 +184,14 @@ impl Panels {
         for (group, out) in panel.chunks_exact(stride).zip(out.chunks_mut(GROUP)) {
             let (words, numbers) = group.split_at(self.bits.words());
             let numbers: &[bf16] = bytemuck::cast_slice(numbers);
-            let scale = numbers[column].to_f32();
+            let min = if self.bits == Bits::Four { numbers[NR + column] } else { bf16::ZERO };
+            let group = Group { scale: numbers[column], min };
             for (j, out) in out.iter_mut().enumerate() {
-                *out = match self.bits {
-                    Bits::Eight => {
-                        let code = words[j / 4 * NR + column].to_le_bytes()[j % 4];
-                        scale * (code as f32 - 128.0)
-                    }
-                    Bits::Four => {
-                        let byte = words[j / 8 * NR + column].to_le_bytes()[j % 4];
-                        let code = byte >> (j % 8 / 4 * 4) & 15;
-                        Group { scale: numbers[column], min: numbers[NR + column] }.value(code)
-                    }
+                let code = match self.bits {
+                    Bits::Eight => words[j / 4 * NR + column].to_le_bytes()[j % 4],
+                    Bits::Four => words[j / 8 * NR + column].to_le_bytes()[j % 4] >> (j % 8 / 4 * 4) & 15,
                 };
+                *out = group.value(self.bits.format(), code);
             }
         }
     }

@@ -7,7 +7,6 @@
 
 mod float;
 mod groups;
-mod quantise;
 
 use half::bf16;
 
@@ -15,6 +14,7 @@ use super::buffer::Shards;
 use super::gemm::Epilogue;
 use super::simd::{Simd, dispatch};
 use super::{CpuBuf, CpuDevice};
+use crate::quantise::Codes;
 use crate::{Activation, Buffer, DType, Element, WeightFormat};
 
 /// Rows of a matrix as f32: fills the slice with the rows of the range.
@@ -51,10 +51,22 @@ impl Packed {
                 Data::Words(float::words(device, DType::Bf16, n, k, read)?)
             }
             WeightFormat::Bf16 => Data::Halves(float::halves(device, n, k, read)?),
-            WeightFormat::Int8 => Data::Groups(groups::pack(device, groups::Bits::Eight, n, k, read)?),
-            WeightFormat::Int4 => Data::Groups(groups::pack(device, groups::Bits::Four, n, k, read)?),
+            WeightFormat::Int8 | WeightFormat::Int4 => {
+                Data::Groups(groups::pack(device, format, n, k, read)?)
+            }
         };
         Ok(Packed { n, k, data })
+    }
+
+    pub(super) fn from_codes(
+        device: &CpuDevice,
+        format: WeightFormat,
+        n: usize,
+        k: usize,
+        read: &mut dyn FnMut(std::ops::Range<usize>, Codes<'_>) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Packed> {
+        anyhow::ensure!(n > 0 && k > 0, "a weight matrix of {n} x {k} has no elements");
+        Ok(Packed { n, k, data: Data::Groups(groups::pack_codes(device, format, n, k, read)?) })
     }
 
     /// Bytes that it takes.

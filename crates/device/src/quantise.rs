@@ -2,16 +2,50 @@
 
 use half::bf16;
 
-use crate::Element;
+use crate::{Element, WeightFormat};
 
 /// Numbers that share a scale. Divides the widths of all of OPT's matrices; a rest is filled with zeros.
 pub const GROUP: usize = 64;
 
-/// A group of weights: `w = scale * code + min`.
+/// Scale and minimum of a group of weights: `w = scale * code + min`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Group {
-    pub(super) scale: bf16,
-    pub(super) min: bf16,
+pub struct Group {
+    /// Distance of neighbouring codes.
+    pub scale: bf16,
+    /// What code 0 stands for. With 8 bits it is not stored: code 128 stands for 0.
+    pub min: bf16,
+}
+
+/// The largest code of a format, if it is one of codes.
+pub fn largest_code(format: WeightFormat) -> Option<u8> {
+    match format {
+        WeightFormat::Int8 => Some(255),
+        WeightFormat::Int4 => Some(15),
+        WeightFormat::F32 | WeightFormat::Bf16 => None,
+    }
+}
+
+/// Rows of a matrix as codes: what [`crate::Device::pack_codes`] reads.
+pub struct Codes<'a> {
+    /// `[rows, groups, GROUP]`; what lies beyond the end of a row does not matter.
+    pub codes: &'a mut [u8],
+    /// `[rows, groups]`.
+    pub groups: &'a mut [Group],
+}
+
+/// Chooses a group's scale and minimum and rounds at most [`GROUP`] numbers to the nearest codes.
+pub fn round_group(format: WeightFormat, w: &[f32], codes: &mut [u8; GROUP]) -> Group {
+    let group = choose_group(format, w);
+    codes.fill(group.code(format, 0.0));
+    for (w, code) in w.iter().zip(codes) {
+        *code = group.code(format, *w);
+    }
+    group
+}
+
+/// A group's scale and minimum.
+pub fn choose_group(format: WeightFormat, w: &[f32]) -> Group {
+    if format == WeightFormat::Int4 { four_bits(w) } else { eight_bits(w) }
 }
 
 /// The nearest bf16 that is not smaller.
@@ -28,63 +62,57 @@ fn not_below(x: f32) -> bf16 {
     bf16::from_bits((near.to_bits() as i32 + step) as u16)
 }
 
-/// Eight bits, symmetric: codes are `128 + round(w / scale)`, so that `min` is `-128 scale`, exactly.
-pub(super) fn eight_bits(w: &[f32], codes: &mut [u8; GROUP]) -> Group {
+/// Eight bits, symmetric: codes are `128 + round(w / scale)`.
+fn eight_bits(w: &[f32]) -> Group {
     let most = w.iter().fold(0.0f32, |most, w| most.max(w.abs()));
     let scale = not_below(most / 127.0);
-    let inverse = if most > 0.0 { 1.0 / scale.to_f32() } else { 0.0 };
-    codes.fill(128);
-    for (w, code) in w.iter().zip(codes) {
-        *code = ((w * inverse).round_ties_even().clamp(-127.0, 127.0) + 128.0) as u8;
-    }
     Group { scale, min: bf16::from_f32(-128.0 * scale.to_f32()) }
 }
 
 /// Four bits between the group's smallest and largest number; among ranges that are a little narrower, which round most
 /// numbers more finely and cut a few, the one with the smallest sum of squared errors is taken.
-pub(super) fn four_bits(w: &[f32], codes: &mut [u8; GROUP]) -> Group {
+fn four_bits(w: &[f32]) -> Group {
     let low = w.iter().copied().fold(0.0f32, f32::min);
     let high = w.iter().copied().fold(0.0f32, f32::max);
-    codes.fill(0);
-    if high == low {
-        return Group { scale: bf16::ZERO, min: bf16::ZERO };
-    }
     let mut best = (f32::INFINITY, Group { scale: bf16::ZERO, min: bf16::ZERO });
     for shrink in [1.0, 0.95, 0.9, 0.85, 0.8] {
         let min = bf16::from_f32(low * shrink);
-        let scale = bf16::from_f32((high * shrink - min.to_f32()) / 15.0);
-        if scale == bf16::ZERO {
-            continue;
-        }
-        let group = Group { scale, min };
-        let error: f32 = w.iter().map(|w| (group.value(group.four_bit_code(*w)) - w).powi(2)).sum();
+        let group = Group { scale: bf16::from_f32((high * shrink - min.to_f32()) / 15.0), min };
+        let rounded = |w: f32| group.value(WeightFormat::Int4, group.code(WeightFormat::Int4, w));
+        let error: f32 = w.iter().map(|w| (rounded(*w) - w).powi(2)).sum();
         if error < best.0 {
             best = (error, group);
         }
     }
-    let group = best.1;
-    if group.scale != bf16::ZERO {
-        for (w, code) in w.iter().zip(codes) {
-            *code = group.four_bit_code(*w);
-        }
-    }
-    group
+    best.1
 }
 
 impl Group {
-    fn four_bit_code(self, w: f32) -> u8 {
-        ((w - self.min.to_f32()) / self.scale.to_f32()).round_ties_even().clamp(0.0, 15.0) as u8
+    /// The nearest code of a number.
+    pub fn code(self, format: WeightFormat, w: f32) -> u8 {
+        let scale = self.scale.to_f32();
+        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        if format == WeightFormat::Int4 {
+            ((w - self.min.to_f32()) * inverse).round_ties_even().clamp(0.0, 15.0) as u8
+        } else {
+            ((w * inverse).round_ties_even().clamp(-127.0, 127.0) + 128.0) as u8
+        }
     }
 
     /// The number that a code stands for.
-    pub(super) fn value(self, code: u8) -> f32 {
-        self.scale.to_f32() * code as f32 + self.min.to_f32()
+    pub fn value(self, format: WeightFormat, code: u8) -> f32 {
+        let scale = self.scale.to_f32();
+        if format == WeightFormat::Int4 {
+            scale * code as f32 + self.min.to_f32()
+        } else {
+            scale * (code as f32 - 128.0)
+        }
     }
 }
 
 /// Eight bits of activations, symmetric, to the nearest (ties to even). Returns the scale and the sum of the numbers.
 #[inline(always)]
-pub(super) fn activations<E: Element>(x: &[E], codes: &mut [i8; GROUP]) -> (f32, i32) {
+pub(crate) fn activations<E: Element>(x: &[E], codes: &mut [i8; GROUP]) -> (f32, i32) {
     /// Added to a small number it leaves the nearest integer in the lowest bits.
     const MAGIC: f32 = 12_582_912.0;
     let mut wide = [0.0f32; GROUP];
@@ -118,15 +146,15 @@ mod tests {
         for scale in [1e-6, 0.01, 1.0, 1e4] {
             let w = numbers(scale);
             let mut codes = [0; GROUP];
-            let g = eight_bits(&w, &mut codes);
+            let g = round_group(WeightFormat::Int8, &w, &mut codes);
             for (w, code) in w.iter().zip(codes) {
-                let got = g.scale.to_f32() * (code as f32 - 128.0);
+                let got = g.value(WeightFormat::Int8, code);
                 assert!((got - w).abs() <= 0.501 * g.scale.to_f32(), "{w} {got}");
-                assert!((g.value(code) - got).abs() <= 1e-4 * g.scale.to_f32());
             }
-            let g = four_bits(&w, &mut codes);
+            let g = round_group(WeightFormat::Int4, &w, &mut codes);
             let rms = |e: f32| (e / GROUP as f32).sqrt();
-            let error = rms(w.iter().zip(codes).map(|(w, c)| (g.value(c) - w).powi(2)).sum());
+            let value = |code| g.value(WeightFormat::Int4, code);
+            let error = rms(w.iter().zip(codes).map(|(w, c)| (value(c) - w).powi(2)).sum());
             // Even rounding of this range would give 1/sqrt(12) of a fifteenth.
             assert!(error < 0.31 * scale / 15.0, "{error} of {scale}");
             let mut codes = [0; GROUP];
@@ -140,17 +168,17 @@ mod tests {
 
     #[test]
     fn groups_of_nothing_are_nothing() {
-        let mut codes = [7; GROUP];
-        let g = four_bits(&[0.0; 9], &mut codes);
-        assert_eq!(g.value(codes[0]), 0.0);
-        let g = eight_bits(&[0.0; 9], &mut codes);
-        assert_eq!(g.value(codes[0]), 0.0);
+        for format in [WeightFormat::Int8, WeightFormat::Int4] {
+            let mut codes = [7; GROUP];
+            let g = round_group(format, &[0.0; 9], &mut codes);
+            assert!(codes.iter().all(|code| g.value(format, *code) == 0.0));
+        }
         assert_eq!(activations(&[0.0f32; 5], &mut [1; GROUP]), (0.0, 0));
     }
 
     #[test]
     fn scales_are_rounded_up() {
-        for x in [0.0, 1.0, 1.001, 3.1415927, 1e-30, 255.9] {
+        for x in [0.0, 1.0, 1.001, 3.3, 1e-30, 255.9] {
             let up = not_below(x).to_f32();
             assert!(up >= x && up <= x * 1.008, "{x} {up}");
         }
