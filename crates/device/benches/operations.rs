@@ -109,6 +109,8 @@ fn main() -> anyhow::Result<()> {
     products::<bf16>(&bench);
     attention::<f32>(&bench);
     attention::<bf16>(&bench);
+    paged::<f32>(&bench);
+    paged::<bf16>(&bench);
     loss::<f32>(&bench);
     loss::<bf16>(&bench);
     optimizers(&bench);
@@ -227,6 +229,35 @@ fn attention<E: Element>(b: &Bench) {
         let work = Work { dtype: E::DTYPE, flops: 2.5 * forward, bytes: (e * N * 8 * C) as f64 };
         b.line(&format!("attention_backward{name}"), work, |d| {
             d.attention_backward(s, &qkv, None, dropout, &out, &lse, &out, &mut dqkv);
+        });
+    }
+}
+
+/// New tokens over a paged cache: a whole prompt, its last piece, and one token of each of several texts.
+fn paged<E: Element>(b: &Bench) {
+    let e = E::DTYPE.size();
+    for (name, texts, past, rows) in [
+        ("prompt", 1, 0, N),
+        ("last 512", 1, N - 512, 512),
+        ("1 token", 1, N - 1, 1),
+        ("1 token of 32", 32, 511, 1),
+    ] {
+        let each = (past + rows).div_ceil(PAGE);
+        let pages: Vec<u32> = (0..(texts * each) as u32).collect();
+        let segments: Vec<Segment<'_>> =
+            pages.chunks(each).map(|pages| Segment { rows, past, pages }).collect();
+        let qkv = b.numbers::<E>(1, texts * rows * 3 * C);
+        let mut out = b.zeros::<E>(texts * rows * C);
+        let side = || b.numbers::<E>(2, pages.len() * PAGE * C);
+        let (mut k, mut v) = (side(), side());
+        let pairs = texts * rows * (2 * past + rows + 1) / 2;
+        let work = Work {
+            dtype: E::DTYPE,
+            flops: 4.0 * (pairs * C) as f64,
+            bytes: (2 * e * texts * (past + rows) * C) as f64,
+        };
+        b.line(&format!("attention_paged, {name}"), work, |d| {
+            d.attention_paged(H, C / H, &segments, &qkv, &mut k, &mut v, &mut out);
         });
     }
 }

@@ -126,6 +126,20 @@ pub struct AttentionShape {
     pub width: usize,
 }
 
+/// Tokens in a page of a KV cache.
+pub const PAGE: usize = 64;
+
+/// New tokens of one sequence, in [`Device::attention_paged`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment<'a> {
+    /// How many.
+    pub rows: usize,
+    /// Tokens before them, whose keys and values are in the cache.
+    pub past: usize,
+    /// The sequence's pages, in order; at least as many as `past + rows` tokens need.
+    pub pages: &'a [u32],
+}
+
 /// Sizes of the fused LM head and loss.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LossShape {
@@ -224,7 +238,8 @@ pub trait Device: Send + Sync + Sized + 'static {
         dtable: &mut Self::Buf<f32>,
     );
 
-    /// Layer norm over the last axis, eps 1e-5. `x` [N, C] f32; `y` [N, C]; `mean`, `rstd` `[N]`.
+    /// Layer norm over the last axis, eps 1e-5. `x` [N, C] f32; `y` [N, C]; `mean`, `rstd` `[N]`, whose length says how
+    /// many rows there are: `x` and `y` may be longer.
     /// `y_f32`, when given, also receives the result in f32 (post-LN, where it is the residual stream).
     fn layer_norm<E: Element>(
         &self,
@@ -381,19 +396,33 @@ pub trait Device: Send + Sync + Sized + 'static {
         dout: &Self::Buf<E>,
         dqkv: &mut Self::Buf<E>,
     );
-    /// Attention of `count` new tokens of one sequence over a KV cache that holds `past` tokens. Appends their k and
-    /// v to `k_cache`, `v_cache` [capacity, H*D] at rows `past ..`, then attends causally.
-    /// `qkv` [count, 3*H*D], `out` [count, H*D].
-    fn attention_cached<E: Element>(
+    /// Causal attention of new tokens of many sequences over their KV caches, which are pages of [`PAGE`] tokens. Appends
+    /// the new tokens' k and v, then attends. A token's result has the same bits whatever else is in the call and however
+    /// its sequence was cut into calls.
+    ///
+    /// `qkv` [N, 3*H*D] and `out` [N, H*D] hold the rows of all segments, one after the other. Page p of `k_pages` is
+    /// [H, D, PAGE] (keys as columns), of `v_pages` [H, PAGE, D]. Sequences may share pages that nothing is appended to.
+    fn attention_paged<E: Element>(
         &self,
         heads: usize,
         width: usize,
-        past: usize,
-        count: usize,
+        segments: &[Segment<'_>],
         qkv: &Self::Buf<E>,
-        k_cache: &mut Self::Buf<E>,
-        v_cache: &mut Self::Buf<E>,
+        k_pages: &mut Self::Buf<E>,
+        v_pages: &mut Self::Buf<E>,
         out: &mut Self::Buf<E>,
+    );
+    /// Copies blocks of `size` elements within a buffer: of each pair, the first block to the second, pair after pair.
+    fn copy_blocks<T: Element>(&self, size: usize, pairs: &[(u32, u32)], x: &mut Self::Buf<T>);
+    /// Of each of the first `rows` rows of `x` [rows, width], the logarithm of the sum of exponentials, and the place of
+    /// the largest element (the first of equal ones).
+    fn log_sum_exp(
+        &self,
+        rows: usize,
+        width: usize,
+        x: &Self::Buf<f32>,
+        lse: &mut Self::Buf<f32>,
+        largest: &mut Self::Buf<u32>,
     );
 
     /// Cross-entropy of a tied LM head, in chunks of rows so that the [N, V] logits never exist.

@@ -142,8 +142,11 @@ timed! {
     fn attention_backward<E>(s: AttentionShape, qkv: &Self::Buf<E>, doc_start: Option<&Self::Buf<u32>>,
         dropout: Option<Dropout>, out: &Self::Buf<E>, lse: &Self::Buf<f32>, dout: &Self::Buf<E>,
         dqkv: &mut Self::Buf<E>);
-    fn attention_cached<E>(heads: usize, width: usize, past: usize, count: usize, qkv: &Self::Buf<E>,
-        k_cache: &mut Self::Buf<E>, v_cache: &mut Self::Buf<E>, out: &mut Self::Buf<E>);
+    fn attention_paged<E>(heads: usize, width: usize, segments: &[Segment<'_>], qkv: &Self::Buf<E>,
+        k_pages: &mut Self::Buf<E>, v_pages: &mut Self::Buf<E>, out: &mut Self::Buf<E>);
+    fn copy_blocks<T>(size: usize, pairs: &[(u32, u32)], x: &mut Self::Buf<T>);
+    fn log_sum_exp(rows: usize, width: usize, x: &Self::Buf<f32>, lse: &mut Self::Buf<f32>,
+        largest: &mut Self::Buf<u32>);
     fn lm_loss<E>(s: LossShape, h: &Self::Buf<E>, w: &Self::Buf<E>, targets: &Self::Buf<u32>,
         losses: &mut Self::Buf<f32>);
     fn lm_loss_backward<E>(s: LossShape, h: &Self::Buf<E>, w: &Self::Buf<E>, targets: &Self::Buf<u32>, scale: f32,

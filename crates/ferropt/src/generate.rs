@@ -1,43 +1,58 @@
-//! `ferropt generate`: continues a text with a trained model.
+//! `ferropt generate`: continues texts with a trained model.
 
-use anyhow::{Context, ensure};
-use ferropt_model::{Choice, Sampler};
-use ferropt_train::inference::{Completion, Inference};
+use crate::model::{ModelArgs, SamplingArgs, refused, text_field, tokens_at_most, unescaped};
+use anyhow::{Context, Result, ensure};
+use ferropt_engine::{Completion, Event, Handle, Parameters, Request, Text, Token};
+use serde_json::{Value, json};
 use std::io::{ErrorKind, IsTerminal, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Arguments of `ferropt generate`.
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES, args_override_self = true)]
 pub(crate) struct Args {
-    /// Run folder of `ferropt train`, or one checkpoint directory
-    #[arg(long, value_name = "RUN")]
-    model: PathBuf,
-    /// Step of the checkpoint; the latest whole one unless given
-    #[arg(long, value_name = "STEP")]
-    checkpoint: Option<u64>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// Tokens to generate at most; ends earlier at the end of a document
     #[arg(long, value_name = "N", default_value_t = 100)]
     max_tokens: usize,
-    /// Always take the likeliest token
-    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "seed"])]
-    greedy: bool,
-    /// Divides the logits; below 1 is more careful, above 1 wilder
-    #[arg(long, value_name = "X", default_value_t = 1.0, allow_negative_numbers = true, value_parser = temperature)]
-    temperature: f32,
-    /// Choose among the K likeliest tokens
-    #[arg(long, value_name = "K", value_parser = top_k)]
-    top_k: Option<usize>,
-    /// Choose among the likeliest tokens that together have probability P
-    #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true, value_parser = top_p)]
-    top_p: f32,
-    /// Seed of the choices; the same seed gives the same text
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    seed: u64,
-    /// Threads; all available unless given. The text does not depend on it
+    /// Tokens to generate at least
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    min_tokens: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// End the text before this string (\n is a line end); may be repeated
+    #[arg(long, value_name = "TEXT", action = clap::ArgAction::Append)]
+    stop: Vec<String>,
+    /// Go on at the end of a document
+    #[arg(long)]
+    ignore_end: bool,
+    /// Texts for each prompt
+    #[arg(long, value_name = "N", default_value_t = 1, hide_default_value = true)]
+    n: usize,
+    /// Compute so many texts, and print the N likeliest
     #[arg(long, value_name = "N")]
-    threads: Option<usize>,
-    /// Print one JSON object when done: prompt, text, tokens, finish_reason, seconds, tokens_per_second
+    best_of: Option<usize>,
+    /// Search for the likeliest text, with so many candidates at a time
+    #[arg(long, value_name = "N", conflicts_with_all = ["greedy", "temperature"])]
+    beams: Option<usize>,
+    /// With --beams: above 0 favours longer texts
+    #[arg(long, value_name = "X", default_value_t = 1.0, requires = "beams", allow_negative_numbers = true)]
+    length_penalty: f32,
+    /// With --json: log-probability of each token, and of the K likeliest at its place
+    #[arg(long, value_name = "K", requires = "json")]
+    log_probs: Option<usize>,
+    /// With --log-probs: those of the prompt's tokens too
+    #[arg(long, requires = "log_probs")]
+    echo: bool,
+    /// Continue each line of a file, or the "prompt" of each object of a .jsonl file
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    file: Option<PathBuf>,
+    /// With --file: texts that are computed together. They do not depend on it
+    #[arg(long, value_name = "N", default_value_t = 16, requires = "file")]
+    batch: usize,
+    /// Print a JSON object for each text: prompt, text, tokens, finish_reason, seconds, tokens_per_second
     #[arg(long)]
     json: bool,
     /// Text to continue; standard input is read when it is absent
@@ -50,94 +65,204 @@ Examples:
   ferropt generate --model runs/a --greedy --max-tokens 50 \"fn main() {\"
   ferropt generate --model runs/a --checkpoint 2000 --temperature 0.8 --top-k 40 --seed 7 \"The sea\"
   ferropt generate --model runs/a --json \"The sea\" | jq -r .text
+  ferropt generate --model runs/a --weights int8 --stop '\\n' --n 3 \"The sea\"
+  ferropt generate --model runs/a --beams 4 \"The sea\"
+  ferropt generate --model runs/a --file prompts.jsonl --json > texts.jsonl
   cat prompt.txt | ferropt generate --model runs/a";
 
-pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let prompt = match args.prompt {
-        Some(prompt) => prompt,
-        None => read_prompt()?,
+pub(crate) fn run(args: Args) -> Result<()> {
+    let parameters = args.parameters();
+    parameters.check().map_err(refused)?;
+    let result = match &args.file {
+        Some(file) => run_file(&args, file, &parameters),
+        None => run_prompt(&args, parameters),
     };
-    let choice = if args.greedy {
-        Choice::Greedy
-    } else {
-        Choice::Sample { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p }
-    };
-    let sampler = Sampler::new(choice, args.seed)?;
-    let model = Inference::open(&args.model, args.checkpoint, args.threads)?;
-    for damage in model.damaged() {
-        eprintln!(
-            "warning: passed over a damaged checkpoint, using the one of step {}: {damage:#}",
-            model.step()
-        );
-    }
-    let printed = if args.json {
-        print_json(&model, &prompt, args.max_tokens, &sampler)
-    } else {
-        stream(&model, &prompt, args.max_tokens, &sampler)
-    };
-    match printed {
+    match result {
         // Whoever reads has seen enough, as `head` does.
         Err(error)
             if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) =>
         {
             Ok(())
         }
-        printed => printed,
+        result => result,
     }
 }
 
+impl Args {
+    fn parameters(&self) -> Parameters {
+        Parameters {
+            max_tokens: Some(self.max_tokens),
+            min_tokens: self.min_tokens,
+            stop: self.stop.iter().map(|stop| unescaped(stop)).collect(),
+            ignore_end: self.ignore_end,
+            n: self.n,
+            best_of: self.best_of,
+            length_penalty: self.length_penalty,
+            log_probs: self.log_probs,
+            echo: self.echo.then_some(0),
+            ..self.sampling.parameters(self.beams)
+        }
+    }
+}
+
+fn run_prompt(args: &Args, parameters: Parameters) -> Result<()> {
+    let prompt = match &args.prompt {
+        Some(prompt) => prompt.clone(),
+        None => read_prompt()?,
+    };
+    let together = parameters.computed().max(parameters.beams.unwrap_or(1));
+    let longest = tokens_at_most(&prompt).saturating_add(args.max_tokens);
+    let model = args.model.open(together, Some(longest))?;
+    let engine = &model.engine;
+    let started = Instant::now();
+    let request = Request { prompt: engine.tokenizer().encode_prompt(&prompt)?, parameters };
+    if args.json || args.n > 1 {
+        let completion = engine.submit(request).map_err(refused)?.complete()?;
+        return print(engine, &prompt, &completion, started.elapsed(), args.json);
+    }
+    stream(engine, &prompt, request, started)
+}
+
+fn run_file(args: &Args, file: &Path, parameters: &Parameters) -> Result<()> {
+    ensure!(args.batch > 0, "--batch: 0 texts at a time would never end; use 1 or more");
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let prompts = prompts(&text, file.extension().is_some_and(|e| e == "jsonl"))
+        .with_context(|| format!("cannot use {}", file.display()))?;
+    let longest = prompts.iter().map(|(_, prompt)| tokens_at_most(prompt)).max().unwrap_or(0);
+    let together = args.batch.max(parameters.beams.unwrap_or(1));
+    let engine = &args.model.open(together, Some(longest.saturating_add(args.max_tokens)))?.engine;
+    let request = |(line, prompt): &(usize, String)| -> Result<Request> {
+        let named = || format!("line {line} of {}", file.display());
+        let prompt = engine.tokenizer().encode_prompt(prompt).with_context(named)?;
+        let request = Request { prompt, parameters: parameters.clone() };
+        request.check(&engine.capacity()).map_err(refused).with_context(named)?;
+        Ok(request)
+    };
+    // Everything is looked at before anything is computed.
+    let requests: Vec<Request> = prompts.iter().map(request).collect::<Result<_>>()?;
+    let (mut done, started) = (prompts.iter(), Instant::now());
+    engine.complete_all(requests.into_iter().map(Ok), 2 * args.batch, |completion| {
+        let Some((_, prompt)) = done.next() else { return Ok(()) };
+        print(engine, prompt, &completion, started.elapsed(), args.json)
+    })
+}
+
+/// The prompts of a file, with the numbers of their lines.
+fn prompts(text: &str, jsonl: bool) -> Result<Vec<(usize, String)>> {
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let prompt = |(i, line): (usize, &str)| -> Result<(usize, String)> {
+        if !jsonl {
+            return Ok((i + 1, line.into()));
+        }
+        let parse = || -> Result<String> {
+            let object: Value = serde_json::from_str(line).context("it is not JSON")?;
+            Ok(text_field(&object, "prompt")?.into())
+        };
+        Ok((i + 1, parse().with_context(|| format!("line {}", i + 1))?))
+    };
+    let prompts: Vec<_> = lines.map(prompt).collect::<Result<_>>()?;
+    ensure!(!prompts.is_empty(), "it has no lines");
+    Ok(prompts)
+}
+
 /// Prints the prompt, then text as it is made.
-fn stream(model: &Inference, prompt: &str, max_tokens: usize, sampler: &Sampler) -> anyhow::Result<()> {
+fn stream(engine: &Handle, prompt: &str, request: Request, started: Instant) -> Result<()> {
+    let prompt_tokens = request.prompt.len();
     let mut out = std::io::stdout().lock();
-    let mut ends_line = prompt.ends_with('\n');
-    let mut begun = false;
-    let completion = model.generate(prompt, max_tokens, sampler, &mut |text| {
+    let (mut ends_line, mut begun) = (prompt.ends_with('\n'), None);
+    let mut usage = None;
+    for event in engine.submit(request).map_err(refused)? {
         // Not before the model took the prompt: an error message should stand alone.
-        if !std::mem::replace(&mut begun, true) {
+        if begun.is_none() && !matches!(event, Event::Failed(_)) {
+            begun = Some(started.elapsed());
             out.write_all(prompt.as_bytes())?;
         }
-        ends_line = text.ends_with('\n');
-        out.write_all(text.as_bytes())?;
-        Ok(out.flush()?)
-    })?;
-    if !begun {
-        out.write_all(prompt.as_bytes())?;
+        match event {
+            Event::Text { piece, .. } => {
+                ends_line = piece.text.ends_with('\n') || (piece.text.is_empty() && ends_line);
+                out.write_all(piece.text.as_bytes())?;
+                out.flush()?;
+            }
+            Event::Failed(message) => anyhow::bail!(message),
+            Event::Done(all) => usage = Some(all),
+            Event::Prompt(_) | Event::End { .. } => {}
+        }
     }
     if !ends_line {
         out.write_all(b"\n")?;
     }
     out.flush()?;
-    if std::io::stderr().is_terminal() {
-        eprintln!("{}", speed(&completion));
+    if let (true, Some(usage), Some(begun)) = (std::io::stderr().is_terminal(), usage, begun) {
+        let time = started.elapsed() - begun;
+        eprintln!(
+            "{prompt_tokens} tokens of prompt in {:.2} s, {} generated in {:.2} s: {:.1} tokens/s",
+            begun.as_secs_f64(),
+            usage.generated,
+            time.as_secs_f64(),
+            rate(usage.generated, time)
+        );
     }
     Ok(())
 }
 
-fn print_json(model: &Inference, prompt: &str, max_tokens: usize, sampler: &Sampler) -> anyhow::Result<()> {
-    let completion = model.generate(prompt, max_tokens, sampler, &mut |_| Ok(()))?;
-    let object = serde_json::json!({
+/// Prints complete texts.
+fn print(engine: &Handle, prompt: &str, completion: &Completion, time: Duration, json: bool) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    for (number, text) in completion.choices.iter().enumerate() {
+        if json {
+            writeln!(out, "{}", object(engine, prompt, completion, number, text, time))?;
+        } else {
+            let end = if text.text.ends_with('\n') { "" } else { "\n" };
+            write!(out, "{prompt}{}{end}", text.text)?;
+        }
+    }
+    Ok(out.flush()?)
+}
+
+fn object(
+    engine: &Handle,
+    prompt: &str,
+    completion: &Completion,
+    number: usize,
+    text: &Text,
+    time: Duration,
+) -> Value {
+    let mut object = json!({
         "prompt": prompt,
-        "text": completion.text,
-        "tokens": completion.tokens.len(),
-        "finish_reason": completion.finish.name(),
-        "seconds": (completion.prompt_time + completion.time).as_secs_f64(),
-        "tokens_per_second": completion.tokens_per_second(),
+        "choice": number,
+        "text": text.text,
+        "tokens": text.tokens.len(),
+        "finish_reason": text.finish.map(|finish| finish.name()),
+        "seconds": time.as_secs_f64(),
+        "tokens_per_second": rate(completion.usage.generated, time),
     });
-    Ok(writeln!(std::io::stdout(), "{object}")?)
+    let listed =
+        |tokens: &[Token]| -> Value { tokens.iter().map(|token| token_object(engine, token)).collect() };
+    if text.tokens.iter().chain(&completion.prompt).any(|token| token.log_prob.is_some()) {
+        object["log_probs"] = listed(&text.tokens);
+    }
+    if !completion.prompt.is_empty() {
+        object["prompt_log_probs"] = listed(&completion.prompt);
+    }
+    object
 }
 
-fn speed(completion: &Completion) -> String {
-    format!(
-        "{} tokens of prompt in {:.2} s, {} generated in {:.2} s: {:.1} tokens/s",
-        completion.prompt_tokens,
-        completion.prompt_time.as_secs_f64(),
-        completion.tokens.len(),
-        completion.time.as_secs_f64(),
-        completion.tokens_per_second()
-    )
+fn token_object(engine: &Handle, token: &Token) -> Value {
+    let text = |id: u32| String::from_utf8_lossy(engine.tokenizer().token_bytes(id)).into_owned();
+    let top: Vec<Value> = token
+        .top
+        .iter()
+        .map(|(id, log_prob)| json!({ "id": id, "text": text(*id), "log_prob": log_prob }))
+        .collect();
+    json!({ "id": token.id, "text": text(token.id), "log_prob": token.log_prob, "top": top })
 }
 
-fn read_prompt() -> anyhow::Result<String> {
+/// Tokens per second; 0 for none.
+fn rate(tokens: usize, time: Duration) -> f64 {
+    tokens as f64 / time.as_secs_f64().max(1e-9)
+}
+
+fn read_prompt() -> Result<String> {
     let mut input = std::io::stdin();
     ensure!(
         !input.is_terminal(),
@@ -147,22 +272,4 @@ fn read_prompt() -> anyhow::Result<String> {
     let mut prompt = String::new();
     input.read_to_string(&mut prompt).context("the prompt on standard input cannot be read as UTF-8 text")?;
     Ok(prompt)
-}
-
-fn temperature(text: &str) -> Result<f32, String> {
-    number(text).filter(|x| *x > 0.0).ok_or_else(|| "expected a number above 0, or --greedy".into())
-}
-
-fn top_p(text: &str) -> Result<f32, String> {
-    number(text)
-        .filter(|p| *p > 0.0 && *p <= 1.0)
-        .ok_or_else(|| "expected a probability above 0, up to 1".into())
-}
-
-fn top_k(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|k| *k > 0).ok_or_else(|| "expected a whole number, 1 or more".into())
-}
-
-fn number(text: &str) -> Option<f32> {
-    text.parse().ok().filter(|x: &f32| x.is_finite())
 }

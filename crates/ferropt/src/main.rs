@@ -1,10 +1,13 @@
 //! Trains OPT language models and generates from them. One file per subcommand: arguments and printing, no logic.
 
 mod bench;
+mod chat;
 mod generate;
 mod info;
+mod model;
 mod presets;
 mod quickstart;
+mod score;
 mod train;
 
 use clap::{Parser, Subcommand};
@@ -24,6 +27,8 @@ Examples:
   ferropt train config.toml                     train; the same command resumes
   ferropt train config.toml --dry-run           memory, FLOPs and time, without starting
   ferropt generate --model runs/a \"Once upon\"   continue a text with a trained model
+  ferropt chat --model runs/a                   talk with it
+  ferropt score --model runs/a texts.txt        how likely it finds texts
 
 `ferropt COMMAND --help` shows more examples.";
 
@@ -35,6 +40,10 @@ enum Command {
     Train(train::Args),
     /// Continue a text with a trained model.
     Generate(generate::Args),
+    /// Talk with a trained model.
+    Chat(chat::Args),
+    /// Tell how likely a trained model finds texts.
+    Score(score::Args),
     /// List the models that can be named, with exact parameter counts.
     Presets(presets::Args),
     /// Measure how fast this machine trains, and where the time goes.
@@ -48,6 +57,8 @@ fn main() -> ExitCode {
         Command::Quickstart(args) => quickstart::run(args),
         Command::Train(args) => train::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Chat(args) => chat::run(args),
+        Command::Score(args) => score::run(args),
         Command::Presets(args) => presets::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Info(args) => info::run(args),

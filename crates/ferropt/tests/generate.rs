@@ -1,21 +1,48 @@
-//! `ferropt generate` from a run that this test trains.
+//! `ferropt generate`, `chat` and `score` with a run that this test trains.
 
 mod lab;
 
 use lab::{Lab, ferropt, text};
+use serde_json::Value;
 use std::io::Write;
-use std::process::Stdio;
+use std::process::{Output, Stdio};
 
-#[test]
-fn generates_what_it_learnt() {
+/// A run that has learnt some sentences.
+fn trained() -> (Lab, String) {
     let lab = Lab::new();
     lab.train(&lab.config("run", 150), &["model.dropout=0", "model.attention_dropout=0"]);
     let run = lab.path("run").display().to_string();
-    let generate = |args: &[&str]| {
-        let out = ferropt().args(["generate", "--model", &run]).args(args).output().unwrap();
-        assert!(out.status.success(), "{}", text(&out));
-        String::from_utf8(out.stdout).unwrap()
-    };
+    (lab, run)
+}
+
+/// Runs a command with the model and some standard input.
+fn with_input(command: &str, run: &str, args: &[&str], input: &str) -> Output {
+    let mut child = ferropt()
+        .args([command, "--model", run])
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let out = child.wait_with_output().unwrap();
+    assert!(out.status.success(), "{command} {args:?}: {}", text(&out));
+    out
+}
+
+fn printed(out: &Output) -> String {
+    String::from_utf8(out.stdout.clone()).unwrap()
+}
+
+fn objects(out: &Output) -> Vec<Value> {
+    printed(out).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn generates_what_it_learnt() {
+    let (lab, run) = trained();
+    let generate = |args: &[&str]| printed(&with_input("generate", &run, args, ""));
     let greedy = generate(&["--greedy", "--max-tokens", "40", "The cat "]);
     assert_eq!(greedy, generate(&["--greedy", "--max-tokens", "40", "--threads", "1", "The cat "]));
     assert!(greedy.starts_with("The cat "), "{greedy}");
@@ -29,19 +56,80 @@ fn generates_what_it_learnt() {
     assert_eq!(sampled("1"), sampled("1"));
     assert_ne!(sampled("1"), sampled("2"));
     assert_eq!(generate(&["--top-k", "1", "--max-tokens", "40", "The cat "]), greedy, "top-k 1 is greedy");
+    let piped = with_input("generate", &run, &["--greedy", "--max-tokens", "40"], "The cat ");
+    assert_eq!(printed(&piped), greedy, "from standard input");
+    for weights in ["f32", "bf16", "int8", "int4"] {
+        let made = generate(&["--weights", weights, "--greedy", "--max-tokens", "20", "The cat "]);
+        assert!(made.starts_with("The cat ") && made.len() > 20, "{weights}: {made}");
+    }
 
-    let mut child = ferropt()
-        .args(["generate", "--model", &run, "--greedy", "--max-tokens", "40"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child.stdin.take().unwrap().write_all(b"The cat ").unwrap();
-    assert_eq!(
-        String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap(),
-        greedy,
-        "from standard input"
-    );
+    // A stop string is cut off, in whatever tokens it comes.
+    let stop = &greedy[20..23];
+    let stopped = generate(&["--greedy", "--max-tokens", "40", "--stop", stop, "The cat "]);
+    let end = 8 + greedy[8..].find(stop).unwrap();
+    assert_eq!(stopped.trim_end_matches('\n'), greedy[..end].trim_end_matches('\n'));
+
+    // Several prompts at once give what each gives alone.
+    let prompts = ["The cat ", "A sailor ", "My aunt likes"];
+    std::fs::write(lab.path("prompts.txt"), prompts.join("\n\n")).unwrap();
+    let json: Vec<String> = prompts.iter().map(|p| serde_json::json!({ "prompt": p }).to_string()).collect();
+    std::fs::write(lab.path("prompts.jsonl"), json.join("\n")).unwrap();
+    for name in ["prompts.txt", "prompts.jsonl"] {
+        let file = lab.path(name).display().to_string();
+        let args = ["--json", "--seed", "5", "--max-tokens", "15", "--n", "2"];
+        let all = objects(&with_input("generate", &run, &[&args[..], &["--file", &file]].concat(), ""));
+        assert_eq!(all.len(), 6);
+        for (i, prompt) in prompts.iter().enumerate() {
+            let alone = objects(&with_input("generate", &run, &[&args[..], &[prompt]].concat(), ""));
+            for choice in 0..2 {
+                assert_eq!(all[2 * i + choice]["text"], alone[choice]["text"], "{prompt} of {name}");
+                assert_eq!(alone[choice]["prompt"], *prompt);
+            }
+        }
+    }
+
+    // Log-probabilities of a text are the same when it is written, and when it is read.
+    let args =
+        ["--json", "--greedy", "--max-tokens", "12", "--log-probs", "2", "--echo", "--ignore-end", "The cat"];
+    let made = &objects(&with_input("generate", &run, &args, ""))[0];
+    assert_eq!(made["finish_reason"], "max-tokens");
+    let numbers = |list: &Value| -> Vec<f64> {
+        list.as_array().unwrap().iter().filter_map(|token| token["log_prob"].as_f64()).collect()
+    };
+    assert_eq!((numbers(&made["prompt_log_probs"]).len(), numbers(&made["log_probs"]).len()), (7, 12));
+    let pair = serde_json::json!({ "context": "The cat", "continuation": made["text"] });
+    std::fs::write(lab.path("pair.jsonl"), pair.to_string()).unwrap();
+    let pair = lab.path("pair.jsonl").display().to_string();
+    let out = with_input("score", &run, &[&pair], "");
+    let score = &objects(&out)[0];
+    assert_eq!(numbers(&score["log_probs"]), numbers(&made["log_probs"]));
+    assert_eq!((score["tokens"].as_u64(), score["greedy"].as_bool()), (Some(12), Some(true)));
+    let sum: f64 = numbers(&score["log_probs"]).iter().sum();
+    let perplexity = format!("perplexity {:.4}", (-sum / 12.0).exp());
+    assert!(text(&out).contains(&perplexity), "{perplexity}: {}", text(&out));
+
+    // Beams find nothing less likely than greedy does.
+    let total = |args: &[&str]| -> f64 {
+        let common = ["--json", "--max-tokens", "8", "--log-probs", "0", "--min-tokens", "8", "The cat "];
+        numbers(&objects(&with_input("generate", &run, &[args, &common].concat(), ""))[0]["log_probs"])
+            .iter()
+            .sum()
+    };
+    assert!(total(&["--beams", "8"]) >= total(&["--greedy"]) - 1e-6);
+
+    // Texts that the model has learnt are likelier than others.
+    let out = with_input("score", &run, &["--summary"], "The cat sees the moon.\n\nzxq vjk qqq.\n");
+    let scores = objects(&out);
+    assert_eq!((scores[0]["line"].as_u64(), scores[1]["line"].as_u64()), (Some(1), Some(3)));
+    let mean = |s: &Value| s["log_prob"].as_f64().unwrap() / s["tokens"].as_f64().unwrap();
+    assert!(mean(&scores[0]) > mean(&scores[1]) + 1.0, "{scores:?}");
+    assert!(scores[0].get("log_probs").is_none());
+
+    // A conversation, which gets longer than the model's 64 positions.
+    let args = ["--max-tokens", "10", "--system", "Talk.", "--user", "A", "--assistant", "B"];
+    let talk = printed(&with_input("chat", &run, &args, "hello\nwho is it\n\nwhat\nwhere\nwhy\n"));
+    assert!(talk.starts_with("B:") && talk.matches("\nB:").count() >= 4, "{talk}");
+    assert_eq!(talk, printed(&with_input("chat", &run, &args, "hello\nwho is it\n\nwhat\nwhere\nwhy\n")));
 }
 
 #[test]
@@ -49,17 +137,40 @@ fn refusals_say_what_to_do() {
     let lab = Lab::new();
     lab.train(&lab.config("run", 5), &[]);
     let run = lab.path("run").display().to_string();
+    let write = |name: &str, content: &str| {
+        std::fs::write(lab.path(name), content).unwrap();
+        lab.path(name).display().to_string()
+    };
     let long = "word ".repeat(50);
+    let bad = write("bad.jsonl", "{\"prompt\": \"x\"}\n{\"text\": 5}\n");
+    let lines = write("lines.txt", &format!("short\n{long}\n"));
+    let empty = write("empty.txt", "\n");
     for (args, parts) in [
-        (&["--model", "/nowhere", "x"][..], &["/nowhere"][..]),
-        (&["--model", &run, "--checkpoint", "77", "x"], &["77"]),
-        (&["--model", &run, "--top-p", "1.5", "x"], &["top-p", "1.5"]),
-        (&["--model", &run, "--temperature", "-1", "x"], &["temperature", "-1"]),
-        (&["--model", &run, &long], &["64"]),
+        (&["generate", "--model", "/nowhere", "x"][..], &["/nowhere"][..]),
+        (&["generate", "--model", &run, "--checkpoint", "77", "x"], &["77"]),
+        (&["generate", "--model", &run, "--top-p", "1.5", "x"], &["--top-p", "1.5"]),
+        (&["generate", "--model", &run, "--temperature", "-1", "x"], &["--temperature", "-1"]),
+        (&["generate", "--model", &run, "--weights", "fp8", "x"], &["fp8", "int8"]),
+        (&["generate", "--model", &run, "--logit-bias", "5", "x"], &["--logit-bias", "50=-2.5"]),
+        (&["generate", "--model", &run, "--logit-bias", "900=1", "x"], &["--logit-bias", "900", "260"]),
+        (&["generate", "--model", &run, "--n", "3", "--best-of", "2", "x"], &["--best-of", "n = 3"]),
+        (&["generate", "--model", &run, "--beams", "2", "--stop", "a", "x"], &["--beams", "stop"]),
+        (&["generate", "--model", &run, "--min-tokens", "200", "x"], &["--min-tokens", "max_tokens = 100"]),
+        (&["generate", "--model", &run, &long], &["64"]),
+        (&["generate", "--model", &run, "--file", &lines], &["line 2 of", "64"]),
+        (&["generate", "--model", &run, "--file", &bad], &["bad.jsonl", "line 2", "prompt"]),
+        (&["generate", "--model", &run, "--file", "/none.txt"], &["/none.txt"]),
+        (&["generate", "--model", &run, "--file", &empty], &["no lines"]),
+        (&["score", "--model", &run, &lines], &["line 2 of", "64"]),
+        (&["score", "--model", &run, &bad], &["bad.jsonl", "line 1", "context"]),
+        (&["score", "--model", &run, "--batch", "0", &lines], &["--batch"]),
+        (&["chat", "--model", "/nowhere"], &["/nowhere"]),
+        (&["chat", "--model", &run, "--top-k", "0"], &["--top-k"]),
     ] {
-        let out = ferropt().arg("generate").args(args).output().unwrap();
+        let out = ferropt().args(args).stdin(Stdio::null()).output().unwrap();
         let said = String::from_utf8_lossy(&out.stderr);
         assert!(!out.status.success(), "{args:?}");
         assert!(parts.iter().all(|p| said.contains(p)), "{args:?} should mention {parts:?}: {said}");
+        assert!(out.stdout.is_empty(), "{args:?}: {}", text(&out));
     }
 }

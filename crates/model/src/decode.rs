@@ -1,206 +1,409 @@
-//! Generation with a KV cache, one sequence at a time.
+//! Inference: read-only weights, and a forward pass over new tokens of many sequences at once.
 
-use crate::config::POSITION_OFFSET;
-use crate::weights::{Layer, Linear, Model, Norm};
-use anyhow::{Result, ensure};
-use ferropt_device::{Activation, Device, Element, LinearShape};
+use crate::config::{Config, POSITION_OFFSET};
+use crate::weights::Norm;
+use anyhow::{Context, Result, ensure};
+use ferropt_device::{Activation, Device, Element, PAGE, Segment, WeightFormat};
+use std::ops::Range;
 
-/// A text that grows: keys and values of its tokens, layer by layer.
-pub struct Session<'a, D: Device, E: Element> {
-    device: &'a D,
-    model: &'a Model<D, E>,
-    /// Keys and values `[capacity, C]` of each layer.
-    cache: Vec<(D::Buf<E>, D::Buf<E>)>,
-    capacity: usize,
-    len: usize,
-    /// Buffers for one token, which most calls need.
-    one: Rows<D, E>,
-    logits: D::Buf<f32>,
+/// Gives rows of a parameter (its number in [`Config::parameters`]) as f32; a vector's rows are its elements.
+pub type ReadRows<'a> = dyn FnMut(usize, Range<usize>, &mut [f32]) -> Result<()> + 'a;
+
+/// The weights of a model, laid out to be read only.
+pub struct Decoder<D: Device> {
+    config: Config,
+    /// `[V, W]`: token embeddings, and the LM head.
+    tokens: D::Packed,
+    /// `[positions + 2, C]`.
+    positions: D::Buf<f32>,
+    /// `[C, W]` and `[W, C]`, with embedding projections.
+    projections: Option<(D::Packed, D::Packed)>,
+    layers: Vec<Layer<D>>,
+    /// Before the LM head; none with `post_norm`.
+    final_norm: Option<Norm<D>>,
 }
 
-/// Activations of some new tokens; names and shapes as in training, with N the number of tokens.
-struct Rows<D: Device, E: Element> {
+struct Layer<D: Device> {
+    qkv: Linear<D>,
+    out: Linear<D>,
+    norm1: Norm<D>,
+    fc1: Linear<D>,
+    fc2: Linear<D>,
+    norm2: Norm<D>,
+}
+
+struct Linear<D: Device> {
+    weight: D::Packed,
+    bias: D::Buf<f32>,
+}
+
+/// Reads parameters in the order of the table.
+struct Reader<'a, 'r, D> {
+    device: &'a D,
+    format: WeightFormat,
+    /// Names for errors, and shape.
+    table: std::iter::Enumerate<std::vec::IntoIter<crate::Parameter>>,
+    read: &'a mut ReadRows<'r>,
+}
+
+impl<D: Device> Reader<'_, '_, D> {
+    fn next(&mut self) -> Result<(usize, crate::Parameter)> {
+        self.table.next().context("the table of parameters is shorter than the model")
+    }
+
+    fn packed(&mut self) -> Result<D::Packed> {
+        let (index, parameter) = self.next()?;
+        let [n, k] = parameter.shape[..] else { anyhow::bail!("{:?} is no matrix", parameter.names) };
+        let mut rows = |rows: Range<usize>, out: &mut [f32]| (self.read)(index, rows, out);
+        self.device.pack_weight(self.format, n, k, &mut rows).with_context(|| parameter.names.join(", "))
+    }
+
+    fn plain(&mut self) -> Result<D::Buf<f32>> {
+        let (index, parameter) = self.next()?;
+        let mut values = vec![0.0; parameter.elements()];
+        (self.read)(index, 0..parameter.shape[0], &mut values).with_context(|| parameter.names.join(", "))?;
+        let mut buf = self.device.alloc(values.len())?;
+        self.device.upload(&mut buf, 0, &values);
+        Ok(buf)
+    }
+
+    fn linear(&mut self) -> Result<Linear<D>> {
+        Ok(Linear { weight: self.packed()?, bias: self.plain()? })
+    }
+
+    fn norm(&mut self) -> Result<Norm<D>> {
+        Ok(Norm { gain: self.plain()?, bias: self.plain()? })
+    }
+}
+
+impl<D: Device> Decoder<D> {
+    /// Reads all parameters once, in the order of the table, and stores matrices in `format`.
+    ///
+    /// # Errors
+    /// When the sizes make no model, memory is short, or `read` fails; the message names the parameter.
+    pub fn new(device: &D, config: &Config, format: WeightFormat, read: &mut ReadRows<'_>) -> Result<Self> {
+        config.check()?;
+        let table = config.parameters().into_iter().enumerate();
+        let mut r = Reader { device, format, table, read };
+        let (tokens, positions) = (r.packed()?, r.plain()?);
+        let project_in = if config.has_projections() { Some(r.packed()?) } else { None };
+        let layer = |r: &mut Reader<'_, '_, D>| -> Result<Layer<D>> {
+            let (qkv, out, norm1) = (r.linear()?, r.linear()?, r.norm()?);
+            Ok(Layer { qkv, out, norm1, fc1: r.linear()?, fc2: r.linear()?, norm2: r.norm()? })
+        };
+        let layers = (0..config.layers).map(|_| layer(&mut r)).collect::<Result<_>>()?;
+        let final_norm = if config.post_norm { None } else { Some(r.norm()?) };
+        let projections = match project_in {
+            Some(project_in) => Some((project_in, r.packed()?)),
+            None => None,
+        };
+        Ok(Decoder { config: config.clone(), tokens, positions, projections, layers, final_norm })
+    }
+
+    /// Its sizes.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Bytes of all matrices, which each pass reads once, but for the rows of embeddings.
+    pub fn bytes(&self, device: &D) -> usize {
+        let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.out, &l.fc1, &l.fc2]).map(|l| &l.weight);
+        let projections = self.projections.iter().flat_map(|(a, b)| [a, b]);
+        layers.chain(projections).chain([&self.tokens]).map(|w| device.packed_bytes(w)).sum()
+    }
+
+    /// Runs new tokens, those of one segment after those of another, through all layers, and appends their keys and
+    /// values to the cache. A token's results have the same bits whatever else is in the call and however its sequence
+    /// was cut into calls.
+    ///
+    /// # Errors
+    /// When there are more tokens than the memory has rows, ids are not in the vocabulary, or a sequence is longer than the
+    /// model's positions or its pages; nothing is computed then.
+    pub fn forward<E: Element>(
+        &self,
+        d: &D,
+        tokens: &[u32],
+        segments: &[Segment<'_>],
+        cache: &mut Cache<D, E>,
+        memory: &mut Memory<D, E>,
+    ) -> Result<()> {
+        self.check(tokens, segments, cache.pages, memory.rows)?;
+        let m = tokens.len();
+        if m == 0 {
+            return Ok(());
+        }
+        let rows = memory.sizes.iter_mut().find(|s| s.count >= m).context("the memory has no rows")?;
+        let positions: Vec<u32> = segments
+            .iter()
+            .flat_map(|s| s.past..s.past + s.rows)
+            .map(|p| (p + POSITION_OFFSET) as u32)
+            .collect();
+        upload_padded(d, &mut rows.tokens, rows.count, tokens);
+        upload_padded(d, &mut rows.positions, rows.count, &positions);
+        let (c, a) = (self.config.width, &mut memory.activations);
+        match (&mut memory.narrow, &self.projections) {
+            (Some((embedded, narrow)), Some((weight, _))) => {
+                d.packed_embed(&rows.tokens, &self.tokens, None, embedded);
+                d.cast(embedded, narrow);
+                d.embed(c, &rows.positions, &self.positions, None, &mut a.mid);
+                d.packed_linear_residual(m, narrow, weight, None, &a.mid, &mut a.stream);
+            }
+            _ => {
+                let second = Some((&rows.positions, &self.positions));
+                d.packed_embed(&rows.tokens, &self.tokens, second, &mut a.stream);
+            }
+        }
+        if self.config.post_norm {
+            d.cast(&a.stream, &mut a.normed);
+        }
+        for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
+            layer.forward(d, &self.config, m, segments, cache, rows, a);
+        }
+        if let Some(Norm { gain, bias }) = &self.final_norm {
+            d.layer_norm(c, &a.stream, gain, bias, &mut a.normed, None, &mut rows.mean, &mut rows.rstd);
+        }
+        Ok(())
+    }
+
+    fn check(&self, tokens: &[u32], segments: &[Segment<'_>], pages: usize, rows: usize) -> Result<()> {
+        let all: usize = segments.iter().map(|s| s.rows).sum();
+        ensure!(all == tokens.len(), "{} tokens were given for {all} rows", tokens.len());
+        ensure!(all <= rows, "{all} tokens are more than the {rows} rows of the memory");
+        if let Some(id) = tokens.iter().find(|id| **id as usize >= self.config.vocab) {
+            anyhow::bail!("the token id {id} is not in the model's vocabulary of {}", self.config.vocab);
+        }
+        for s in segments {
+            let len = s.past + s.rows;
+            ensure!(
+                len <= self.config.positions,
+                "a text of {len} tokens is longer than the model's {} positions",
+                self.config.positions
+            );
+            ensure!(
+                s.pages.len() * PAGE >= len,
+                "a text of {len} tokens does not fit {} pages",
+                s.pages.len()
+            );
+            if let Some(page) = s.pages.iter().find(|page| **page as usize >= pages) {
+                anyhow::bail!("page {page} was named, but the cache has {pages}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Logits of some rows of the last forward pass.
+    ///
+    /// # Errors
+    /// When there are more than the memory has room for.
+    pub fn head<'p, E: Element>(
+        &self,
+        d: &'p D,
+        rows: &[u32],
+        memory: &'p mut Memory<D, E>,
+    ) -> Result<Logits<'p, D>> {
+        let m = rows.len();
+        ensure!(m <= memory.head_rows, "logits of {m} rows are more than {}", memory.head_rows);
+        let vocab = self.config.vocab;
+        if m > 0 {
+            let (none, c) = (Activation::Identity, self.config.width);
+            let size = memory.sizes.iter_mut().find(|s| s.count >= m).context("the memory has no rows")?;
+            upload_padded(d, &mut size.tokens, size.count, rows);
+            d.embed(c, &size.tokens, &memory.activations.normed, None, &mut memory.chosen);
+            match (&mut memory.narrow, &self.projections) {
+                (Some((_, narrow)), Some((_, weight))) => {
+                    d.packed_linear(m, &memory.chosen, weight, None, none, narrow);
+                    d.packed_linear(m, narrow, &self.tokens, None, none, &mut memory.logits);
+                }
+                _ => d.packed_linear(m, &memory.chosen, &self.tokens, None, none, &mut memory.logits),
+            }
+            d.log_sum_exp(m, vocab, &memory.logits, &mut memory.lse, &mut memory.largest);
+        }
+        let (mut lse, mut largest) = (vec![0.0; m], vec![0; m]);
+        d.download(&memory.lse, 0, &mut lse);
+        d.download(&memory.largest, 0, &mut largest);
+        Ok(Logits { device: d, vocab, logits: &memory.logits, lse, largest })
+    }
+}
+
+impl<D: Device> Layer<D> {
+    /// `stream` to `stream`, and with post-norm `normed` too.
+    fn forward<E: Element>(
+        &self,
+        d: &D,
+        config: &Config,
+        m: usize,
+        segments: &[Segment<'_>],
+        (k, v): &mut (D::Buf<E>, D::Buf<E>),
+        rows: &mut Size<D>,
+        a: &mut Activations<D, E>,
+    ) {
+        let (c, none) = (config.width, Activation::Identity);
+        let (mean, rstd) = (&mut rows.mean, &mut rows.rstd);
+        let Layer { qkv, out, norm1, fc1, fc2, norm2 } = self;
+        if !config.post_norm {
+            d.layer_norm(c, &a.stream, &norm1.gain, &norm1.bias, &mut a.normed, None, mean, rstd);
+        }
+        d.packed_linear(m, &a.normed, &qkv.weight, Some(&qkv.bias), none, &mut a.qkv);
+        d.attention_paged(config.heads, config.head_width(), segments, &a.qkv, k, v, &mut a.attended);
+        d.packed_linear_residual(m, &a.attended, &out.weight, Some(&out.bias), &a.stream, &mut a.mid);
+        if config.post_norm {
+            d.layer_norm(c, &a.mid, &norm1.gain, &norm1.bias, &mut a.normed, Some(&mut a.stream), mean, rstd);
+        } else {
+            d.layer_norm(c, &a.mid, &norm2.gain, &norm2.bias, &mut a.normed, None, mean, rstd);
+        }
+        d.packed_linear(m, &a.normed, &fc1.weight, Some(&fc1.bias), Activation::Relu, &mut a.relu);
+        if config.post_norm {
+            d.packed_linear_residual(m, &a.relu, &fc2.weight, Some(&fc2.bias), &a.stream, &mut a.mid);
+            d.layer_norm(c, &a.mid, &norm2.gain, &norm2.bias, &mut a.normed, Some(&mut a.stream), mean, rstd);
+        } else {
+            d.packed_linear_residual(m, &a.relu, &fc2.weight, Some(&fc2.bias), &a.mid, &mut a.stream);
+        }
+    }
+}
+
+/// Uploads numbers of rows, and row 0 for the rest of the buffer.
+fn upload_padded<D: Device>(d: &D, to: &mut D::Buf<u32>, count: usize, ids: &[u32]) {
+    d.upload(to, 0, ids);
+    d.upload(to, ids.len(), &vec![0; count - ids.len()]);
+}
+
+/// Keys and values of all layers, in pages of [`PAGE`] tokens.
+pub struct Cache<D: Device, E: Element> {
+    layers: Vec<(D::Buf<E>, D::Buf<E>)>,
+    pages: usize,
+    /// Elements of a page.
+    size: usize,
+}
+
+impl<D: Device, E: Element> Cache<D, E> {
+    /// Room for `pages` pages.
+    ///
+    /// # Errors
+    /// When memory is short.
+    pub fn new(device: &D, config: &Config, pages: usize) -> Result<Self> {
+        let size = PAGE * config.width;
+        let side = || device.alloc(pages * size);
+        let layers = (0..config.layers).map(|_| Ok((side()?, side()?))).collect::<Result<_>>();
+        let layers = layers.with_context(|| format!("a cache of {} tokens does not fit", pages * PAGE))?;
+        Ok(Cache { layers, pages, size })
+    }
+
+    /// Copies pages, from and to, in this order.
+    pub fn copy(&mut self, device: &D, pairs: &[(u32, u32)]) {
+        for (k, v) in &mut self.layers {
+            device.copy_blocks(self.size, pairs, k);
+            device.copy_blocks(self.size, pairs, v);
+        }
+    }
+}
+
+/// Memory of a forward pass, made once.
+pub struct Memory<D: Device, E: Element> {
+    rows: usize,
+    head_rows: usize,
+    sizes: Vec<Size<D>>,
+    activations: Activations<D, E>,
+    /// `[N, W]`, with embedding projections: as embedded, and as products take it.
+    narrow: Option<(D::Buf<f32>, D::Buf<E>)>,
+    /// `[M, C]`: rows whose logits are wanted.
+    chosen: D::Buf<E>,
+    /// `[M, V]`
+    logits: D::Buf<f32>,
+    lse: D::Buf<f32>,
+    largest: D::Buf<u32>,
+}
+
+/// Buffers whose length is the number of rows of an operation: a power of two, so that few sizes serve all numbers of
+/// rows. What is computed for rows beyond those of the call is not looked at.
+struct Size<D: Device> {
     count: usize,
     tokens: D::Buf<u32>,
     positions: D::Buf<u32>,
+    mean: D::Buf<f32>,
+    rstd: D::Buf<f32>,
+}
+
+/// What a layer works on; names and shapes are those of training, with N rows.
+struct Activations<D: Device, E: Element> {
     stream: D::Buf<f32>,
     mid: D::Buf<f32>,
     normed: D::Buf<E>,
     qkv: D::Buf<E>,
     attended: D::Buf<E>,
     relu: D::Buf<E>,
-    statistics: (D::Buf<f32>, D::Buf<f32>),
-    /// `[N, W]`, with embedding projections.
-    narrow: Option<D::Buf<E>>,
 }
 
-impl<D: Device, E: Element> Rows<D, E> {
-    fn new(device: &D, config: &crate::Config, count: usize) -> Result<Self> {
-        let c = config.width;
-        Ok(Rows {
-            count,
-            tokens: device.alloc(count)?,
-            positions: device.alloc(count)?,
-            stream: device.alloc(count * c)?,
-            mid: device.alloc(count * c)?,
-            normed: device.alloc(count * c)?,
-            qkv: device.alloc(count * 3 * c)?,
-            attended: device.alloc(count * c)?,
-            relu: device.alloc(count * config.feed_forward)?,
-            statistics: (device.alloc(count)?, device.alloc(count)?),
-            narrow: if config.has_projections() {
-                Some(device.alloc(count * config.embedding_width)?)
-            } else {
-                None
-            },
-        })
-    }
-}
-
-impl<'a, D: Device, E: Element> Session<'a, D, E> {
-    /// An empty text of at most `capacity` tokens.
+impl<D: Device, E: Element> Memory<D, E> {
+    /// For at most `rows` tokens in a call, and logits of at most `head_rows` of them at a time.
     ///
     /// # Errors
-    /// When the model has fewer positions, or memory is short.
-    pub fn new(device: &'a D, model: &'a Model<D, E>, capacity: usize) -> Result<Self> {
-        let config = model.config();
-        ensure!(
-            (1..=config.positions).contains(&capacity),
-            "a text of {capacity} tokens was asked for, but the model has {} positions",
-            config.positions
-        );
-        let side = || device.alloc(capacity * config.width);
-        Ok(Session {
-            device,
-            model,
-            cache: (0..config.layers).map(|_| Ok((side()?, side()?))).collect::<Result<_>>()?,
-            capacity,
-            len: 0,
-            one: Rows::new(device, config, 1)?,
-            logits: device.alloc(config.vocab)?,
-        })
-    }
-
-    /// Tokens so far.
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Whether there are no tokens yet.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Appends tokens and returns the logits `[V]` of what follows the last one.
-    ///
-    /// # Errors
-    /// When there are no tokens, one is not in the vocabulary, or the text would exceed its capacity; nothing is
-    /// appended then.
-    pub fn feed(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
-        let config = self.model.config();
-        ensure!(!tokens.is_empty(), "there is no token to go on from");
-        ensure!(
-            tokens.len() <= self.capacity - self.len,
-            "{} tokens do not fit behind {}: the text may have {}",
-            tokens.len(),
-            self.len,
-            self.capacity
-        );
-        if let Some(id) = tokens.iter().find(|id| **id as usize >= config.vocab) {
-            anyhow::bail!("the token id {id} is not in the model's vocabulary of {}", config.vocab);
-        }
-        if tokens.len() > 1 {
-            let (last, before) = (tokens.len() - 1, &tokens[..tokens.len() - 1]);
-            let mut rows = Rows::new(self.device, config, last)?;
-            self.run(before, &mut rows);
-        }
-        let mut one = std::mem::replace(&mut self.one, Rows::new(self.device, config, 0)?);
-        self.run(&tokens[tokens.len() - 1..], &mut one);
-        self.head(&mut one);
-        self.one = one;
-        let mut logits = vec![0.0; config.vocab];
-        self.device.download(&self.logits, 0, &mut logits);
-        Ok(logits)
-    }
-
-    /// Through all layers; `rows.normed` is then what the head reads.
-    fn run(&mut self, tokens: &[u32], rows: &mut Rows<D, E>) {
-        let (d, w, config) = (self.device, &self.model.weights, self.model.config());
-        let (c, width) = (config.width, config.embedding_width);
-        d.upload(&mut rows.tokens, 0, tokens);
-        let positions: Vec<u32> =
-            (0..tokens.len()).map(|i| (self.len + i + POSITION_OFFSET) as u32).collect();
-        d.upload(&mut rows.positions, 0, &positions);
-        match (&mut rows.narrow, &w.project_in) {
-            (Some(embedded), Some(weight)) => {
-                d.embed(width, &rows.tokens, &w.tokens, None, embedded);
-                d.embed(c, &rows.positions, &w.positions, None, &mut rows.mid);
-                let shape = LinearShape { m: rows.count, n: c, k: width };
-                d.linear_residual(shape, embedded, weight, None, None, &rows.mid, &mut rows.stream);
-            }
-            _ => d.embed(c, &rows.tokens, &w.tokens, Some((&rows.positions, &w.positions)), &mut rows.stream),
-        }
-        if config.post_norm {
-            d.cast(&rows.stream, &mut rows.normed);
-        }
-        for (layer, cache) in w.layers.iter().zip(&mut self.cache) {
-            run_layer(d, config, layer, self.len, cache, rows);
-        }
-        if let Some(norm) = &w.final_norm {
-            let (y, (mean, rstd)) = (&mut rows.normed, &mut rows.statistics);
-            d.layer_norm(c, &rows.stream, &norm.gain, &norm.bias, y, None, mean, rstd);
-        }
-        self.len += tokens.len();
-    }
-
-    /// Logits of one row.
-    fn head(&mut self, one: &mut Rows<D, E>) {
-        let (d, w, config) = (self.device, &self.model.weights, self.model.config());
-        let (c, width, none) = (config.width, config.embedding_width, Activation::Identity);
-        let h = match (&mut one.narrow, &w.project_out) {
-            (Some(narrow), Some(weight)) => {
-                d.linear(LinearShape { m: 1, n: width, k: c }, &one.normed, weight, None, none, narrow);
-                narrow
-            }
-            _ => &mut one.normed,
+    /// When memory is short.
+    pub fn new(device: &D, config: &Config, rows: usize, head_rows: usize) -> Result<Self> {
+        let (rows, head_rows) = (rows.max(1), head_rows.clamp(1, rows.max(1)));
+        let n = rows.next_power_of_two();
+        let (m, c, w) = (head_rows.next_power_of_two(), config.width, config.embedding_width);
+        let size = |count| -> Result<Size<D>> {
+            let (tokens, positions) = (device.alloc(count)?, device.alloc(count)?);
+            Ok(Size { count, tokens, positions, mean: device.alloc(count)?, rstd: device.alloc(count)? })
         };
-        d.linear(LinearShape { m: 1, n: config.vocab, k: width }, h, &w.tokens, None, none, &mut self.logits);
+        let narrow =
+            if config.has_projections() { Some((device.alloc(n * w)?, device.alloc(n * w)?)) } else { None };
+        Ok(Memory {
+            rows,
+            head_rows,
+            sizes: (0..=n.ilog2()).map(|i| size(1 << i)).collect::<Result<_>>()?,
+            activations: Activations {
+                stream: device.alloc(n * c)?,
+                mid: device.alloc(n * c)?,
+                normed: device.alloc(n * c)?,
+                qkv: device.alloc(n * 3 * c)?,
+                attended: device.alloc(n * c)?,
+                relu: device.alloc(n * config.feed_forward)?,
+            },
+            narrow,
+            chosen: device.alloc(m * c)?,
+            logits: device.alloc(head_rows * config.vocab)?,
+            lse: device.alloc(head_rows)?,
+            largest: device.alloc(head_rows)?,
+        })
+    }
+
+    /// Most rows whose logits can be had at a time.
+    pub fn head_rows(&self) -> usize {
+        self.head_rows
     }
 }
 
-/// One layer over new tokens behind `past` cached ones: `stream` to `stream`, and with post-norm `normed` too.
-fn run_layer<D: Device, E: Element>(
-    d: &D,
-    config: &crate::Config,
-    w: &Layer<D, E>,
-    past: usize,
-    (k_cache, v_cache): &mut (D::Buf<E>, D::Buf<E>),
-    rows: &mut Rows<D, E>,
-) {
-    let (c, f, m) = (config.width, config.feed_forward, rows.count);
-    let shape = |n, k| LinearShape { m, n, k };
-    let Rows { stream, mid, normed, qkv, attended, relu, statistics: (mean, rstd), .. } = rows;
-    if !config.post_norm {
-        d.layer_norm(c, stream, &w.norm1.gain, &w.norm1.bias, normed, None, mean, rstd);
+/// Logits of some rows.
+pub struct Logits<'a, D: Device> {
+    device: &'a D,
+    vocab: usize,
+    logits: &'a D::Buf<f32>,
+    lse: Vec<f32>,
+    largest: Vec<u32>,
+}
+
+impl<D: Device> Logits<'_, D> {
+    /// The id with the largest logit, the lowest of equal ones.
+    pub fn largest(&self, row: usize) -> u32 {
+        self.largest[row]
     }
-    let Linear { weight, bias } = &w.qkv;
-    d.linear(shape(3 * c, c), normed, weight, Some(bias), Activation::Identity, qkv);
-    d.attention_cached(config.heads, config.head_width(), past, m, qkv, k_cache, v_cache, attended);
-    let Linear { weight, bias } = &w.out;
-    d.linear_residual(shape(c, c), attended, weight, Some(bias), None, stream, mid);
-    if config.post_norm {
-        let Norm { gain, bias } = &w.norm1;
-        d.layer_norm(c, mid, gain, bias, normed, Some(stream), mean, rstd);
-    } else {
-        d.layer_norm(c, mid, &w.norm2.gain, &w.norm2.bias, normed, None, mean, rstd);
+
+    /// Log-probability of a token.
+    pub fn log_prob(&self, row: usize, id: u32) -> f32 {
+        let mut logit = [0.0];
+        self.device.download(self.logits, row * self.vocab + id as usize, &mut logit);
+        logit[0] - self.lse[row]
     }
-    d.linear(shape(f, c), normed, &w.fc1.weight, Some(&w.fc1.bias), Activation::Relu, relu);
-    let Linear { weight, bias } = &w.fc2;
-    if config.post_norm {
-        d.linear_residual(shape(c, f), relu, weight, Some(bias), None, stream, mid);
-        let Norm { gain, bias } = &w.norm2;
-        d.layer_norm(c, mid, gain, bias, normed, Some(stream), mean, rstd);
-    } else {
-        d.linear_residual(shape(c, f), relu, weight, Some(bias), None, mid, stream);
+
+    /// What to take off a row's logits to get log-probabilities.
+    pub fn log_sum_exp(&self, row: usize) -> f32 {
+        self.lse[row]
+    }
+
+    /// All logits of a row.
+    pub fn read(&self, row: usize, out: &mut Vec<f32>) {
+        out.resize(self.vocab, 0.0);
+        self.device.download(self.logits, row * self.vocab, out);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! [`Config`] holds the sizes. Two tables follow from it and decide every other size: [`Config::parameters`] (names,
 //! shapes, initial values) and [`ActivationTable`] (what a forward and backward pass keeps). [`Model`] is the weights,
-//! [`Backprop`] trains them, [`Session`] generates with a KV cache and [`Sampler`] picks tokens.
+//! [`Backprop`] trains them, [`Decoder`] is for inference: read-only weights and a paged KV cache.
 //!
 //! Letters: B sequences, T positions, N = B*T rows, C width, H heads, F feed-forward width, W width of the embeddings
 //! (C but for 350m), V vocabulary, L layers.
@@ -15,15 +15,13 @@ mod gptq;
 mod initial;
 mod layer;
 mod parameters;
-mod sampler;
 mod weights;
 
 pub use activations::{Activation, ActivationTable, Recompute, Scalar};
 pub use backprop::{Backprop, Batch, Options, Pass};
 pub use config::{Config, ForwardFlops, PRESETS, Preset};
-pub use decode::Session;
+pub use decode::{Cache, Decoder, Logits, Memory, ReadRows};
 pub use gptq::{Calibration, Rounded};
 pub use initial::initial_values;
 pub use parameters::{Initial, Parameter};
-pub use sampler::{Choice, Sampler};
 pub use weights::{Layer, Linear, Model, Norm, Tensor, TensorMut, Weights};

@@ -2,10 +2,10 @@
 //! layouts that agree, documents that do not see each other, decoding that equals the forward pass.
 
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
-use ferropt_device::{Buffer, Device, Element, Store, bf16};
+use ferropt_device::{Buffer, Device, Element, Segment, Store, WeightFormat, bf16};
 use ferropt_model::{
-    Backprop, Batch, Config, Initial, Model, Options, Parameter, Pass, Recompute, Session, Tensor,
-    initial_values,
+    Backprop, Batch, Cache, Config, Decoder, Initial, Memory, Model, Options, Parameter, Pass, Recompute,
+    Tensor, initial_values,
 };
 
 const SEED: u64 = 5;
@@ -170,35 +170,102 @@ fn documents_do_not_see_those_before_them() {
     }
 }
 
+/// Read-only weights with the values of a model in training.
+fn decoder<E: Element>(
+    device: &CpuDevice,
+    model: &Model<CpuDevice, E>,
+    format: WeightFormat,
+) -> Decoder<CpuDevice> {
+    let values: Vec<Vec<f32>> = model
+        .weights
+        .tensors()
+        .iter()
+        .map(|tensor| match tensor {
+            Tensor::Matrix(w) => {
+                let mut values = vec![0.0; w.len()];
+                device.get_master(w, None, &mut values);
+                values
+            }
+            Tensor::Vector(w) => w.to_vec(),
+        })
+        .collect();
+    let table = model.parameters();
+    let mut read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
+        let width = table[index].elements() / table[index].shape[0];
+        out.copy_from_slice(&values[index][rows.start * width..rows.end * width]);
+        Ok(())
+    };
+    Decoder::new(device, model.config(), format, &mut read).unwrap()
+}
+
 #[test]
 fn decoding_is_the_forward_pass() {
-    fn check<E: Element>(tolerance: f32) {
+    fn check<E: Element>(format: WeightFormat, tolerance: f32) {
         let device = device();
         for config in configs() {
             let model = model::<E>(&device, &config);
+            let decoder = decoder(&device, &model, format);
             let tokens = ids(1, 33, 61);
             let mut backprop = Backprop::<_, E>::new(&device, &config, options(1, 33)).unwrap();
             let documents = vec![0; 33];
             let given = Batch { tokens: &tokens, targets: &tokens, doc_start: &documents };
             let want = backprop.logits(&device, &model, given).unwrap();
+            let mut first: Vec<Vec<f32>> = vec![];
             for pieces in [vec![33], vec![1; 33], vec![7, 1, 2, 20, 3]] {
-                let mut session = Session::new(&device, &model, 33).unwrap();
-                let mut at = 0;
-                for piece in pieces {
-                    let logits = session.feed(&tokens[at..at + piece]).unwrap();
-                    at += piece;
-                    assert_eq!(session.len(), at);
-                    for (got, want) in logits.iter().zip(&want[(at - 1) * 61..at * 61]) {
+                let mut cache = Cache::<_, E>::new(&device, &config, 3).unwrap();
+                let mut memory = Memory::new(&device, &config, 33, 5).unwrap();
+                let (mut past, mut all) = (0, vec![]);
+                for rows in pieces {
+                    let segments = [Segment { rows, past, pages: &[1] }];
+                    let new = &tokens[past..past + rows];
+                    decoder.forward(&device, new, &segments, &mut cache, &mut memory).unwrap();
+                    let rows: Vec<u32> = (0..rows as u32).collect();
+                    for rows in rows.chunks(5) {
+                        let logits = decoder.head(&device, rows, &mut memory).unwrap();
+                        for row in 0..rows.len() {
+                            let mut values = vec![];
+                            logits.read(row, &mut values);
+                            all.push(values);
+                        }
+                    }
+                    past += rows.len();
+                }
+                for (at, (got, want)) in all.iter().zip(want.chunks(61)).enumerate() {
+                    for (got, want) in got.iter().zip(want) {
                         assert!((got - want).abs() < tolerance, "{} at {at}: {got}, not {want}", E::DTYPE);
                     }
                 }
-                let full = session.feed(&[4]).unwrap_err().to_string();
-                assert!(full.contains("33"), "{full}");
+                if first.is_empty() {
+                    first = all;
+                } else {
+                    assert!(first == all, "pieces change bits");
+                }
             }
         }
     }
-    check::<f32>(2e-5);
-    check::<bf16>(0.15);
+    check::<f32>(WeightFormat::F32, 2e-5);
+    check::<bf16>(WeightFormat::Bf16, 0.15);
+}
+
+#[test]
+fn what_a_decoder_cannot_do_is_refused() {
+    let device = device();
+    let [config, _] = configs();
+    let decoder = decoder(&device, &model::<f32>(&device, &config), WeightFormat::F32);
+    let mut cache = Cache::<_, f32>::new(&device, &config, 2).unwrap();
+    let mut memory = Memory::new(&device, &config, 8, 2).unwrap();
+    let mut refused = |tokens: &[u32], segment: Segment<'_>, part: &str| {
+        let message = decoder.forward(&device, tokens, &[segment], &mut cache, &mut memory).unwrap_err();
+        assert!(message.to_string().contains(part), "{message}");
+    };
+    let one = Segment { rows: 1, past: 0, pages: &[0] };
+    refused(&[61], one, "61");
+    refused(&[1, 2], one, "2 tokens");
+    refused(&[1; 9], Segment { rows: 9, ..one }, "8 rows");
+    refused(&[1], Segment { past: 40, ..one }, "40 positions");
+    refused(&[1], Segment { pages: &[], ..one }, "0 pages");
+    refused(&[1], Segment { pages: &[2], ..one }, "page 2");
+    assert!(decoder.head(&device, &[0, 0, 0], &mut memory).is_err_and(|e| e.to_string().contains("3 rows")));
 }
 
 #[test]

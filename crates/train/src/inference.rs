@@ -1,108 +1,74 @@
-//! Texts from a trained model: opens a run or a checkpoint and continues prompts.
+//! Opening a model for use: the one place where a path becomes a running engine.
 
 use crate::checkpoint::{Checkpoint, Store};
 use crate::config::Precision;
 use crate::stacked;
 use crate::trainer::open_device;
 use anyhow::{Context, Error, Result, ensure};
-use ferropt_data::{EOS, Tokenizer};
+use ferropt_data::Tokenizer;
 use ferropt_device::cpu::CpuDevice;
-use ferropt_device::{Element, bf16};
-use ferropt_model::{Config, Model, Parameter, Sampler, Session, initial_values};
+use ferropt_device::{WeightFormat, bf16};
+use ferropt_engine::{Handle, Options};
+use ferropt_model::{Config, Decoder, ReadRows, initial_values};
 use serde::Deserialize;
-use std::borrow::Cow;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
-/// A model that is ready to generate.
+/// How a model is opened.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Opening {
+    /// Step of a run's checkpoint; the newest whole one when absent.
+    pub checkpoint: Option<u64>,
+    /// How weights are stored in memory; as the run computed with them when absent.
+    pub weights: Option<WeightFormat>,
+    /// Threads; all available when absent.
+    pub threads: Option<usize>,
+    /// Texts that are computed together, at least 1.
+    pub sequences: usize,
+    /// Tokens of the longest text, what is generated included, for which the cache has room; as many as the model has
+    /// positions when absent.
+    pub longest: Option<usize>,
+}
+
+impl Default for Opening {
+    /// One text at a time.
+    fn default() -> Self {
+        Opening { checkpoint: None, weights: None, threads: None, sequences: 1, longest: None }
+    }
+}
+
+/// A model that is ready for requests.
 ///
 /// ```no_run
 /// # fn main() -> anyhow::Result<()> {
-/// use ferropt_model::{Choice, Sampler};
-/// use ferropt_train::inference::Inference;
-/// let model = Inference::open("runs/first", None, None)?;
-/// let sampler = Sampler::new(Choice::Greedy, 1)?;
-/// let completion = model.generate("Once upon", 50, &sampler, &mut |text| Ok(print!("{text}")))?;
-/// println!("\n{} tokens", completion.tokens.len());
+/// use ferropt_engine::{Parameters, Request};
+/// use ferropt_train::inference::{Model, Opening};
+/// let model = Model::open("runs/first", &Opening::default())?;
+/// let prompt = model.engine.tokenizer().encode_prompt("Once upon")?;
+/// let parameters = Parameters { max_tokens: Some(50), ..Parameters::default() };
+/// let completion = model.engine.complete(Request { prompt, parameters })?;
+/// println!("{}", completion.choices[0].text);
 /// # Ok(()) }
 /// ```
-pub struct Inference {
-    device: CpuDevice,
-    tokenizer: Tokenizer,
-    model: Weights,
-    step: u64,
-    damaged: Vec<Error>,
+pub struct Model {
+    /// Takes requests.
+    pub engine: Handle,
+    /// Sizes.
+    pub config: Config,
+    /// Optimiser steps that it has behind it.
+    pub step: u64,
+    /// Newer checkpoints that were passed over because they are damaged, each with what is wrong.
+    pub damaged: Vec<Error>,
 }
 
-/// The compute type is known only when a checkpoint is opened.
-enum Weights {
-    F32(Model<CpuDevice, f32>),
-    Bf16(Model<CpuDevice, bf16>),
-}
-
-/// Why a text ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
-    /// The model closed the document with `</s>`.
-    EndOfText,
-    /// As many tokens as were asked for.
-    MaxTokens,
-    /// The model knows no position for another token.
-    Positions,
-}
-
-/// What was generated.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Completion {
-    /// The text, without the prompt.
-    pub text: String,
-    /// Its tokens, without the `</s>` that may have ended it.
-    pub tokens: Vec<u32>,
-    /// Tokens of the prompt, its leading `</s>` included.
-    pub prompt_tokens: usize,
-    /// Why it ended.
-    pub finish: Finish,
-    /// Time for the prompt.
-    pub prompt_time: Duration,
-    /// Time for what follows it.
-    pub time: Duration,
-}
-
-impl Finish {
-    /// Name for programs.
-    pub fn name(self) -> &'static str {
-        match self {
-            Finish::EndOfText => "end-of-text",
-            Finish::MaxTokens => "max-tokens",
-            Finish::Positions => "positions",
-        }
-    }
-}
-
-impl Completion {
-    /// Tokens per second behind the prompt; 0 if there are none.
-    pub fn tokens_per_second(&self) -> f64 {
-        if self.tokens.is_empty() {
-            0.0
-        } else {
-            self.tokens.len() as f64 / self.time.as_secs_f64().max(1e-9)
-        }
-    }
-}
-
-impl Inference {
-    /// Opens the checkpoint of step `checkpoint` of a run folder, or its newest whole one; or the one checkpoint
-    /// that `path` is itself.
+impl Model {
+    /// Opens a checkpoint of a run folder, or the one checkpoint that `path` is itself.
     ///
     /// # Errors
     /// When there is no checkpoint, or it is damaged or of no OPT; the message names the file.
-    pub fn open(
-        path: impl AsRef<Path>,
-        checkpoint: Option<u64>,
-        threads: Option<usize>,
-    ) -> Result<Inference> {
-        let (checkpoint, damaged) = find(path.as_ref(), checkpoint)?;
-        let load = || -> Result<Inference> {
+    pub fn open(path: impl AsRef<Path>, opening: &Opening) -> Result<Model> {
+        let (checkpoint, damaged) = find(path.as_ref(), opening.checkpoint)?;
+        let load = || -> Result<Model> {
             let run = &checkpoint.manifest().run;
             let config: Config =
                 serde_json::from_value(run.model.clone()).context("its model is not an OPT")?;
@@ -111,118 +77,61 @@ impl Inference {
                 .context("its run configuration has no valid run.precision")?;
             checkpoint.file("tokenizer.json")?;
             let tokenizer = Tokenizer::load(&checkpoint.path().join("tokenizer.json"))?;
-            let values = |_, parameter: &Parameter| stacked::read(&checkpoint, "model", parameter);
-            Inference::new(&config, tokenizer, precision, threads, values)
+            let table = config.parameters();
+            let mut read = |index: usize, rows, out: &mut [f32]| {
+                stacked::read_rows(&checkpoint, "model", &table[index], rows, out)
+            };
+            let opening = Opening { weights: opening.weights.or(Some(precision.into())), ..*opening };
+            let engine = start(&config, tokenizer, &opening, &mut read)?;
+            Ok(Model { engine, config, step: run.step, damaged })
         };
-        let loaded =
-            load().with_context(|| format!("cannot use the checkpoint {}", checkpoint.path().display()))?;
-        Ok(Inference { step: checkpoint.manifest().run.step, damaged, ..loaded })
+        load().with_context(|| format!("cannot use the checkpoint {}", checkpoint.path().display()))
     }
 
     /// The model that a run with this seed begins with, before its first step.
     ///
     /// # Errors
     /// When the sizes make no model, or memory is short.
-    pub fn untrained(
-        config: &Config,
-        tokenizer: Tokenizer,
-        precision: Precision,
-        threads: Option<usize>,
-        seed: u64,
-    ) -> Result<Inference> {
-        let values = |index, parameter: &Parameter| Ok(initial_values(parameter, index, seed).into());
-        Inference::new(config, tokenizer, precision, threads, values)
-    }
-
-    fn new<'v>(
-        config: &Config,
-        tokenizer: Tokenizer,
-        precision: Precision,
-        threads: Option<usize>,
-        values: impl Fn(usize, &Parameter) -> Result<Cow<'v, [f32]>>,
-    ) -> Result<Inference> {
-        let device = open_device(threads)?;
-        let model = match precision {
-            Precision::F32 => Weights::F32(filled(&device, config, values)?),
-            Precision::Bf16 => Weights::Bf16(filled(&device, config, values)?),
+    pub fn untrained(config: &Config, tokenizer: Tokenizer, opening: &Opening, seed: u64) -> Result<Model> {
+        let table = config.parameters();
+        let mut values: (usize, Vec<f32>) = (usize::MAX, Vec::new());
+        let mut read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
+            if values.0 != index {
+                values = (index, initial_values(&table[index], index, seed));
+            }
+            let width = table[index].elements() / table[index].shape[0];
+            out.copy_from_slice(&values.1[rows.start * width..rows.end * width]);
+            Ok(())
         };
-        Ok(Inference { device, tokenizer, model, step: 0, damaged: Vec::new() })
+        let engine = start(config, tokenizer, opening, &mut read)?;
+        Ok(Model { engine, config: config.clone(), step: 0, damaged: Vec::new() })
     }
+}
 
-    /// Optimiser steps that the model has behind it.
-    pub fn step(&self) -> u64 {
-        self.step
-    }
-
-    /// Newer checkpoints that were passed over because they are damaged, each with what is wrong.
-    pub fn damaged(&self) -> &[Error] {
-        &self.damaged
-    }
-
-    /// Continues `prompt` by at most `max_tokens` tokens and hands text to `on_text` as it is made, in whole characters.
-    ///
-    /// # Errors
-    /// When the prompt is longer than the model's positions, or `on_text` fails.
-    pub fn generate(
-        &self,
-        prompt: &str,
-        max_tokens: usize,
-        sampler: &Sampler,
-        on_text: &mut dyn FnMut(&str) -> Result<()>,
-    ) -> Result<Completion> {
-        match &self.model {
-            Weights::F32(model) => self.go_on(model, prompt, max_tokens, sampler, on_text),
-            Weights::Bf16(model) => self.go_on(model, prompt, max_tokens, sampler, on_text),
+impl From<Precision> for WeightFormat {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => WeightFormat::F32,
+            Precision::Bf16 => WeightFormat::Bf16,
         }
     }
+}
 
-    fn go_on<E: Element>(
-        &self,
-        model: &Model<CpuDevice, E>,
-        prompt: &str,
-        max_tokens: usize,
-        sampler: &Sampler,
-        on_text: &mut dyn FnMut(&str) -> Result<()>,
-    ) -> Result<Completion> {
-        let prompt = self.tokenizer.encode_prompt(prompt)?;
-        let positions = model.config().positions;
-        ensure!(
-            prompt.len() <= positions,
-            "the prompt has {} tokens, counting the </s> in front, but the model has {positions} positions; shorten it",
-            prompt.len()
-        );
-        // The last token needs no position: nothing is computed from it.
-        let room = positions - prompt.len() + 1;
-        let (limit, full) =
-            if max_tokens <= room { (max_tokens, Finish::MaxTokens) } else { (room, Finish::Positions) };
-        let started = Instant::now();
-        let mut session = Session::new(&self.device, model, (prompt.len() + limit).min(positions))?;
-        let mut logits = session.feed(&prompt)?;
-        let prompt_time = started.elapsed();
-
-        // A model may have more rows than the tokenizer has tokens.
-        let known = self.tokenizer.vocab_size().min(logits.len());
-        let (mut text, mut tokens, mut finish) = (String::new(), Vec::new(), full);
-        let mut stream = self.tokenizer.stream();
-        let mut give = |piece: String| -> Result<()> {
-            text += &piece;
-            if piece.is_empty() { Ok(()) } else { on_text(&piece) }
-        };
-        while tokens.len() < limit {
-            let id = sampler.pick(&logits[..known], session.len() as u64);
-            if id == EOS {
-                finish = Finish::EndOfText;
-                break;
-            }
-            tokens.push(id);
-            give(stream.push(id))?;
-            if tokens.len() < limit {
-                logits = session.feed(&[id])?;
-            }
-        }
-        give(stream.finish())?;
-        let time = started.elapsed() - prompt_time;
-        Ok(Completion { text, tokens, prompt_tokens: prompt.len(), finish, prompt_time, time })
+/// An engine with the weights that `read` gives, in f32 unless told otherwise.
+fn start(
+    config: &Config,
+    tokenizer: Tokenizer,
+    opening: &Opening,
+    read: &mut ReadRows<'_>,
+) -> Result<Handle> {
+    let device = open_device(opening.threads)?;
+    let format = opening.weights.unwrap_or(WeightFormat::F32);
+    let decoder = Decoder::new(&device, config, format, read)?;
+    let (tokenizer, options) =
+        (Arc::new(tokenizer), Options::new(opening.sequences.max(1), config.positions));
+    match format {
+        WeightFormat::F32 => Handle::start::<CpuDevice, f32>(device, decoder, tokenizer, options),
+        _ => Handle::start::<CpuDevice, bf16>(device, decoder, tokenizer, options),
     }
 }
 
@@ -252,74 +161,53 @@ fn find(path: &Path, step: Option<u64>) -> Result<(Checkpoint, Vec<Error>)> {
     Ok((found.checkpoint, found.damaged))
 }
 
-/// A model with the given values.
-pub(crate) fn filled<'v, E: Element>(
-    device: &CpuDevice,
-    config: &Config,
-    values: impl Fn(usize, &Parameter) -> Result<Cow<'v, [f32]>>,
-) -> Result<Model<CpuDevice, E>> {
-    let mut model = Model::zeros(device, config)?;
-    for (index, parameter) in config.parameters().iter().enumerate() {
-        model.set(device, index, &values(index, parameter)?)?;
-    }
-    Ok(model)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferropt_model::Choice;
+    use ferropt_engine::{Finish, Parameters, Request, Text};
 
-    fn untrained(positions: usize) -> Inference {
+    fn untrained(positions: usize) -> Model {
         let tokenizer = Tokenizer::train([Ok("some words and some more words".repeat(9))], 270).unwrap();
         let config = Config { vocab: 300, positions, ..Config::preset("tiny").unwrap() };
-        Inference::untrained(&config, tokenizer, Precision::F32, Some(1), 1).unwrap()
+        let opening = Opening { threads: Some(1), ..Opening::default() };
+        Model::untrained(&config, tokenizer, &opening, 1).unwrap()
     }
 
     #[test]
-    fn texts_end_where_they_must_and_the_stream_is_the_text() {
+    fn texts_end_where_they_must() {
         let model = untrained(16);
+        let prompt = model.engine.tokenizer().encode_prompt("some words").unwrap();
         // Nearly even probabilities, so that </s> is unlikely; rows beyond the vocabulary must never be chosen.
-        let sampler =
-            Sampler::new(Choice::Sample { temperature: 100.0, top_k: None, top_p: 1.0 }, 5).unwrap();
-        let mut streamed = String::new();
-        let mut generate = |max_tokens| {
-            streamed.clear();
-            let made = model
-                .generate("some words", max_tokens, &sampler, &mut |text| {
-                    assert!(!text.is_empty());
-                    streamed += text;
-                    Ok(())
-                })
-                .unwrap();
-            assert_eq!(streamed, made.text);
-            assert!(made.tokens.iter().all(|&id| id < 270));
-            made
+        let generate = |max_tokens| -> Text {
+            let max_tokens = Some(max_tokens);
+            let parameters = Parameters { temperature: 100.0, seed: 5, max_tokens, ..Parameters::default() };
+            let mut made = model.engine.complete(Request { prompt: prompt.clone(), parameters }).unwrap();
+            assert!(made.choices[0].tokens.iter().all(|token| token.id < 270));
+            made.choices.remove(0)
         };
-        assert_eq!(generate(0).tokens.len(), 0);
+        assert_eq!(generate(0), Text { finish: Some(Finish::MaxTokens), ..Text::default() });
         let short = generate(5);
-        assert_eq!((short.tokens.len(), short.finish), (5, Finish::MaxTokens));
+        assert_eq!((short.tokens.len(), short.finish), (5, Some(Finish::MaxTokens)));
         let long = generate(1000);
-        assert_eq!(long.finish, Finish::Positions);
-        assert_eq!(long.prompt_tokens + long.tokens.len(), 17, "the last token needs no position");
+        assert_eq!(long.finish, Some(Finish::Positions));
+        assert_eq!(prompt.len() + long.tokens.len(), 17, "the last token needs no position");
         assert_eq!(long.tokens[..5], short.tokens);
-        assert_eq!(generate(long.tokens.len()).finish, Finish::MaxTokens);
+        assert_eq!(generate(long.tokens.len()).finish, Some(Finish::MaxTokens));
     }
 
     #[test]
-    fn prompts_that_are_too_long_and_failing_readers_end_it() {
+    fn prompts_that_are_too_long_are_refused() {
         let model = untrained(8);
-        let sampler = Sampler::new(Choice::Greedy, 1).unwrap();
-        let long = model.generate("0123456789", 5, &sampler, &mut |_| Ok(())).unwrap_err().to_string();
+        let prompt = model.engine.tokenizer().encode_prompt("0123456789").unwrap();
+        let long = model.engine.complete(Request { prompt, parameters: Parameters::default() });
+        let long = long.unwrap_err().to_string();
         assert!(long.contains("11 tokens") && long.contains("8 positions"), "{long}");
-        let broken = model.generate("0", 5, &sampler, &mut |_| Err(anyhow::anyhow!("closed"))).unwrap_err();
-        assert_eq!(broken.to_string(), "closed");
     }
 
     #[test]
     fn folders_without_a_checkpoint_are_named() {
         let folder = tempfile::tempdir().unwrap();
-        let refuse = |path: &Path| format!("{:#}", Inference::open(path, None, None).err().unwrap());
+        let refuse = |path: &Path| format!("{:#}", Model::open(path, &Opening::default()).err().unwrap());
         assert!(refuse(folder.path()).contains("no checkpoint yet"));
         assert!(refuse(&folder.path().join("nowhere")).contains("nowhere"));
     }

@@ -18,12 +18,12 @@ mod text;
 pub use report::{Baseline, Part, Report, Results, Sizes};
 
 use crate::config::Config;
-use crate::inference::Inference;
+use crate::inference::{Model, Opening};
 use crate::signals::Stop;
 use crate::telemetry::{MetricLog, peak_resident_bytes};
 use crate::trainer::{Ending, Event, train};
 use anyhow::{Context, Result, ensure};
-use ferropt_model::{Choice, Sampler};
+use ferropt_engine::{Parameters, Request};
 use plan::Planned;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -109,7 +109,8 @@ pub fn run(options: &Options, stop: &Stop, say: &mut dyn FnMut(&str)) -> Result<
             (outcome.step, outcome.tokens),
             peak_resident_bytes(),
         );
-        let model = Inference::open(&outcome.run, None, options.threads)?;
+        let opening = Opening { threads: options.threads, ..Opening::default() };
+        let model = Model::open(&outcome.run, &opening)?;
         report.after = Some(sample(&model, &report.prompt, report.seed)?);
     }
     report.save(&options.dir)?;
@@ -146,8 +147,9 @@ fn prepare(options: &Options, config: &Path, deadline: Instant, say: &mut dyn Fn
         sizes.tokens() as f64 / counts.train as f64
     ));
     let Planned { run, toml, device, .. } = planned;
-    let precision = run.config.run.precision;
-    let untrained = Inference::untrained(&run.model, tokenizer, precision, options.threads, options.seed)?;
+    let weights = Some(run.config.run.precision.into());
+    let opening = Opening { threads: options.threads, weights, ..Opening::default() };
+    let untrained = Model::untrained(&run.model, tokenizer, &opening, options.seed)?;
     let before = sample(&untrained, &text.prompt, options.seed)?;
     say(&format!("untrained  {}", one_line(&text.prompt, &before)));
 
@@ -174,9 +176,12 @@ fn prepare(options: &Options, config: &Path, deadline: Instant, say: &mut dyn Fn
 }
 
 /// What the model makes of the prompt.
-fn sample(model: &Inference, prompt: &str, seed: u64) -> Result<String> {
-    let sampler = Sampler::new(Choice::Sample { temperature: 0.7, top_k: None, top_p: 0.95 }, seed)?;
-    Ok(model.generate(prompt, SAMPLE_TOKENS, &sampler, &mut |_| Ok(()))?.text)
+fn sample(model: &Model, prompt: &str, seed: u64) -> Result<String> {
+    let (temperature, top_p, max_tokens) = (0.7, 0.95, Some(SAMPLE_TOKENS));
+    let parameters = Parameters { temperature, top_p, max_tokens, seed, ..Parameters::default() };
+    let prompt = model.engine.tokenizer().encode_prompt(prompt)?;
+    let made = model.engine.complete(Request { prompt, parameters })?;
+    Ok(made.choices.into_iter().map(|choice| choice.text).collect())
 }
 
 /// The start of a text, without line ends and control characters.

@@ -43,3 +43,40 @@ impl Stop {
         self.requested.load(Ordering::Relaxed)
     }
 }
+
+/// Ctrl-C that interrupts what is being done, or ends the program while nothing is.
+#[derive(Clone, Debug)]
+pub struct Interrupt {
+    idle: Arc<AtomicBool>,
+    asked: Arc<AtomicBool>,
+}
+
+impl Interrupt {
+    /// Takes over SIGINT. At first nothing is being done.
+    ///
+    /// # Errors
+    /// When the system refuses a handler.
+    pub fn new() -> Result<Interrupt> {
+        let (idle, asked) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
+        flag::register_conditional_default(SIGINT, idle.clone())
+            .and_then(|_| flag::register(SIGINT, asked.clone()))
+            .context("cannot install the handler of SIGINT")?;
+        Ok(Interrupt { idle, asked })
+    }
+
+    /// Something is begun, which Ctrl-C will interrupt.
+    pub fn begin(&self) {
+        self.asked.store(false, Ordering::Relaxed);
+        self.idle.store(false, Ordering::Relaxed);
+    }
+
+    /// It is over.
+    pub fn end(&self) {
+        self.idle.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it was interrupted.
+    pub fn asked(&self) -> bool {
+        self.asked.load(Ordering::Relaxed)
+    }
+}

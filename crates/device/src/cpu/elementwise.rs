@@ -35,6 +35,14 @@ pub(super) fn cast<S: Element, T: Element>(device: &CpuDevice, src: &[S], dst: &
     });
 }
 
+/// [`crate::Device::copy_blocks`]; memory sets the pace of one thread already.
+pub(super) fn copy_blocks<T: Element>(size: usize, pairs: &[(u32, u32)], x: &mut [T]) {
+    for (from, to) in pairs {
+        let from = *from as usize * size;
+        x.copy_within(from..from + size, *to as usize * size);
+    }
+}
+
 #[inline(always)]
 fn convert<V: Simd, S: Element, T: Element>(s: V, src: &[S], dst: &mut [T]) {
     for (src, dst) in src.chunks(V::LANES).zip(dst.chunks_mut(V::LANES)) {

@@ -30,9 +30,10 @@ pub(super) fn forward<E: Element>(
     mean: &mut [f32],
     rstd: &mut [f32],
 ) {
+    let rows = mean.len();
     let (y, mean, rstd, y_f32) =
         (Shards::new(y), Shards::new(mean), Shards::new(rstd), y_f32.map(Shards::new));
-    device.pool.for_chunks(x.len() / width, ROWS / 4, |rows| {
+    device.pool.for_chunks(rows, ROWS / 4, |rows| {
         for row in rows {
             let elements = row * width..(row + 1) * width;
             let x = &x[elements.clone()];

@@ -12,6 +12,7 @@ mod isa;
 mod layer_norm;
 mod linear;
 mod lm_loss;
+mod log_sum_exp;
 mod optimizer;
 mod pack;
 mod packed;
@@ -367,18 +368,32 @@ impl Device for CpuDevice {
         attention::backward(self, s, qkv, doc_start.map(|d| &d[..]), dropout, out, lse, dout, dqkv);
     }
 
-    fn attention_cached<E: Element>(
+    fn attention_paged<E: Element>(
         &self,
         heads: usize,
         width: usize,
-        past: usize,
-        count: usize,
+        segments: &[Segment<'_>],
         qkv: &CpuBuf<E>,
-        k_cache: &mut CpuBuf<E>,
-        v_cache: &mut CpuBuf<E>,
+        k_pages: &mut CpuBuf<E>,
+        v_pages: &mut CpuBuf<E>,
         out: &mut CpuBuf<E>,
     ) {
-        attention::cached(self, heads, width, past, count, qkv, k_cache, v_cache, out);
+        attention::paged(self, heads, width, segments, qkv, k_pages, v_pages, out);
+    }
+
+    fn copy_blocks<T: Element>(&self, size: usize, pairs: &[(u32, u32)], x: &mut CpuBuf<T>) {
+        elementwise::copy_blocks(size, pairs, x);
+    }
+
+    fn log_sum_exp(
+        &self,
+        rows: usize,
+        width: usize,
+        x: &CpuBuf<f32>,
+        lse: &mut CpuBuf<f32>,
+        largest: &mut CpuBuf<u32>,
+    ) {
+        log_sum_exp::log_sum_exp(self, rows, width, x, lse, largest);
     }
 
     fn lm_loss<E: Element>(
@@ -497,8 +512,10 @@ mod tests {
         let lse = zeros_f32(2 * rows);
         device.attention(shape, &qkv, None, None, &mut zeros(rows * width), &mut zeros_f32(2 * rows));
         device.attention_backward(shape, &qkv, None, None, &out, &lse, &out, &mut zeros(rows * 3 * width));
-        let (mut k, mut v) = (zeros(rows * width), zeros(rows * width));
-        device.attention_cached(2, width / 2, 0, rows, &qkv, &mut k, &mut v, &mut zeros(rows * width));
+        let pages: Vec<u32> = (0..rows.div_ceil(PAGE) as u32).collect();
+        let (mut k, mut v) = (zeros(pages.len() * PAGE * width), zeros(pages.len() * PAGE * width));
+        let segments = [Segment { rows, past: 0, pages: &pages }];
+        device.attention_paged(2, width / 2, &segments, &qkv, &mut k, &mut v, &mut zeros(rows * width));
 
         let words = |w: &Workspace| w.bytes.iter().flatten().map(|piece| piece.len()).sum::<usize>();
         let taken = 4 * (words(&device.workspace()) + words(&device.loss_workspace()));

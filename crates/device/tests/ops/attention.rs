@@ -1,4 +1,4 @@
-use ferropt_device::{AttentionShape, Device, Dropout, Element, bf16};
+use ferropt_device::{AttentionShape, Device, Dropout, Element, PAGE, Segment, bf16};
 
 use crate::*;
 
@@ -275,50 +275,149 @@ fn one_more_or_less_key_would_show() {
     assert!(r.out_slack.iter().all(|slack| *slack < typical / 20.0), "tolerances hide a wrong mask");
 }
 
-fn check_cached<E: Element>(s: AttentionShape, chunks: &[usize]) {
-    let case = plain(s);
-    let all = case.all();
-    let qkv = numbers::<E>(4, s.seq * 3 * all, 1.0);
+/// Texts cut into calls, several in each, over pages that were dealt at random. Returns the outputs by text.
+fn paged<E: Element>(
+    device: &CpuDevice,
+    s: AttentionShape,
+    texts: &[Vec<E>],
+    calls: &[Vec<usize>],
+) -> Vec<Vec<f32>> {
+    let all = s.heads * s.width;
+    let needed = |text: &Vec<E>| (text.len() / (3 * all)).div_ceil(PAGE);
+    let total: usize = texts.iter().map(needed).sum();
+    let order = Permutation(whole(21, 1, 1 << 20)[0] as usize, total + 2);
+    let mut free = (0..total).map(|i| order.at(i) as u32);
+    let pages: Vec<Vec<u32>> = texts.iter().map(|t| free.by_ref().take(needed(t)).collect()).collect();
+    // Places that no token has been written to are never looked at.
+    let capacity = (total + 2) * PAGE * all;
+    let (mut k, mut v) = (poisoned::<E>(device, capacity), poisoned::<E>(device, capacity));
+    let (mut past, mut outs) = (vec![0; texts.len()], vec![vec![]; texts.len()]);
+    for call in calls {
+        let (mut segments, mut rows) = (vec![], vec![]);
+        for (i, count) in call.iter().copied().enumerate() {
+            segments.push(Segment { rows: count, past: past[i], pages: &pages[i] });
+            rows.extend_from_slice(&texts[i][past[i] * 3 * all..(past[i] + count) * 3 * all]);
+            past[i] += count;
+        }
+        let (qkv, mut out) = (put(device, &rows), poisoned::<E>(device, rows.len() / 3));
+        device.attention_paged(s.heads, s.width, &segments, &qkv, &mut k, &mut v, &mut out);
+        let mut out = &get(device, &out)[..];
+        for (i, count) in call.iter().copied().enumerate() {
+            let (own, rest) = out.split_at(count * all);
+            outs[i].extend_from_slice(own);
+            out = rest;
+        }
+    }
+    for (text, past) in texts.iter().zip(past) {
+        assert_eq!(text.len(), past * 3 * all, "the calls cover the texts");
+    }
+    outs
+}
+
+/// A fixed order of the numbers below the second field.
+struct Permutation(usize, usize);
+
+impl Permutation {
+    fn at(&self, i: usize) -> usize {
+        // A step that has no factor in common with the length.
+        let step = (self.0 % self.1..).find(|s| (2..=*s).all(|f| s % f != 0 || self.1 % f != 0)).unwrap();
+        (i * step + 1) % self.1
+    }
+}
+
+/// Lengths of texts around the borders of pages and groups.
+const LENGTHS: [usize; 5] = [1, 64, 70, 131, 200];
+
+fn check_paged<E: Element>(heads: usize, width: usize) {
+    let s = shape(1, 0, heads, width);
+    let all = heads * width;
+    let texts: Vec<Vec<E>> =
+        LENGTHS.iter().enumerate().map(|(i, n)| numbers(30 + i, n * 3 * all, 1.0)).collect();
+    // All at once; one token of each at a time; and random pieces.
+    let at_once = vec![LENGTHS.to_vec()];
+    let singly = (0..200).map(|i| LENGTHS.map(|n| (i < n) as usize).to_vec()).collect::<Vec<_>>();
+    let mut left = LENGTHS;
+    let mut random = vec![];
+    while left.iter().any(|n| *n > 0) {
+        let sizes = whole(40 + random.len(), left.len(), 30);
+        let call: Vec<usize> = left.iter().zip(sizes).map(|(left, n)| (n as usize).min(*left)).collect();
+        left.iter_mut().zip(&call).for_each(|(left, n)| *left -= n);
+        random.push(call);
+    }
     let rounding = if E::DTYPE == DType::F32 { 0.0 } else { unit(E::DTYPE) };
-    let want = reference(&case, &widen(&qkv), &vec![0.0; s.seq * all], rounding);
     for (isa, got) in on_every_device(|device| {
-        // Rows that no token has been written to are never looked at.
-        let capacity = (s.seq + 3) * all;
-        let (mut k, mut v) = (poisoned::<E>(device, capacity), poisoned::<E>(device, capacity));
-        let (mut past, mut all_out) = (0, vec![]);
-        for count in chunks.iter().copied() {
-            let new = put(device, &qkv[past * 3 * all..(past + count) * 3 * all]);
-            let mut out = poisoned::<E>(device, count * all);
-            device.attention_cached(s.heads, s.width, past, count, &new, &mut k, &mut v, &mut out);
-            all_out.extend(get(device, &out));
-            past += count;
+        let want = paged(device, s, &texts, &at_once);
+        for calls in [&singly, &random] {
+            let got = paged(device, s, &texts, calls);
+            for (text, (got, want)) in got.iter().zip(&want).enumerate() {
+                assert!(same_bits(got, want), "text {text} of {heads} x {width} depends on how it is cut");
+            }
         }
-        assert_eq!(past, s.seq);
-        let (k, v) = (get(device, &k), get(device, &v));
-        for (i, row) in qkv.chunks(3 * all).enumerate() {
-            let row: Vec<f32> = row.iter().map(|x| x.to_f32()).collect();
-            assert!(same_bits(&k[i * all..(i + 1) * all], &row[all..2 * all]), "k of token {i}");
-            assert!(same_bits(&v[i * all..(i + 1) * all], &row[2 * all..]), "v of token {i}");
-        }
-        assert!(k[s.seq * all..].iter().chain(&v[s.seq * all..]).all(|x| x.is_nan()));
-        vec![all_out]
+        // Alone, it is the same again.
+        let alone = paged(device, s, &texts[3..4], &[vec![131]]);
+        assert!(same_bits(&alone[0], &want[3]), "a text depends on what else is computed");
+        want
     }) {
-        let what = format!("cached, {isa:?}, {}, {s:?} in {chunks:?}", E::DTYPE);
-        assert_close(&what, E::DTYPE, &got[0], &want.out, |i| TINY + want.out_slack[i]);
+        for (text, got) in texts.iter().zip(&got) {
+            let case = plain(shape(1, text.len() / (3 * all), heads, width));
+            let want = reference(&case, &widen(text), &vec![0.0; case.s.seq * all], rounding);
+            let what = format!("paged, {isa:?}, {}, {:?}", E::DTYPE, case.s);
+            assert_close(&what, E::DTYPE, got, &want.out, |i| TINY + want.out_slack[i]);
+        }
     }
 }
 
 #[test]
-fn cached_tokens_in_any_chunks_give_what_the_whole_sequence_does() {
-    let random: Vec<usize> = whole(13, 40, 24).into_iter().map(|n| 1 + n as usize).collect();
-    let total = random.iter().sum();
-    let chunks: [&[usize]; 5] = [&[1; 70], &[200, 1, 1, 9, 50, 8], &[65], &[7, 100, 1, 64], &random];
-    for (chunks, (heads, width)) in chunks.into_iter().zip([(2, 64), (3, 80), (1, 1), (2, 7), (1, 16)]) {
-        let s = shape(1, chunks.iter().sum(), heads, width);
-        check_cached::<f32>(s, chunks);
-        check_cached::<bf16>(s, chunks);
+fn paged_attention_has_the_same_bits_in_any_batch_and_pieces() {
+    for (heads, width) in [(2, 64), (1, 80), (1, 128), (3, 7), (2, 1)] {
+        check_paged::<f32>(heads, width);
+        check_paged::<bf16>(heads, width);
     }
-    check_cached::<bf16>(shape(1, total, 2, 128), &random);
+}
+
+#[test]
+fn texts_share_pages_and_copies_are_texts_of_their_own() {
+    let (heads, width, all) = (2, 16, 32);
+    let texts: Vec<Vec<f32>> = (0..2).map(|i| numbers(60 + i, 100 * 3 * all, 1.0)).collect();
+    // The second text begins with 70 tokens of the first.
+    let second = [&texts[0][..70 * 3 * all], &texts[1][70 * 3 * all..]].concat();
+    for (isa, got) in on_every_device(|device| {
+        let size = 3 * PAGE * all;
+        let (mut k, mut v) = (poisoned::<f32>(device, size), poisoned::<f32>(device, size));
+        let run = |past: usize, rows: &[f32], pages: &[u32], k: &mut _, v: &mut _| {
+            let count = rows.len() / (3 * all);
+            let (qkv, mut out) = (put(device, rows), poisoned::<f32>(device, count * all));
+            let segments = [Segment { rows: count, past, pages }];
+            device.attention_paged(heads, width, &segments, &qkv, k, v, &mut out);
+            get(device, &out)
+        };
+        run(0, &texts[0], &[2, 0], &mut k, &mut v);
+        for pages in [&mut k, &mut v] {
+            device.copy_blocks(PAGE * all, &[(0, 1)], pages);
+        }
+        let forked = run(70, &second[70 * 3 * all..], &[2, 1], &mut k, &mut v);
+        let kept = run(99, &texts[0][99 * 3 * all..], &[2, 0], &mut k, &mut v);
+        vec![forked, kept]
+    }) {
+        for (text, rows, got) in [(&second, 30, &got[0]), (&texts[0], 1, &got[1])] {
+            let case = plain(shape(1, 100, heads, width));
+            let want = reference(&case, &widen(text), &[0.0; 3200], 0.0);
+            let from = (100 - rows) * all;
+            assert_close(&format!("{isa:?}"), DType::F32, got, &want.out[from..], |i| {
+                TINY + want.out_slack[from + i]
+            });
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "two sequences write to one page")]
+fn two_texts_cannot_write_to_one_page() {
+    let device = CpuDevice::new(CpuOptions::default()).expect("a device");
+    let pages = || device.alloc::<f32>(PAGE * 2).expect("memory");
+    let segment = Segment { rows: 1, past: 0, pages: &[0] };
+    let (qkv, mut out) = (put(&device, &[0.0f32; 12]), put(&device, &[0.0f32; 4]));
+    device.attention_paged(1, 2, &[segment, segment], &qkv, &mut pages(), &mut pages(), &mut out);
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod embed;
 mod layer_norm;
 mod linear;
 mod lm_loss;
+mod log_sum_exp;
 mod optimizer;
 mod packed;
 

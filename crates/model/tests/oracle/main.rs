@@ -7,8 +7,8 @@ mod fixture;
 mod learner;
 
 use ferropt_device::cpu::{CpuDevice, CpuOptions, Isa};
-use ferropt_device::{Element, bf16};
-use ferropt_model::Recompute;
+use ferropt_device::{Element, PAGE, Segment, WeightFormat, bf16};
+use ferropt_model::{Cache, Decoder, Memory, Recompute};
 use fixture::{Fixture, all};
 use learner::Learner;
 
@@ -70,6 +70,59 @@ fn f32_logits_losses_and_gradients() {
                     "{what}: gradient of {name} is off by {error:e} of {size:e}"
                 );
             }
+        }
+    }
+}
+
+/// Logits of all rows of a fixture through the paged cache, its sequences beside each other and cut into pieces.
+fn decoded<E: Element>(device: &CpuDevice, f: &Fixture, format: WeightFormat) -> Vec<f32> {
+    let table = f.config.parameters();
+    let values: Vec<Vec<f32>> =
+        table.iter().map(|p| p.names.iter().flat_map(|name| f.values(name)).collect()).collect();
+    let mut read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
+        let width = table[index].elements() / table[index].shape[0];
+        out.copy_from_slice(&values[index][rows.start * width..rows.end * width]);
+        Ok(())
+    };
+    let decoder = Decoder::new(device, &f.config, format, &mut read).unwrap();
+    let each = f.seq.div_ceil(PAGE);
+    let mut cache = Cache::<_, E>::new(device, &f.config, f.batch * each).unwrap();
+    let mut memory = Memory::new(device, &f.config, f.batch * f.seq, f.batch * f.seq).unwrap();
+    let pages: Vec<u32> = (0..(f.batch * each) as u32).rev().collect();
+    let vocab = f.config.vocab;
+    let mut all = vec![0.0; f.tokens.len() * vocab];
+    for (past, end) in [(0, f.seq / 3), (f.seq / 3, f.seq / 3 + 1), (f.seq / 3 + 1, f.seq)] {
+        let rows = end - past;
+        let segments: Vec<Segment<'_>> =
+            pages.chunks(each).map(|pages| Segment { rows, past, pages }).collect();
+        let places: Vec<usize> = (0..f.batch).flat_map(|b| (past..end).map(move |t| b * f.seq + t)).collect();
+        let tokens: Vec<u32> = places.iter().map(|place| f.tokens[*place]).collect();
+        decoder.forward(device, &tokens, &segments, &mut cache, &mut memory).unwrap();
+        let rows: Vec<u32> = (0..places.len() as u32).collect();
+        let logits = decoder.head(device, &rows, &mut memory).unwrap();
+        let mut row = vec![];
+        for (i, place) in places.iter().enumerate() {
+            logits.read(i, &mut row);
+            all[place * vocab..(place + 1) * vocab].copy_from_slice(&row);
+        }
+    }
+    all
+}
+
+#[test]
+fn logits_through_the_paged_cache() {
+    for device in devices() {
+        for f in all() {
+            let what = format!("{} on {:?}", f.name, device.isa());
+            let want: Vec<f32> = used(&f, &f.values("logits")).collect();
+            let got = decoded::<f32>(&device, &f, WeightFormat::F32);
+            for (got, want) in used(&f, &got).zip(&want) {
+                assert!((got as f64 - *want as f64).abs() <= LOGIT, "{what}: logit {got}, not {want}");
+            }
+            let theirs: Vec<f32> = used(&f, &f.values("bf16.logits")).collect();
+            let got: Vec<f32> = used(&f, &decoded::<bf16>(&device, &f, WeightFormat::Bf16)).collect();
+            let (error, allowed) = (distance(&got, &want), ROUGHLY * distance(&theirs, &want));
+            assert!(error <= allowed, "{what}: bf16 logits are off by {error:e}, allowed {allowed:e}");
         }
     }
 }

@@ -3,13 +3,12 @@
 use super::text::Counts;
 use super::{Options, Sizes};
 use crate::config::{Config, Precision, Resolved};
-use crate::inference::filled;
 use crate::optimizer::{Optimizer, gradient_norm};
 use crate::trainer::open_device;
 use anyhow::Result;
 use ferropt_device::cpu::CpuDevice;
 use ferropt_device::{Device, Element, Store, bf16};
-use ferropt_model::{Backprop, Batch, Pass, initial_values};
+use ferropt_model::{Backprop, Batch, Model, Pass, initial_values};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -94,7 +93,10 @@ impl Planned {
 
 /// Tokens per second of optimiser steps on made-up tokens, measured for about so long.
 fn speed<E: Element>(device: &CpuDevice, run: &Resolved, time: Duration) -> Result<f64> {
-    let mut model = filled::<E>(device, &run.model, |index, p| Ok(initial_values(p, index, 1).into()))?;
+    let mut model = Model::<_, E>::zeros(device, &run.model)?;
+    for (index, parameter) in run.model.parameters().iter().enumerate() {
+        model.set(device, index, &initial_values(parameter, index, 1))?;
+    }
     let mut backprop = Backprop::<_, E>::new(device, &run.model, run.options())?;
     let mut optimizer = Optimizer::new(device, &model, run.optimizer)?;
     let tokens: Vec<u32> =

@@ -172,7 +172,7 @@ impl<E: Element> Kernel for Head<'_, E> {
             dk.fill(0.0);
             dv.fill(0.0);
             for start in (block / nr * nr..seq).step_by(nr) {
-                let panel = Panel::new(start..(start + nr).min(seq), 0, self.doc_start);
+                let panel = Panel::new(start..(start + nr).min(seq), self.doc_start);
                 let queries = panel.queries.clone();
                 if panel.low >= block_end {
                     continue;

@@ -1,4 +1,4 @@
-//! The forward pass, for whole sequences and for many new tokens over a cache.
+//! The forward pass.
 
 use std::ops::Range;
 
@@ -26,7 +26,7 @@ pub(in crate::cpu) fn forward<E: Element>(
 ) {
     let width = s.heads * s.width;
     let (out, lse) = (Shards::new(out), Shards::new(lse));
-    attend(device, s.batch * s.heads, s.width, s.seq, s.seq, |index| {
+    attend(device, s.batch * s.heads, s.width, s.seq, |index| {
         let (b, h) = (index / s.heads, index % s.heads);
         let part = |which: usize| Rows {
             data: &qkv[b * s.seq * 3 * width + which * width + h * s.width..],
@@ -34,7 +34,6 @@ pub(in crate::cpu) fn forward<E: Element>(
         };
         Head {
             width: s.width,
-            past: 0,
             q: part(0),
             k: part(1),
             v: part(2),
@@ -43,29 +42,29 @@ pub(in crate::cpu) fn forward<E: Element>(
             out,
             out_start: b * s.seq * width + h * s.width,
             out_ld: width,
-            lse: Some((lse, index * s.seq)),
+            lse,
+            lse_start: index * s.seq,
         }
     });
 }
 
 /// Attention of one head of one sequence.
-pub(super) struct Head<'a, E> {
+struct Head<'a, E> {
     /// D.
-    pub(super) width: usize,
-    /// Position of the first query.
-    pub(super) past: usize,
-    pub(super) q: Rows<'a, E>,
-    pub(super) k: Rows<'a, E>,
-    pub(super) v: Rows<'a, E>,
+    width: usize,
+    q: Rows<'a, E>,
+    k: Rows<'a, E>,
+    v: Rows<'a, E>,
     /// Of each query.
-    pub(super) doc_start: Option<&'a [u32]>,
-    pub(super) dropout: Option<HeadDropout>,
+    doc_start: Option<&'a [u32]>,
+    dropout: Option<HeadDropout>,
     /// Query i's output is at `out_start + i * out_ld`.
-    pub(super) out: Shards<'a, E>,
-    pub(super) out_start: usize,
-    pub(super) out_ld: usize,
-    /// Where log-sum-exps go: query i's at the index plus i.
-    pub(super) lse: Option<(Shards<'a, f32>, usize)>,
+    out: Shards<'a, E>,
+    out_start: usize,
+    out_ld: usize,
+    /// Query i's log-sum-exp is at `lse_start + i`.
+    lse: Shards<'a, f32>,
+    lse_start: usize,
 }
 
 /// Words of workspace for each thread, for at most `keys` keys.
@@ -82,20 +81,19 @@ fn sizes(tile: Tile, width: usize, keys: usize) -> [usize; 6] {
     [units * nr, KEYS * nr, rows * nr, nr * width.next_multiple_of(16), keys * units, rows * keys / per_unit]
 }
 
-/// Attention of `count` heads with `queries` queries each, over at most `keys` keys.
-pub(super) fn attend<'a, E: Element>(
+/// Attention of `count` heads with `queries` tokens each.
+fn attend<'a, E: Element>(
     device: &CpuDevice,
     count: usize,
     width: usize,
     queries: usize,
-    keys: usize,
     head: impl Fn(usize) -> Head<'a, E> + Sync,
 ) {
     let tile = Tile::of::<E>(device.isa);
     let panels = queries.div_ceil(tile.nr);
     // A task packs the keys that it needs, so heads are cut only where there are few of them for the threads.
     let parts = (6 * device.threads()).div_ceil(count.max(1)).clamp(1, panels.max(1));
-    let words = words(tile, width, keys);
+    let words = words(tile, width, queries);
     let mut workspace = device.workspace();
     let [scratch] = workspace.take([(Scratch::Attention, device.threads() * words)]);
     let scratch = Shards::new(scratch);
@@ -134,7 +132,7 @@ impl<E: Element> Kernel for Task<'_, '_, E> {
             return;
         }
         let (units, rows) = (head.width.div_ceil(per_unit), head.width.next_multiple_of(MR));
-        let keys_end = head.past + queries.end;
+        let keys_end = queries.end;
         let first = head.doc_start.map_or(0, |d| d[queries.clone()].iter().copied().min().unwrap_or(0));
         let first = first as usize / KEYS * KEYS;
         let [q, scores, out, out_rows, k, v] =
@@ -154,10 +152,10 @@ impl<E: Element> Kernel for Task<'_, '_, E> {
         for panel in panels {
             let in_panel = panel * nr..((panel + 1) * nr).min(queries.end);
             pack_panels(isa, head.q.over_width(), in_panel.clone(), 0..head.width, nr, per_unit, q);
-            let panel = Panel::new(in_panel, head.past, head.doc_start);
+            let panel = Panel::new(in_panel, head.doc_start);
             let mut state = State::new();
             out.fill(0.0);
-            let end = head.past + panel.queries.end;
+            let end = panel.queries.end;
             for block in (panel.low / KEYS * KEYS..end).step_by(KEYS) {
                 // Rows of the tile that are needed, to whole panels at the start and to pairs at the end.
                 let from = panel.low.saturating_sub(block) / MR * MR;
@@ -174,7 +172,7 @@ impl<E: Element> Kernel for Task<'_, '_, E> {
                         &mut scores[at * nr..(at + MR) * nr],
                     );
                 }
-                if block + to > head.past + panel.queries.start + 1 || block + from < panel.high {
+                if block + to > panel.queries.start + 1 || block + from < panel.high {
                     panel.mask::<S, NV>(s, scores, block, from..to);
                 }
                 let mut bits = [0; 2 * MOST_LANES];
@@ -308,13 +306,11 @@ fn finish<E: Element, S: Simd, const NV: usize>(
         // SAFETY: every query of every head has its own part.
         unsafe { head.out.range(start..start + head.width) }
     });
-    if let Some((lse, start)) = head.lse {
-        let start = start + panel.queries.start;
-        // SAFETY: as above.
-        let lse = unsafe { lse.range(start..start + count) };
-        for (i, lse) in lse.iter_mut().enumerate() {
-            *lse = state.max[i] * scale + state.sum[i].ln();
-        }
+    let start = head.lse_start + panel.queries.start;
+    // SAFETY: as above.
+    let lse = unsafe { head.lse.range(start..start + count) };
+    for (i, lse) in lse.iter_mut().enumerate() {
+        *lse = state.max[i] * scale + state.sum[i].ln();
     }
 }
 

@@ -8,15 +8,15 @@
 //! the register tile; what happens to it does not depend on how panels are dealt to threads.
 
 mod backward;
-mod cached;
 mod forward;
+mod paged;
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
 pub(super) use backward::backward;
-pub(super) use cached::cached;
 pub(super) use forward::forward;
+pub(super) use paged::paged;
 
 use super::gemm::{Dot, Fma, Mac};
 use super::pack::Matrix;
@@ -189,13 +189,13 @@ struct Panel {
 }
 
 impl Panel {
-    /// `doc_start` is of each query; query 0 is at position `past`.
-    fn new(queries: Range<usize>, past: usize, doc_start: Option<&[u32]>) -> Self {
+    /// `doc_start` is of each query.
+    fn new(queries: Range<usize>, doc_start: Option<&[u32]>) -> Self {
         let mut position = [0.0; MOST_LANES];
         let mut start = [0.0; MOST_LANES];
         for (i, p) in position.iter_mut().enumerate() {
             // Exact below 2^24.
-            *p = (past + queries.start + i) as f32;
+            *p = (queries.start + i) as f32;
         }
         let (mut low, mut high) = (0, 0);
         if let Some(doc_start) = doc_start {
@@ -248,7 +248,9 @@ const LINE: usize = 16;
 /// Bytes of workspace, of all threads, for a pass over sequences of shape `s`.
 pub(super) fn workspace_bytes<E: Element>(device: &CpuDevice, s: AttentionShape) -> usize {
     let tile = Tile::of::<E>(device.isa);
-    let most = forward::words(tile, s.width, s.seq).max(backward::words(tile, s.width, s.seq));
+    let most = forward::words(tile, s.width, s.seq)
+        .max(backward::words(tile, s.width, s.seq))
+        .max(paged::words(s.width));
     4 * device.threads() * most
 }
 

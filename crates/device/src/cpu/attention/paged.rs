@@ -1,0 +1,351 @@
+//! New tokens of many sequences over a cache of keys and values in pages of [`PAGE`] tokens (Kwon et al., 2023).
+//!
+//! A page holds, for each head, keys as columns, `[D][PAGE]`, and values as rows, `[PAGE][D]`. Scores then lie across
+//! the lanes of a register, key by key, and so do the columns of the output: nothing is summed across lanes but a
+//! query's sum of probabilities, once. Each score, each probability and each column of the output is summed in an order
+//! that follows from the query's own position alone, since pages are walked from the first token on. So a query has the
+//! same bits however many others are computed with it, and however a text was cut into pieces.
+
+use super::NOTHING;
+use crate::cpu::buffer::Shards;
+use crate::cpu::simd::{Simd, dispatch};
+use crate::cpu::{CpuDevice, Scratch};
+use crate::{Element, PAGE, Segment};
+
+/// Most queries of one head that walk over the pages together.
+const QUERIES: usize = 6;
+/// Keys and values of so many tokens and heads are appended by one thread.
+const APPENDED: usize = 64;
+
+/// [`crate::Device::attention_paged`].
+pub(in crate::cpu) fn paged<E: Element>(
+    device: &CpuDevice,
+    heads: usize,
+    width: usize,
+    segments: &[Segment<'_>],
+    qkv: &[E],
+    k_pages: &mut [E],
+    v_pages: &mut [E],
+    out: &mut [E],
+) {
+    check(segments, k_pages.len().min(v_pages.len()) / (heads * width * PAGE));
+    append(device, heads, width, segments, qkv, k_pages, v_pages);
+    let groups = groups(segments);
+    let (all, block, padded) = (heads * width, width * PAGE, width.next_multiple_of(16));
+    let words = words(width);
+    let mut workspace = device.workspace();
+    let [scratch] = workspace.take([(Scratch::Attention, device.threads() * words)]);
+    let (scratch, out) = (Shards::new(bytemuck::cast_slice_mut::<u32, f32>(scratch)), Shards::new(out));
+    let (k_pages, v_pages) = (&*k_pages, &*v_pages);
+    let tasks = heads * groups.len();
+    device.pool.for_each(tasks, |task, thread| {
+        // The last groups of a text have the most keys, so they come first.
+        let task = tasks - 1 - task;
+        let (h, group) = (task / groups.len(), &groups[task % groups.len()]);
+        // SAFETY: each thread has its own scratch.
+        let (q, sums) =
+            unsafe { scratch.range(thread * words..(thread + 1) * words) }.split_at_mut(QUERIES * width);
+        for (i, q) in q.chunks_exact_mut(width).take(group.count).enumerate() {
+            let row = &qkv[(group.row + i) * 3 * all + h * width..][..width];
+            q.iter_mut().zip(row).for_each(|(q, x)| *q = x.to_f32());
+        }
+        let pages =
+            |cache| Pages { cache, numbers: group.pages, first: h * block, step: heads * block, block };
+        let head = Head { width, padded, position: group.position, q, k: pages(k_pages), v: pages(v_pages) };
+        let results = dispatch!(device.isa, s => head.attend_some(s, group.count, sums));
+        for (i, sum) in results[..group.count].iter().enumerate() {
+            // SAFETY: each query of each head is one task's.
+            let out = unsafe {
+                out.range((group.row + i) * all + h * width..(group.row + i) * all + (h + 1) * width)
+            };
+            let factor = 1.0 / sum;
+            dispatch!(device.isa, s => scale_into(s, factor, &sums[i * padded..][..width], out));
+        }
+    });
+}
+
+/// Queries that walk together: neighbours in a text whose last keys are in the same page.
+struct Group<'a> {
+    /// Row of the first in `qkv`, its position in its text, and how many there are.
+    row: usize,
+    position: usize,
+    count: usize,
+    pages: &'a [u32],
+}
+
+fn groups<'a>(segments: &[Segment<'a>]) -> Vec<Group<'a>> {
+    let mut groups = Vec::with_capacity(segments.len());
+    let mut row = 0;
+    for s in segments {
+        let (mut position, end) = (s.past, s.past + s.rows);
+        while position < end {
+            let count = QUERIES.min(end - position).min(PAGE - position % PAGE);
+            groups.push(Group { row, position, count, pages: s.pages });
+            row += count;
+            position += count;
+        }
+    }
+    groups
+}
+
+/// Page numbers are within the cache, and no two segments write to the same page.
+fn check(segments: &[Segment<'_>], capacity: usize) {
+    let mut written = Vec::with_capacity(segments.len());
+    for s in segments.iter().filter(|s| s.rows > 0) {
+        let needed = (s.past + s.rows).div_ceil(PAGE);
+        assert!(
+            s.pages.len() >= needed,
+            "{} tokens need {needed} pages, not {}",
+            s.past + s.rows,
+            s.pages.len()
+        );
+        for page in &s.pages[..needed] {
+            assert!((*page as usize) < capacity, "page {page} of a cache of {capacity}");
+        }
+        written.extend_from_slice(&s.pages[s.past / PAGE..needed]);
+    }
+    written.sort_unstable();
+    assert!(written.windows(2).all(|w| w[0] != w[1]), "two sequences write to one page: {written:?}");
+}
+
+/// Writes the new tokens' keys and values to their places.
+fn append<E: Element>(
+    device: &CpuDevice,
+    heads: usize,
+    width: usize,
+    segments: &[Segment<'_>],
+    qkv: &[E],
+    k_pages: &mut [E],
+    v_pages: &mut [E],
+) {
+    let (all, block) = (heads * width, width * PAGE);
+    let places: Vec<(usize, usize)> = segments
+        .iter()
+        .flat_map(|s| (s.past..s.past + s.rows).map(|i| (s.pages[i / PAGE] as usize, i % PAGE)))
+        .collect();
+    let (k_pages, v_pages) = (Shards::new(k_pages), Shards::new(v_pages));
+    // Columns of a page of keys share cache lines, so that tokens that follow each other go to one thread.
+    device.pool.for_chunks(heads * places.len(), APPENDED, |range| {
+        for i in range {
+            let (h, row) = (i / places.len(), i % places.len());
+            let (page, slot) = places[row];
+            let start = (page * heads + h) * block;
+            let source = &qkv[row * 3 * all + h * width..];
+            for (d, k) in source[all..all + width].iter().enumerate() {
+                let at = start + d * PAGE + slot;
+                // SAFETY: every place is written once.
+                let place = unsafe { k_pages.range(at..at + 1) };
+                place[0] = *k;
+            }
+            let at = start + slot * width;
+            // SAFETY: as above.
+            unsafe { v_pages.range(at..at + width) }.copy_from_slice(&source[2 * all..2 * all + width]);
+        }
+    });
+}
+
+/// One head's part of the pages of a text.
+#[derive(Clone, Copy)]
+struct Pages<'a, E> {
+    cache: &'a [E],
+    numbers: &'a [u32],
+    /// Where page 0 has this head's part, elements from one page to the next, and in a part.
+    first: usize,
+    step: usize,
+    block: usize,
+}
+
+impl<'a, E> Pages<'a, E> {
+    #[inline(always)]
+    fn part(&self, page: usize) -> &'a [E] {
+        &self.cache[self.first + self.numbers[page] as usize * self.step..][..self.block]
+    }
+}
+
+/// A group's queries of one head.
+struct Head<'a, E> {
+    /// D, and the distance of rows of sums.
+    width: usize,
+    padded: usize,
+    /// Of the first query.
+    position: usize,
+    /// Queries, `[count][D]`.
+    q: &'a [f32],
+    k: Pages<'a, E>,
+    v: Pages<'a, E>,
+}
+
+impl<E: Element> Head<'_, E> {
+    /// [`Head::attend`] of `count` queries.
+    #[inline(always)]
+    fn attend_some<S: Simd>(&self, s: S, count: usize, sums: &mut [f32]) -> [f32; QUERIES] {
+        match count {
+            1 => self.attend::<S, 1>(s, sums),
+            2 => self.attend::<S, 2>(s, sums),
+            3 => self.attend::<S, 3>(s, sums),
+            4 => self.attend::<S, 4>(s, sums),
+            5 => self.attend::<S, 5>(s, sums),
+            _ => self.attend::<S, QUERIES>(s, sums),
+        }
+    }
+
+    /// Leaves the sum of weighted values of each query in `sums`, and returns the sums of the weights.
+    #[inline(always)]
+    fn attend<S: Simd, const M: usize>(&self, s: S, sums: &mut [f32]) -> [f32; QUERIES] {
+        let Head { width, padded, position, .. } = *self;
+        let scale = s.splat(1.0 / (width as f32).sqrt());
+        let (mut max, mut weight) = ([NOTHING; M], [s.zero(); M]);
+        let mut p = [[0.0; PAGE]; M];
+        sums[..M * padded].fill(0.0);
+        let last = position / PAGE;
+        for page in 0..=last {
+            if S::LANES == 16 {
+                scores::<S, E, M, 4>(s, width, self.q, self.k.part(page), &mut p);
+            } else {
+                scores::<S, E, M, 2>(s, width, self.q, self.k.part(page), &mut p);
+            }
+            // Keys of this page that the first query sees; each of the others sees one more.
+            let shared = if page == last { position % PAGE + 1 } else { PAGE };
+            let mut shrink = [s.zero(); M];
+            for (i, p) in p.iter_mut().enumerate() {
+                let seen = if page == last { shared + i } else { PAGE };
+                let old = max[i];
+                for p in &mut p[seen..] {
+                    *p = f32::NEG_INFINITY;
+                }
+                let mut most = s.splat(old);
+                for p in p.chunks_exact_mut(S::LANES) {
+                    let score = s.mul(s.load(p), scale);
+                    most = s.max(score, most);
+                    s.store(p, score);
+                }
+                max[i] = s.max_lane(most);
+                shrink[i] = s.exp(s.splat(old - max[i]));
+                weight[i] = s.mul(weight[i], shrink[i]);
+                for p in p.chunks_exact_mut(S::LANES) {
+                    let e = s.exp(s.sub(s.load(p), s.splat(max[i])));
+                    weight[i] = s.add(weight[i], e);
+                    s.store(p, e);
+                }
+            }
+            let v = self.v.part(page);
+            values::<S, E, M>(s, width, padded, &p, shrink, &v[..shared * width], sums);
+            if page == last {
+                // A query never touches a later token's value, whatever that is.
+                for (i, p) in p.iter().enumerate().skip(1) {
+                    let own = [std::array::from_fn(|key| p[(shared + key).min(PAGE - 1)])];
+                    let v = &v[shared * width..(shared + i) * width];
+                    values::<S, E, 1>(s, width, padded, &own, [s.splat(1.0)], v, &mut sums[i * padded..]);
+                }
+            }
+        }
+        let mut total = [1.0; QUERIES];
+        for (total, weight) in total.iter_mut().zip(weight) {
+            *total = s.sum(weight);
+        }
+        total
+    }
+}
+
+/// `p = q * k`: rows of queries by columns of keys, each summed over the width in order.
+#[inline(always)]
+fn scores<S: Simd, E: Element, const M: usize, const NV: usize>(
+    s: S,
+    width: usize,
+    q: &[f32],
+    k: &[E],
+    p: &mut [[f32; PAGE]; M],
+) {
+    let q: [&[f32]; M] = std::array::from_fn(|i| &q[i * width..][..width]);
+    for at in (0..PAGE).step_by(NV * S::LANES) {
+        let mut acc = [[s.zero(); NV]; M];
+        for (d, k) in k.chunks_exact(PAGE).enumerate() {
+            let mut keys = [s.zero(); NV];
+            for (v, key) in keys.iter_mut().enumerate() {
+                *key = s.load_as(&k[at + v * S::LANES..]);
+            }
+            for (acc, q) in acc.iter_mut().zip(&q) {
+                let x = s.splat(q[d]);
+                for (acc, key) in acc.iter_mut().zip(&keys) {
+                    *acc = s.fma(x, *key, *acc);
+                }
+            }
+        }
+        for (acc, p) in acc.iter().zip(p.iter_mut()) {
+            for (v, acc) in acc.iter().enumerate() {
+                s.store(&mut p[at + v * S::LANES..], *acc);
+            }
+        }
+    }
+}
+
+/// `sums = shrink * sums + p * v`, each column summed over keys in order. `v` has as many rows as keys take part.
+#[inline(always)]
+fn values<S: Simd, E: Element, const M: usize>(
+    s: S,
+    width: usize,
+    padded: usize,
+    p: &[[f32; PAGE]; M],
+    shrink: [S::F; M],
+    v: &[E],
+    sums: &mut [f32],
+) {
+    let mut at = 0;
+    while at + 4 * S::LANES <= width {
+        columns::<S, E, M, 4>(s, width, padded, at, p, shrink, v, sums);
+        at += 4 * S::LANES;
+    }
+    while at < width {
+        columns::<S, E, M, 1>(s, width, padded, at, p, shrink, v, sums);
+        at += S::LANES;
+    }
+}
+
+/// [`values`] of `NV` registers of columns from `at` on.
+#[inline(always)]
+fn columns<S: Simd, E: Element, const M: usize, const NV: usize>(
+    s: S,
+    width: usize,
+    padded: usize,
+    at: usize,
+    p: &[[f32; PAGE]; M],
+    shrink: [S::F; M],
+    v: &[E],
+    sums: &mut [f32],
+) {
+    let mut acc = [[s.zero(); NV]; M];
+    for (i, acc) in acc.iter_mut().enumerate() {
+        for (r, acc) in acc.iter_mut().enumerate() {
+            *acc = s.mul(s.load(&sums[i * padded + at + r * S::LANES..]), shrink[i]);
+        }
+    }
+    for (key, v) in v.chunks_exact(width).enumerate() {
+        let mut row = [s.zero(); NV];
+        for (r, row) in row.iter_mut().enumerate() {
+            *row = s.load_up_to(&v[at + r * S::LANES..]);
+        }
+        for (acc, p) in acc.iter_mut().zip(p) {
+            let x = s.splat(p[key]);
+            for (acc, row) in acc.iter_mut().zip(&row) {
+                *acc = s.fma(x, *row, *acc);
+            }
+        }
+    }
+    for (i, acc) in acc.iter().enumerate() {
+        for (r, acc) in acc.iter().enumerate() {
+            s.store(&mut sums[i * padded + at + r * S::LANES..], *acc);
+        }
+    }
+}
+
+#[inline(always)]
+fn scale_into<S: Simd, E: Element>(s: S, factor: f32, from: &[f32], to: &mut [E]) {
+    for (from, to) in from.chunks(S::LANES).zip(to.chunks_mut(S::LANES)) {
+        s.store_up_to(to, s.mul(s.load_up_to(from), s.splat(factor)));
+    }
+}
+
+/// Words of workspace for each thread.
+pub(super) fn words(width: usize) -> usize {
+    QUERIES * (width + width.next_multiple_of(16))
+}

@@ -1,0 +1,29 @@
+//! Generation and scoring: many requests at once, each as if it were alone.
+//!
+//! Small state machines that know nothing of models: [`pages`] (who uses which page of the KV cache, and which pages hold
+//! the beginning of a text that may come again), [`scheduler`] (which tokens are computed in the next step), [`sampler`],
+//! [`beam`], [`stop`] and [`text`]. [`Engine`] puts them around a decoder and a device, a step at a time; [`Handle`] is an
+//! engine on a thread of its own, which takes requests from any thread and hands out events.
+//!
+//! A request gives the same tokens alone and in any batch: rows of products and of attention have the same bits whatever
+//! is computed beside them, and random numbers depend on the request's seed, the number of the text and the place in it.
+
+pub mod beam;
+mod engine;
+mod handle;
+pub mod pages;
+mod parameters;
+mod request;
+pub mod sampler;
+pub mod scheduler;
+mod score;
+pub mod stop;
+pub mod text;
+
+pub use engine::{Engine, Options};
+pub use handle::{Completion, Events, Handle, Text};
+pub use parameters::{Capacity, MOST_CHOICES, MOST_LOG_PROBS, MOST_STOPS, Parameters, Refusal, Request};
+pub use request::{Event, Finish, Usage};
+pub use scheduler::{Limits, Load};
+pub use score::{Score, scoring};
+pub use text::{Piece, Token};

@@ -1,0 +1,355 @@
+//! One request on its way: what was asked for, what has come of it, and what it still waits for.
+
+use crate::beam::{Ended, Search};
+use crate::parameters::{Parameters, Request};
+use crate::sampler::end_allowed;
+use crate::text::{Output, Piece, Token};
+use ferropt_data::{EOS, Tokenizer};
+
+/// Why a text ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// The model closed the document with `</s>`.
+    EndOfText,
+    /// A stop string came, before which the text ends.
+    Stop,
+    /// As many tokens as were asked for.
+    MaxTokens,
+    /// The model knows no position for another token.
+    Positions,
+}
+
+impl Finish {
+    /// Name for programs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Finish::EndOfText => "end-of-text",
+            Finish::Stop => "stop-string",
+            Finish::MaxTokens => "max-tokens",
+            Finish::Positions => "positions",
+        }
+    }
+}
+
+/// Tokens of a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Of the prompt.
+    pub prompt: usize,
+    /// Generated, in all texts that were computed, without the `</s>` that ended some.
+    pub generated: usize,
+}
+
+/// What comes of a request, in this order; texts of different choices alternate.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// Tokens of the prompt, with `echo`.
+    Prompt(Vec<Token>),
+    /// More of a text.
+    Text {
+        /// Its number, below `n`.
+        choice: usize,
+        /// What is new.
+        piece: Piece,
+    },
+    /// A text is complete.
+    End {
+        /// Its number.
+        choice: usize,
+        /// Why.
+        finish: Finish,
+    },
+    /// All texts are complete.
+    Done(Usage),
+    /// The engine failed; there is no more to come.
+    Failed(String),
+}
+
+/// A request in work.
+pub(crate) struct Running<'t> {
+    pub(crate) request: Request,
+    tokenizer: &'t Tokenizer,
+    /// Tokens at most, and why a text ends there.
+    pub(crate) limit: usize,
+    full: Finish,
+    /// Tokens of the prompt that were asked for and are known, until they are handed out, and how many there were.
+    echoed: Vec<Token>,
+    known: usize,
+    pub(crate) texts: Texts<'t>,
+    generated: usize,
+}
+
+/// Texts behind the prompt.
+pub(crate) enum Texts<'t> {
+    /// Not before the prompt is read.
+    None,
+    /// Each on its own; number `c` is the sequence with part `c`.
+    Sampled(Vec<Choice<'t>>),
+    /// Beam search.
+    Beams(Beams),
+}
+
+/// A text that is sampled.
+pub(crate) struct Choice<'t> {
+    output: Output<'t>,
+    /// Its tokens.
+    pub(crate) generated: Vec<u32>,
+    /// Sum of log-probabilities and how many, `</s>` included; if they decide what is given back.
+    sum: (f64, usize),
+    /// What is kept until all texts can be compared.
+    kept: Piece,
+    pub(crate) finish: Option<Finish>,
+}
+
+/// The live texts of a search.
+pub(crate) struct Beams {
+    pub(crate) search: Search,
+    /// Part of each one's sequence.
+    pub(crate) parts: Vec<u64>,
+    /// The likeliest tokens behind each, where they are known.
+    likeliest: Vec<Option<Vec<Token>>>,
+    next_part: u64,
+}
+
+/// What becomes of a search's sequences.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Moves {
+    /// Sequences that are made from others, with their last token.
+    pub(crate) forks: Vec<(u64, u64)>,
+    /// The token that each goes on with.
+    pub(crate) tokens: Vec<(u64, u32)>,
+    /// Sequences that end.
+    pub(crate) ends: Vec<u64>,
+}
+
+impl<'t> Running<'t> {
+    pub(crate) fn new(request: Request, positions: usize, tokenizer: &'t Tokenizer) -> Self {
+        // The last token needs no position: nothing is computed from it.
+        let room = positions + 1 - request.prompt.len();
+        let (limit, full) = match request.parameters.max_tokens {
+            Some(max) if max <= room => (max, Finish::MaxTokens),
+            _ => (room, Finish::Positions),
+        };
+        let mut running = Running {
+            request,
+            tokenizer,
+            limit,
+            full,
+            echoed: Vec::new(),
+            known: 0,
+            texts: Texts::None,
+            generated: 0,
+        };
+        running.echo_plainly();
+        running
+    }
+
+    pub(crate) fn parameters(&self) -> &Parameters {
+        &self.request.parameters
+    }
+
+    /// Tokens that are to be computed before the first one is chosen: without one to choose, the last needs no computing.
+    pub(crate) fn to_read(&self) -> &[u32] {
+        let prompt = &self.request.prompt;
+        let scored = self.limit > 0 || self.next_echo().is_some();
+        match (self.limit, scored) {
+            (0, false) => &[],
+            (0, true) => &prompt[..prompt.len() - 1],
+            _ => prompt,
+        }
+    }
+
+    /// The token of the prompt whose log-probability is wanted next.
+    pub(crate) fn next_echo(&self) -> Option<usize> {
+        let at = self.parameters().echo? + self.known;
+        (at < self.request.prompt.len()).then_some(at)
+    }
+
+    /// Notes what is known about the token of [`Running::next_echo`].
+    pub(crate) fn echo(&mut self, token: Token) {
+        self.echoed.push(token);
+        self.known += 1;
+    }
+
+    /// Echo of what needs no computing: all without log-probabilities, else a first token, which follows nothing.
+    fn echo_plainly(&mut self) {
+        let Some(from) = self.parameters().echo else { return };
+        let plain = match (self.parameters().log_probs, from) {
+            (None, _) => &self.request.prompt[from..],
+            (Some(_), 0) => &self.request.prompt[..1],
+            _ => return,
+        };
+        self.echoed = plain.iter().map(|id| Token { id: *id, log_prob: None, top: Vec::new() }).collect();
+        self.known = self.echoed.len();
+    }
+
+    /// The prompt's tokens, once all that were asked for are known.
+    pub(crate) fn take_echo(&mut self) -> Option<Event> {
+        let complete = self.parameters().echo.is_some() && self.next_echo().is_none();
+        (complete && !self.echoed.is_empty()).then(|| Event::Prompt(std::mem::take(&mut self.echoed)))
+    }
+
+    /// Makes the texts that follow the prompt.
+    pub(crate) fn begin(&mut self) {
+        let p = self.parameters();
+        self.texts = match p.beams {
+            Some(width) => {
+                let search = Search::new(width, p.n, self.limit, p.length_penalty as f64);
+                Texts::Beams(Beams { search, parts: vec![0], likeliest: vec![None], next_part: 1 })
+            }
+            None => {
+                let finish = (self.limit == 0).then_some(self.full);
+                let choice = |_| Choice {
+                    output: Output::new(self.tokenizer, &p.stop),
+                    generated: Vec::new(),
+                    sum: (0.0, 0),
+                    kept: Piece::default(),
+                    finish,
+                };
+                Texts::Sampled((0..p.computed()).map(choice).collect())
+            }
+        };
+    }
+
+    /// Whether texts are compared before they are given back.
+    pub(crate) fn compares(&self) -> bool {
+        self.parameters().beams.is_some() || self.parameters().computed() > self.parameters().n
+    }
+
+    /// Appends a token to a sampled text; returns whether it goes on.
+    pub(crate) fn push(&mut self, number: usize, token: Token, events: &mut Vec<Event>) -> bool {
+        let compares = self.compares();
+        let (limit, full) = (self.limit, self.full);
+        let p = &self.request.parameters;
+        let (min, log_probs, ignore_end) = (p.min_tokens, p.log_probs.is_some(), p.ignore_end);
+        let Texts::Sampled(choices) = &mut self.texts else { return false };
+        let Some(choice) = choices.get_mut(number) else { return false };
+        choice.sum.0 += token.log_prob.unwrap_or(0.0) as f64;
+        choice.sum.1 += 1;
+        let id = token.id;
+        let token = Token { log_prob: token.log_prob.filter(|_| log_probs), ..token };
+        let mut pieces = Vec::new();
+        if id == EOS && !ignore_end {
+            choice.finish = Some(Finish::EndOfText);
+        } else {
+            choice.generated.push(id);
+            self.generated += 1;
+            let (piece, stopped) = choice.output.push(token, choice.generated.len() > min);
+            pieces.push(piece);
+            choice.finish = match stopped {
+                true => Some(Finish::Stop),
+                false => (choice.generated.len() == limit).then_some(full),
+            };
+        }
+        if choice.finish.is_some_and(|finish| finish != Finish::Stop) {
+            pieces.push(choice.output.finish());
+        }
+        for piece in pieces.into_iter().filter(|piece| !piece.is_empty()) {
+            if compares {
+                choice.kept.text += &piece.text;
+                choice.kept.tokens.extend(piece.tokens);
+            } else {
+                events.push(Event::Text { choice: number, piece });
+            }
+        }
+        if let Some(finish) = choice.finish.filter(|_| !compares) {
+            events.push(Event::End { choice: number, finish });
+        }
+        choice.finish.is_none()
+    }
+
+    /// Notes the likeliest tokens behind the text of a sequence; when those of all texts are known, the search goes on.
+    pub(crate) fn extend(&mut self, part: u64, likeliest: Vec<Token>) -> Option<Moves> {
+        let Texts::Beams(beams) = &mut self.texts else { return None };
+        let place = beams.parts.iter().position(|p| *p == part)?;
+        beams.likeliest[place] = Some(likeliest);
+        if beams.likeliest.iter().any(Option::is_none) {
+            return None;
+        }
+        let known: Vec<Vec<Token>> = beams.likeliest.drain(..).flatten().collect();
+        let old = std::mem::take(&mut beams.parts);
+        let parents = beams.search.advance(&known);
+        let mut moves = Moves::default();
+        let mut used = vec![false; old.len()];
+        for (parent, text) in parents.into_iter().zip(beams.search.live()) {
+            let part = if std::mem::replace(&mut used[parent], true) {
+                beams.next_part += 1;
+                moves.forks.push((old[parent], beams.next_part - 1));
+                beams.next_part - 1
+            } else {
+                old[parent]
+            };
+            beams.parts.push(part);
+            moves.tokens.extend(text.tokens.last().map(|token| (part, token.id)));
+        }
+        moves.ends = old.into_iter().zip(used).filter(|(_, used)| !used).map(|(part, _)| part).collect();
+        beams.likeliest = vec![None; beams.parts.len()];
+        self.generated += moves.tokens.len();
+        Some(moves)
+    }
+
+    /// Whether `</s>` may come next behind texts of a search.
+    pub(crate) fn end_allowed(&self) -> bool {
+        let Texts::Beams(beams) = &self.texts else { return true };
+        end_allowed(self.parameters(), beams.search.live().first().map_or(0, |text| text.tokens.len()))
+    }
+
+    /// The last events, once all texts are complete.
+    pub(crate) fn finish(&mut self) -> Option<Vec<Event>> {
+        let complete = match &self.texts {
+            Texts::None => false,
+            Texts::Sampled(choices) => choices.iter().all(|choice| choice.finish.is_some()),
+            Texts::Beams(beams) => beams.search.live().is_empty(),
+        };
+        if !complete {
+            return None;
+        }
+        let mut events = Vec::new();
+        let mut give = |choice: usize, piece: Piece, finish: Finish| {
+            if !piece.is_empty() {
+                events.push(Event::Text { choice, piece });
+            }
+            events.push(Event::End { choice, finish });
+        };
+        let compares = self.compares();
+        match std::mem::replace(&mut self.texts, Texts::None) {
+            Texts::Beams(beams) => {
+                for (number, Ended { text, complete, .. }) in beams.search.best().into_iter().enumerate() {
+                    let finish = if complete { Finish::EndOfText } else { self.full };
+                    give(number, self.written(text.tokens), finish);
+                }
+            }
+            Texts::Sampled(mut choices) if compares => {
+                // Stable, so that of equal ones the first is given back.
+                let mean = |c: &Choice<'_>| c.sum.0 / c.sum.1.max(1) as f64;
+                choices.sort_by(|a, b| mean(b).total_cmp(&mean(a)));
+                for (number, choice) in choices.into_iter().take(self.parameters().n).enumerate() {
+                    give(number, choice.kept, choice.finish.unwrap_or(self.full));
+                }
+            }
+            Texts::Sampled(choices) if self.limit == 0 => {
+                (0..choices.len()).for_each(|number| give(number, Piece::default(), self.full));
+            }
+            _ => {}
+        }
+        events.push(Event::Done(Usage { prompt: self.request.prompt.len(), generated: self.generated }));
+        Some(events)
+    }
+
+    /// A complete text of some tokens.
+    fn written(&self, tokens: Vec<Token>) -> Piece {
+        let log_probs = self.parameters().log_probs.is_some();
+        let mut output = Output::new(self.tokenizer, &[]);
+        let mut text = Piece::default();
+        let pieces = tokens.into_iter().map(|token| {
+            output.push(Token { log_prob: token.log_prob.filter(|_| log_probs), ..token }, false).0
+        });
+        let mut all: Vec<Piece> = pieces.collect();
+        all.push(output.finish());
+        for piece in all {
+            text.text += &piece.text;
+            text.tokens.extend(piece.tokens);
+        }
+        text
+    }
+}

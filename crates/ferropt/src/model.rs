@@ -1,0 +1,179 @@
+//! Arguments that name a model and how to sample from it, shared by the commands that use one.
+
+use anyhow::{Context, Error, Result};
+use ferropt_device::WeightFormat;
+use ferropt_engine::{Parameters, Refusal};
+use ferropt_train::inference::{Model, Opening};
+use std::path::PathBuf;
+
+/// Which model, and how it is computed.
+#[derive(clap::Args)]
+pub(crate) struct ModelArgs {
+    /// Run folder of `ferropt train`, or one checkpoint directory
+    #[arg(long, value_name = "RUN")]
+    model: PathBuf,
+    /// Step of the checkpoint; the latest whole one unless given
+    #[arg(long, value_name = "STEP")]
+    checkpoint: Option<u64>,
+    /// How weights are stored in memory: f32, bf16, int8 or int4; as the run had them unless given
+    #[arg(long, value_name = "FORMAT", value_parser = weights)]
+    weights: Option<WeightFormat>,
+    /// Threads; all available unless given. Results do not depend on it
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+}
+
+impl ModelArgs {
+    /// Opens the model for so many texts at a time, of so many tokens at most, and tells of damaged checkpoints.
+    pub(crate) fn open(&self, sequences: usize, longest: Option<usize>) -> Result<Model> {
+        let ModelArgs { checkpoint, weights, threads, .. } = *self;
+        let opening = Opening { checkpoint, weights, threads, sequences, longest };
+        let model = Model::open(&self.model, &opening)?;
+        for damage in &model.damaged {
+            eprintln!(
+                "warning: passed over a damaged checkpoint, using the one of step {}: {damage:#}",
+                model.step
+            );
+        }
+        Ok(model)
+    }
+}
+
+/// How tokens are chosen.
+#[derive(clap::Args)]
+pub(crate) struct SamplingArgs {
+    /// Always take the likeliest token
+    #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p", "seed"])]
+    greedy: bool,
+    /// Divides the logits; below 1 is more careful, above 1 wilder [default: 1]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    temperature: Option<f32>,
+    /// Choose among the K likeliest tokens
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Of those, only the likeliest that together have probability P [default: 0.95]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    top_p: Option<f32>,
+    /// Of those, only the ones at least P times as likely as the likeliest
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 0.0,
+        hide_default_value = true,
+        allow_negative_numbers = true
+    )]
+    min_p: f32,
+    /// Divides positive logits of tokens that the text has already, multiplies negative ones; 1 does nothing
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 1.0,
+        hide_default_value = true,
+        allow_negative_numbers = true
+    )]
+    repetition_penalty: f32,
+    /// Taken off the logits of tokens that were generated already (-2 to 2)
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.0,
+        hide_default_value = true,
+        allow_negative_numbers = true
+    )]
+    presence_penalty: f32,
+    /// Taken off the logits of tokens for each time that they were generated (-2 to 2)
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.0,
+        hide_default_value = true,
+        allow_negative_numbers = true
+    )]
+    frequency_penalty: f32,
+    /// Add to a token's logit (-100 to 100); may be repeated
+    #[arg(long, value_name = "ID=X", value_parser = bias)]
+    logit_bias: Vec<(u32, f32)>,
+    /// Seed of the choices; the same seed gives the same text
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+}
+
+impl SamplingArgs {
+    /// As the engine takes them; `beams` are never sampled.
+    pub(crate) fn parameters(&self, beams: Option<usize>) -> Parameters {
+        let certain = self.greedy || beams.is_some();
+        Parameters {
+            temperature: self.temperature.unwrap_or(if certain { 0.0 } else { 1.0 }),
+            top_k: self.top_k,
+            top_p: self.top_p.unwrap_or(if certain { 1.0 } else { 0.95 }),
+            min_p: self.min_p,
+            repetition_penalty: self.repetition_penalty,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            logit_bias: self.logit_bias.clone(),
+            seed: self.seed,
+            beams,
+            ..Parameters::default()
+        }
+    }
+}
+
+/// More tokens than a text has: each stands for a byte at least, and `</s>` comes before.
+pub(crate) fn tokens_at_most(text: &str) -> usize {
+    text.len() + 1
+}
+
+/// A refusal, under the name of the argument.
+pub(crate) fn refused(refusal: Refusal) -> Error {
+    match refusal.parameter {
+        "prompt" => Error::new(refusal),
+        parameter => anyhow::anyhow!("--{}: {refusal}", parameter.replace('_', "-")),
+    }
+}
+
+/// What a user gave as text that `\n`, `\t` and `\\` stand in.
+pub(crate) fn unescaped(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        match (c, chars.clone().next()) {
+            ('\\', Some('n')) => out.push('\n'),
+            ('\\', Some('t')) => out.push('\t'),
+            ('\\', Some('\\')) => out.push('\\'),
+            _ => {
+                out.push(c);
+                continue;
+            }
+        }
+        chars.next();
+    }
+    out
+}
+
+/// A field of a line of JSON that must be text.
+pub(crate) fn text_field<'a>(line: &'a serde_json::Value, field: &str) -> Result<&'a str> {
+    line[field].as_str().with_context(|| format!("it has no text {field:?}"))
+}
+
+fn weights(text: &str) -> Result<WeightFormat, String> {
+    let found = WeightFormat::ALL.into_iter().find(|format| format.name() == text);
+    found.ok_or_else(|| format!("expected one of {}", WeightFormat::ALL.map(WeightFormat::name).join(", ")))
+}
+
+fn bias(text: &str) -> Result<(u32, f32), String> {
+    let parse = || {
+        let (id, bias) = text.split_once('=')?;
+        Some((id.trim().parse().ok()?, bias.trim().parse().ok()?))
+    };
+    parse().ok_or_else(|| "expected a token's id and a number, such as 50=-2.5".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::unescaped;
+
+    #[test]
+    fn escapes_stand_for_what_shells_make_hard_to_type() {
+        assert_eq!(unescaped(r"\n\nUser:\t\\n \x \"), "\n\nUser:\t\\n \\x \\");
+    }
+}

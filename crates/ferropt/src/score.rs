@@ -1,0 +1,153 @@
+//! `ferropt score`: how likely a model finds texts.
+
+use crate::model::{ModelArgs, refused, text_field, tokens_at_most};
+use anyhow::{Context, Result, ensure};
+use ferropt_engine::{Handle, Request, Score, scoring};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use std::io::{ErrorKind, IsTerminal, Read, Write};
+use std::path::PathBuf;
+
+/// Arguments of `ferropt score`.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES, args_override_self = true)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Texts that are computed together. Results do not depend on it
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    batch: usize,
+    /// Leave out the tokens' own log-probabilities
+    #[arg(long)]
+    summary: bool,
+    /// A text on each line; or, if it ends in .jsonl, objects with "text", or with "context" and "continuation". Standard
+    /// input is read as lines of text when it is absent
+    file: Option<PathBuf>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  ferropt score --model runs/a texts.txt > scores.jsonl
+  ferropt score --model runs/a --weights int8 pairs.jsonl
+  echo \"The sea is blue.\" | ferropt score --model runs/a
+
+For each text one JSON object: log_prob (sum, in nats), tokens, greedy (whether each token is the likeliest at its place),
+and log_probs of the tokens. A text is scored behind </s>, a continuation behind </s> and its context. The last line, on
+standard error, has the perplexity of all tokens: exp(-mean log-probability), and bits per byte of text.";
+
+/// What to score: a line's number, what comes before, and the text.
+type Item = (usize, String, String);
+
+pub(crate) fn run(args: Args) -> Result<()> {
+    match score(&args) {
+        // Whoever reads has seen enough, as `head` does.
+        Err(error)
+            if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) =>
+        {
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+fn score(args: &Args) -> Result<()> {
+    ensure!(args.batch > 0, "--batch: 0 texts at a time would never end; use 1 or more");
+    let (name, text, jsonl) = match &args.file {
+        Some(file) => {
+            let text =
+                std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+            (file.display().to_string(), text, file.extension().is_some_and(|e| e == "jsonl"))
+        }
+        None => ("standard input".into(), read_input()?, false),
+    };
+    let items = items(&text, jsonl).with_context(|| format!("cannot use {name}"))?;
+    let longest = items.iter().map(|(_, context, text)| tokens_at_most(context) + tokens_at_most(text)).max();
+    let engine = &args.model.open(args.batch, longest)?.engine;
+    let request = |(line, context, text): &Item| -> Result<Request> {
+        let named = || format!("line {line} of {name}");
+        let request = scoring(engine.tokenizer(), context, text).with_context(named)?;
+        request.check(&engine.capacity()).map_err(refused).with_context(named)?;
+        Ok(request)
+    };
+    // Everything is looked at before anything is computed.
+    let requests: Vec<Request> = items.iter().map(request).collect::<Result<_>>()?;
+    let bar = bar(items.len());
+    let mut out = std::io::stdout().lock();
+    let (mut log_prob, mut tokens, mut bytes) = (0.0, 0, 0);
+    let mut scored = items.iter();
+    engine.complete_all(requests.into_iter().map(Ok), 2 * args.batch, |completion| {
+        let score = Score::from(completion);
+        let Some((line, _, text)) = scored.next() else { return Ok(()) };
+        log_prob += score.log_prob;
+        tokens += score.tokens.len();
+        bytes += text.len();
+        writeln!(out, "{}", object(engine, *line, &score, args.summary))?;
+        bar.inc(1);
+        Ok(())
+    })?;
+    bar.finish_and_clear();
+    out.flush()?;
+    eprintln!(
+        "{} texts, {tokens} tokens: perplexity {:.4}, {:.4} bits per byte",
+        items.len(),
+        (-log_prob / tokens.max(1) as f64).exp(),
+        -log_prob / std::f64::consts::LN_2 / bytes.max(1) as f64
+    );
+    Ok(())
+}
+
+fn object(engine: &Handle, line: usize, score: &Score, summary: bool) -> Value {
+    let mut object = json!({
+        "line": line,
+        "log_prob": score.log_prob,
+        "tokens": score.tokens.len(),
+        "greedy": score.greedy,
+    });
+    if !summary {
+        let text = |id: u32| String::from_utf8_lossy(engine.tokenizer().token_bytes(id)).into_owned();
+        let token =
+            |t: &ferropt_engine::Token| json!({ "id": t.id, "text": text(t.id), "log_prob": t.log_prob });
+        object["log_probs"] = score.tokens.iter().map(token).collect();
+    }
+    object
+}
+
+fn items(text: &str, jsonl: bool) -> Result<Vec<Item>> {
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let item = |(i, line): (usize, &str)| -> Result<Item> {
+        if !jsonl {
+            return Ok((i + 1, String::new(), line.into()));
+        }
+        let parse = || -> Result<Item> {
+            let object: Value = serde_json::from_str(line).context("it is not JSON")?;
+            if object.get("text").is_some() {
+                return Ok((i + 1, String::new(), text_field(&object, "text")?.into()));
+            }
+            let field = |name| text_field(&object, name).map(String::from);
+            Ok((i + 1, field("context")?, field("continuation")?))
+        };
+        parse().with_context(|| format!("line {}", i + 1))
+    };
+    let items: Vec<Item> = lines.map(item).collect::<Result<_>>()?;
+    ensure!(!items.is_empty(), "it has no texts");
+    Ok(items)
+}
+
+fn bar(count: usize) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{bar:40} {pos} of {len} texts, {per_sec}, {eta} left");
+    ProgressBar::new(count as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+fn read_input() -> Result<String> {
+    let mut input = std::io::stdin();
+    ensure!(
+        !input.is_terminal(),
+        "there is nothing to score: name a file, or pipe text in, for example\n  ferropt score --model RUN texts.txt"
+    );
+    let mut text = String::new();
+    input.read_to_string(&mut text).context("standard input cannot be read as UTF-8 text")?;
+    Ok(text)
+}
