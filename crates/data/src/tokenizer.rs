@@ -18,7 +18,7 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use cache::{Cache, Key};
 use files::Vocabulary;
-use merges::{Merges, Part};
+use merges::{Merges, Scratch};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::cell::RefCell;
@@ -66,11 +66,11 @@ impl Marks {
 /// What a thread needs to encode.
 struct Workspace {
     cache: Cache,
-    parts: Vec<Part>,
+    scratch: Scratch,
 }
 
 thread_local! {
-    static WORKSPACE: RefCell<Workspace> = RefCell::new(Workspace { cache: Cache::new(), parts: Vec::new() });
+    static WORKSPACE: RefCell<Workspace> = RefCell::new(Workspace { cache: Cache::new(), scratch: Scratch::default() });
 }
 
 impl Tokenizer {
@@ -195,7 +195,7 @@ impl Tokenizer {
     /// Ids of a text, by this thread alone.
     fn encode_here(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = Vec::with_capacity(text.len() / 4 + 1);
-        WORKSPACE.with_borrow_mut(|Workspace { cache, parts }| {
+        WORKSPACE.with_borrow_mut(|Workspace { cache, scratch }| {
             let bytes = text.as_bytes();
             let mut start = 0;
             while start < bytes.len() {
@@ -211,7 +211,7 @@ impl Tokenizer {
                     }
                     let before = ids.len();
                     let tokens = word.iter().map(|&byte| self.bytes.ids[byte as usize]);
-                    self.merges.apply(tokens, parts, &mut ids);
+                    self.merges.apply(tokens, scratch, &mut ids);
                     if let Some(key) = key {
                         cache.put(&key, &ids[before..]);
                     }

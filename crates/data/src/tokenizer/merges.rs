@@ -11,6 +11,9 @@ const NEVER: u32 = u32::MAX;
 /// No token, and no neighbour.
 const NONE: u32 = u32::MAX;
 
+/// Parts of a word up to which its room is kept for the next one.
+const KEPT: usize = 1 << 13;
+
 /// Parts of a word from which on a heap finds the lowest rank, instead of a look at all pairs.
 const LONG: usize = 64;
 
@@ -23,10 +26,21 @@ pub(super) struct Merges {
     shift: u32,
 }
 
+/// Room for a word that is being merged, used again for the next one.
+#[derive(Default)]
+pub(super) struct Scratch {
+    parts: Vec<Part>,
+    /// For long words: the parts' neighbours, the pairs by rank, and the pairs that came up in a pass.
+    before: Vec<u32>,
+    behind: Vec<u32>,
+    heap: BinaryHeap<Reverse<(u32, u32)>>,
+    new: Vec<Reverse<(u32, u32)>>,
+}
+
 /// A token of a word that is being merged, and what the pair of it and the next one is.
 #[derive(Clone, Copy)]
-pub(super) struct Part {
-    pub id: u32,
+struct Part {
+    id: u32,
     rank: u32,
     made: u32,
 }
@@ -66,19 +80,19 @@ impl Merges {
     }
 
     /// Merges a word that is given as the tokens of its bytes, fewer than 2^32, and appends what it becomes.
-    ///
-    /// `parts` is scratch space; it stays small.
-    pub fn apply(&self, word: impl Iterator<Item = u32>, parts: &mut Vec<Part>, ids: &mut Vec<u32>) {
-        parts.clear();
+    pub fn apply(&self, word: impl Iterator<Item = u32>, scratch: &mut Scratch, ids: &mut Vec<u32>) {
+        scratch.parts.clear();
         for id in word {
-            self.append(parts, Part { id, rank: NEVER, made: NONE });
+            self.append(&mut scratch.parts, Part { id, rank: NEVER, made: NONE });
         }
-        if parts.len() < LONG {
-            self.merge_short(parts);
-            ids.extend(parts.iter().map(|part| part.id));
+        if scratch.parts.len() < LONG {
+            self.merge_short(&mut scratch.parts);
         } else {
-            let long = std::mem::take(parts);
-            ids.extend(self.merge_long(long));
+            self.merge_long(scratch);
+        }
+        ids.extend(scratch.parts.iter().map(|part| part.id).filter(|&id| id != NONE));
+        if scratch.parts.capacity() > KEPT {
+            *scratch = Scratch::default();
         }
     }
 
@@ -116,17 +130,17 @@ impl Merges {
         }
     }
 
-    /// The same in time n log n: parts know their neighbours, and a heap holds the ranks.
-    fn merge_long(&self, mut parts: Vec<Part>) -> impl Iterator<Item = u32> {
+    /// The same in time n log n: parts know their neighbours, and a heap holds the ranks. Parts that are gone have the
+    /// id `NONE` afterwards.
+    fn merge_long(&self, scratch: &mut Scratch) {
+        let Scratch { parts, before, behind, heap, new } = scratch;
         let count = parts.len() as u32;
-        let mut before: Vec<u32> = (0..count).map(|i| i.wrapping_sub(1)).collect();
-        let mut behind: Vec<u32> = (1..count).chain([NONE]).collect();
-        let entry = |rank: u32, at: u32| Reverse((rank, at));
-        let mut heap: BinaryHeap<_> = (0..count)
-            .filter(|&at| parts[at as usize].rank != NEVER)
-            .map(|at| entry(parts[at as usize].rank, at))
-            .collect();
-        let mut new = Vec::new();
+        before.clear();
+        before.extend((0..count).map(|i| i.wrapping_sub(1)));
+        behind.clear();
+        behind.extend((1..count).chain([NONE]));
+        let ranked = (0..count).map(|at| (parts[at as usize].rank, at)).filter(|&(rank, _)| rank != NEVER);
+        heap.extend(ranked.map(Reverse));
         while let Some(&Reverse((lowest, _))) = heap.peek() {
             // One pass over the word, from the left. Pairs that come up in it wait for its end, whatever their rank.
             while let Some(&Reverse((rank, at))) = heap.peek()
@@ -153,13 +167,12 @@ impl Merges {
                     };
                     (parts[left as usize].rank, parts[left as usize].made) = (rank, made);
                     if rank != NEVER {
-                        new.push(entry(rank, left));
+                        new.push(Reverse((rank, left)));
                     }
                 }
             }
             heap.extend(new.drain(..));
         }
-        parts.into_iter().map(|part| part.id).filter(|&id| id != NONE)
     }
 }
 
@@ -230,7 +243,7 @@ mod tests {
                 let letters = 1 + stream.word(row, len) % 4;
                 let word: Vec<u32> = (0..len).map(|i| stream.word(row, i) % letters).collect();
                 let mut ids = vec![7];
-                table.apply(word.iter().copied(), &mut Vec::new(), &mut ids);
+                table.apply(word.iter().copied(), &mut Scratch::default(), &mut ids);
                 assert_eq!(ids[1..], reference(&merges, &word), "seed {seed}, {word:?}");
             }
         }
@@ -239,7 +252,7 @@ mod tests {
     #[test]
     fn no_merges_leave_bytes() {
         let mut ids = vec![];
-        Merges::new(&[]).apply([3, 1, 2].into_iter(), &mut Vec::new(), &mut ids);
+        Merges::new(&[]).apply([3, 1, 2].into_iter(), &mut Scratch::default(), &mut ids);
         assert_eq!(ids, [3, 1, 2]);
     }
 }
