@@ -24,7 +24,7 @@ pub use permutation::Permutation;
 pub use split::{Document, Split};
 pub use token_file::TokenFile;
 pub use tokenise::{tokenise, tokenise_unless};
-pub use tokenizer::{StreamDecoder, Tokenizer};
+pub use tokenizer::{Marks, StreamDecoder, Tokenizer};
 
 /// `<s>`: unused by OPT's training data, first by position.
 pub const BOS: u32 = 0;

@@ -69,6 +69,15 @@ pub enum Tensor<'a, D: Device, E: Element> {
     Vector(&'a D::Buf<f32>),
 }
 
+impl<'a, D: Device> Tensor<'a, D, f32> {
+    /// The buffer of a tensor whose compute type is f32, as every gradient's is: matrices and vectors are alike there.
+    pub fn flat(self) -> &'a D::Buf<f32> {
+        match self {
+            Tensor::Matrix(buffer) | Tensor::Vector(buffer) => buffer,
+        }
+    }
+}
+
 /// A parameter's buffer, to be changed.
 pub enum TensorMut<'a, D: Device, E: Element> {
     /// Two dimensions, compute type.

@@ -59,7 +59,7 @@ fn ids(which: usize, len: usize, vocab: usize) -> Vec<u32> {
 
 fn gradients(device: &CpuDevice, backprop: &Backprop<CpuDevice, f32>) -> Vec<Vec<f32>> {
     let get = |tensor: Tensor<'_, CpuDevice, f32>| {
-        let (Tensor::Matrix(g) | Tensor::Vector(g)) = tensor;
+        let g = tensor.flat();
         let mut values = vec![0.0; g.len()];
         device.download(g, 0, &mut values);
         values

@@ -84,14 +84,7 @@ impl Settings {
 
 /// L2 norm of all gradients together: squares summed in f64, parameter after parameter, each once.
 pub fn gradient_norm<D: Device>(device: &D, gradients: &Weights<D, f32>) -> f64 {
-    gradients.tensors().into_iter().map(|g| device.sum_of_squares(flat(g))).sum::<f64>().sqrt()
-}
-
-/// A gradient's buffer; matrices and vectors are both f32.
-fn flat<D: Device>(gradient: Tensor<'_, D, f32>) -> &D::Buf<f32> {
-    match gradient {
-        Tensor::Matrix(g) | Tensor::Vector(g) => g,
-    }
+    gradients.tensors().into_iter().map(|g| device.sum_of_squares(g.flat())).sum::<f64>().sqrt()
 }
 
 impl<D: Device> Optimizer<D> {
@@ -161,7 +154,7 @@ impl<D: Device> Optimizer<D> {
             model.weights.tensors_mut().into_iter().zip(gradients.tensors()).zip(&mut self.slots);
         for (index, ((parameter, gradient), slot)) in parameters.enumerate() {
             let Slot { low, memory } = slot;
-            let update = Update { settings: s, step, lr, grad_scale, gradient: flat(gradient), memory };
+            let update = Update { settings: s, step, lr, grad_scale, gradient: gradient.flat(), memory };
             match parameter {
                 TensorMut::Matrix(w) => {
                     let rounding = s.stochastic.then(|| Stream::new(s.seed, Purpose::Rounding, index, step));

@@ -1,6 +1,7 @@
 //! Training of a byte-level BPE (Sennrich, Haddow and Birch, 2016, over bytes as in GPT-2).
 
 use super::Tokenizer;
+use super::files::Vocabulary;
 use crate::SPECIALS;
 use anyhow::{Context, Result, anyhow, bail};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
@@ -50,7 +51,9 @@ impl Tokenizer {
             return Err(e);
         }
         trained.map_err(|e| anyhow!(e)).context("cannot train a tokenizer")?;
-        Self::from_bpe(tokenizer.get_model().clone())
+        // The library shows its merges in this form only.
+        let model = serde_json::to_value(tokenizer.get_model()).context("cannot read what was trained")?;
+        Self::new(Vocabulary::from_model(model)?)
     }
 }
 

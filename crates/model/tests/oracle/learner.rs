@@ -59,10 +59,8 @@ impl<E: Element> Learner<E> {
 
     /// Gradients under Hugging Face names.
     pub fn gradients(&self, device: &CpuDevice) -> Vec<(String, Vec<f32>)> {
-        let values = |tensor: &Tensor<'_, CpuDevice, f32>| match tensor {
-            Tensor::Matrix(g) | Tensor::Vector(g) => download(device, g),
-        };
-        apart(self.model.parameters(), self.backprop.gradients.tensors().iter().map(values))
+        let values = |tensor: Tensor<'_, CpuDevice, f32>| download(device, tensor.flat());
+        apart(self.model.parameters(), self.backprop.gradients.tensors().into_iter().map(values))
     }
 
     /// Master weights under Hugging Face names.
@@ -96,7 +94,7 @@ impl<E: Element> Learner<E> {
         for (((tensor, g), low), (m, v)) in
             tensors.into_iter().zip(gradients).zip(&mut self.low).zip(&mut self.moments)
         {
-            let (Tensor::Matrix(g) | Tensor::Vector(g)) = g;
+            let g = g.flat();
             match tensor {
                 TensorMut::Matrix(w) => {
                     device.adamw(hyper, Param { w, low: low.as_mut(), rounding: None }, g, m, v);
