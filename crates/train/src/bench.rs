@@ -1,5 +1,7 @@
 //! How fast training steps are on this machine, and where their time goes: random weights and tokens, real steps.
 
+pub mod inference;
+
 use crate::checkpoint::human_bytes;
 use crate::config::{Precision, micro_batch};
 use crate::optimizer::{Optimizer, Rule, Settings, gradient_norm};

@@ -1,0 +1,337 @@
+//! How fast a model generates and scores on this machine, as shares of what memory and processor give.
+
+use super::{human_bytes, median};
+use crate::inference::{Model, Opening};
+use crate::telemetry::peak_resident_bytes;
+use crate::trainer::open_device;
+use anyhow::{Result, ensure};
+use ferropt_data::Tokenizer;
+use ferropt_device::quantise::GROUP;
+use ferropt_device::{Device, WeightFormat, bf16};
+use ferropt_engine::{Parameters, Request};
+use ferropt_model::Config;
+use serde::Serialize;
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Tokens of a short prompt, before what is generated.
+const SHORT: usize = 32;
+/// Texts that are scored together.
+const SCORED: usize = 8;
+/// Tokens of each.
+const SCORED_TOKENS: usize = 512;
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct Inference {
+    /// Where the weights come from.
+    pub weights_of: WeightsOf,
+    /// How they are stored in memory; as the model's own when absent, bf16 for random ones.
+    pub weights: Option<WeightFormat>,
+    /// Tokens to generate.
+    pub tokens: usize,
+    /// Tokens of the long prompt.
+    pub prompt: usize,
+    /// Numbers of texts to generate together, beside one alone.
+    pub batches: Vec<usize>,
+    /// Threads; all available unless given.
+    pub threads: Option<usize>,
+    /// Runs to measure, after one to warm up.
+    pub runs: usize,
+}
+
+/// A model to measure with.
+#[derive(Clone, Debug)]
+pub enum WeightsOf {
+    /// Random weights of a preset's sizes.
+    Preset(String),
+    /// A model on the disk.
+    Path(PathBuf),
+}
+
+/// One test.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Line {
+    /// Its name.
+    pub test: String,
+    /// Seconds of each run.
+    pub seconds: Vec<f64>,
+    /// Tokens per second of the median run.
+    pub tokens_per_second: f64,
+    /// What limits it, and its share of that.
+    pub limit: Limit,
+    /// Share of the limit.
+    pub share: f64,
+}
+
+/// What a test is limited by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Limit {
+    /// Every weight is read for every token.
+    Bandwidth,
+    /// Products at the speed of f32 or bf16, without what 8-bit products may gain.
+    Arithmetic,
+}
+
+/// What was measured.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// The model.
+    pub model: String,
+    /// Its exact number of parameters.
+    pub parameters: u64,
+    /// Device, for people.
+    pub device: String,
+    /// How weights are stored.
+    pub weights: &'static str,
+    /// Bytes of weights that a token of a text alone needs.
+    pub weight_bytes: u64,
+    /// Seconds from nothing to a model that takes requests.
+    pub load_s: f64,
+    /// Bytes per second of reading memory.
+    pub bandwidth: f64,
+    /// FLOP/s of the compute type's products.
+    pub peak_flops: f64,
+    /// The tests.
+    pub tests: Vec<Line>,
+    /// Most memory that the process had resident before the bandwidth was measured, bytes.
+    pub peak_rss_bytes: Option<u64>,
+}
+
+/// Measures one text, batches, a prompt, and scores.
+///
+/// # Errors
+/// When the options make no sense, the model cannot be opened or memory is short.
+pub fn inference(wanted: &Inference) -> Result<Report> {
+    ensure!(wanted.runs > 0, "--runs 0 measures nothing; use 1 or more");
+    ensure!(wanted.tokens > 1, "--tokens {} is too short to measure; use 2 or more", wanted.tokens);
+    ensure!(!wanted.batches.contains(&0), "--batch 0 is no batch; use 1 text or more");
+    let sequences = wanted.batches.iter().copied().max().unwrap_or(1).max(SCORED);
+    let opening =
+        Opening { weights: wanted.weights, threads: wanted.threads, sequences, ..Opening::default() };
+    let start = Instant::now();
+    let (name, model) = match &wanted.weights_of {
+        WeightsOf::Preset(name) => {
+            let weights = Some(wanted.weights.unwrap_or(WeightFormat::Bf16));
+            let tokenizer = Tokenizer::train([Ok("no text is encoded or read".to_string())], 260)?;
+            let opening = Opening { weights, ..opening };
+            (name.clone(), Model::untrained(&Config::preset(name)?, tokenizer, &opening, 1)?)
+        }
+        WeightsOf::Path(path) => (path.display().to_string(), Model::open(path, &opening)?),
+    };
+    let load_s = start.elapsed().as_secs_f64();
+    let positions = model.config.positions;
+    for (option, tokens) in [("--prompt", wanted.prompt), ("--tokens", SHORT + wanted.tokens)] {
+        ensure!(
+            (1..=positions).contains(&tokens),
+            "{option} needs texts of {tokens} tokens, but the model has {positions} positions"
+        );
+    }
+    let tests = Tests { model: &model, runs: wanted.runs, turn: std::cell::Cell::new(0) };
+    let weight_bytes = weight_bytes(&model.config, model.weights);
+    let head = model.config.forward_flops(1).head;
+    let prompt_flops = |tokens: usize| {
+        let flops = model.config.forward_flops(tokens);
+        // Of attention's square a causal model needs half.
+        flops.products + flops.attention / 2.0
+    };
+
+    let first = tests.generate(1, 1, SHORT)?;
+    let rest = tests.generate(1, wanted.tokens, SHORT)?;
+    let mut lines = vec![];
+    let seconds: Vec<f64> = rest.iter().map(|s| (s - median(&first)).max(1e-9)).collect();
+    lines.push(("decode".to_string(), seconds, wanted.tokens - 1, Limit::Bandwidth, weight_bytes as f64));
+    for batch in &wanted.batches {
+        let seconds = tests.generate(*batch, wanted.tokens, SHORT)?;
+        let tokens = batch * wanted.tokens;
+        let bytes = weight_bytes as f64 / *batch as f64;
+        lines.push((format!("batch of {batch}"), seconds, tokens, Limit::Bandwidth, bytes));
+    }
+    let seconds = tests.generate(1, 1, wanted.prompt)?;
+    let flops = prompt_flops(wanted.prompt) + head / wanted.prompt as f64;
+    lines.push((format!("prompt of {}", wanted.prompt), seconds, wanted.prompt, Limit::Arithmetic, flops));
+    let scored = SCORED_TOKENS.min(positions);
+    let seconds = tests.score(scored)?;
+    let flops = prompt_flops(scored) + head;
+    lines.push((format!("score of {SCORED} x {scored}"), seconds, SCORED * scored, Limit::Arithmetic, flops));
+
+    let peak_rss_bytes = peak_resident_bytes();
+    let device = open_device(wanted.threads)?;
+    let bandwidth = device.measured_bandwidth()?;
+    let peak_flops = match model.weights {
+        WeightFormat::F32 => device.measured_peak::<f32>(),
+        _ => device.measured_peak::<bf16>(),
+    };
+    let tests = lines
+        .into_iter()
+        .map(|(test, seconds, tokens, limit, work)| {
+            let tokens_per_second = tokens as f64 / median(&seconds);
+            let most = if limit == Limit::Bandwidth { bandwidth } else { peak_flops };
+            Line { test, seconds, tokens_per_second, limit, share: tokens_per_second * work / most }
+        })
+        .collect();
+    Ok(Report {
+        model: name,
+        parameters: model.config.parameter_count(),
+        device: device.describe(),
+        weights: model.weights.name(),
+        weight_bytes,
+        load_s,
+        bandwidth,
+        peak_flops,
+        tests,
+        peak_rss_bytes,
+    })
+}
+
+struct Tests<'a> {
+    model: &'a Model,
+    runs: usize,
+    /// Runs so far: no prompt comes twice, so that none is found in the cache.
+    turn: std::cell::Cell<usize>,
+}
+
+impl Tests<'_> {
+    fn prompts(&self, batch: usize, length: usize) -> Vec<Vec<u32>> {
+        let turn = self.turn.replace(self.turn.get() + 1);
+        let ids = self.model.config.vocab as u64;
+        let id = |b: usize, i: usize| (i * 7919 + b * 104_729 + turn * 15_485_863 + 13) as u64 % ids;
+        (0..batch).map(|b| (0..length).map(|i| id(b, i) as u32).collect()).collect()
+    }
+
+    fn run(&self, requests: impl Fn() -> Vec<Request>) -> Result<Vec<f64>> {
+        let mut seconds = Vec::new();
+        for turn in 0..=self.runs {
+            let requests = requests();
+            let start = Instant::now();
+            let under_way: Vec<_> =
+                requests.into_iter().map(|r| self.model.engine.submit(r)).collect::<Result<_, _>>()?;
+            for events in under_way {
+                events.complete()?;
+            }
+            if turn > 0 {
+                seconds.push(start.elapsed().as_secs_f64());
+            }
+        }
+        Ok(seconds)
+    }
+
+    fn generate(&self, batch: usize, tokens: usize, prompt: usize) -> Result<Vec<f64>> {
+        let parameters = Parameters {
+            max_tokens: Some(tokens),
+            temperature: 0.0,
+            ignore_end: true,
+            ..Parameters::default()
+        };
+        self.run(|| {
+            let prompts = self.prompts(batch, prompt);
+            prompts.into_iter().map(|prompt| Request { prompt, parameters: parameters.clone() }).collect()
+        })
+    }
+
+    fn score(&self, tokens: usize) -> Result<Vec<f64>> {
+        let parameters =
+            Parameters { max_tokens: Some(0), echo: Some(0), log_probs: Some(0), ..Parameters::default() };
+        self.run(|| {
+            let prompts = self.prompts(SCORED, tokens);
+            prompts.into_iter().map(|prompt| Request { prompt, parameters: parameters.clone() }).collect()
+        })
+    }
+}
+
+/// Bytes of all matrices that a token is multiplied with: those of the layers, the projections and the LM head.
+fn weight_bytes(config: &Config, format: WeightFormat) -> u64 {
+    let elements: usize = config
+        .parameters()
+        .iter()
+        .filter(|p| p.is_matrix() && !p.names[0].contains("embed_positions"))
+        .map(|p| p.elements())
+        .sum();
+    // Groups have a scale of two bytes, and with 4 bits a minimum of two.
+    let per_group = match format {
+        WeightFormat::F32 => 4 * GROUP,
+        WeightFormat::Bf16 => 2 * GROUP,
+        WeightFormat::Int8 => GROUP + 2,
+        WeightFormat::Int4 => GROUP / 2 + 4,
+    };
+    (elements * per_group / GROUP) as u64
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "model           {}, {} parameters, {} weights", self.model, self.parameters, self.weights)?;
+        writeln!(f, "device          {}", self.device)?;
+        writeln!(
+            f,
+            "limits          {:.1} GB/s read, {:.0} GFLOP/s; {} of weights for each token",
+            self.bandwidth * 1e-9,
+            self.peak_flops * 1e-9,
+            human_bytes(self.weight_bytes)
+        )?;
+        let peak = self.peak_rss_bytes.map_or("unknown".into(), human_bytes);
+        writeln!(f, "load            {:.2} s; {peak} resident at most\n", self.load_s)?;
+        write!(f, "{:<18} {:>10}  {:>9}  share of the limit", "test", "tokens/s", "seconds")?;
+        for line in &self.tests {
+            let limit = match line.limit {
+                Limit::Bandwidth => "bandwidth",
+                Limit::Arithmetic => "arithmetic",
+            };
+            write!(
+                f,
+                "\n{:<18} {:>10.1}  {:>9.3}  {:>5.1} % of {limit}",
+                line.test,
+                line.tokens_per_second,
+                median(&line.seconds),
+                100.0 * line.share
+            )?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wanted() -> Inference {
+        Inference {
+            weights_of: WeightsOf::Preset("tiny".into()),
+            weights: Some(WeightFormat::Int8),
+            tokens: 4,
+            prompt: 70,
+            batches: vec![2, 3],
+            threads: Some(1),
+            runs: 2,
+        }
+    }
+
+    #[test]
+    fn every_test_has_its_runs_and_speeds() {
+        let report = inference(&wanted()).unwrap();
+        let names: Vec<&str> = report.tests.iter().map(|t| t.test.as_str()).collect();
+        assert_eq!(names[..4], ["decode", "batch of 2", "batch of 3", "prompt of 70"]);
+        for line in &report.tests {
+            assert!(line.seconds.len() == 2 && line.tokens_per_second > 0.0 && line.share > 0.0, "{line:?}");
+        }
+        assert!(report.to_string().contains("% of bandwidth"), "{report}");
+        let matrices = report.weight_bytes as f64 / report.parameters as f64;
+        // 8 bits and a scale in 64, and a few parameters that are no matrices.
+        assert!((0.9..1.04).contains(&matrices), "{matrices} bytes for a parameter");
+    }
+
+    #[test]
+    fn wrong_sizes_are_refused_by_the_option() {
+        for (wrong, part) in [
+            (Inference { runs: 0, ..wanted() }, "--runs 0"),
+            (Inference { tokens: 1, ..wanted() }, "--tokens 1"),
+            (Inference { batches: vec![0], ..wanted() }, "--batch 0"),
+            (Inference { prompt: 5000, ..wanted() }, "--prompt"),
+            (Inference { weights_of: WeightsOf::Preset("125".into()), ..wanted() }, "125m"),
+        ] {
+            let message = inference(&wrong).unwrap_err().to_string();
+            assert!(message.contains(part), "{message}");
+        }
+    }
+}
