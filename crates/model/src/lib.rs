@@ -2,7 +2,8 @@
 //!
 //! [`Config`] holds the sizes. Two tables follow from it and decide every other size: [`Config::parameters`] (names,
 //! shapes, initial values) and [`ActivationTable`] (what a forward and backward pass keeps). [`Model`] is the weights,
-//! [`Backprop`] trains them, [`Session`] generates with a KV cache and [`Sampler`] picks tokens.
+//! [`Backprop`] trains them, [`Session`] generates with a KV cache and [`Sampler`] picks tokens. [`formats`] reads and
+//! writes weights in the formats that others use.
 //!
 //! Letters: B sequences, T positions, N = B*T rows, C width, H heads, F feed-forward width, W width of the embeddings
 //! (C but for 350m), V vocabulary, L layers.
@@ -11,6 +12,7 @@ mod activations;
 mod backprop;
 mod config;
 mod decode;
+pub mod formats;
 mod initial;
 mod layer;
 mod parameters;
@@ -22,6 +24,6 @@ pub use backprop::{Backprop, Batch, Options, Pass};
 pub use config::{Config, ForwardFlops, PRESETS, Preset};
 pub use decode::Session;
 pub use initial::initial_values;
-pub use parameters::{Initial, Parameter};
+pub use parameters::{Initial, Parameter, Split};
 pub use sampler::{Choice, Sampler};
 pub use weights::{Layer, Linear, Model, Norm, Tensor, TensorMut, Weights};
