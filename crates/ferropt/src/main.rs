@@ -1,6 +1,7 @@
 //! Trains OPT language models and generates from them. One file per subcommand: arguments and printing, no logic.
 
 mod bench;
+mod checkpoint;
 mod generate;
 mod info;
 mod presets;
@@ -24,6 +25,7 @@ Examples:
   ferropt train config.toml                     train; the same command resumes
   ferropt train config.toml --dry-run           memory, FLOPs and time, without starting
   ferropt generate --model runs/a \"Once upon\"   continue a text with a trained model
+  ferropt checkpoint convert runs/a out --to hf the trained model as a Hugging Face folder
 
 `ferropt COMMAND --help` shows more examples.";
 
@@ -35,6 +37,8 @@ enum Command {
     Train(train::Args),
     /// Continue a text with a trained model.
     Generate(generate::Args),
+    /// Look into, convert and verify weights in any format.
+    Checkpoint(checkpoint::Args),
     /// List the models that can be named, with exact parameter counts.
     Presets(presets::Args),
     /// Measure how fast this machine trains, and where the time goes.
@@ -48,6 +52,7 @@ fn main() -> ExitCode {
         Command::Quickstart(args) => quickstart::run(args),
         Command::Train(args) => train::run(args),
         Command::Generate(args) => generate::run(args),
+        Command::Checkpoint(args) => checkpoint::run(args),
         Command::Presets(args) => presets::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Info(args) => info::run(args),
