@@ -1,7 +1,10 @@
 //! Reading and writing the formats that OPT is found in, against files that torch and transformers wrote
 //! (`scripts/make_format_fixtures.py`).
 
-use ferropt_model::formats::{Dtype, Format, Options, Source, Target, compare, convert, verify};
+use ferropt_model::Config;
+use ferropt_model::formats::{
+    Dtype, Format, Options, Source, Target, compare, convert, safetensors_header, verify,
+};
 use safetensors::SafeTensors;
 use std::collections::BTreeMap;
 use std::fs;
@@ -105,6 +108,34 @@ fn values_are_those_of_the_file() {
         let error = source.read_rows(&parameter, 1, &mut all).unwrap_err();
         assert!(error.to_string().contains("rows"), "{error}");
     }
+}
+
+/// 25.7 GB of zeros that take no room on the disk: opening must not read them.
+#[test]
+fn a_13b_folder_opens_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config::preset("13b").unwrap();
+    let tensors = config.parameters().into_iter().flat_map(|p| {
+        let shape = p.part_shape();
+        p.names.into_iter().map(move |name| (name, safetensors::Dtype::BF16, shape.clone()))
+    });
+    let header = safetensors_header(tensors).unwrap();
+    fs::write(dir.path().join("model.safetensors"), &header).unwrap();
+    let file = fs::File::options().write(true).open(dir.path().join("model.safetensors")).unwrap();
+    if let Err(error) = file.set_len(header.len() as u64 + 2 * config.parameter_count()) {
+        println!("skipped: no file of 26 GB can be made in {} ({error})", dir.path().display());
+        return;
+    }
+    fs::write(dir.path().join("config.json"), config.hugging_face().to_string()).unwrap();
+    let started = std::time::Instant::now();
+    let source = open(dir.path());
+    let parameters = config.parameters();
+    let mut row = vec![1.0; config.width];
+    source.read_rows(&parameters[parameters.len() - 3], 17, &mut row[..1]).unwrap();
+    source.read_rows(&parameters[0], 50_000, &mut row).unwrap();
+    assert!(row.iter().all(|x| *x == 0.0));
+    // It takes milliseconds; a slow machine may be busy with other tests.
+    assert!(started.elapsed().as_secs_f64() < 2.0, "{:?}", started.elapsed());
 }
 
 #[test]

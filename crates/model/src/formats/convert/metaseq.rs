@@ -1,5 +1,6 @@
 //! metaseq's files: `restored.pt`, or tensor-parallel parts.
 
+use super::super::dtype::Dtype;
 use super::super::metaseq::{FUSED, HEAD, fused_name, name};
 use super::super::pickle::write::Item;
 use super::super::source::Source;
@@ -88,6 +89,9 @@ fn tensors<'a>(
             }
         }
     }
+    // metaseq refuses to load a decoder without this buffer, and Hugging Face's converter to convert it.
+    let dtype = options.dtype.or(source.dtype()).unwrap_or(Dtype::F32);
+    tensors.push(Outgoing::constant("decoder.version", dtype, 3.0)?);
     Ok(tensors)
 }
 

@@ -5,12 +5,19 @@ use super::super::stored::{Sink, StoredTensor};
 use anyhow::{Context, Result};
 use std::ops::Range;
 
-/// A tensor under its name in the target: blocks of stored tensors, one above the other.
+/// A tensor under its name in the target.
 pub(super) struct Outgoing<'a> {
     pub(super) name: String,
     pub(super) dtype: Dtype,
     pub(super) shape: Vec<usize>,
-    blocks: Vec<Block<'a>>,
+    content: Content<'a>,
+}
+
+enum Content<'a> {
+    /// Blocks of stored tensors, one above the other.
+    Blocks(Vec<Block<'a>>),
+    /// Bytes of a buffer that every model has.
+    Constant(Vec<u8>),
 }
 
 /// Part of a stored tensor.
@@ -41,7 +48,14 @@ impl<'a> Outgoing<'a> {
         } else {
             Dtype::F32
         };
-        Ok(Outgoing { name, dtype: dtype.unwrap_or(widest), shape, blocks })
+        Ok(Outgoing { name, dtype: dtype.unwrap_or(widest), shape, content: Content::Blocks(blocks) })
+    }
+
+    /// A vector with one value.
+    pub(super) fn constant(name: &str, dtype: Dtype, value: f32) -> Result<Outgoing<'a>> {
+        let mut bytes = Vec::new();
+        dtype.append(&[value], &mut bytes)?;
+        Ok(Outgoing { name: name.into(), dtype, shape: vec![1], content: Content::Constant(bytes) })
     }
 
     pub(super) fn bytes(&self) -> u64 {
@@ -51,7 +65,11 @@ impl<'a> Outgoing<'a> {
     /// Hands over all bytes, a few megabytes at a time.
     pub(super) fn stream(&self, sink: &mut Sink) -> Result<()> {
         let (mut values, mut converted) = (Vec::new(), Vec::new());
-        for Block { tensor, rows, columns } in &self.blocks {
+        let blocks = match &self.content {
+            Content::Constant(bytes) => return sink(bytes),
+            Content::Blocks(blocks) => blocks,
+        };
+        for Block { tensor, rows, columns } in blocks {
             tensor.stream(rows.clone(), columns.clone(), &mut |bytes| {
                 if tensor.dtype() == self.dtype {
                     return sink(bytes);

@@ -219,3 +219,76 @@ impl Span {
         bytes.get(range).and_then(|text| std::str::from_utf8(text).ok()).unwrap_or_default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(bytes: &[u8]) -> String {
+        match Pickle::read(bytes) {
+            Ok(_) => panic!("{bytes:?} was read"),
+            Err(error) => format!("{error:#}"),
+        }
+    }
+
+    /// `pickle.dumps({"a": [1, -2, 2**40], "b": (None, True, 0.5), "c": {"d": "e"}}, protocol)` with protocols 2 and 5.
+    #[test]
+    fn plain_values_in_every_protocol() {
+        let two: &[u8] = b"\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01]q\x02(K\x01J\xfe\xff\xff\xff\x8a\x06\x00\x00\x00\x00\x00\x01eX\x01\x00\x00\x00bq\x03N\x88G?\xe0\x00\x00\x00\x00\x00\x00\x87q\x04X\x01\x00\x00\x00cq\x05}q\x06X\x01\x00\x00\x00dq\x07X\x01\x00\x00\x00eq\x08su.";
+        let five: &[u8] = b"\x80\x05\x95<\x00\x00\x00\x00\x00\x00\x00}\x94(\x8c\x01a\x94]\x94(K\x01J\xfe\xff\xff\xff\x8a\x06\x00\x00\x00\x00\x00\x01e\x8c\x01b\x94N\x88G?\xe0\x00\x00\x00\x00\x00\x00\x87\x94\x8c\x01c\x94}\x94\x8c\x01d\x94\x8c\x01e\x94su.";
+        for bytes in [two, five] {
+            let p = Pickle::read(bytes).unwrap();
+            let at = |key| p.get(p.root(), key).unwrap();
+            let list: Vec<_> = p.items(at("a")).unwrap().iter().map(|id| p.int(*id).unwrap()).collect();
+            assert_eq!(list, [1, -2, 1 << 40]);
+            let items = p.items(at("b")).unwrap();
+            assert!(
+                matches!(p.value(items[0]), Value::None) && matches!(p.value(items[1]), Value::Bool(true))
+            );
+            assert_eq!(p.number(items[2]), Some(0.5));
+            assert_eq!(p.text(p.get(at("c"), "d").unwrap()), Some("e"));
+            assert!(p.get(p.root(), "z").is_none());
+        }
+    }
+
+    #[test]
+    fn objects_keep_their_attributes_and_nothing_is_called() {
+        // An argparse.Namespace with heads = 12, as NEWOBJ and BUILD write it.
+        let p = Pickle::read(b"\x80\x02cargparse\nNamespace\n)\x81}X\x05\x00\x00\x00headsK\x0csb.").unwrap();
+        assert_eq!(p.get(p.root(), "heads").and_then(|id| p.size(id)), Some(12));
+        assert_eq!(p.describe(p.root()), "made by argparse.Namespace");
+        for (bytes, name) in [
+            (&b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R."[..], "os.system"),
+            (b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.", "builtins.eval"),
+            (b"\x80\x02c__builtin__\ngetattr\n.", "__builtin__.getattr"),
+            (b"\x80\x04\x8c\x05posix\x8c\x06system\x93.", "posix.system"),
+            (b"\x80\x02ctorchvision\nx\n.", "torchvision.x"),
+        ] {
+            let message = message(bytes);
+            assert!(message.contains(name) && message.contains("Nothing of it was executed"), "{message}");
+        }
+    }
+
+    #[test]
+    fn broken_programs_are_refused() {
+        for (bytes, part) in [
+            (&b""[..], "cut short"),
+            (b"\x80\x02", "cut short"),
+            (b"\x80\x00N.", "protocol 0"),
+            (b"\x80\x02.", "empty stack"),
+            (b"\x80\x02a.", "empty stack"),
+            (b"\x80\x02(0.", "empty stack"),
+            (b"\x80\x02t.", "mark that was not set"),
+            (b"\x80\x02h\x05.", "recalls value 5"),
+            (b"\x80\x02X\xff\xff\xff\xffab.", "cut short"),
+            (b"\x80\x02X\x02\x00\x00\x00\xff\xff.", "not UTF-8"),
+            (b"\x80\x02}(Nu.", "key without a value"),
+            (b"\x80\x02NNR.", "calls something"),
+            (b"\x80\x02i.", "instruction 0x69"),
+            (b"\x80\x02ctorch", "no end"),
+        ] {
+            let message = message(bytes);
+            assert!(message.contains(part), "{bytes:?}: {message}");
+        }
+    }
+}
