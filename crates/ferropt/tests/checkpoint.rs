@@ -63,7 +63,7 @@ fn a_run_leaves_in_every_format() {
     fails(&["verify", &at("hf"), &run, "--checkpoint", "5"], &["no run folder"]);
     fails(&["convert", &run, &at("hf"), "--to", "hf"], &["hf", "exists already"]);
     ok(&["convert", &run, &at("earlier"), "--to", "hf", "--checkpoint", "5"]);
-    fails(&["verify", &at("hf"), &at("earlier")], &["tensors differ", "embed_tokens.weight", "260"]);
+    fails(&["verify", &at("hf"), &at("earlier")], &["tensors differ", "embed_tokens.weight", "8,320"]);
 
     // Damage that no size tells: converting and verifying read the bytes, and name the file.
     let file = lab.path("run/checkpoints/step-00000010/model.safetensors");
