@@ -9,7 +9,8 @@ functions below, which follow metaseq's own scripts (reshard_mp, reshard_fsdp) a
   MODEL/hf              Hugging Face: safetensors, f32 (pre) or bf16 (post), by save_pretrained
   MODEL/sharded         the same in several files with an index
   MODEL/bin             the same as pytorch_model.bin, lm_head.weight included, names without `model.` in the case of post
-  MODEL/singleton       metaseq's restored.pt: q, k, v apart
+  MODEL/singleton       metaseq's restored.pt: q, k, v apart; that of post has an output_projection with the rows of one part
+                        only, which is what reshard_mp leaves
   MODEL/mp2, MODEL/mp4  tensor-parallel parts: matrices cut by rows or columns, qkv_proj in K, V, Q order in each part
   MODEL/fsdp            two tensor-parallel parts, each flattened and cut into three shards with padding
 
@@ -148,7 +149,9 @@ def write(name, out):
     torch.save(state, folder / "bin" / "pytorch_model.bin")
     model.config.to_json_file(folder / "bin" / "config.json")
     singleton = metaseq_state(model)
-    save(folder / "singleton" / "restored.pt", model, 1, singleton)
+    embedding = singleton["decoder.embed_tokens.weight"]
+    stale = {"decoder.output_projection.weight": embedding.chunk(2)[0].clone()} if name == "post" else {}
+    save(folder / "singleton" / "restored.pt", model, 1, singleton | stale)
     fused = fuse(singleton)
     for parts in [2, 4] if name == "pre" else [2]:
         for part in range(parts):

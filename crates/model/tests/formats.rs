@@ -401,6 +401,19 @@ fn an_lm_head_of_its_own_is_refused() {
     fs::copy(folder.path().join("config.json"), dir.path().join("config.json")).unwrap();
     let message = refusal(dir.path());
     assert!(message.contains("lm_head.weight differs"), "{message}");
+    // metaseq's head, which has rows of one part only, must be those of the embeddings too.
+    let folder = copy("post/singleton");
+    let path = folder.path().join("restored.pt");
+    let half =
+        open(&path).tensor("model.decoder.embed_tokens.weight").unwrap().mapped().unwrap()[..48].to_vec();
+    let mut bytes = fs::read(&path).unwrap();
+    let places: Vec<usize> = (0..bytes.len() - 48).filter(|i| bytes[*i..].starts_with(&half)).collect();
+    assert_eq!(places.len(), 2, "the embeddings and the head");
+    bytes[places[1]] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let message = refusal(folder.path());
+    assert!(message.contains("decoder.output_projection.weight differs"), "{message}");
+
     tensors.remove("lm_head.weight");
     tensors.insert("score.weight".into(), embedding);
     safetensors::serialize_to_file(&tensors, None, &dir.path().join("model.safetensors")).unwrap();

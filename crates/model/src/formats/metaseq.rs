@@ -37,8 +37,8 @@ pub(super) struct Opened {
     pub(super) tensors: BTreeMap<String, StoredTensor>,
     /// Tensors that every part has: the copies of parts 1 and up.
     pub(super) replicas: Vec<(String, usize, StoredTensor)>,
-    /// The LM head, if there is one.
-    pub(super) head: Option<StoredTensor>,
+    /// The LM head, if there is one: put together, and what each part has of it.
+    pub(super) head: Option<(StoredTensor, Vec<StoredTensor>)>,
 }
 
 /// metaseq's name of a tensor. Its q, k and v may be fused, see [`fused_name`].
@@ -150,7 +150,11 @@ fn assemble(group: &Group, mut parts: Vec<StateDict>, config: Config, config_fro
         parts.len(),
         file(0)
     );
-    let head = (!heads.is_empty()).then(|| join(&heads, Split::Rows)).transpose();
+    let head = || -> Result<_> {
+        let each = heads.iter().map(|head| join(std::slice::from_ref(head), Split::Whole));
+        Ok((join(&heads, Split::Rows)?, each.collect::<Result<_>>()?))
+    };
+    let head = (!heads.is_empty()).then(head).transpose();
     let head = head.with_context(|| format!("{}: tensor {HEAD}", file(0)))?;
     for (i, part) in parts.iter().enumerate() {
         if let Some(name) = part.keys().next() {

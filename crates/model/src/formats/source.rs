@@ -140,7 +140,7 @@ impl Source {
             tensors,
             replicas: Vec::new(),
         };
-        source.check(head.as_ref(), HEAD)
+        source.check(head.as_ref().map(|head| (HEAD, head, &[][..])))
     }
 
     fn metaseq(path: &Path, group: &Group, preset: Option<&str>) -> Result<Source> {
@@ -155,11 +155,12 @@ impl Source {
             tensors: opened.tensors,
             replicas: opened.replicas,
         };
-        source.check(opened.head.as_ref(), metaseq::HEAD)
+        source.check(opened.head.as_ref().map(|(whole, parts)| (metaseq::HEAD, whole, &parts[..])))
     }
 
-    /// Compares shapes with the parameter table, and the LM head with the embeddings.
-    fn check(self, head: Option<&StoredTensor>, head_name: &str) -> Result<Source> {
+    /// Compares shapes with the parameter table, and the LM head (name, tensor, what each part has of it) with the
+    /// embeddings.
+    fn check(self, head: Option<(&str, &StoredTensor, &[StoredTensor])>) -> Result<Source> {
         for parameter in self.config.parameters() {
             let shape = parameter.part_shape();
             for name in &parameter.names {
@@ -182,11 +183,18 @@ impl Source {
                 self.tensor(name)?.shape()
             );
         }
-        if let Some(head) = head {
+        if let Some((name, head, parts)) = head {
             let embedding = self.tensor(EMBEDDING)?;
+            let whole = head.shape() == embedding.shape() && begins(embedding, head)?;
+            // metaseq's reshard_mp takes the head for a tensor that every part has whole, so that its files have the first
+            // rows of the table there.
+            let mut stale = !parts.is_empty();
+            for part in parts {
+                stale = stale && begins(embedding, part)?;
+            }
             ensure!(
-                head.is_same_place(embedding) || same_values(head, embedding)?,
-                "{}: tensor {head_name} differs from {EMBEDDING}, but only models whose LM head is the embedding table \
+                whole || stale,
+                "{}: tensor {name} differs from {EMBEDDING}, but only models whose LM head is the embedding table \
                  (tie_word_embeddings) can be computed here",
                 head.file()
             );
@@ -302,22 +310,22 @@ fn refuse_others(others: &StateDict, folder: &Path, config: &Config) -> Result<(
     }
 }
 
-/// Whether two tensors have the same type, shape and bytes.
-pub(super) fn same_values(a: &StoredTensor, b: &StoredTensor) -> Result<bool> {
-    if (a.dtype(), a.shape()) != (b.dtype(), b.shape()) {
+/// Whether `tensor` begins with the rows of `head`, of the same type, to the bit.
+fn begins(tensor: &StoredTensor, head: &StoredTensor) -> Result<bool> {
+    if tensor.dtype() != head.dtype() || tensor.columns() != head.columns() || head.rows() > tensor.rows() {
         return Ok(false);
     }
-    if let (Some(a), Some(b)) = (a.mapped(), b.mapped()) {
-        return Ok(a == b);
+    if head.is_same_place(tensor) {
+        return Ok(true);
     }
-    let (step, row) = (a.chunk_rows().min(a.rows()), a.columns() * a.dtype().size());
+    let (step, row) = (head.chunk_rows().min(head.rows()).max(1), head.columns() * head.dtype().size());
     let mut buffers = [vec![0; step * row], vec![0; step * row]];
-    for start in (0..a.rows()).step_by(step.max(1)) {
-        let end = (start + step).min(a.rows());
+    for start in (0..head.rows()).step_by(step) {
+        let end = (start + step).min(head.rows());
         let [x, y] = &mut buffers;
         let (x, y) = (&mut x[..(end - start) * row], &mut y[..(end - start) * row]);
-        a.read_block(start..end, 0..a.columns(), x)?;
-        b.read_block(start..end, 0..a.columns(), y)?;
+        tensor.read_block(start..end, 0..head.columns(), x)?;
+        head.read_block(start..end, 0..head.columns(), y)?;
         if x != y {
             return Ok(false);
         }
