@@ -15,7 +15,7 @@ use std::path::PathBuf;
 
 /// Arguments of `ferropt checkpoint`.
 #[derive(clap::Args)]
-#[command(after_help = EXAMPLES, after_long_help = EXAMPLES)]
+#[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
     #[command(subcommand)]
     action: Action,
@@ -23,9 +23,9 @@ pub(crate) struct Args {
 
 const EXAMPLES: &str = "\
 What PATH may be, everywhere:
-  a Hugging Face folder     config.json with model.safetensors or pytorch_model.bin, in one file or several
-  metaseq's .pt files       the folder, or one of the files: restored.pt, reshard-model_part-N.pt, *-shardN.pt
-  a run of `ferropt train`  the run folder (its newest whole checkpoint), or one checkpoint directory
+  a Hugging Face folder     with model*.safetensors or pytorch_model*.bin
+  metaseq's .pt files       the folder, or one file: restored.pt, reshard-model_part-N.pt, ...
+  a run of `ferropt train`  the run folder, for its newest whole checkpoint, or one checkpoint
 
 Examples:
   ferropt checkpoint inspect opt-125m
@@ -67,8 +67,8 @@ struct Inspect {
 /// Arguments of `ferropt checkpoint convert`.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Tensors keep their bits unless --dtype is given. The new folder is filled beside its place and renamed when it is
-complete; memory holds a few megabytes at a time, whatever the size of the model.
+Tensors keep their bits unless --dtype is given. The new folder is filled beside its place
+and renamed when it is complete; memory holds a few megabytes, whatever the model's size.
 
 Examples:
   ferropt checkpoint convert runs/a my-model --to hf
@@ -99,9 +99,9 @@ struct Convert {
 /// Arguments of `ferropt checkpoint verify`.
 #[derive(clap::Args)]
 #[command(after_help = "\
-With one model: every tensor is there, has its shape and holds finite values; checksums are right where the format has
-them; copies in tensor-parallel parts agree. With two: a table of the tensors that differ. Formats may be different.
-The exit status is 0 only if nothing was found.
+With one model: every tensor is there, has its shape and holds finite values; checksums are
+right where the format has them; copies in tensor-parallel parts agree. With two: a table of
+the tensors that differ; formats may be different. Exit status 0 means that nothing was found.
 
 Examples:
   ferropt checkpoint verify opt-125m

@@ -267,3 +267,69 @@ fn central_entry(name: &str, Written { header, length, crc32 }: Written) -> Vec<
     let place = (header.min(IN_ZIP64) as u32).to_le_bytes();
     [&fixed[..], &short(extra.len()), &[0; 10], &place, name.as_bytes(), &extra].concat()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+
+    /// A file in which long runs of zeros take no room.
+    struct Sparse(File);
+
+    impl Write for Sparse {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            if bytes.len() >= 1 << 20 && bytes.iter().all(|b| *b == 0) {
+                self.0.seek(SeekFrom::Current(bytes.len() as i64))?;
+                return Ok(bytes.len());
+            }
+            self.0.write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            self.0.flush()
+        }
+    }
+
+    impl Seek for Sparse {
+        fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
+            self.0.seek(to)
+        }
+    }
+
+    fn written(lengths: &[u64], path: &std::path::Path) -> Vec<Entry> {
+        let zeros = vec![0; 1 << 22];
+        let mut archive = Writer::new(Sparse(File::create(path).unwrap()));
+        for (i, length) in lengths.iter().enumerate() {
+            let send = |sink: &mut Sink| {
+                (0..length / (1 << 22)).try_for_each(|_| sink(&zeros))?;
+                sink(&vec![i as u8 + 1; (length % (1 << 22)) as usize])
+            };
+            archive.add(&format!("a/{i}"), *length, send).unwrap();
+        }
+        archive.finish().unwrap();
+        let file = Mapped::open(path).unwrap();
+        let entries = entries(&file).unwrap();
+        for (i, (entry, length)) in entries.iter().zip(lengths).enumerate() {
+            assert_eq!((entry.name.as_str(), entry.range.len() as u64), (format!("a/{i}").as_str(), *length));
+            assert!(entry.range.start.is_multiple_of(ALIGNMENT as usize));
+            let end = &file.bytes()[entry.range.clone()];
+            assert_eq!(end.last(), Some(&(i as u8 + 1)));
+        }
+        entries
+    }
+
+    #[test]
+    fn small_archives() {
+        let dir = tempfile::tempdir().unwrap();
+        let entries = written(&[1, 63, 64, 65, 5000], &dir.path().join("z"));
+        assert_eq!(entries.len(), 5);
+        assert_eq!(entries[2].crc32, crc32fast::hash(&[3; 64]));
+    }
+
+    /// A file of more than 4 GiB, and one that begins behind it: both need zip64.
+    #[test]
+    fn archives_beyond_4_gib() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(written(&[7, (1 << 32) + 9, 11], &dir.path().join("z")).len(), 3);
+    }
+}
