@@ -2,6 +2,7 @@
 
 mod bench;
 mod chat;
+mod checkpoint;
 mod generate;
 mod info;
 mod model;
@@ -29,6 +30,7 @@ Examples:
   ferropt generate --model runs/a \"Once upon\"   continue a text with a trained model
   ferropt chat --model runs/a                   talk with it
   ferropt score --model runs/a texts.txt        how likely it finds texts
+  ferropt checkpoint convert runs/a out --to hf the trained model as a Hugging Face folder
 
 `ferropt COMMAND --help` shows more examples.";
 
@@ -44,6 +46,8 @@ enum Command {
     Chat(chat::Args),
     /// Tell how likely a trained model finds texts.
     Score(score::Args),
+    /// Look into, convert and verify weights in any format.
+    Checkpoint(checkpoint::Args),
     /// List the models that can be named, with exact parameter counts.
     Presets(presets::Args),
     /// Measure how fast this machine trains, and where the time goes.
@@ -59,6 +63,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Score(args) => score::run(args),
+        Command::Checkpoint(args) => checkpoint::run(args),
         Command::Presets(args) => presets::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Info(args) => info::run(args),

@@ -44,11 +44,16 @@ fn normal_rows(stream: &Stream, first: usize, columns: usize, std: f64, values: 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::parameters::Split;
 
     #[test]
     fn values_follow_from_their_place_alone() {
-        let parameter =
-            Parameter { names: vec!["w".into()], shape: vec![301, 777], initial: Initial::Normal(0.02) };
+        let parameter = Parameter {
+            names: vec!["w".into()],
+            shape: vec![301, 777],
+            initial: Initial::Normal(0.02),
+            split: Split::Whole,
+        };
         let values = initial_values(&parameter, 5, 9);
         let stream = Stream::new(9, Purpose::Init, 5, 0);
         for (row, column) in [(0, 0), (0, 776), (150, 3), (300, 776)] {

@@ -3,6 +3,7 @@
 //! [`Config`] holds the sizes. Two tables follow from it and decide every other size: [`Config::parameters`] (names,
 //! shapes, initial values) and [`ActivationTable`] (what a forward and backward pass keeps). [`Model`] is the weights,
 //! [`Backprop`] trains them, [`Decoder`] is for inference: read-only weights and a paged KV cache.
+//! [`formats`] reads and writes weights in the formats that others use.
 //!
 //! Letters: B sequences, T positions, N = B*T rows, C width, H heads, F feed-forward width, W width of the embeddings
 //! (C but for 350m), V vocabulary, L layers.
@@ -11,6 +12,7 @@ mod activations;
 mod backprop;
 mod config;
 mod decode;
+pub mod formats;
 mod gptq;
 mod initial;
 mod layer;
@@ -23,5 +25,5 @@ pub use config::{Config, ForwardFlops, PRESETS, Preset};
 pub use decode::{Cache, Decoder, Logits, Memory, ReadRows};
 pub use gptq::{Calibration, Rounded};
 pub use initial::initial_values;
-pub use parameters::{Initial, Parameter};
+pub use parameters::{Initial, Parameter, Split};
 pub use weights::{Layer, Linear, Model, Norm, Tensor, TensorMut, Weights};

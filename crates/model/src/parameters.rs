@@ -16,6 +16,17 @@ pub enum Initial {
     Ones,
 }
 
+/// How a parameter is divided among the parts of a tensor-parallel model (Shoeybi et al., 2019, "Megatron-LM").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// Each part has some of the rows: what comes out of its products is divided.
+    Rows,
+    /// Each part has some of the columns: what goes into its products is divided.
+    Columns,
+    /// Each part has all of it.
+    Whole,
+}
+
 /// One parameter, as it lies in memory. Matrices are of the compute type, vectors always f32.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Parameter {
@@ -26,6 +37,8 @@ pub struct Parameter {
     pub shape: Vec<usize>,
     /// Values before the first step.
     pub initial: Initial,
+    /// How tensor-parallel parts divide it; where tensors are stacked, each of them.
+    pub split: Split,
 }
 
 impl Parameter {
@@ -55,24 +68,24 @@ impl Config {
         // What adds to the residual stream starts smaller, as in Megatron-LM, so that the sum does not grow with depth.
         let into_residual = Initial::Normal(INITIAL_STD / ((2 * self.layers) as f64).sqrt());
         let mut table = Table(Vec::new());
-        table.add("embed_tokens.weight", &[self.vocab, w], normal);
-        table.add("embed_positions.weight", &[self.positions + POSITION_OFFSET, c], normal);
+        table.add("embed_tokens.weight", &[self.vocab, w], normal, Split::Rows);
+        table.add("embed_positions.weight", &[self.positions + POSITION_OFFSET, c], normal, Split::Whole);
         if self.has_projections() {
-            table.add("project_in.weight", &[c, w], normal);
+            table.add("project_in.weight", &[c, w], normal, Split::Whole);
         }
         for l in 0..self.layers {
             table.stacked(l, ["q", "k", "v"].map(|x| format!("self_attn.{x}_proj")), [3 * c, c], normal);
-            table.linear(l, "self_attn.out_proj", [c, c], into_residual);
+            table.linear(l, "self_attn.out_proj", [c, c], into_residual, Split::Columns);
             table.norm(&format!("layers.{l}.self_attn_layer_norm"), c);
-            table.linear(l, "fc1", [f, c], normal);
-            table.linear(l, "fc2", [c, f], into_residual);
+            table.linear(l, "fc1", [f, c], normal, Split::Rows);
+            table.linear(l, "fc2", [c, f], into_residual, Split::Columns);
             table.norm(&format!("layers.{l}.final_layer_norm"), c);
         }
         if !self.post_norm {
             table.norm("final_layer_norm", c);
         }
         if self.has_projections() {
-            table.add("project_out.weight", &[w, c], normal);
+            table.add("project_out.weight", &[w, c], normal, Split::Whole);
         }
         table.0
     }
@@ -81,13 +94,15 @@ impl Config {
 struct Table(Vec<Parameter>);
 
 impl Table {
-    fn add(&mut self, name: &str, shape: &[usize], initial: Initial) {
-        self.0.push(Parameter { names: vec![full(name)], shape: shape.to_vec(), initial });
+    fn add(&mut self, name: &str, shape: &[usize], initial: Initial, split: Split) {
+        self.0.push(Parameter { names: vec![full(name)], shape: shape.to_vec(), initial, split });
     }
 
-    fn linear(&mut self, layer: usize, name: &str, [out, into]: [usize; 2], initial: Initial) {
-        self.add(&format!("layers.{layer}.{name}.weight"), &[out, into], initial);
-        self.add(&format!("layers.{layer}.{name}.bias"), &[out], Initial::Zeros);
+    fn linear(&mut self, layer: usize, name: &str, [out, into]: [usize; 2], initial: Initial, split: Split) {
+        self.add(&format!("layers.{layer}.{name}.weight"), &[out, into], initial, split);
+        // A bias is added to what comes out, once.
+        let split = if split == Split::Columns { Split::Whole } else { split };
+        self.add(&format!("layers.{layer}.{name}.bias"), &[out], Initial::Zeros, split);
     }
 
     fn stacked(&mut self, layer: usize, names: [String; 3], [out, into]: [usize; 2], initial: Initial) {
@@ -95,13 +110,13 @@ impl Table {
             [("weight", vec![out, into], initial), ("bias", vec![out], Initial::Zeros)]
         {
             let names = names.iter().map(|name| full(&format!("layers.{layer}.{name}.{end}"))).collect();
-            self.0.push(Parameter { names, shape, initial });
+            self.0.push(Parameter { names, shape, initial, split: Split::Rows });
         }
     }
 
     fn norm(&mut self, name: &str, width: usize) {
-        self.add(&format!("{name}.weight"), &[width], Initial::Ones);
-        self.add(&format!("{name}.bias"), &[width], Initial::Zeros);
+        self.add(&format!("{name}.weight"), &[width], Initial::Ones, Split::Whole);
+        self.add(&format!("{name}.bias"), &[width], Initial::Zeros, Split::Whole);
     }
 }
 

@@ -55,6 +55,8 @@ pub struct Model {
     pub engine: Handle,
     /// Sizes.
     pub config: Config,
+    /// How weights are stored in memory.
+    pub weights: WeightFormat,
     /// Optimiser steps that it has behind it.
     pub step: u64,
     /// Newer checkpoints that were passed over because they are damaged, each with what is wrong.

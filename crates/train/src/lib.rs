@@ -4,6 +4,7 @@ pub mod bench;
 pub mod checkpoint;
 pub mod config;
 pub mod inference;
+pub mod models;
 pub mod optimizer;
 pub mod planner;
 pub mod quickstart;

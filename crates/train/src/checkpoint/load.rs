@@ -7,7 +7,7 @@ use half::bf16;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
 use std::ops::Range;
@@ -127,6 +127,33 @@ pub(super) fn survey(path: &Path) -> Result<Manifest> {
     Ok(manifest)
 }
 
+/// Compares the checksums of the files that `wanted` picks with those in the manifest.
+fn verify_files(path: &Path, manifest: &Manifest, wanted: impl Fn(&str) -> bool) -> Result<()> {
+    for (name, entry) in manifest.files.iter().filter(|(name, _)| wanted(name)) {
+        let file = path.join(name);
+        let crc = checksum(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        ensure!(
+            crc == entry.crc32c,
+            "{} is damaged: its CRC-32C is {crc}, the manifest says {}",
+            file.display(),
+            entry.crc32c
+        );
+    }
+    Ok(())
+}
+
+/// Verifies every byte of a checkpoint directory but for groups of tensors other than `group`.
+///
+/// # Errors
+/// When a file is missing or damaged; the error names it.
+pub fn verify_group(path: &Path, group: &str) -> Result<()> {
+    let manifest = survey(path)?;
+    let others =
+        manifest.groups.iter().filter(|(name, _)| *name != group).flat_map(|(_, tensors)| tensors.values());
+    let others: BTreeSet<&String> = others.map(|tensor| &tensor.file).collect();
+    verify_files(path, &manifest, |name| !others.iter().any(|other| *other == name))
+}
+
 impl Checkpoint {
     /// Opens a checkpoint directory after verifying every byte of it.
     ///
@@ -134,16 +161,7 @@ impl Checkpoint {
     /// When a file is missing, damaged or not what the manifest says; the error names it.
     pub fn open(path: &Path) -> Result<Checkpoint> {
         let manifest = survey(path)?;
-        for (name, entry) in &manifest.files {
-            let file = path.join(name);
-            let crc = checksum(&file).with_context(|| format!("cannot read {}", file.display()))?;
-            ensure!(
-                crc == entry.crc32c,
-                "{} is damaged: its CRC-32C is {crc}, the manifest says {}",
-                file.display(),
-                entry.crc32c
-            );
-        }
+        verify_files(path, &manifest, |_| true)?;
         let mut shards = BTreeMap::new();
         for name in manifest.files.keys().filter(|name| name.ends_with(".safetensors")) {
             let listed = manifest.groups.values().flatten().filter(|(_, tensor)| tensor.file == *name);

@@ -24,7 +24,7 @@ mod store;
 mod write;
 mod writer;
 
-pub use load::{Checkpoint, TensorView};
+pub use load::{Checkpoint, TensorView, verify_group};
 pub use manifest::{FileEntry, Manifest, RunState, TensorEntry};
 pub use retention::Retention;
 pub use safetensors::Dtype;
@@ -34,7 +34,7 @@ pub use write::DEFAULT_SHARD_BYTES;
 pub use writer::{Event, Writer};
 
 /// Bytes for people, in binary units: "1.46 GiB".
-pub(crate) fn human_bytes(bytes: u64) -> String {
+pub fn human_bytes(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     if bytes < 1024 {
         return format!("{bytes} bytes");

@@ -1,6 +1,7 @@
 //! The checkpoints of a run.
 
 use super::load::{self, Checkpoint};
+use super::manifest::Manifest;
 use super::retention::Retention;
 use super::snapshot::Snapshot;
 use super::write::{self, Written, remove, sync_directory};
@@ -143,6 +144,14 @@ impl Store {
             Entry { step, path, damage }
         };
         Ok(steps.into_iter().map(entry).collect())
+    }
+
+    /// The manifest of one checkpoint directory, after comparing the sizes of the files with it.
+    ///
+    /// # Errors
+    /// When it is torn; the error names the file.
+    pub fn survey(checkpoint: &Path) -> Result<Manifest> {
+        load::survey(checkpoint)
     }
 
     /// Opens the checkpoint of one step after verifying every byte of it.

@@ -4,9 +4,9 @@ use super::manifest::{self, FileEntry, Manifest, TensorEntry, hex};
 use super::snapshot::{Group, Snapshot, Tensor};
 use super::{human_bytes, store};
 use anyhow::{Context, Error, Result, anyhow};
+use ferropt_model::formats::safetensors_header;
 use rustix::fs::{CWD, RenameFlags};
-use safetensors::tensor::{Metadata, TensorInfo};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -125,7 +125,9 @@ fn plan(
             entries.insert(tensor.name.clone(), entry);
             weight_map.insert(tensor.name.clone(), file.clone());
         }
-        shards.push(Shard { group: group.clone(), header: header(&tensors)?, file, tensors });
+        let infos = tensors.iter().map(|t| (t.name.clone(), t.data.dtype(), t.shape.clone()));
+        let header = safetensors_header(infos)?;
+        shards.push(Shard { group: group.clone(), header, file, tensors });
     }
     if count > 1 {
         let total: u64 = shards.iter().filter(|shard| shard.group == group).map(Shard::data_bytes).sum();
@@ -143,27 +145,6 @@ impl Shard {
     fn bytes(&self) -> u64 {
         self.header.len() as u64 + self.data_bytes()
     }
-}
-
-/// Start of a safetensors file: length of the JSON, and the JSON, padded so that the data is aligned to 8 bytes.
-fn header(tensors: &[Tensor]) -> Result<Vec<u8>> {
-    let mut end = 0;
-    let infos = tensors.iter().map(|tensor| {
-        let start = end;
-        end += tensor.data.bytes().len();
-        let info = TensorInfo {
-            dtype: tensor.data.dtype(),
-            shape: tensor.shape.clone(),
-            data_offsets: (start, end),
-        };
-        (tensor.name.clone(), info)
-    });
-    // Hugging Face's loader insists on knowing a framework's layout; ours is PyTorch's.
-    let format = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let metadata = Metadata::new(Some(format), infos.collect()).context("no valid safetensors header")?;
-    let mut json = serde_json::to_vec(&metadata)?;
-    json.resize(json.len().next_multiple_of(8), b' ');
-    Ok([&(json.len() as u64).to_le_bytes()[..], &json].concat())
 }
 
 /// A file being written and checksummed in one pass.

@@ -1,0 +1,101 @@
+//! `ferropt checkpoint` on a run that this test trains, and on files that torch wrote.
+
+mod lab;
+
+use lab::{Lab, ferropt, text};
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+fn checkpoint(args: &[&str]) -> Output {
+    ferropt().arg("checkpoint").args(args).output().unwrap()
+}
+
+fn ok(args: &[&str]) -> String {
+    let out = checkpoint(args);
+    assert!(out.status.success(), "{args:?}: {}", text(&out));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+fn fails(args: &[&str], parts: &[&str]) {
+    let out = checkpoint(args);
+    let text = text(&out);
+    assert!(!out.status.success() && !text.contains("panicked"), "{args:?}: {text}");
+    assert!(parts.iter().all(|part| text.contains(part)), "{args:?}: {text} should have {parts:?}");
+}
+
+fn fixture(path: &str) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/fixtures/formats");
+    root.join(path).display().to_string()
+}
+
+/// A run goes to every format and back, and generates the same text from its own folder before and after.
+#[test]
+fn a_run_leaves_in_every_format() {
+    let lab = Lab::new();
+    lab.train(&lab.config("run", 10), &[]);
+    let at = |name: &str| lab.path(name).display().to_string();
+    let run = at("run");
+    let shown = ok(&["inspect", &run]);
+    for part in
+        ["step        10", "Hugging Face, safetensors", "2 layers, 2 heads, width 32", "tokenizer.json"]
+    {
+        assert!(shown.contains(part), "{shown}");
+    }
+    let json: serde_json::Value = serde_json::from_str(&ok(&["inspect", &run, "--json"])).unwrap();
+    assert_eq!((&json["step"], &json["config"]["width"]), (&10.into(), &32.into()));
+    let table = ok(&["inspect", &run, "--checkpoint", "5", "--tensors"]);
+    assert!(table.contains("step        5") && table.contains("[260, 32]"), "{table}");
+
+    ok(&["convert", &run, &at("hf"), "--to", "hf"]);
+    ok(&["convert", &at("hf"), &at("parts"), "--to", "metaseq", "--parts", "2"]);
+    ok(&["convert", &at("parts"), &at("one"), "--to", "metaseq"]);
+    ok(&["convert", &at("one"), &at("bin"), "--to", "hf-bin", "--max-shard-size", "40KB"]);
+    ok(&["convert", &at("bin"), &at("back"), "--to", "hf"]);
+    for name in ["model.safetensors", "config.json", "tokenizer.json"] {
+        let read = |folder: &str| std::fs::read(PathBuf::from(at(folder)).join(name)).unwrap();
+        assert!(read("hf") == read("back"), "{name} is not what it was");
+    }
+    for name in ["hf", "parts", "one", "bin"] {
+        assert!(ok(&["verify", &at(name)]).contains("is sound"));
+        assert!(ok(&["verify", &run, &at(name)]).contains("the same values"));
+    }
+    assert!(ok(&["verify", &run]).contains("is sound"));
+    fails(&["verify", &at("hf"), &run, "--checkpoint", "5"], &["no run folder"]);
+    fails(&["convert", &run, &at("hf"), "--to", "hf"], &["hf", "exists already"]);
+    ok(&["convert", &run, &at("earlier"), "--to", "hf", "--checkpoint", "5"]);
+    fails(&["verify", &at("hf"), &at("earlier")], &["tensors differ", "embed_tokens.weight", "8,320"]);
+
+    // Damage that no size tells: converting and verifying read the bytes, and name the file.
+    let file = lab.path("run/checkpoints/step-00000010/model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let end = bytes.len();
+    bytes[end - 1] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    fails(&["convert", &run, &at("damaged"), "--to", "hf"], &["step-00000010/model.safetensors", "CRC-32C"]);
+    fails(&["verify", &run], &["step-00000010/model.safetensors", "CRC-32C", "not sound"]);
+    // Damage that the size tells: the older checkpoint is taken, and said to be.
+    std::fs::write(&file, "short").unwrap();
+    let out = checkpoint(&["inspect", &run]);
+    assert!(text(&out).contains("passed over") && text(&out).contains("step        5"), "{}", text(&out));
+    fails(&["inspect", &run, "--checkpoint", "77"], &["step 77"]);
+}
+
+#[test]
+fn refusals_say_what_to_do() {
+    let lab = Lab::new();
+    let out = lab.path("out").display().to_string();
+    let empty = lab.path("texts").display().to_string();
+    fails(&["inspect", "/nowhere"], &["/nowhere"]);
+    fails(&["inspect", &empty], &["holds no model", "model.safetensors"]);
+    fails(&["inspect", &fixture("pre/mp2"), "--checkpoint", "1"], &["no run folder"]);
+    fails(&["inspect", &fixture("pre/mp2"), "--preset", "1.3B"], &["\"1.3b\""]);
+    let source = fixture("pre/mp2");
+    fails(&["convert", &source, &out, "--to", "onnx"], &["onnx", "hf-bin"]);
+    fails(&["convert", &source, &out], &["--to"]);
+    fails(&["convert", &source, &out, "--to", "hf", "--parts", "2"], &["--max-shard-size"]);
+    fails(&["convert", &source, &out, "--to", "metaseq", "--parts", "3"], &["heads = 4", "3 parts"]);
+    fails(&["convert", &source, &out, "--to", "hf", "--max-shard-size", "5 apples"], &["5GB"]);
+    assert!(!Path::new(&out).exists());
+    ok(&["convert", &source, &out, "--to", "hf", "--dtype", "f16"]);
+    assert!(ok(&["inspect", &out]).contains("36 of f16"), "{}", ok(&["inspect", &out]));
+}

@@ -1,0 +1,166 @@
+//! Writes a model in another format.
+
+mod hugging_face;
+mod metaseq;
+mod outgoing;
+
+use super::dtype::Dtype;
+use super::pickle::write::Item;
+use super::source::{Source, TOKENIZER_FILES};
+use super::stored::Sink;
+use super::torch_file;
+use anyhow::{Context, Result, bail, ensure};
+use outgoing::Outgoing;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+/// What to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Hugging Face folder with safetensors.
+    Safetensors,
+    /// Hugging Face folder with `pytorch_model.bin`.
+    TorchBin,
+    /// metaseq: `restored.pt`, where q, k and v are apart, or that many tensor-parallel parts, where they are fused.
+    Metaseq {
+        /// Tensor-parallel parts.
+        parts: Option<usize>,
+    },
+}
+
+/// How to write it.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Format.
+    pub target: Target,
+    /// Type of all elements; as they are unless given.
+    pub dtype: Option<Dtype>,
+    /// Files of Hugging Face folders are not larger than this many bytes, but for a tensor that alone is.
+    pub max_shard_bytes: u64,
+}
+
+/// What was written.
+#[derive(Debug)]
+pub struct Converted {
+    /// All files.
+    pub files: Vec<PathBuf>,
+    /// Their size.
+    pub bytes: u64,
+}
+
+/// Writes `source` into the new folder `destination`, with its tokenizer files. `progress` is told the bytes of tensors
+/// written so far, and of all. The folder is filled beside its place and renamed when it is complete and on the disk.
+///
+/// # Errors
+/// When the folder exists, cannot be written, or a value does not fit the type; the message names the tensor. Nothing
+/// is left behind then.
+pub fn convert(
+    source: &Source,
+    destination: &Path,
+    options: &Options,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Converted> {
+    if fs::symlink_metadata(destination).is_ok() {
+        bail!("{} exists already; name a new folder, or remove it first", destination.display());
+    }
+    ensure!(options.max_shard_bytes > 0, "files of at most 0 bytes cannot hold a model");
+    let name = destination.file_name().and_then(|name| name.to_str());
+    let name = name.with_context(|| format!("{} is no name for a folder", destination.display()))?;
+    let parent = destination.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
+    let temporary = parent.join(format!(".{name}.tmp-{}", std::process::id()));
+    fs::create_dir(&temporary).with_context(|| format!("cannot create {}", temporary.display()))?;
+    let mut fill = || -> Result<Converted> {
+        let mut folder =
+            Folder { path: &temporary, files: Vec::new(), bytes: 0, progress, done: 0, total: 0 };
+        match options.target {
+            Target::Safetensors | Target::TorchBin => hugging_face::write(source, options, &mut folder)?,
+            Target::Metaseq { parts } => metaseq::write(source, options, parts, &mut folder)?,
+        }
+        for (ours, file) in source.tokenizer_files() {
+            let theirs =
+                TOKENIZER_FILES.iter().find(|(name, _)| *name == ours).map_or(ours, |(_, name)| name);
+            let name = if matches!(options.target, Target::Metaseq { .. }) { theirs } else { ours };
+            let content = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+            folder.small(name, &content)?;
+        }
+        sync(&temporary)?;
+        let (files, bytes) = (folder.files, folder.bytes);
+        fs::rename(&temporary, destination)
+            .with_context(|| format!("cannot rename {} to {}", temporary.display(), destination.display()))?;
+        sync(parent)?;
+        Ok(Converted { files: files.iter().map(|file| destination.join(file)).collect(), bytes })
+    };
+    fill().map_err(|error| {
+        let error = error.context(format!("{} was not written", destination.display()));
+        match fs::remove_dir_all(&temporary) {
+            Err(left) if left.kind() != std::io::ErrorKind::NotFound => {
+                error.context(format!("{} was left behind ({left})", temporary.display()))
+            }
+            _ => error,
+        }
+    })
+}
+
+fn sync(folder: &Path) -> Result<()> {
+    File::open(folder)
+        .and_then(|f| f.sync_all())
+        .with_context(|| format!("cannot flush the folder {} to disk", folder.display()))
+}
+
+/// The folder that is being filled.
+struct Folder<'a> {
+    path: &'a Path,
+    files: Vec<String>,
+    bytes: u64,
+    progress: &'a mut dyn FnMut(u64, u64),
+    done: u64,
+    total: u64,
+}
+
+impl Folder<'_> {
+    /// Writes a file by `fill`, which is to return it, and waits until it is on the disk.
+    fn file(&mut self, name: &str, fill: impl FnOnce(&mut Self, File) -> Result<File>) -> Result<()> {
+        let path = self.path.join(name);
+        let file = File::create_new(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        let file = fill(self, file).with_context(|| format!("cannot write {}", path.display()))?;
+        file.sync_all().with_context(|| format!("cannot flush {} to disk", path.display()))?;
+        self.bytes += file.metadata().with_context(|| format!("cannot read {}", path.display()))?.len();
+        self.files.push(name.into());
+        Ok(())
+    }
+
+    fn small(&mut self, name: &str, content: &[u8]) -> Result<()> {
+        self.file(name, |_, mut file| {
+            std::io::Write::write_all(&mut file, content)?;
+            Ok(file)
+        })
+    }
+
+    /// Writes a file of `torch.save`; `root` makes its content out of the dictionary of tensors.
+    fn torch(
+        &mut self,
+        name: &str,
+        tensors: &[Outgoing],
+        root: impl FnOnce(Vec<(String, Item)>) -> Item,
+    ) -> Result<()> {
+        let item = |(storage, t): (usize, &Outgoing)| {
+            (t.name.clone(), Item::Tensor { dtype: t.dtype, shape: t.shape.clone(), storage })
+        };
+        let root = root(tensors.iter().enumerate().map(item).collect());
+        let lengths: Vec<u64> = tensors.iter().map(Outgoing::bytes).collect();
+        self.file(name, |folder, file| {
+            torch_file::write(file, &root, &lengths, &mut |i, sink| folder.tensor(&tensors[i], sink))
+        })
+    }
+
+    /// Streams a tensor into `sink`.
+    fn tensor(&mut self, tensor: &Outgoing, sink: &mut Sink) -> Result<()> {
+        tensor.stream(&mut |bytes| {
+            sink(bytes)?;
+            self.done += bytes.len() as u64;
+            (self.progress)(self.done, self.total);
+            Ok(())
+        })
+    }
+}

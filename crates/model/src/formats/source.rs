@@ -1,0 +1,334 @@
+//! A model in files, whatever their format.
+
+use super::dtype::Dtype;
+use super::hugging_face;
+use super::metaseq::{self, Group};
+use super::stored::{Flat, StoredTensor};
+use super::torch_file::StateDict;
+use crate::config::Config;
+use crate::parameters::Parameter;
+use anyhow::{Context, Result, bail, ensure};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Files of a tokenizer and of generation that travel with weights: what Hugging Face calls them, and what metaseq does.
+pub const TOKENIZER_FILES: [(&str, &str); 7] = [
+    ("tokenizer.json", "gpt2-unified.json"),
+    ("vocab.json", "gpt2-vocab.json"),
+    ("merges.txt", "gpt2-merges.txt"),
+    ("tokenizer_config.json", "tokenizer_config.json"),
+    ("special_tokens_map.json", "special_tokens_map.json"),
+    ("added_tokens.json", "added_tokens.json"),
+    ("generation_config.json", "generation_config.json"),
+];
+
+const EMBEDDING: &str = "model.decoder.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// Format of a model's files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Hugging Face, safetensors.
+    Safetensors,
+    /// Hugging Face, `pytorch_model*.bin`.
+    TorchBin,
+    /// metaseq: tensor-parallel parts, and shards of each.
+    Metaseq {
+        /// Tensor-parallel parts.
+        parts: usize,
+        /// Flattened shards of each part.
+        shards: usize,
+    },
+}
+
+impl std::fmt::Display for Format {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Format::Safetensors => f.write_str("Hugging Face, safetensors"),
+            Format::TorchBin => f.write_str("Hugging Face, pytorch_model.bin"),
+            Format::Metaseq { parts: 1, shards: 1 } => f.write_str("metaseq, one file"),
+            Format::Metaseq { parts, shards: 1 } => write!(f, "metaseq, {parts} tensor-parallel parts"),
+            Format::Metaseq { parts, shards } => {
+                write!(f, "metaseq, {parts} tensor-parallel parts, each of {shards} flattened shards")
+            }
+        }
+    }
+}
+
+/// An open model: every tensor of its parameter table has been found with the right shape, and none has been read.
+///
+/// ```no_run
+/// # fn main() -> anyhow::Result<()> {
+/// let source = ferropt_model::formats::Source::open("opt-125m", None)?;
+/// let parameter = &source.config().parameters()[0];
+/// let mut row = vec![0.0; parameter.shape[1]];
+/// source.read_rows(parameter, 2, &mut row)?; // the embedding of </s>
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct Source {
+    path: PathBuf,
+    folder: PathBuf,
+    format: Format,
+    config: Config,
+    config_from: String,
+    files: Vec<PathBuf>,
+    tensors: BTreeMap<String, StoredTensor>,
+    /// Copies of tensors in other tensor-parallel parts: name, part.
+    pub(super) replicas: Vec<(String, usize, StoredTensor)>,
+}
+
+impl Source {
+    /// Opens a Hugging Face folder, a metaseq folder, or one file of either. `preset` names the model whose number of
+    /// heads a metaseq checkpoint has that does not say it.
+    ///
+    /// # Errors
+    /// When there is no such model, a file is damaged or does not belong to an OPT, or its configuration asks for
+    /// something that the decoder does not compute. The message names the file, and the tensor or key.
+    pub fn open(path: impl AsRef<Path>, preset: Option<&str>) -> Result<Source> {
+        let path = path.as_ref();
+        let source = if path.is_dir() {
+            match (hugging_face::weights(path), metaseq::find(path)) {
+                (Some(first), _) => Source::hugging_face(path, path, &first)?,
+                (None, group) => {
+                    let group = group?.with_context(|| {
+                        format!(
+                            "{} holds no model: neither model.safetensors nor pytorch_model.bin (or an index of them), \
+                             nor a .pt file of metaseq",
+                            path.display()
+                        )
+                    })?;
+                    Source::metaseq(path, &group, preset)?
+                }
+            }
+        } else if let Some(group) = metaseq::group_of(path)? {
+            Source::metaseq(path, &group, preset)?
+        } else {
+            ensure!(path.exists(), "there is no file or folder {}", path.display());
+            let known = path.extension().is_some_and(|e| e == "safetensors" || e == "bin" || e == "json");
+            ensure!(
+                known,
+                "{} is no file of a model: expected .safetensors, .bin or .pt, or a folder",
+                path.display()
+            );
+            let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            Source::hugging_face(path, folder, path)?
+        };
+        Ok(source)
+    }
+
+    fn hugging_face(path: &Path, folder: &Path, first: &Path) -> Result<Source> {
+        let mut opened = hugging_face::open(folder, first)?;
+        let name = first.to_string_lossy();
+        let format = if name.contains(".safetensors") { Format::Safetensors } else { Format::TorchBin };
+        let config = opened.config;
+        let mut tensors = BTreeMap::new();
+        for full in config.parameters().iter().flat_map(|p| &p.names) {
+            let flat = opened.tensors.remove(full);
+            let flat = flat.with_context(|| format!("{} has no tensor {full}", first.display()))?;
+            tensors.insert(full.clone(), whole(&flat, full, folder)?);
+        }
+        let head = opened.tensors.remove(HEAD).map(|flat| whole(&flat, HEAD, folder)).transpose()?;
+        refuse_others(&opened.tensors, folder, &config)?;
+        let source = Source {
+            path: path.into(),
+            folder: folder.into(),
+            format,
+            config,
+            config_from: folder.join(hugging_face::CONFIG).display().to_string(),
+            files: opened.files,
+            tensors,
+            replicas: Vec::new(),
+        };
+        source.check(head.as_ref().map(|head| (HEAD, head, &[][..])))
+    }
+
+    fn metaseq(path: &Path, group: &Group, preset: Option<&str>) -> Result<Source> {
+        let opened = metaseq::open(group, preset)?;
+        let source = Source {
+            path: path.into(),
+            folder: group.folder.clone(),
+            format: Format::Metaseq { parts: opened.parts, shards: opened.shards },
+            config: opened.config,
+            config_from: opened.config_from,
+            files: opened.files,
+            tensors: opened.tensors,
+            replicas: opened.replicas,
+        };
+        source.check(opened.head.as_ref().map(|(whole, parts)| (metaseq::HEAD, whole, &parts[..])))
+    }
+
+    /// Compares shapes with the parameter table, and the LM head (name, tensor, what each part has of it) with the
+    /// embeddings.
+    fn check(self, head: Option<(&str, &StoredTensor, &[StoredTensor])>) -> Result<Source> {
+        for parameter in self.config.parameters() {
+            let shape = parameter.part_shape();
+            for name in &parameter.names {
+                let tensor = self.tensor(name)?;
+                ensure!(
+                    tensor.shape() == shape,
+                    "{}: tensor {name} has shape {:?}, but {shape:?} follows from {}",
+                    tensor.file(),
+                    tensor.shape(),
+                    self.config_from
+                );
+            }
+        }
+        for (name, part, copy) in &self.replicas {
+            ensure!(
+                copy.shape() == self.tensor(name)?.shape(),
+                "{}: tensor {name} of part {part} has shape {:?}, that of part 0 has {:?}",
+                copy.file(),
+                copy.shape(),
+                self.tensor(name)?.shape()
+            );
+        }
+        if let Some((name, head, parts)) = head {
+            let embedding = self.tensor(EMBEDDING)?;
+            let whole = head.shape() == embedding.shape() && begins(embedding, head)?;
+            // metaseq's reshard_mp takes the head for a tensor that every part has whole, so that its files have the first
+            // rows of the table there.
+            let mut stale = !parts.is_empty();
+            for part in parts {
+                stale = stale && begins(embedding, part)?;
+            }
+            ensure!(
+                whole || stale,
+                "{}: tensor {name} differs from {EMBEDDING}, but only models whose LM head is the embedding table \
+                 (tie_word_embeddings) can be computed here",
+                head.file()
+            );
+        }
+        Ok(self)
+    }
+
+    /// What was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its format.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Sizes of the model.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where the sizes were found, for people.
+    pub fn config_from(&self) -> &str {
+        &self.config_from
+    }
+
+    /// The files with weights.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// Tokenizer and generation files beside the weights, each with its name among Hugging Face's.
+    pub fn tokenizer_files(&self) -> Vec<(&'static str, PathBuf)> {
+        let find = |(ours, theirs): &(&'static str, &'static str)| {
+            let found = [*ours, *theirs].into_iter().map(|name| self.folder.join(name)).find(|f| f.is_file());
+            found.map(|file| (*ours, file))
+        };
+        TOKENIZER_FILES.iter().filter_map(find).collect()
+    }
+
+    /// A tensor by its Hugging Face name.
+    ///
+    /// # Errors
+    /// When the model has none of that name.
+    pub fn tensor(&self, name: &str) -> Result<&StoredTensor> {
+        self.tensors.get(name).with_context(|| format!("{} has no tensor {name}", self.path.display()))
+    }
+
+    /// All tensors, in the order of the parameter table.
+    pub fn tensors(&self) -> impl Iterator<Item = (String, &StoredTensor)> {
+        let names = self.config.parameters().into_iter().flat_map(|p| p.names);
+        names.filter_map(|name| self.tensors.get(&name).map(|tensor| (name, tensor)))
+    }
+
+    /// The element type of all tensors, if it is one.
+    pub fn dtype(&self) -> Option<Dtype> {
+        let mut types = self.tensors.values().map(StoredTensor::dtype);
+        let first = types.next()?;
+        types.all(|t| t == first).then_some(first)
+    }
+
+    /// Size of all weights.
+    pub fn bytes(&self) -> u64 {
+        self.tensors.values().map(StoredTensor::bytes).sum()
+    }
+
+    /// Rows of a parameter from `first` on as f32, which is exact: as many as `out` has room for. Where q, k and v are
+    /// stacked, rows count through all three.
+    ///
+    /// # Errors
+    /// When the model has no such rows, or `out` is no whole number of them.
+    pub fn read_rows(&self, parameter: &Parameter, first: usize, out: &mut [f32]) -> Result<()> {
+        let columns = parameter.shape.get(1).copied().unwrap_or(1);
+        ensure!(
+            out.len().is_multiple_of(columns.max(1)),
+            "{} values are no whole number of rows of {columns}",
+            out.len()
+        );
+        let (mut first, mut out) = (first, out);
+        for name in &parameter.names {
+            let tensor = self.tensor(name)?;
+            if first >= tensor.rows() {
+                first -= tensor.rows();
+                continue;
+            }
+            let rows = (tensor.rows() - first).min(out.len() / columns);
+            let (now, later) = out.split_at_mut(rows * columns);
+            tensor.read_rows(first, now).with_context(|| format!("tensor {name}"))?;
+            (first, out) = (0, later);
+        }
+        if !out.is_empty() {
+            bail!("{} has {} rows, and more were to be read", parameter.names.join(", "), parameter.shape[0]);
+        }
+        Ok(())
+    }
+}
+
+fn whole(flat: &Flat, name: &str, folder: &Path) -> Result<StoredTensor> {
+    StoredTensor::stack_rows(&[flat]).with_context(|| format!("{}: tensor {name}", folder.display()))
+}
+
+/// Refuses tensors that the parameter table does not have.
+fn refuse_others(others: &StateDict, folder: &Path, config: &Config) -> Result<()> {
+    match others.keys().next() {
+        None => Ok(()),
+        Some(name) => bail!(
+            "{} has the tensor {name} ({} such tensors), which the OPT of its config.json ({} layers) has not",
+            folder.display(),
+            others.len(),
+            config.layers
+        ),
+    }
+}
+
+/// Whether `tensor` begins with the rows of `head`, of the same type, to the bit.
+fn begins(tensor: &StoredTensor, head: &StoredTensor) -> Result<bool> {
+    if tensor.dtype() != head.dtype() || tensor.columns() != head.columns() || head.rows() > tensor.rows() {
+        return Ok(false);
+    }
+    if head.is_same_place(tensor) {
+        return Ok(true);
+    }
+    let (step, row) = (head.chunk_rows().min(head.rows()).max(1), head.columns() * head.dtype().size());
+    let mut buffers = [vec![0; step * row], vec![0; step * row]];
+    for start in (0..head.rows()).step_by(step) {
+        let end = (start + step).min(head.rows());
+        let [x, y] = &mut buffers;
+        let (x, y) = (&mut x[..(end - start) * row], &mut y[..(end - start) * row]);
+        tensor.read_block(start..end, 0..head.columns(), x)?;
+        head.read_block(start..end, 0..head.columns(), y)?;
+        if x != y {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}

@@ -1,0 +1,80 @@
+//! Models as users name them: a run folder, one of its checkpoints, or weights in any format of
+//! [`ferropt_model::formats`].
+
+use crate::checkpoint::{Checkpoint, Store, verify_group};
+use anyhow::{Context, Error, Result, ensure};
+use ferropt_model::formats::{self, Source};
+use std::path::{Path, PathBuf};
+
+/// An open model.
+#[derive(Debug)]
+pub struct Named {
+    /// Its tensors, where they lie.
+    pub source: Source,
+    /// Its directory and step, if it is a checkpoint of a run.
+    pub checkpoint: Option<(PathBuf, u64)>,
+    /// Newer checkpoints that were passed over because they are not whole, each with what is wrong.
+    pub damaged: Vec<Error>,
+}
+
+/// Opens what `path` names. Of a run folder that is the checkpoint of `step`, or the newest whole one: manifest and sizes
+/// must be right, but its bytes are not read, see [`Named::check`]. `preset` is for metaseq checkpoints that do not say
+/// how many heads they have.
+///
+/// # Errors
+/// When there is no model; the message names the file, and the tensor or key that is wrong.
+pub fn open(path: impl AsRef<Path>, step: Option<u64>, preset: Option<&str>) -> Result<Named> {
+    let path = path.as_ref();
+    if !path.join("checkpoints").is_dir() {
+        ensure!(
+            step.is_none(),
+            "{} is no run folder, so there is no checkpoint to choose. Leave the step out; where another path is a run, \
+             name its checkpoint directory instead",
+            path.display()
+        );
+        let manifest = path.join("manifest.json").is_file();
+        let checkpoint = if manifest { Some((path.into(), Store::survey(path)?.run.step)) } else { None };
+        return Ok(Named { source: Source::open(path, preset)?, checkpoint, damaged: Vec::new() });
+    }
+    let store = Store::open(path)?;
+    let mut damaged = Vec::new();
+    let entries = store.list()?;
+    for entry in entries.into_iter().rev().filter(|entry| step.is_none_or(|step| step == entry.step)) {
+        match entry.damage {
+            Some(damage) => damaged.push(damage),
+            None => {
+                let source = Source::open(&entry.path, preset)?;
+                return Ok(Named { source, checkpoint: Some((entry.path, entry.step)), damaged });
+            }
+        }
+    }
+    let which = step.map_or("whole checkpoint".into(), |step| format!("whole checkpoint of step {step}"));
+    Err(damaged.into_iter().next().unwrap_or_else(|| anyhow::anyhow!("nothing is there")))
+        .with_context(|| format!("there is no {which} in {}", store.path().display()))
+}
+
+impl Named {
+    /// Compares the checksums of a run's checkpoint with its files, as far as they belong to the model. Other formats have
+    /// none that are worth a second reading before use.
+    ///
+    /// # Errors
+    /// Names the damaged file.
+    pub fn check(&self) -> Result<()> {
+        self.checkpoint.iter().try_for_each(|(path, _)| verify_group(path, "model"))
+    }
+
+    /// All that is wrong with it: see [`formats::verify`]; of a run's checkpoint every file is compared with its checksum,
+    /// those of the optimiser too.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn verify(&self, progress: &mut dyn FnMut(u64, u64)) -> Result<Vec<String>> {
+        let mut findings = formats::verify(&self.source, progress)?;
+        if let Some((path, _)) = &self.checkpoint
+            && let Err(damage) = Checkpoint::open(path)
+        {
+            findings.push(format!("{damage:#}"));
+        }
+        Ok(findings)
+    }
+}
