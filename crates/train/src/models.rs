@@ -17,14 +17,31 @@ pub struct Named {
     pub damaged: Vec<Error>,
 }
 
-/// Opens what `path` names. Of a run folder that is the checkpoint of `step`, or the newest whole one: manifest and sizes
-/// must be right, but its bytes are not read, see [`Named::check`]. `preset` is for metaseq checkpoints that do not say
-/// how many heads they have.
+/// What makes a run's checkpoint whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whole {
+    /// Manifest and sizes of the files are right.
+    Sizes,
+    /// The model's files also have their checksums, for which they are read.
+    Checksums,
+}
+
+/// Opens what `path` names. Of a run folder that is the checkpoint of `step`, or the newest `whole` one. `preset` is for
+/// metaseq checkpoints that do not say how many heads they have.
 ///
 /// # Errors
 /// When there is no model; the message names the file, and the tensor or key that is wrong.
-pub fn open(path: impl AsRef<Path>, step: Option<u64>, preset: Option<&str>) -> Result<Named> {
+pub fn open(
+    path: impl AsRef<Path>,
+    step: Option<u64>,
+    preset: Option<&str>,
+    whole: Whole,
+) -> Result<Named> {
     let path = path.as_ref();
+    let check = |checkpoint: &Path| match whole {
+        Whole::Sizes => Ok(()),
+        Whole::Checksums => verify_group(checkpoint, "model"),
+    };
     if !path.join("checkpoints").is_dir() {
         ensure!(
             step.is_none(),
@@ -32,15 +49,20 @@ pub fn open(path: impl AsRef<Path>, step: Option<u64>, preset: Option<&str>) -> 
              name its checkpoint directory instead",
             path.display()
         );
-        let manifest = path.join("manifest.json").is_file();
-        let checkpoint = if manifest { Some((path.into(), Store::survey(path)?.run.step)) } else { None };
+        let checkpoint = if path.join("manifest.json").is_file() {
+            let step = Store::survey(path)?.run.step;
+            check(path)?;
+            Some((path.into(), step))
+        } else {
+            None
+        };
         return Ok(Named { source: Source::open(path, preset)?, checkpoint, damaged: Vec::new() });
     }
     let store = Store::open(path)?;
     let mut damaged = Vec::new();
     let entries = store.list()?;
     for entry in entries.into_iter().rev().filter(|entry| step.is_none_or(|step| step == entry.step)) {
-        match entry.damage {
+        match entry.damage.or_else(|| check(&entry.path).err()) {
             Some(damage) => damaged.push(damage),
             None => {
                 let source = Source::open(&entry.path, preset)?;
@@ -54,15 +76,6 @@ pub fn open(path: impl AsRef<Path>, step: Option<u64>, preset: Option<&str>) -> 
 }
 
 impl Named {
-    /// Compares the checksums of a run's checkpoint with its files, as far as they belong to the model. Other formats have
-    /// none that are worth a second reading before use.
-    ///
-    /// # Errors
-    /// Names the damaged file.
-    pub fn check(&self) -> Result<()> {
-        self.checkpoint.iter().try_for_each(|(path, _)| verify_group(path, "model"))
-    }
-
     /// All that is wrong with it: see [`formats::verify`]; of a run's checkpoint every file is compared with its checksum,
     /// those of the optimiser too.
     ///
