@@ -1,7 +1,11 @@
 //! `ferropt bench`: how fast this machine is.
 
+use crate::model::weights;
+use ferropt_device::WeightFormat;
+use ferropt_train::bench::inference::{Inference, WeightsOf, inference};
 use ferropt_train::bench::{Training, training};
 use ferropt_train::config::{Precision, Recompute};
+use std::path::PathBuf;
 
 /// Arguments of `ferropt bench`.
 #[derive(clap::Args)]
@@ -15,7 +19,48 @@ enum What {
     /// Time training steps with random weights and tokens, and show where the time goes.
     #[command(after_help = EXAMPLES)]
     Train(TrainArgs),
+    /// Time generation of one text and of batches, a long prompt, and scoring, as shares of what limits them.
+    #[command(after_help = INFERENCE_EXAMPLES)]
+    Inference(InferenceArgs),
 }
+
+#[derive(clap::Args)]
+struct InferenceArgs {
+    /// Model with random weights (see `ferropt presets`)
+    #[arg(long, value_name = "NAME", default_value = "125m")]
+    preset: String,
+    /// A model on the disk instead, as for `ferropt generate`
+    #[arg(long, value_name = "PATH", conflicts_with = "preset")]
+    model: Option<PathBuf>,
+    /// How weights are stored in memory: f32, bf16, int8 or int4; bf16, or the model's own, unless given
+    #[arg(long, value_name = "FORMAT", value_parser = weights)]
+    weights: Option<WeightFormat>,
+    /// Tokens to generate
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    tokens: usize,
+    /// Tokens of the long prompt
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    prompt: usize,
+    /// Texts to generate together; several numbers with commas
+    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [8, 32])]
+    batch: Vec<usize>,
+    /// Threads; all available unless given
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+    /// Runs to measure, after one to warm up
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    runs: usize,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+const INFERENCE_EXAMPLES: &str = "\
+Examples:
+  ferropt bench inference
+  ferropt bench inference --weights int4 --batch 1,4,16
+  ferropt bench inference --preset tiny --prompt 64 --tokens 8 --runs 1
+  ferropt bench inference --model runs/quickstart --prompt 100 --json";
 
 #[derive(clap::Args)]
 struct TrainArgs {
@@ -75,7 +120,27 @@ fn recompute(text: &str) -> Result<Recompute, String> {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let What::Train(args) = args.what;
+    match args.what {
+        What::Train(args) => train(args),
+        What::Inference(args) => infer(args),
+    }
+}
+
+fn infer(args: InferenceArgs) -> anyhow::Result<()> {
+    let weights_of = args.model.map_or(WeightsOf::Preset(args.preset), WeightsOf::Path);
+    let report = inference(&Inference {
+        weights_of,
+        weights: args.weights,
+        tokens: args.tokens,
+        prompt: args.prompt,
+        batches: args.batch,
+        threads: args.threads,
+        runs: args.runs,
+    })?;
+    print(&report, args.json)
+}
+
+fn train(args: TrainArgs) -> anyhow::Result<()> {
     let report = training(&Training {
         preset: args.preset,
         seq: args.seq,
@@ -87,8 +152,12 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         threads: args.threads,
         steps: args.steps,
     })?;
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+    print(&report, args.json)
+}
+
+fn print(report: &(impl serde::Serialize + std::fmt::Display), json: bool) -> anyhow::Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(report)?);
     } else {
         println!("{report}");
     }

@@ -5,7 +5,7 @@ use clap::{Subcommand, ValueEnum};
 use ferropt_model::PRESETS;
 use ferropt_model::formats::{self, Difference, Dtype, Options, Source, Target};
 use ferropt_train::checkpoint::human_bytes;
-use ferropt_train::models::{self, Named};
+use ferropt_train::models::{self, Named, Whole};
 use ferropt_train::planner::grouped;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
@@ -163,8 +163,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     }
 }
 
-fn open(path: &PathBuf, which: &Which) -> anyhow::Result<Named> {
-    let named = models::open(path, which.checkpoint, which.preset.as_deref())?;
+fn open(path: &PathBuf, which: &Which, whole: Whole) -> anyhow::Result<Named> {
+    let named = models::open(path, which.checkpoint, which.preset.as_deref(), whole)?;
     for damage in &named.damaged {
         eprintln!("warning: passed over a damaged checkpoint: {damage:#}");
     }
@@ -172,7 +172,7 @@ fn open(path: &PathBuf, which: &Which) -> anyhow::Result<Named> {
 }
 
 fn inspect(args: Inspect) -> anyhow::Result<()> {
-    let named = open(&args.path, &args.which)?;
+    let named = open(&args.path, &args.which, Whole::Sizes)?;
     let source = &named.source;
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -272,8 +272,7 @@ fn convert(args: Convert) -> anyhow::Result<()> {
         Type::F16 => Some(Dtype::F16),
         Type::Bf16 => Some(Dtype::BF16),
     };
-    let named = open(&args.source, &args.which)?;
-    named.check()?;
+    let named = open(&args.source, &args.which, Whole::Checksums)?;
     let options = Options { target, dtype, max_shard_bytes: args.max_shard_size };
     let bar = Bar::new();
     let converted =
@@ -297,7 +296,7 @@ fn convert(args: Convert) -> anyhow::Result<()> {
 }
 
 fn verify(args: Verify) -> anyhow::Result<()> {
-    let named = open(&args.path, &args.which)?;
+    let named = open(&args.path, &args.which, Whole::Sizes)?;
     let bar = Bar::new();
     let Some(other) = args.other else {
         let findings = named.verify(&mut |n, of| bar.show(n, of));
@@ -315,7 +314,7 @@ fn verify(args: Verify) -> anyhow::Result<()> {
         );
         return Ok(());
     };
-    let second = open(&other, &args.which)?;
+    let second = open(&other, &args.which, Whole::Sizes)?;
     let differences = formats::compare(&named.source, &second.source, &mut |n, of| bar.show(n, of));
     bar.0.finish_and_clear();
     let differences = differences?;

@@ -9,13 +9,19 @@ use std::path::PathBuf;
 /// Which model, and how it is computed.
 #[derive(clap::Args)]
 pub(crate) struct ModelArgs {
-    /// Run folder of `ferropt train`, or one checkpoint directory
-    #[arg(long, value_name = "RUN")]
+    /// A run of `ferropt train` or one of its checkpoints, a Hugging Face folder, or metaseq's files
+    #[arg(long, value_name = "PATH")]
     model: PathBuf,
-    /// Step of the checkpoint; the latest whole one unless given
+    /// Of a run: step of the checkpoint; the newest whole one unless given
     #[arg(long, value_name = "STEP")]
     checkpoint: Option<u64>,
-    /// How weights are stored in memory: f32, bf16, int8 or int4; as the run had them unless given
+    /// Of metaseq files that do not say how many heads there are: the model that they are
+    #[arg(long, value_name = "NAME")]
+    preset: Option<String>,
+    /// Tokenizer: a folder, or a tokenizer.json; what lies beside the weights unless given
+    #[arg(long, value_name = "PATH")]
+    tokenizer: Option<PathBuf>,
+    /// How weights are stored in memory: f32, bf16, int8 or int4; as the run computed with them, or as on the disk, unless given
     #[arg(long, value_name = "FORMAT", value_parser = weights)]
     weights: Option<WeightFormat>,
     /// Threads; all available unless given. Results do not depend on it
@@ -26,8 +32,15 @@ pub(crate) struct ModelArgs {
 impl ModelArgs {
     /// Opens the model for so many texts at a time, of so many tokens at most, and tells of damaged checkpoints.
     pub(crate) fn open(&self, sequences: usize, longest: Option<usize>) -> Result<Model> {
-        let ModelArgs { checkpoint, weights, threads, .. } = *self;
-        let opening = Opening { checkpoint, weights, threads, sequences, longest };
+        let opening = Opening {
+            checkpoint: self.checkpoint,
+            preset: self.preset.clone(),
+            tokenizer: self.tokenizer.clone(),
+            weights: self.weights,
+            threads: self.threads,
+            sequences,
+            longest,
+        };
         let model = Model::open(&self.model, &opening)?;
         for damage in &model.damaged {
             eprintln!(
@@ -155,7 +168,7 @@ pub(crate) fn text_field<'a>(line: &'a serde_json::Value, field: &str) -> Result
     line[field].as_str().with_context(|| format!("it has no text {field:?}"))
 }
 
-fn weights(text: &str) -> Result<WeightFormat, String> {
+pub(crate) fn weights(text: &str) -> Result<WeightFormat, String> {
     let found = WeightFormat::ALL.into_iter().find(|format| format.name() == text);
     found.ok_or_else(|| format!("expected one of {}", WeightFormat::ALL.map(WeightFormat::name).join(", ")))
 }

@@ -1,25 +1,32 @@
 //! Opening a model for use: the one place where a path becomes a running engine.
 
-use crate::checkpoint::{Checkpoint, Store};
+use crate::checkpoint::Store;
 use crate::config::Precision;
-use crate::stacked;
+use crate::models::{self, Named, Whole};
 use crate::trainer::open_device;
-use anyhow::{Context, Error, Result, ensure};
+use anyhow::{Context, Error, Result};
 use ferropt_data::Tokenizer;
 use ferropt_device::cpu::CpuDevice;
 use ferropt_device::{WeightFormat, bf16};
 use ferropt_engine::{Handle, Options};
+use ferropt_model::formats::Dtype;
 use ferropt_model::{Config, Decoder, ReadRows, initial_values};
 use serde::Deserialize;
-use std::path::Path;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// How a model is opened.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Opening {
     /// Step of a run's checkpoint; the newest whole one when absent.
     pub checkpoint: Option<u64>,
-    /// How weights are stored in memory; as the run computed with them when absent.
+    /// Of metaseq files that do not say how many heads there are: the model that they are.
+    pub preset: Option<String>,
+    /// Where the tokenizer is; beside the weights when absent.
+    pub tokenizer: Option<PathBuf>,
+    /// How weights are stored in memory. When absent, as the run computed with them, or as they are on the disk (IEEE
+    /// halves as bf16).
     pub weights: Option<WeightFormat>,
     /// Threads; all available when absent.
     pub threads: Option<usize>,
@@ -33,7 +40,15 @@ pub struct Opening {
 impl Default for Opening {
     /// One text at a time.
     fn default() -> Self {
-        Opening { checkpoint: None, weights: None, threads: None, sequences: 1, longest: None }
+        Opening {
+            checkpoint: None,
+            preset: None,
+            tokenizer: None,
+            weights: None,
+            threads: None,
+            sequences: 1,
+            longest: None,
+        }
     }
 }
 
@@ -64,30 +79,37 @@ pub struct Model {
 }
 
 impl Model {
-    /// Opens a checkpoint of a run folder, or the one checkpoint that `path` is itself.
+    /// Opens what `path` names: a run folder, one of its checkpoints, a Hugging Face folder, or metaseq's files.
     ///
     /// # Errors
-    /// When there is no checkpoint, or it is damaged or of no OPT; the message names the file.
+    /// When there is no model, or it is damaged or of no OPT, or has no tokenizer; the message names the file.
     pub fn open(path: impl AsRef<Path>, opening: &Opening) -> Result<Model> {
-        let (checkpoint, damaged) = find(path.as_ref(), opening.checkpoint)?;
-        let load = || -> Result<Model> {
-            let run = &checkpoint.manifest().run;
-            let config: Config =
-                serde_json::from_value(run.model.clone()).context("its model is not an OPT")?;
-            config.check()?;
-            let precision = Precision::deserialize(&run.config["run"]["precision"])
-                .context("its run configuration has no valid run.precision")?;
-            checkpoint.file("tokenizer.json")?;
-            let tokenizer = Tokenizer::load(&checkpoint.path().join("tokenizer.json"))?;
-            let table = config.parameters();
-            let mut read = |index: usize, rows, out: &mut [f32]| {
-                stacked::read_rows(&checkpoint, "model", &table[index], rows, out)
+        let path = path.as_ref();
+        let named = models::open(path, opening.checkpoint, opening.preset.as_deref(), Whole::Checksums)?;
+        let source = &named.source;
+        let load = || -> Result<(Handle, WeightFormat)> {
+            let tokenizer = match &opening.tokenizer {
+                Some(path) => Tokenizer::load(path)?,
+                None => Tokenizer::load(source.folder()).with_context(|| {
+                    format!(
+                        "there is no tokenizer beside the weights in {}; name one with --tokenizer",
+                        source.folder().display()
+                    )
+                })?,
             };
-            let opening = Opening { weights: opening.weights.or(Some(precision.into())), ..*opening };
-            let engine = start(&config, tokenizer, &opening, &mut read)?;
-            Ok(Model { engine, config, step: run.step, damaged })
+            let weights = match opening.weights {
+                Some(weights) => weights,
+                None => default_weights(&named)?,
+            };
+            let table = source.config().parameters();
+            let mut read = |index: usize, rows: Range<usize>, out: &mut [f32]| {
+                source.read_rows(&table[index], rows.start, out)
+            };
+            Ok((start(source.config(), tokenizer, opening, weights, &mut read)?, weights))
         };
-        load().with_context(|| format!("cannot use the checkpoint {}", checkpoint.path().display()))
+        let (engine, weights) = load().with_context(|| format!("cannot use {}", source.path().display()))?;
+        let step = named.checkpoint.map_or(0, |(_, step)| step);
+        Ok(Model { engine, config: source.config().clone(), weights, step, damaged: named.damaged })
     }
 
     /// The model that a run with this seed begins with, before its first step.
@@ -97,7 +119,7 @@ impl Model {
     pub fn untrained(config: &Config, tokenizer: Tokenizer, opening: &Opening, seed: u64) -> Result<Model> {
         let table = config.parameters();
         let mut values: (usize, Vec<f32>) = (usize::MAX, Vec::new());
-        let mut read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
+        let mut read = |index: usize, rows: Range<usize>, out: &mut [f32]| {
             if values.0 != index {
                 values = (index, initial_values(&table[index], index, seed));
             }
@@ -105,9 +127,19 @@ impl Model {
             out.copy_from_slice(&values.1[rows.start * width..rows.end * width]);
             Ok(())
         };
-        let engine = start(config, tokenizer, opening, &mut read)?;
-        Ok(Model { engine, config: config.clone(), step: 0, damaged: Vec::new() })
+        let weights = opening.weights.unwrap_or(WeightFormat::F32);
+        let engine = start(config, tokenizer, opening, weights, &mut read)?;
+        Ok(Model { engine, config: config.clone(), weights, step: 0, damaged: Vec::new() })
     }
+}
+
+/// Weights as the run computed with them, or else as they are stored; IEEE halves become bf16.
+fn default_weights(named: &Named) -> Result<WeightFormat> {
+    if let Some((path, _)) = &named.checkpoint {
+        let precision = Precision::deserialize(&Store::survey(path)?.run.config["run"]["precision"]);
+        return Ok(precision.context("its run configuration has no valid run.precision")?.into());
+    }
+    Ok(if named.source.dtype() == Some(Dtype::F32) { WeightFormat::F32 } else { WeightFormat::Bf16 })
 }
 
 impl From<Precision> for WeightFormat {
@@ -119,15 +151,15 @@ impl From<Precision> for WeightFormat {
     }
 }
 
-/// An engine with the weights that `read` gives, in f32 unless told otherwise.
+/// An engine with the weights that `read` gives.
 fn start(
     config: &Config,
     tokenizer: Tokenizer,
     opening: &Opening,
+    format: WeightFormat,
     read: &mut ReadRows<'_>,
 ) -> Result<Handle> {
     let device = open_device(opening.threads)?;
-    let format = opening.weights.unwrap_or(WeightFormat::F32);
     let decoder = Decoder::new(&device, config, format, read)?;
     let (tokenizer, options) =
         (Arc::new(tokenizer), Options::new(opening.sequences.max(1), config.positions));
@@ -135,32 +167,6 @@ fn start(
         WeightFormat::F32 => Handle::start::<CpuDevice, f32>(device, decoder, tokenizer, options),
         _ => Handle::start::<CpuDevice, bf16>(device, decoder, tokenizer, options),
     }
-}
-
-/// The checkpoint, and newer ones that are damaged.
-fn find(path: &Path, step: Option<u64>) -> Result<(Checkpoint, Vec<Error>)> {
-    if path.join("manifest.json").is_file() {
-        let checkpoint = Checkpoint::open(path)?;
-        let found = checkpoint.manifest().run.step;
-        ensure!(
-            step.is_none_or(|step| step == found),
-            "step {} was asked for, but {} is the checkpoint of step {found}; name the run folder to choose a step",
-            step.unwrap_or_default(),
-            path.display()
-        );
-        return Ok((checkpoint, Vec::new()));
-    }
-    let store = Store::open(path)?;
-    if let Some(step) = step {
-        return Ok((store.load(step)?, Vec::new()));
-    }
-    let found = store.latest_whole()?.with_context(|| {
-        format!(
-            "{} has no checkpoint yet; the first one is written while `ferropt train` runs",
-            path.display()
-        )
-    })?;
-    Ok((found.checkpoint, found.damaged))
 }
 
 #[cfg(test)]
@@ -210,7 +216,7 @@ mod tests {
     fn folders_without_a_checkpoint_are_named() {
         let folder = tempfile::tempdir().unwrap();
         let refuse = |path: &Path| format!("{:#}", Model::open(path, &Opening::default()).err().unwrap());
-        assert!(refuse(folder.path()).contains("no checkpoint yet"));
+        assert!(refuse(folder.path()).contains("holds no model"));
         assert!(refuse(&folder.path().join("nowhere")).contains("nowhere"));
     }
 }

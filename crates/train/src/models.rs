@@ -31,12 +31,7 @@ pub enum Whole {
 ///
 /// # Errors
 /// When there is no model; the message names the file, and the tensor or key that is wrong.
-pub fn open(
-    path: impl AsRef<Path>,
-    step: Option<u64>,
-    preset: Option<&str>,
-    whole: Whole,
-) -> Result<Named> {
+pub fn open(path: impl AsRef<Path>, step: Option<u64>, preset: Option<&str>, whole: Whole) -> Result<Named> {
     let path = path.as_ref();
     let check = |checkpoint: &Path| match whole {
         Whole::Sizes => Ok(()),

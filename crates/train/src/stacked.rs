@@ -5,7 +5,6 @@ use crate::checkpoint::{Checkpoint, Data, Tensor, TensorView};
 use anyhow::{Result, ensure};
 use ferropt_model::Parameter;
 use std::borrow::Cow;
-use std::ops::Range;
 
 /// The tensors that hold a parameter's values.
 pub(crate) fn tensors(parameter: &Parameter, data: Data) -> Vec<Tensor> {
@@ -56,37 +55,4 @@ fn part_view<'a>(
         parameter.part_shape()
     );
     Ok(view)
-}
-
-/// Rows of a parameter out of a group of a checkpoint, as f32; a vector's rows are its elements.
-///
-/// # Errors
-/// As [`read`], and when there are no such rows.
-pub fn read_rows(
-    checkpoint: &Checkpoint,
-    group: &str,
-    parameter: &Parameter,
-    rows: Range<usize>,
-    out: &mut [f32],
-) -> Result<()> {
-    let shape = parameter.part_shape();
-    let width: usize = shape[1..].iter().product();
-    ensure!(
-        rows.end <= parameter.shape[0] && out.len() == rows.len() * width,
-        "rows {rows:?} of {} were asked for, which has shape {:?}",
-        parameter.names.join(", "),
-        parameter.shape
-    );
-    let mut row = rows.start;
-    while row < rows.end {
-        let (part, first) = (row / shape[0], row % shape[0]);
-        let count = (shape[0] - first).min(rows.end - row);
-        let view = part_view(checkpoint, group, parameter, &parameter.names[part])?;
-        let size = view.bytes.len() / shape[0];
-        let bytes = &view.bytes[first * size..(first + count) * size];
-        let at = (row - rows.start) * width;
-        out[at..at + count * width].copy_from_slice(&TensorView { bytes, ..view }.to_f32());
-        row += count;
-    }
-    Ok(())
 }

@@ -207,6 +207,11 @@ impl Source {
         &self.path
     }
 
+    /// The folder of its files.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Its format.
     pub fn format(&self) -> Format {
         self.format

@@ -261,7 +261,11 @@ fn weight_bytes(config: &Config, format: WeightFormat) -> u64 {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "model           {}, {} parameters, {} weights", self.model, self.parameters, self.weights)?;
+        writeln!(
+            f,
+            "model           {}, {} parameters, {} weights",
+            self.model, self.parameters, self.weights
+        )?;
         writeln!(f, "device          {}", self.device)?;
         writeln!(
             f,
