@@ -86,6 +86,23 @@ fn edit(path: &Path, from: &str, to: &str) {
     fs::write(path, bytes).unwrap();
 }
 
+/// Threads and requests may share an open model.
+#[test]
+fn sources_are_shared_between_threads() {
+    let source = open(fixture("pre/mp2"));
+    let sum = |name: &str| {
+        let tensor = source.tensor(name).unwrap();
+        let mut values = vec![0.0; tensor.rows() * tensor.columns()];
+        tensor.read_rows(0, &mut values).unwrap();
+        values.iter().sum::<f32>()
+    };
+    let name = "model.decoder.layers.1.fc2.weight";
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| sum(name))).collect();
+        assert!(threads.into_iter().all(|thread| thread.join().unwrap() == sum(name)));
+    });
+}
+
 /// The safetensors crate, which knows nothing of OPT, finds the values that `read_rows` does.
 #[test]
 fn values_are_those_of_the_file() {
@@ -170,6 +187,7 @@ fn one_file_of_a_checkpoint_opens_all_of_it() {
     }
     assert!(refusal(fixture("pre/mp2/other.pt")).contains("no file or folder"));
     assert!(refusal(fixture("pre")).contains("holds no model"));
+    assert!(refusal(fixture("pre/hf/config.json")).contains("no file of a model"));
 }
 
 /// From every format to every other, and back: the same bits, and the same files as straight from the first.
@@ -378,6 +396,26 @@ fn cut_files_are_refused() {
             let message = refusal(folder.path());
             assert!(message.contains(name.to_str().unwrap()), "{end}: {message}");
         }
+    }
+}
+
+/// Opening a pipe would wait for a writer that never comes.
+#[test]
+fn pipes_are_not_waited_for() {
+    for (folder, name) in [
+        ("pre/hf", "config.json"),
+        ("pre/sharded", "model-00002-of-00002.safetensors"),
+        ("pre/mp2", "reshard-model_part-1.pt"),
+    ] {
+        let folder = copy(folder);
+        let path = folder.path().join(name);
+        fs::remove_file(&path).unwrap();
+        match std::process::Command::new("mkfifo").arg(&path).status() {
+            Ok(status) if status.success() => {}
+            other => return println!("skipped: no pipe can be made here ({other:?})"),
+        }
+        let message = refusal(folder.path());
+        assert!(message.contains(name) && message.contains("not a file"), "{message}");
     }
 }
 

@@ -2,6 +2,7 @@
 //! index. Checkpoints of training runs are such folders too.
 
 use super::safetensors;
+use super::strand::check_kind;
 use super::torch_file::{StateDict, TorchFile};
 use crate::config::Config;
 use anyhow::{Context, Result, bail, ensure};
@@ -82,7 +83,7 @@ pub(super) fn open(folder: &Path, first: &Path) -> Result<Folder> {
 
 /// Reads a JSON file whose top is an object.
 pub(super) fn read_json(path: &Path) -> Result<Map<String, Value>> {
-    let size = fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?.len();
+    let size = check_kind(path)?;
     ensure!(size <= MAX_JSON, "{} has {size} bytes, which is too much for such a file", path.display());
     let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_slice(&text).with_context(|| format!("{} is not a JSON object", path.display()))

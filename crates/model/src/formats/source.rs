@@ -87,34 +87,31 @@ impl Source {
     /// something that the decoder does not compute. The message names the file, and the tensor or key.
     pub fn open(path: impl AsRef<Path>, preset: Option<&str>) -> Result<Source> {
         let path = path.as_ref();
-        let source = if path.is_dir() {
-            match (hugging_face::weights(path), metaseq::find(path)) {
-                (Some(first), _) => Source::hugging_face(path, path, &first)?,
-                (None, group) => {
-                    let group = group?.with_context(|| {
-                        format!(
-                            "{} holds no model: neither model.safetensors nor pytorch_model.bin (or an index of them), \
-                             nor a .pt file of metaseq",
-                            path.display()
-                        )
-                    })?;
-                    Source::metaseq(path, &group, preset)?
-                }
+        if path.is_dir() {
+            if let Some(first) = hugging_face::weights(path) {
+                return Source::hugging_face(path, path, &first);
             }
-        } else if let Some(group) = metaseq::group_of(path)? {
-            Source::metaseq(path, &group, preset)?
-        } else {
-            ensure!(path.exists(), "there is no file or folder {}", path.display());
-            let known = path.extension().is_some_and(|e| e == "safetensors" || e == "bin" || e == "json");
-            ensure!(
-                known,
-                "{} is no file of a model: expected .safetensors, .bin or .pt, or a folder",
-                path.display()
-            );
-            let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            Source::hugging_face(path, folder, path)?
-        };
-        Ok(source)
+            let group = metaseq::find(path)?.with_context(|| {
+                format!(
+                    "{} holds no model: neither model.safetensors nor pytorch_model.bin (or an index of them), nor a .pt \
+                     file of metaseq",
+                    path.display()
+                )
+            })?;
+            return Source::metaseq(path, &group, preset);
+        }
+        if let Some(group) = metaseq::group_of(path)? {
+            return Source::metaseq(path, &group, preset);
+        }
+        ensure!(path.exists(), "there is no file or folder {}", path.display());
+        let name = path.to_string_lossy();
+        ensure!(
+            [".safetensors", ".bin", ".index.json"].iter().any(|end| name.ends_with(end)),
+            "{} is no file of a model: expected .safetensors, .bin or .pt, or a folder",
+            path.display()
+        );
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Source::hugging_face(path, folder, path)
     }
 
     fn hugging_face(path: &Path, folder: &Path, first: &Path) -> Result<Source> {

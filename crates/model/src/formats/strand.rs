@@ -17,9 +17,8 @@ pub(super) struct Mapped {
 impl Mapped {
     /// Maps a file.
     pub(super) fn open(path: &Path) -> Result<Arc<Mapped>> {
+        check_kind(path)?;
         let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-        let kind = file.metadata().with_context(|| format!("cannot read {}", path.display()))?;
-        ensure!(kind.is_file(), "{} is not a file", path.display());
         let map = map(&file).with_context(|| format!("cannot map {}", path.display()))?;
         Ok(Arc::new(Mapped { path: path.into(), map }))
     }
@@ -31,6 +30,13 @@ impl Mapped {
     pub(super) fn bytes(&self) -> &[u8] {
         &self.map
     }
+}
+
+/// Refuses what is no plain file, and returns the size. To open a pipe would be to wait for whoever writes to it.
+pub(super) fn check_kind(path: &Path) -> Result<u64> {
+    let kind = path.metadata().with_context(|| format!("cannot read {}", path.display()))?;
+    ensure!(kind.is_file(), "{} is not a file", path.display());
+    Ok(kind.len())
 }
 
 #[allow(unsafe_code)] // mapping a file is the one thing here that the compiler cannot vouch for

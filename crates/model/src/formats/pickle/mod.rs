@@ -257,6 +257,11 @@ mod tests {
         let p = Pickle::read(b"\x80\x02cargparse\nNamespace\n)\x81}X\x05\x00\x00\x00headsK\x0csb.").unwrap();
         assert_eq!(p.get(p.root(), "heads").and_then(|id| p.size(id)), Some(12));
         assert_eq!(p.describe(p.root()), "made by argparse.Namespace");
+        // {"cfg": {"model": {"heads": 12}}} in omegaconf's containers and nodes, which know their parents.
+        let nested: &[u8] = b"\x80\x02}q\x00X\x03\x00\x00\x00cfgq\x01comegaconf.dictconfig\x0aDictConfig\x0aq\x02)\x81q\x03}q\x04(X\x09\x00\x00\x00_metadataq\x05NX\x07\x00\x00\x00_parentq\x06NX\x08\x00\x00\x00_contentq\x07}q\x08X\x05\x00\x00\x00modelq\x09h\x02)\x81q\x0a}q\x0b(h\x05Nh\x06Nh\x07}q\x0cX\x05\x00\x00\x00headsq\x0dcomegaconf.nodes\x0aAnyNode\x0aq\x0e)\x81q\x0f}q\x10(h\x05Nh\x06h\x0aX\x04\x00\x00\x00_valq\x11K\x0cubsubsubs.";
+        let p = Pickle::read(nested).unwrap();
+        let model = p.get(p.get(p.root(), "cfg").unwrap(), "model").unwrap();
+        assert_eq!(p.get(model, "heads").and_then(|id| p.size(id)), Some(12));
         for (bytes, name) in [
             (&b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R."[..], "os.system"),
             (b"\x80\x02cbuiltins\neval\nX\x01\x00\x00\x001\x85R.", "builtins.eval"),
