@@ -161,8 +161,8 @@ fn start(
 ) -> Result<Handle> {
     let device = open_device(opening.threads)?;
     let decoder = Decoder::new(&device, config, format, read)?;
-    let (tokenizer, options) =
-        (Arc::new(tokenizer), Options::new(opening.sequences.max(1), config.positions));
+    let longest = opening.longest.unwrap_or(config.positions).clamp(1, config.positions);
+    let (tokenizer, options) = (Arc::new(tokenizer), Options::new(opening.sequences.max(1), longest));
     match format {
         WeightFormat::F32 => Handle::start::<CpuDevice, f32>(device, decoder, tokenizer, options),
         _ => Handle::start::<CpuDevice, bf16>(device, decoder, tokenizer, options),

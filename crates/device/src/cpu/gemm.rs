@@ -375,8 +375,16 @@ pub(super) fn micro_kernel<S: Simd, M: Mac<S>, W: Element, const MR: usize, cons
             }
         }
     }
+    // With few panels of A a share is several cache lines a step.
+    let lines = (next_step * size_of::<W>()).div_ceil(64);
     for (a, b) in a.chunks_exact(MR).zip(b.chunks_exact(nr)) {
         prefetch_l2(next);
+        if lines > 1 {
+            prefetch_l2(next.wrapping_byte_add(64));
+        }
+        if lines > 2 {
+            prefetch_l2(next.wrapping_byte_add(128));
+        }
         prefetch(a.as_ptr().wrapping_add(AHEAD * MR));
         next = next.wrapping_add(next_step);
         // A closure would not always be inlined, and then it lacks the instructions.

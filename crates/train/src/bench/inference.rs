@@ -109,8 +109,13 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
     ensure!(wanted.tokens > 1, "--tokens {} is too short to measure; use 2 or more", wanted.tokens);
     ensure!(!wanted.batches.contains(&0), "--batch 0 is no batch; use 1 text or more");
     let sequences = wanted.batches.iter().copied().max().unwrap_or(1).max(SCORED);
-    let opening =
-        Opening { weights: wanted.weights, threads: wanted.threads, sequences, ..Opening::default() };
+    let opening = Opening {
+        weights: wanted.weights,
+        threads: wanted.threads,
+        sequences,
+        longest: Some(wanted.prompt.max(SHORT + wanted.tokens).max(SCORED_TOKENS)),
+        ..Opening::default()
+    };
     let start = Instant::now();
     let (name, model) = match &wanted.weights_of {
         WeightsOf::Preset(name) => {

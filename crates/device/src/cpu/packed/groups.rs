@@ -197,13 +197,14 @@ impl Panels {
     }
 }
 
-/// Words of one group of `mr` rows of activations: codes, then scales (f32), then sums of codes (i32).
+/// Words of one group of `mr` rows of activations: codes, then scales (f32), then what the weights' zero adds: with 8 bits
+/// `-128 sum(qx)` (i32), with 4 bits `sx sum(qx)` (f32), which is multiplied with the minimum.
 fn activation_stride(mr: usize) -> usize {
     (STEPS + 2) * mr
 }
 
-/// Rounds up to `mr` rows `[_, k]` into a panel `[group][step][mr]`, with scales and sums behind each group's codes.
-fn round_rows<E: Element>(isa: Isa, x: &[E], k: usize, mr: usize, out: &mut [u32]) {
+/// Rounds up to `mr` rows `[_, k]` into a panel `[group][step][mr]`, with the rest of each group behind its codes.
+fn round_rows<E: Element>(isa: Isa, bits: Bits, x: &[E], k: usize, mr: usize, out: &mut [u32]) {
     let rows = x.len() / k;
     for (g, out) in out.chunks_exact_mut(activation_stride(mr)).enumerate() {
         let (words, numbers) = out.split_at_mut(STEPS * mr);
@@ -219,7 +220,10 @@ fn round_rows<E: Element>(isa: Isa, x: &[E], k: usize, mr: usize, out: &mut [u32
                 out[i] = u32::from_le_bytes(std::array::from_fn(|j| codes[j] as u8));
             }
             numbers[i] = scale.to_bits();
-            numbers[mr + i] = sum as u32;
+            numbers[mr + i] = match bits {
+                Bits::Eight => (-128 * sum) as u32,
+                Bits::Four => (scale * sum as f32).to_bits(),
+            };
         }
     }
 }
@@ -249,7 +253,7 @@ fn multiply_rows<E: Element>(device: &CpuDevice, m: usize, k: usize, x: &[E], w:
     let [packed] = workspace.take([(Scratch::PackedA, a_panels * stride)]);
     let x = &x[..m * k];
     let round = |p: usize, out: &mut [u32]| {
-        round_rows(device.isa, &x[p * mr * k..((p + 1) * mr * k).min(x.len())], k, mr, out);
+        round_rows(device.isa, w.bits, &x[p * mr * k..((p + 1) * mr * k).min(x.len())], k, mr, out);
     };
     if a_panels == 1 {
         // A task on another thread would take longer to begin than this takes.
@@ -354,8 +358,8 @@ impl Tile for Plain {
         let numbers: &[bf16] = bytemuck::cast_slice(numbers);
         for (i, out) in out.iter_mut().enumerate() {
             let scale = f32::from_bits(a[STEPS * R + i]);
-            let sum = a[(STEPS + 1) * R + i] as i32;
-            let mut acc = [if FOUR { 0 } else { -128 * sum }; NR];
+            let zero = a[(STEPS + 1) * R + i];
+            let mut acc = [if FOUR { 0 } else { zero as i32 }; NR];
             for step in 0..STEPS {
                 let x = a[step * R + i].to_le_bytes().map(|x| x as i8 as i32);
                 let row = if FOUR { step / 2 } else { step };
@@ -368,7 +372,7 @@ impl Tile for Plain {
             }
             for (j, out) in out.iter_mut().enumerate() {
                 if FOUR {
-                    *out += numbers[NR + j].to_f32() * (scale * sum as f32);
+                    *out += numbers[NR + j].to_f32() * f32::from_bits(zero);
                 }
                 *out += acc[j] as f32 * (numbers[j].to_f32() * scale);
             }
@@ -390,7 +394,7 @@ impl Tile for Vnni {
             let mut acc = [[_mm512_setzero_si512(); 3]; R];
             if !FOUR {
                 for (i, acc) in acc.iter_mut().enumerate() {
-                    *acc = [_mm512_set1_epi32(-128 * a[(STEPS + 1) * R + i] as i32); 3];
+                    *acc = [_mm512_set1_epi32(a[(STEPS + 1) * R + i] as i32); 3];
                 }
             }
             let low = _mm512_set1_epi32(0x0f0f_0f0f);
@@ -401,14 +405,17 @@ impl Tile for Vnni {
                 prefetch_l2(words.wrapping_add(AHEAD + 32));
                 let w: [__m512i; 3] = std::array::from_fn(|j| _mm512_loadu_si512(words.add(j * 16).cast()));
                 if FOUR {
-                    let high = w.map(|w| _mm512_and_si512(_mm512_srli_epi32::<4>(w), low));
-                    let w = w.map(|w| _mm512_and_si512(w, low));
-                    for (i, acc) in acc.iter_mut().enumerate() {
-                        let x = _mm512_set1_epi32(a[2 * step * R + i] as i32);
-                        let next = _mm512_set1_epi32(a[(2 * step + 1) * R + i] as i32);
-                        for j in 0..3 {
-                            acc[j] = _mm512_dpbusd_epi32(acc[j], w[j], x);
-                            acc[j] = _mm512_dpbusd_epi32(acc[j], high[j], next);
+                    // One half after the other: both together would not leave registers for the sums.
+                    let halves = |shift: bool| {
+                        w.map(|w| _mm512_and_si512(if shift { _mm512_srli_epi32::<4>(w) } else { w }, low))
+                    };
+                    for half in 0..2 {
+                        let w = halves(half == 1);
+                        for (i, acc) in acc.iter_mut().enumerate() {
+                            let x = _mm512_set1_epi32(a[(2 * step + half) * R + i] as i32);
+                            for j in 0..3 {
+                                acc[j] = _mm512_dpbusd_epi32(acc[j], w[j], x);
+                            }
                         }
                     }
                 } else {
@@ -433,8 +440,8 @@ impl Tile for Vnni {
                     let at = out[j * 16..].as_mut_ptr();
                     let mut sum = _mm512_loadu_ps(at);
                     if FOUR {
-                        let total = a[(STEPS + 1) * R + i] as i32 as f32;
-                        sum = _mm512_fmadd_ps(minima, _mm512_set1_ps(scale * total), sum);
+                        let zero = f32::from_bits(a[(STEPS + 1) * R + i]);
+                        sum = _mm512_fmadd_ps(minima, _mm512_set1_ps(zero), sum);
                     }
                     let factor = _mm512_mul_ps(scales, _mm512_set1_ps(scale));
                     _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][j]), factor, sum));
