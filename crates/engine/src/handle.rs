@@ -20,7 +20,7 @@ use std::time::Duration;
 type Sink = Box<dyn FnMut(Event) -> bool + Send>;
 
 enum Command {
-    Submit(u64, Request, Sink),
+    Submit(u64, Box<Request>, Sink),
     Cancel(u64),
     Stop,
 }
@@ -98,7 +98,7 @@ impl Handle {
         request.check(&self.capacity)?;
         let number = self.count.fetch_add(1, Ordering::Relaxed);
         let sink: Sink = Box::new(sink);
-        if let Err(lost) = self.commands.send(Command::Submit(number, request, sink))
+        if let Err(lost) = self.commands.send(Command::Submit(number, Box::new(request), sink))
             && let Command::Submit(_, _, mut sink) = lost.0
         {
             sink(Event::Failed(ENDED.into()));
@@ -285,7 +285,7 @@ fn serve<D: Device, E: Element>(
                 commands.try_recv()
             };
             match command {
-                Ok(Command::Submit(number, request, mut sink)) => match engine.submit(request) {
+                Ok(Command::Submit(number, request, mut sink)) => match engine.submit(*request) {
                     Ok(own) => drop(sinks.insert(own, (number, sink))),
                     Err(refusal) => drop(sink(Event::Failed(refusal.message))),
                 },

@@ -320,7 +320,9 @@ struct Permutation(usize, usize);
 impl Permutation {
     fn at(&self, i: usize) -> usize {
         // A step that has no factor in common with the length.
-        let step = (self.0 % self.1..).find(|s| (2..=*s).all(|f| s % f != 0 || self.1 % f != 0)).unwrap();
+        let step = (self.0 % self.1..)
+            .find(|s| (2..=*s).all(|f| !s.is_multiple_of(f) || !self.1.is_multiple_of(f)))
+            .unwrap();
         (i * step + 1) % self.1
     }
 }

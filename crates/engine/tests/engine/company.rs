@@ -10,7 +10,7 @@ fn requests() -> Vec<Request> {
         std::iter::once(2).chain(common.into_iter().chain(whole(which, len, 270)).map(|id| id + 4)).collect()
     };
     let request = |prompt, parameters| Request { prompt, parameters };
-    vec![
+    let mut requests = vec![
         request(prompt(1, 0, 0), greedy(90)),
         request(prompt(2, 140, 3), greedy(40)),
         request(prompt(3, 140, 70), Parameters { log_probs: Some(3), ..sampled(80, 7) }),
@@ -41,7 +41,13 @@ fn requests() -> Vec<Request> {
             prompt(11, 1, 62),
             Parameters { ignore_end: true, stop: vec!["th".into(), " ".into()], ..sampled(64, 14) },
         ),
-    ]
+    ];
+    // A page at first, and three in the end: more than a small cache has.
+    requests.extend((0..8).map(|i| {
+        let parameters = Parameters { ignore_end: true, ..sampled(130, 20 + i as u64) };
+        request(prompt(20 + i, 0, 58), parameters)
+    }));
+    requests
 }
 
 fn check<E: Element>(format: WeightFormat) {
@@ -65,16 +71,16 @@ fn check<E: Element>(format: WeightFormat) {
     {
         let mut engine = engine::<E>(&tokenizer, format, options);
         // In another order each time, all at once or one by one.
-        let order: Vec<usize> = (0..requests.len()).map(|i| (i * 5 + round) % requests.len()).collect();
+        let order: Vec<usize> = (0..requests.len()).map(|i| (i * 7 + round) % requests.len()).collect();
         let pause = [0, 3, 11][round % 3];
         let (mut left, mut numbers) = (order.iter(), vec![0; requests.len()]);
         let made = run(&mut engine, |engine, step| {
-            while pause == 0 || step % pause == 0 {
-                let Some(next) = left.next() else { break };
+            let now = match pause {
+                0 => requests.len(),
+                _ => usize::from(step % pause == 0),
+            };
+            for next in left.by_ref().take(now) {
                 numbers[*next] = engine.submit(requests[*next].clone()).unwrap();
-                if pause > 0 {
-                    break;
-                }
             }
         });
         for (i, want) in want.iter().enumerate() {
@@ -85,7 +91,7 @@ fn check<E: Element>(format: WeightFormat) {
         assert!(options.limits.reuse || load.reused_tokens == 0);
         (reused, preemptions) = (reused + load.reused_tokens, preemptions + load.preemptions);
     }
-    assert!(reused > 1000 && preemptions > 10, "too tame: {reused} tokens reused, {preemptions} preemptions");
+    assert!(reused > 1000 && preemptions >= 5, "too tame: {reused} tokens reused, {preemptions} preemptions");
 }
 
 #[test]
