@@ -50,7 +50,7 @@ enum Command {
     Checkpoint(checkpoint::Args),
     /// List the models that can be named, with exact parameter counts.
     Presets(presets::Args),
-    /// Measure how fast this machine trains, and where the time goes.
+    /// Measure how fast this machine trains and generates, and where the time goes.
     Bench(bench::Args),
     /// Show what this machine can do: processor, threads, measured peak.
     Info(info::Args),
