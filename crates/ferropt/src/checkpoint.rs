@@ -166,7 +166,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 fn open(path: &PathBuf, which: &Which, whole: Whole) -> anyhow::Result<Named> {
     let named = models::open(path, which.checkpoint, which.preset.as_deref(), whole)?;
     for damage in &named.damaged {
-        eprintln!("warning: passed over a damaged checkpoint: {damage:#}");
+        let used = named.checkpoint.as_ref().map_or(0, |(_, step)| *step);
+        eprintln!("warning: passed over a damaged checkpoint, using the one of step {used}: {damage:#}");
     }
     Ok(named)
 }

@@ -65,13 +65,20 @@ fn a_run_leaves_in_every_format() {
     ok(&["convert", &run, &at("earlier"), "--to", "hf", "--checkpoint", "5"]);
     fails(&["verify", &at("hf"), &at("earlier")], &["tensors differ", "embed_tokens.weight", "8,320"]);
 
-    // Damage that no size tells: converting and verifying read the bytes, and name the file.
+    // Damage that no size tells: converting and verifying read the bytes, and name the file. Like everywhere, the newest
+    // whole checkpoint is taken unless a step is named.
     let file = lab.path("run/checkpoints/step-00000010/model.safetensors");
     let mut bytes = std::fs::read(&file).unwrap();
     let end = bytes.len();
     bytes[end - 1] ^= 1;
     std::fs::write(&file, bytes).unwrap();
-    fails(&["convert", &run, &at("damaged"), "--to", "hf"], &["step-00000010/model.safetensors", "CRC-32C"]);
+    let out = checkpoint(&["convert", &run, &at("whole"), "--to", "hf"]);
+    for part in ["passed over", "step 5", "step-00000010/model.safetensors", "CRC-32C"] {
+        assert!(out.status.success() && text(&out).contains(part), "{}", text(&out));
+    }
+    assert!(ok(&["verify", &at("whole"), &at("earlier")]).contains("the same values"));
+    let named = ["convert", &run, &at("damaged"), "--to", "hf", "--checkpoint", "10"];
+    fails(&named, &["step-00000010/model.safetensors", "CRC-32C"]);
     fails(&["verify", &run], &["step-00000010/model.safetensors", "CRC-32C", "not sound"]);
     // Damage that the size tells: the older checkpoint is taken, and said to be.
     std::fs::write(&file, "short").unwrap();

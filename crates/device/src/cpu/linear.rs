@@ -1,21 +1,14 @@
 //! Linear layers: products with the epilogues that OPT needs, and their gradients.
 
-use std::arch::x86_64::*;
-
-use half::bf16;
-
 use super::buffer::Shards;
 use super::gemm::{Epilogue, gemm};
 use super::pack::Matrix;
-use super::simd::{Isa, Simd, dispatch, with_avx512};
+use super::simd::{Simd, dispatch};
 use super::{CpuDevice, random};
 use crate::rng::BLOCK;
-use crate::{Activation, DType, Dropout, Element, LinearShape, Store};
+use crate::{Activation, Dropout, Element, LinearShape, Store};
 
-/// At most this many rows are multiplied by dot products with the weights as they lie in memory: packing would cost
-/// more than it saves (a decode step has 1 row).
-const FEW_ROWS: usize = 4;
-/// Output columns in a task of [`few_rows`].
+/// Columns in a task of [`column_sums`].
 const COLUMNS: usize = 64;
 
 /// `y = act(x * w^T + bias)`.
@@ -47,12 +40,9 @@ pub(super) fn forward_residual<E: Element>(
     multiply(device, s, x, w, &Residual { n: s.n, bias, dropout, residual, out });
 }
 
-/// `x * w^T`, by whichever way suits the number of rows.
+/// `x * w^T`.
 fn multiply<E: Element, P: Epilogue>(device: &CpuDevice, s: LinearShape, x: &[E], w: &[E], epilogue: &P) {
     let (x, w) = (&x[..s.m * s.k], &w[..s.n * s.k]);
-    if s.m <= FEW_ROWS {
-        return few_rows(device, s, x, w, epilogue);
-    }
     let a = Matrix { data: x, ld: s.k, k_contiguous: true };
     let b = Matrix { data: w, ld: s.k, k_contiguous: true };
     gemm(device, (s.m, s.n, s.k), a, b, epilogue);
@@ -299,72 +289,4 @@ impl Epilogue for WeightGradient<'_> {
     fn prefetch(&self, row: usize, col: usize, len: usize) {
         self.dw.prefetch(row * self.k + col, len);
     }
-}
-
-/// A product with few rows of x: bound by the memory bandwidth of reading w once, row by row.
-fn few_rows<E: Element, P: Epilogue>(device: &CpuDevice, shape: LinearShape, x: &[E], w: &[E], epilogue: &P) {
-    let LinearShape { m, n, k } = shape;
-    device.pool.for_each(n.div_ceil(COLUMNS), |task, _| {
-        let columns = task * COLUMNS..((task + 1) * COLUMNS).min(n);
-        let mut out = [[0.0f32; COLUMNS]; FEW_ROWS];
-        for (j, w) in w[columns.start * k..columns.end * k].chunks_exact(k.max(1)).enumerate() {
-            for (i, x) in x.chunks_exact(k.max(1)).enumerate() {
-                out[i][j] = dot(device.isa, x, w);
-            }
-        }
-        dispatch!(device.isa, s => {
-            for (i, out) in out[..m].iter().enumerate() {
-                epilogue.row(s, i, columns.start, &out[..columns.len()]);
-            }
-        });
-    });
-}
-
-/// Dot product, f32 accumulation in four registers.
-pub(super) fn dot<E: Element>(isa: Isa, a: &[E], b: &[E]) -> f32 {
-    if isa == Isa::Avx512Bf16 && E::DTYPE == DType::Bf16 {
-        // SAFETY: the processor has AVX-512 BF16.
-        return unsafe {
-            with_avx512(
-                #[inline(always)]
-                |_| dot_bf16(bytemuck::cast_slice(a), bytemuck::cast_slice(b)),
-            )
-        };
-    }
-    dispatch!(isa, s => dot_widened(s, a, b))
-}
-
-/// [`dot`] of widened elements, for use inside an instruction set.
-#[inline(always)]
-pub(super) fn dot_widened<S: Simd, E: Element>(s: S, a: &[E], b: &[E]) -> f32 {
-    let mut acc = [s.zero(); 4];
-    let (chunks_a, chunks_b) = (a.chunks_exact(4 * S::LANES), b.chunks_exact(4 * S::LANES));
-    let (rest_a, rest_b) = (chunks_a.remainder(), chunks_b.remainder());
-    for (a, b) in chunks_a.zip(chunks_b) {
-        for (i, acc) in acc.iter_mut().enumerate() {
-            *acc = s.fma(s.load_as(&a[i * S::LANES..]), s.load_as(&b[i * S::LANES..]), *acc);
-        }
-    }
-    for (i, (a, b)) in rest_a.chunks(S::LANES).zip(rest_b.chunks(S::LANES)).enumerate() {
-        acc[i] = s.fma(load(s, a), load(s, b), acc[i]);
-    }
-    s.sum(s.add(s.add(acc[0], acc[1]), s.add(acc[2], acc[3])))
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn dot_bf16(a: &[bf16], b: &[bf16]) -> f32 {
-    let mut acc = [_mm512_setzero_ps(); 4];
-    let len = a.len().min(b.len());
-    for (i, at) in (0..len).step_by(32).enumerate() {
-        let count = (len - at).min(32);
-        let mask = if count == 32 { !0 } else { (1u32 << count) - 1 };
-        // SAFETY: the mask covers elements of both slices and no more; the types only rename 512 bits.
-        unsafe {
-            let a: __m512bh = std::mem::transmute(_mm512_maskz_loadu_epi16(mask, a.as_ptr().add(at).cast()));
-            let b: __m512bh = std::mem::transmute(_mm512_maskz_loadu_epi16(mask, b.as_ptr().add(at).cast()));
-            acc[i % 4] = _mm512_dpbf16_ps(acc[i % 4], a, b);
-        }
-    }
-    _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3])))
 }

@@ -2,7 +2,7 @@ use ferropt_device::{Activation, Device, Dropout, Element, LinearShape, Store, b
 
 use crate::*;
 
-/// Single rows, as few as are multiplied without packing, one more, partial tiles on every side, several blocks of k.
+/// Single rows, few, partial tiles on every side, several blocks of k.
 const SHAPES: [(usize, usize, usize); 8] = [
     (1, 1, 1),
     (1, 130, 77),

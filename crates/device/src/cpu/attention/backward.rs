@@ -9,9 +9,8 @@ use super::forward::store_turned;
 use super::{HeadDropout, Kernel, MOST_LANES, Panel, Rows, Tile, Units, carve, carved, on_tile};
 use crate::cpu::buffer::Shards;
 use crate::cpu::gemm::micro_kernel;
-use crate::cpu::linear::dot;
 use crate::cpu::pack::{Matrix, pack_panels};
-use crate::cpu::simd::{Isa, Simd};
+use crate::cpu::simd::{Isa, Simd, dispatch};
 use crate::cpu::{CpuDevice, Scratch};
 use crate::rng::BLOCK;
 use crate::{AttentionShape, Dropout, Element};
@@ -142,11 +141,9 @@ impl<E: Element> Kernel for Head<'_, E> {
         lse[seq..].fill(0.0);
         delta[seq..].fill(0.0);
         for (i, delta) in delta[..seq].iter_mut().enumerate() {
-            *delta = dot(
-                isa,
-                &self.out.data[i * self.out.ld..][..width],
-                &self.dout.data[i * self.dout.ld..][..width],
-            );
+            let out = &self.out.data[i * self.out.ld..][..width];
+            let dout = &self.dout.data[i * self.dout.ld..][..width];
+            *delta = dispatch!(isa, s => dot(s, out, dout));
         }
         for (panel, start) in (0..seq).step_by(nr).enumerate() {
             let queries = start..(start + nr).min(seq);
@@ -333,4 +330,16 @@ fn store<E: Element, S: Simd>(
         // SAFETY: every token of every head has its own part.
         unsafe { to.range(start..start + width) }
     });
+}
+
+/// Sum of products, in four registers.
+#[inline(always)]
+fn dot<S: Simd, E: Element>(s: S, a: &[E], b: &[E]) -> f32 {
+    let mut sums = [s.zero(); 4];
+    for (a, b) in a.chunks(4 * S::LANES).zip(b.chunks(4 * S::LANES)) {
+        for (i, (a, b)) in a.chunks(S::LANES).zip(b.chunks(S::LANES)).enumerate() {
+            sums[i] = s.fma(s.load_up_to(a), s.load_up_to(b), sums[i]);
+        }
+    }
+    s.sum(s.add(s.add(sums[0], sums[1]), s.add(sums[2], sums[3])))
 }
