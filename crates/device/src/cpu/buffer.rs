@@ -29,35 +29,70 @@ impl<T: Element> CpuBuf<T> {
         }
         let layout = layout::<T>(len)
             .ok_or_else(|| anyhow::anyhow!("cannot address a buffer of {len} elements of {}", T::DTYPE))?;
-        // SAFETY: the layout is not empty; all-zero bytes are a valid T (Pod).
-        let data = NonNull::new(unsafe { alloc_zeroed(layout) } as *mut T);
-        let Some(data) = data else {
+        let data = if layout.align() == HUGE {
+            map(layout)
+        } else {
+            // SAFETY: the layout is not empty.
+            NonNull::new(unsafe { alloc_zeroed(layout) })
+        };
+        // All-zero bytes are a valid T (Pod).
+        let Some(data) = data.map(NonNull::cast) else {
             anyhow::bail!(
                 "out of memory: {:.2} GiB asked for; use a smaller model or micro-batch, or recompute = \"full\"",
                 layout.size() as f64 / (1u64 << 30) as f64
             );
         };
-        #[cfg(target_os = "linux")]
-        if layout.size() >= HUGE {
-            // SAFETY: advice on memory that we own; a refusal changes nothing.
-            unsafe {
-                libc::madvise(data.as_ptr().cast(), layout.size(), libc::MADV_HUGEPAGE);
-            }
-        }
         Ok(CpuBuf { data, len })
     }
 }
 
+/// Size and alignment; large buffers are whole huge pages.
 fn layout<T>(len: usize) -> Option<Layout> {
     let bytes = len.checked_mul(size_of::<T>())?;
-    Layout::from_size_align(bytes, if bytes >= HUGE { HUGE } else { LINE }).ok()
+    match Layout::from_size_align(bytes, if bytes >= HUGE { HUGE } else { LINE }).ok()? {
+        large if large.align() == HUGE => Some(large.pad_to_align()),
+        small => Some(small),
+    }
+}
+
+/// Memory straight from the system, in huge pages if it has them. It is zero, and takes none until it is written, which a
+/// cache for many texts or long ones may never be.
+fn map(layout: Layout) -> Option<NonNull<u8>> {
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // Larger by the alignment, the rest of which is given back.
+    let size = layout.size().checked_add(HUGE)?;
+    // SAFETY: new memory, of which nothing else knows; the parts given back are within it and of whole pages.
+    unsafe {
+        let start = libc::mmap(std::ptr::null_mut(), size, protection, flags, -1, 0);
+        if start == libc::MAP_FAILED {
+            return None;
+        }
+        let before = start.align_offset(HUGE);
+        let (data, after) = (start.byte_add(before), HUGE - before);
+        if before > 0 {
+            libc::munmap(start, before);
+        }
+        if after > 0 {
+            libc::munmap(data.byte_add(layout.size()), after);
+        }
+        // Advice; a refusal changes nothing.
+        #[cfg(target_os = "linux")]
+        libc::madvise(data, layout.size(), libc::MADV_HUGEPAGE);
+        NonNull::new(data.cast())
+    }
 }
 
 impl<T: Element> Drop for CpuBuf<T> {
     fn drop(&mut self) {
         if let (Some(layout), true) = (layout::<T>(self.len), self.len > 0) {
-            // SAFETY: allocated by `zeroed` with the same layout.
-            unsafe { dealloc(self.data.as_ptr().cast(), layout) }
+            // SAFETY: allocated by `zeroed` with the same layout, in the same way.
+            unsafe {
+                if layout.align() == HUGE {
+                    libc::munmap(self.data.as_ptr().cast(), layout.size());
+                } else {
+                    dealloc(self.data.as_ptr().cast(), layout);
+                }
+            }
         }
     }
 }
