@@ -246,8 +246,7 @@ impl<'t> Running<'t> {
         }
         for piece in pieces.into_iter().filter(|piece| !piece.is_empty()) {
             if compares {
-                choice.kept.text += &piece.text;
-                choice.kept.tokens.extend(piece.tokens);
+                choice.kept.append(piece);
             } else {
                 events.push(Event::Text { choice: number, piece });
             }
@@ -341,15 +340,11 @@ impl<'t> Running<'t> {
         let log_probs = self.parameters().log_probs.is_some();
         let mut output = Output::new(self.tokenizer, &[]);
         let mut text = Piece::default();
-        let pieces = tokens.into_iter().map(|token| {
-            output.push(Token { log_prob: token.log_prob.filter(|_| log_probs), ..token }, false).0
-        });
-        let mut all: Vec<Piece> = pieces.collect();
-        all.push(output.finish());
-        for piece in all {
-            text.text += &piece.text;
-            text.tokens.extend(piece.tokens);
+        for token in tokens {
+            let token = Token { log_prob: token.log_prob.filter(|_| log_probs), ..token };
+            text.append(output.push(token, false).0);
         }
+        text.append(output.finish());
         text
     }
 }

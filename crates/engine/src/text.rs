@@ -29,6 +29,12 @@ impl Piece {
     pub fn is_empty(&self) -> bool {
         self.text.is_empty() && self.tokens.is_empty()
     }
+
+    /// Puts what follows behind it.
+    pub fn append(&mut self, next: Piece) {
+        self.text += &next.text;
+        self.tokens.extend(next.tokens);
+    }
 }
 
 /// A text in the making.

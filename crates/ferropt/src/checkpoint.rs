@@ -10,7 +10,7 @@ use ferropt_train::planner::grouped;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use std::collections::BTreeMap;
-use std::io::{ErrorKind, IsTerminal, Write};
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
 /// Arguments of `ferropt checkpoint`.
@@ -149,18 +149,11 @@ enum Type {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let done = match args.action {
+    crate::until_reader_leaves(match args.action {
         Action::Inspect(args) => inspect(args),
         Action::Convert(args) => convert(args),
         Action::Verify(args) => verify(args),
-    };
-    match done {
-        // Whoever reads has seen enough, as `head` does.
-        Err(e) if e.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) => {
-            Ok(())
-        }
-        done => done,
-    }
+    })
 }
 
 fn open(path: &PathBuf, which: &Which, whole: Whole) -> anyhow::Result<Named> {

@@ -1,10 +1,10 @@
 //! `ferropt generate`: continues texts with a trained model.
 
-use crate::model::{ModelArgs, SamplingArgs, refused, text_field, tokens_at_most, unescaped};
+use crate::model::{ModelArgs, SamplingArgs, each_line, refused, text_field, tokens_at_most, unescaped};
 use anyhow::{Context, Result, ensure};
 use ferropt_engine::{Completion, Event, Handle, Parameters, Request, Text, Token};
 use serde_json::{Value, json};
-use std::io::{ErrorKind, IsTerminal, Read, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -73,19 +73,10 @@ Examples:
 pub(crate) fn run(args: Args) -> Result<()> {
     let parameters = args.parameters();
     parameters.check().map_err(refused)?;
-    let result = match &args.file {
+    crate::until_reader_leaves(match &args.file {
         Some(file) => run_file(&args, file, &parameters),
         None => run_prompt(&args, parameters),
-    };
-    match result {
-        // Whoever reads has seen enough, as `head` does.
-        Err(error)
-            if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) =>
-        {
-            Ok(())
-        }
-        result => result,
-    }
+    })
 }
 
 impl Args {
@@ -149,18 +140,8 @@ fn run_file(args: &Args, file: &Path, parameters: &Parameters) -> Result<()> {
 
 /// The prompts of a file, with the numbers of their lines.
 fn prompts(text: &str, jsonl: bool) -> Result<Vec<(usize, String)>> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let prompt = |(i, line): (usize, &str)| -> Result<(usize, String)> {
-        if !jsonl {
-            return Ok((i + 1, line.into()));
-        }
-        let parse = || -> Result<String> {
-            let object: Value = serde_json::from_str(line).context("it is not JSON")?;
-            Ok(text_field(&object, "prompt")?.into())
-        };
-        Ok((i + 1, parse().with_context(|| format!("line {}", i + 1))?))
-    };
-    let prompts: Vec<_> = lines.map(prompt).collect::<Result<_>>()?;
+    let prompts =
+        each_line(text, jsonl, |line| line.into(), |object| Ok(text_field(object, "prompt")?.into()))?;
     ensure!(!prompts.is_empty(), "it has no lines");
     Ok(prompts)
 }

@@ -77,6 +77,15 @@ fn main() -> ExitCode {
     }
 }
 
+/// No error if whoever reads the output has seen enough, as `head` does.
+fn until_reader_leaves(result: anyhow::Result<()>) -> anyhow::Result<()> {
+    let io = |error: &anyhow::Error| error.downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+    match result {
+        Err(error) if io(&error) == Some(std::io::ErrorKind::BrokenPipe) => Ok(()),
+        result => result,
+    }
+}
+
 /// Prints an error and its causes, one a line. A backtrace would not help the user.
 fn report(error: &anyhow::Error) {
     eprintln!("error: {error}");

@@ -163,6 +163,22 @@ pub(crate) fn unescaped(text: &str) -> String {
     out
 }
 
+/// What lines that are not blank say, with their numbers: as `plain` takes them, or of a .jsonl file as `object` takes the
+/// object on each.
+pub(crate) fn each_line<T>(
+    text: &str,
+    jsonl: bool,
+    plain: impl Fn(&str) -> T,
+    object: impl Fn(&serde_json::Value) -> Result<T>,
+) -> Result<Vec<(usize, T)>> {
+    let parse = |line: &str| match jsonl {
+        false => Ok(plain(line)),
+        true => object(&serde_json::from_str(line).context("it is not JSON")?),
+    };
+    let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
+    lines.map(|(number, line)| Ok((number, parse(line).with_context(|| format!("line {number}"))?))).collect()
+}
+
 /// A field of a line of JSON that must be text.
 pub(crate) fn text_field<'a>(line: &'a serde_json::Value, field: &str) -> Result<&'a str> {
     line[field].as_str().with_context(|| format!("it has no text {field:?}"))

@@ -1,11 +1,11 @@
 //! `ferropt score`: how likely a model finds texts.
 
-use crate::model::{ModelArgs, refused, text_field, tokens_at_most};
+use crate::model::{ModelArgs, each_line, refused, text_field, tokens_at_most};
 use anyhow::{Context, Result, ensure};
 use ferropt_engine::{Handle, Request, Score, scoring};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use std::io::{ErrorKind, IsTerminal, Read, Write};
+use std::io::{IsTerminal, Read, Write};
 use std::path::PathBuf;
 
 /// Arguments of `ferropt score`.
@@ -35,19 +35,11 @@ For each text one JSON object: log_prob (sum, in nats), tokens, greedy (whether 
 and log_probs of the tokens. A text is scored behind </s>, a continuation behind </s> and its context. The last line, on
 standard error, has the perplexity of all tokens: exp(-mean log-probability), and bits per byte of text.";
 
-/// What to score: a line's number, what comes before, and the text.
-type Item = (usize, String, String);
+/// What to score: a line's number; what comes before, and the text.
+type Item = (usize, (String, String));
 
 pub(crate) fn run(args: Args) -> Result<()> {
-    match score(&args) {
-        // Whoever reads has seen enough, as `head` does.
-        Err(error)
-            if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == ErrorKind::BrokenPipe) =>
-        {
-            Ok(())
-        }
-        result => result,
-    }
+    crate::until_reader_leaves(score(&args))
 }
 
 fn score(args: &Args) -> Result<()> {
@@ -61,9 +53,10 @@ fn score(args: &Args) -> Result<()> {
         None => ("standard input".into(), read_input()?, false),
     };
     let items = items(&text, jsonl).with_context(|| format!("cannot use {name}"))?;
-    let longest = items.iter().map(|(_, context, text)| tokens_at_most(context) + tokens_at_most(text)).max();
+    let longest =
+        items.iter().map(|(_, (context, text))| tokens_at_most(context) + tokens_at_most(text)).max();
     let engine = &args.model.open(args.batch, longest)?.engine;
-    let request = |(line, context, text): &Item| -> Result<Request> {
+    let request = |(line, (context, text)): &Item| -> Result<Request> {
         let named = || format!("line {line} of {name}");
         let request = scoring(engine.tokenizer(), context, text).with_context(named)?;
         request.check(&engine.capacity()).map_err(refused).with_context(named)?;
@@ -77,7 +70,7 @@ fn score(args: &Args) -> Result<()> {
     let mut scored = items.iter();
     engine.complete_all(requests.into_iter().map(Ok), 2 * args.batch, |completion| {
         let score = Score::from(completion);
-        let Some((line, _, text)) = scored.next() else { return Ok(()) };
+        let Some((line, (_, text))) = scored.next() else { return Ok(()) };
         log_prob += score.log_prob;
         tokens += score.tokens.len();
         bytes += text.len();
@@ -113,22 +106,18 @@ fn object(engine: &Handle, line: usize, score: &Score, summary: bool) -> Value {
 }
 
 fn items(text: &str, jsonl: bool) -> Result<Vec<Item>> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let item = |(i, line): (usize, &str)| -> Result<Item> {
-        if !jsonl {
-            return Ok((i + 1, String::new(), line.into()));
-        }
-        let parse = || -> Result<Item> {
-            let object: Value = serde_json::from_str(line).context("it is not JSON")?;
+    let items = each_line(
+        text,
+        jsonl,
+        |line| (String::new(), line.into()),
+        |object| {
             if object.get("text").is_some() {
-                return Ok((i + 1, String::new(), text_field(&object, "text")?.into()));
+                return Ok((String::new(), text_field(object, "text")?.into()));
             }
-            let field = |name| text_field(&object, name).map(String::from);
-            Ok((i + 1, field("context")?, field("continuation")?))
-        };
-        parse().with_context(|| format!("line {}", i + 1))
-    };
-    let items: Vec<Item> = lines.map(item).collect::<Result<_>>()?;
+            let field = |name| text_field(object, name).map(String::from);
+            Ok((field("context")?, field("continuation")?))
+        },
+    )?;
     ensure!(!items.is_empty(), "it has no texts");
     Ok(items)
 }

@@ -72,6 +72,8 @@ pub struct Model {
     pub config: Config,
     /// How weights are stored in memory.
     pub weights: WeightFormat,
+    /// Bytes of all matrices, which every step reads.
+    pub weight_bytes: u64,
     /// Optimiser steps that it has behind it.
     pub step: u64,
     /// Newer checkpoints that were passed over because they are damaged, each with what is wrong.
@@ -87,7 +89,7 @@ impl Model {
         let path = path.as_ref();
         let named = models::open(path, opening.checkpoint, opening.preset.as_deref(), Whole::Checksums)?;
         let source = &named.source;
-        let load = || -> Result<(Handle, WeightFormat)> {
+        let load = || -> Result<Model> {
             let tokenizer = match &opening.tokenizer {
                 Some(path) => Tokenizer::load(path)?,
                 None => Tokenizer::load(source.folder()).with_context(|| {
@@ -105,11 +107,11 @@ impl Model {
             let mut read = |index: usize, rows: Range<usize>, out: &mut [f32]| {
                 source.read_rows(&table[index], rows.start, out)
             };
-            Ok((start(source.config(), tokenizer, opening, weights, &mut read)?, weights))
+            start(source.config(), tokenizer, opening, weights, &mut read)
         };
-        let (engine, weights) = load().with_context(|| format!("cannot use {}", source.path().display()))?;
+        let model = load().with_context(|| format!("cannot use {}", source.path().display()))?;
         let step = named.checkpoint.map_or(0, |(_, step)| step);
-        Ok(Model { engine, config: source.config().clone(), weights, step, damaged: named.damaged })
+        Ok(Model { step, damaged: named.damaged, ..model })
     }
 
     /// The model that a run with this seed begins with, before its first step.
@@ -128,8 +130,7 @@ impl Model {
             Ok(())
         };
         let weights = opening.weights.unwrap_or(WeightFormat::F32);
-        let engine = start(config, tokenizer, opening, weights, &mut read)?;
-        Ok(Model { engine, config: config.clone(), weights, step: 0, damaged: Vec::new() })
+        start(config, tokenizer, opening, weights, &mut read)
     }
 }
 
@@ -151,22 +152,24 @@ impl From<Precision> for WeightFormat {
     }
 }
 
-/// An engine with the weights that `read` gives.
+/// A model with the weights that `read` gives, of no step.
 fn start(
     config: &Config,
     tokenizer: Tokenizer,
     opening: &Opening,
-    format: WeightFormat,
+    weights: WeightFormat,
     read: &mut ReadRows<'_>,
-) -> Result<Handle> {
+) -> Result<Model> {
     let device = open_device(opening.threads)?;
-    let decoder = Decoder::new(&device, config, format, read)?;
+    let decoder = Decoder::new(&device, config, weights, read)?;
+    let weight_bytes = decoder.bytes(&device) as u64;
     let longest = opening.longest.unwrap_or(config.positions).clamp(1, config.positions);
     let (tokenizer, options) = (Arc::new(tokenizer), Options::new(opening.sequences.max(1), longest));
-    match format {
+    let engine = match weights {
         WeightFormat::F32 => Handle::start::<CpuDevice, f32>(device, decoder, tokenizer, options),
         _ => Handle::start::<CpuDevice, bf16>(device, decoder, tokenizer, options),
-    }
+    }?;
+    Ok(Model { engine, config: config.clone(), weights, weight_bytes, step: 0, damaged: Vec::new() })
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Parameters in memory and tensors in checkpoints: one for one, but for q, k and v, which are one parameter here
 //! (their rows stacked) and three tensors there.
 
-use crate::checkpoint::{Checkpoint, Data, Tensor, TensorView};
+use crate::checkpoint::{Checkpoint, Data, Tensor};
 use anyhow::{Result, ensure};
 use ferropt_model::Parameter;
 use std::borrow::Cow;
@@ -27,7 +27,18 @@ pub(crate) fn tensors(parameter: &Parameter, data: Data) -> Vec<Tensor> {
 /// # Errors
 /// Names the tensor that is missing or has another shape.
 pub fn read<'a>(checkpoint: &'a Checkpoint, group: &str, parameter: &Parameter) -> Result<Cow<'a, [f32]>> {
-    let part = |name: &String| Ok(part_view(checkpoint, group, parameter, name)?.to_f32());
+    let part = |name: &String| -> Result<Cow<'a, [f32]>> {
+        let view = checkpoint.tensor(group, name)?;
+        ensure!(
+            view.shape == parameter.part_shape(),
+            "tensor {name} of group {group} in checkpoint {} has shape {:?}, but this model has {:?} there: it is of \
+             another model",
+            checkpoint.path().display(),
+            view.shape,
+            parameter.part_shape()
+        );
+        Ok(view.to_f32())
+    };
     if let [name] = &parameter.names[..] {
         return part(name);
     }
@@ -36,23 +47,4 @@ pub fn read<'a>(checkpoint: &'a Checkpoint, group: &str, parameter: &Parameter) 
         values.extend_from_slice(&part(name)?);
     }
     Ok(Cow::Owned(values))
-}
-
-/// One of the tensors that hold a parameter.
-fn part_view<'a>(
-    checkpoint: &'a Checkpoint,
-    group: &str,
-    parameter: &Parameter,
-    name: &str,
-) -> Result<TensorView<'a>> {
-    let view = checkpoint.tensor(group, name)?;
-    ensure!(
-        view.shape == parameter.part_shape(),
-        "tensor {name} of group {group} in checkpoint {} has shape {:?}, but this model has {:?} there: it is of \
-         another model",
-        checkpoint.path().display(),
-        view.shape,
-        parameter.part_shape()
-    );
-    Ok(view)
 }

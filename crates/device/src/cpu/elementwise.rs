@@ -43,8 +43,9 @@ pub(super) fn copy_blocks<T: Element>(size: usize, pairs: &[(u32, u32)], x: &mut
     }
 }
 
+/// `dst = src`, in its own type.
 #[inline(always)]
-fn convert<V: Simd, S: Element, T: Element>(s: V, src: &[S], dst: &mut [T]) {
+pub(super) fn convert<V: Simd, S: Element, T: Element>(s: V, src: &[S], dst: &mut [T]) {
     for (src, dst) in src.chunks(V::LANES).zip(dst.chunks_mut(V::LANES)) {
         s.store_up_to(dst, s.load_up_to(src));
     }

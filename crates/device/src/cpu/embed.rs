@@ -68,8 +68,9 @@ pub(super) fn backward<G: Element>(
     });
 }
 
+/// `sum += x`
 #[inline(always)]
-fn add<S: Simd, G: Element>(s: S, x: &[G], sum: &mut [f32]) {
+pub(super) fn add<S: Simd, G: Element>(s: S, x: &[G], sum: &mut [f32]) {
     for (x, sum) in x.chunks(S::LANES).zip(sum.chunks_mut(S::LANES)) {
         s.store_up_to(sum, s.add(s.load_up_to(sum), s.load_up_to(x)));
     }

@@ -2,8 +2,8 @@
 //!
 //! Both operands are packed into panels: A in panels of `MR` rows, B in panels of `NR` columns, so that the inner loop
 //! reads both in order. One 32-bit *unit* of a panel is an f32 (which bf16 are widened to), or where `vdpbf16ps` is
-//! used a pair of bf16 that are neighbours in k, which is what it consumes. The micro-kernel keeps an MR x NR tile in registers (8 x 48 with AVX-512:
-//! 24 accumulators, 3 columns, 1 broadcast) over a whole block of k.
+//! used a pair of bf16 that are neighbours in k, which is what it consumes. The micro-kernel keeps an MR x NR tile in
+//! registers (8 x 48 with AVX-512: 24 accumulators, 3 columns, 1 broadcast) over a whole block of k.
 //!
 //! Every element of C is summed by one thread in one order that depends on the shape alone.
 
@@ -74,26 +74,26 @@ fn blocks(t: Tile, m: usize, n: usize, k: usize) -> Blocks {
 
 /// The right operand of a product, in whatever form.
 pub(super) trait Operand: Sync {
-    /// Words of scratch for a super-block.
-    fn scratch(&self, words: usize) -> usize;
-    /// Prepares columns `cols` and elements `ks` in `scratch`, on all threads.
-    fn prepare(&self, device: &CpuDevice, cols: Range<usize>, ks: Range<usize>, t: Tile, scratch: &mut [u32]);
-    /// What was prepared for columns from `col` on, and elements from `k` on.
-    fn panels<'a>(
-        &'a self,
-        scratch: &'a [u32],
-        col: usize,
-        k: usize,
-        units: usize,
-        t: Tile,
-    ) -> Panels<'a, u32>;
-}
-
-impl<E: Element> Operand for Matrix<'_, E> {
+    /// Words of scratch for a super-block of that many words.
     fn scratch(&self, words: usize) -> usize {
         words
     }
+    /// Prepares columns `cols` and elements `ks` in `scratch`, on all threads.
+    fn prepare(&self, device: &CpuDevice, cols: Range<usize>, ks: Range<usize>, t: Tile, scratch: &mut [u32]);
+    /// What was prepared, which begins with column `col` and element `k`.
+    fn panels<'a>(
+        &'a self,
+        scratch: &'a [u32],
+        _col: usize,
+        _k: usize,
+        units: usize,
+        t: Tile,
+    ) -> Panels<'a, u32> {
+        Panels { data: scratch, stride: units * t.nr, start: 0 }
+    }
+}
 
+impl<E: Element> Operand for Matrix<'_, E> {
     fn prepare(
         &self,
         device: &CpuDevice,
@@ -103,17 +103,6 @@ impl<E: Element> Operand for Matrix<'_, E> {
         scratch: &mut [u32],
     ) {
         pack(device, *self, cols, ks, t.nr, t.per_unit, scratch);
-    }
-
-    fn panels<'a>(
-        &'a self,
-        scratch: &'a [u32],
-        _: usize,
-        _: usize,
-        units: usize,
-        t: Tile,
-    ) -> Panels<'a, u32> {
-        Panels { data: scratch, stride: units * t.nr, start: 0 }
     }
 }
 
@@ -219,7 +208,7 @@ impl<W: Element> Block<'_, W> {
     /// Multiplies on all threads.
     pub(super) fn run<P: Epilogue>(&self, device: &CpuDevice, partials: Shards<f32>, epilogue: &P) {
         let group = GROUP_UNITS / (self.units * self.tile.mr).max(1);
-        self.each_task(device, group, |a, b| match device.isa {
+        each_task(device, self.panels(), group, |a, b| match device.isa {
             // SAFETY: the processor has AVX-512 BF16.
             Isa::Avx512Bf16 if self.tile.per_unit == 2 => unsafe {
                 with_avx512(
@@ -241,26 +230,9 @@ impl<W: Element> Block<'_, W> {
         });
     }
 
-    /// Calls `task` with ranges of A and B panels on all threads: at most `group` A panels, which should fit the L2
-    /// cache, by a few B panels.
-    pub(super) fn each_task(
-        &self,
-        device: &CpuDevice,
-        group: usize,
-        task: impl Fn(Range<usize>, Range<usize>) + Sync,
-    ) {
-        let Tile { mr, nr, .. } = self.tile;
-        let (a_panels, b_panels) = (self.rows.len().div_ceil(mr), self.cols.len().div_ceil(nr));
-        let groups = a_panels.div_ceil(group.clamp(1, a_panels));
-        let group = a_panels.div_ceil(groups);
-        // Small enough that threads finish together, large enough that a task is not all overhead.
-        let span = (b_panels * groups / (16 * device.threads())).clamp(1, 4);
-        let spans = b_panels.div_ceil(span);
-        device.pool.for_each(groups * spans, |at, _| {
-            let a = at / spans * group..((at / spans + 1) * group).min(a_panels);
-            let b = at % spans * span..((at % spans + 1) * span).min(b_panels);
-            task(a, b);
-        });
+    /// Panels of A and of B.
+    pub(super) fn panels(&self) -> (usize, usize) {
+        (self.rows.len().div_ceil(self.tile.mr), self.cols.len().div_ceil(self.tile.nr))
     }
 
     #[inline(always)]
@@ -313,6 +285,26 @@ impl<W: Element> Block<'_, W> {
             }
         }
     }
+}
+
+/// Calls `task` with ranges of A and B panels on all threads: at most `group` A panels, which should fit the L2 cache, by
+/// a few B panels.
+pub(super) fn each_task(
+    device: &CpuDevice,
+    (a_panels, b_panels): (usize, usize),
+    group: usize,
+    task: impl Fn(Range<usize>, Range<usize>) + Sync,
+) {
+    let groups = a_panels.div_ceil(group.clamp(1, a_panels));
+    let group = a_panels.div_ceil(groups);
+    // Small enough that threads finish together, large enough that a task is not all overhead.
+    let span = (b_panels * groups / (16 * device.threads())).clamp(1, 4);
+    let spans = b_panels.div_ceil(span);
+    device.pool.for_each(groups * spans, |at, _| {
+        let a = at / spans * group..((at / spans + 1) * group).min(a_panels);
+        let b = at % spans * span..((at % spans + 1) * span).min(b_panels);
+        task(a, b);
+    });
 }
 
 /// Multiply-accumulate of one unit.

@@ -6,7 +6,6 @@ use crate::telemetry::peak_resident_bytes;
 use crate::trainer::open_device;
 use anyhow::{Result, ensure};
 use ferropt_data::Tokenizer;
-use ferropt_device::quantise::GROUP;
 use ferropt_device::{Device, WeightFormat, bf16};
 use ferropt_engine::{Parameters, Request};
 use ferropt_model::Config;
@@ -134,8 +133,8 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
             "{option} needs texts of {tokens} tokens, but the model has {positions} positions"
         );
     }
-    let tests = Tests { model: &model, runs: wanted.runs, turn: std::cell::Cell::new(0) };
-    let weight_bytes = weight_bytes(&model.config, model.weights);
+    let mut tests = Tests { model: &model, runs: wanted.runs, turn: 0 };
+    let weight_bytes = model.weight_bytes as f64;
     let head = model.config.forward_flops(1).head;
     let prompt_flops = |tokens: usize| {
         let flops = model.config.forward_flops(tokens);
@@ -147,11 +146,11 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
     let rest = tests.generate(1, wanted.tokens, SHORT)?;
     let mut lines = vec![];
     let seconds: Vec<f64> = rest.iter().map(|s| (s - median(&first)).max(1e-9)).collect();
-    lines.push(("decode".to_string(), seconds, wanted.tokens - 1, Limit::Bandwidth, weight_bytes as f64));
+    lines.push(("decode".to_string(), seconds, wanted.tokens - 1, Limit::Bandwidth, weight_bytes));
     for batch in &wanted.batches {
         let seconds = tests.generate(*batch, wanted.tokens, SHORT)?;
         let tokens = batch * wanted.tokens;
-        let bytes = weight_bytes as f64 / *batch as f64;
+        let bytes = weight_bytes / *batch as f64;
         lines.push((format!("batch of {batch}"), seconds, tokens, Limit::Bandwidth, bytes));
     }
     let seconds = tests.generate(1, 1, wanted.prompt)?;
@@ -182,7 +181,7 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
         parameters: model.config.parameter_count(),
         device: device.describe(),
         weights: model.weights.name(),
-        weight_bytes,
+        weight_bytes: model.weight_bytes,
         load_s,
         bandwidth,
         peak_flops,
@@ -195,73 +194,49 @@ struct Tests<'a> {
     model: &'a Model,
     runs: usize,
     /// Runs so far: no prompt comes twice, so that none is found in the cache.
-    turn: std::cell::Cell<usize>,
+    turn: usize,
 }
 
 impl Tests<'_> {
-    fn prompts(&self, batch: usize, length: usize) -> Vec<Vec<u32>> {
-        let turn = self.turn.replace(self.turn.get() + 1);
-        let ids = self.model.config.vocab as u64;
-        let id = |b: usize, i: usize| (i * 7919 + b * 104_729 + turn * 15_485_863 + 13) as u64 % ids;
-        (0..batch).map(|b| (0..length).map(|i| id(b, i) as u32).collect()).collect()
+    /// Seconds to generate so many tokens behind each of `batch` prompts of `prompt` tokens, run by run.
+    fn generate(&mut self, batch: usize, tokens: usize, prompt: usize) -> Result<Vec<f64>> {
+        let max_tokens = Some(tokens);
+        self.run(
+            batch,
+            prompt,
+            &Parameters { max_tokens, temperature: 0.0, ignore_end: true, ..Parameters::default() },
+        )
     }
 
-    fn run(&self, requests: impl Fn() -> Vec<Request>) -> Result<Vec<f64>> {
+    /// Seconds to score texts of so many tokens, run by run.
+    fn score(&mut self, tokens: usize) -> Result<Vec<f64>> {
+        let (max_tokens, echo, log_probs) = (Some(0), Some(0), Some(0));
+        self.run(SCORED, tokens, &Parameters { max_tokens, echo, log_probs, ..Parameters::default() })
+    }
+
+    fn run(&mut self, batch: usize, prompt: usize, parameters: &Parameters) -> Result<Vec<f64>> {
+        let ids = self.model.config.vocab as u64;
         let mut seconds = Vec::new();
-        for turn in 0..=self.runs {
-            let requests = requests();
+        for run in 0..=self.runs {
+            self.turn += 1;
+            let id = |b: usize, i: usize| (i * 7919 + b * 104_729 + self.turn * 15_485_863 + 13) as u64 % ids;
+            let request = |b| Request {
+                prompt: (0..prompt).map(|i| id(b, i) as u32).collect(),
+                parameters: parameters.clone(),
+            };
+            let requests: Vec<Request> = (0..batch).map(request).collect();
             let start = Instant::now();
             let under_way: Vec<_> =
                 requests.into_iter().map(|r| self.model.engine.submit(r)).collect::<Result<_, _>>()?;
             for events in under_way {
                 events.complete()?;
             }
-            if turn > 0 {
+            if run > 0 {
                 seconds.push(start.elapsed().as_secs_f64());
             }
         }
         Ok(seconds)
     }
-
-    fn generate(&self, batch: usize, tokens: usize, prompt: usize) -> Result<Vec<f64>> {
-        let parameters = Parameters {
-            max_tokens: Some(tokens),
-            temperature: 0.0,
-            ignore_end: true,
-            ..Parameters::default()
-        };
-        self.run(|| {
-            let prompts = self.prompts(batch, prompt);
-            prompts.into_iter().map(|prompt| Request { prompt, parameters: parameters.clone() }).collect()
-        })
-    }
-
-    fn score(&self, tokens: usize) -> Result<Vec<f64>> {
-        let parameters =
-            Parameters { max_tokens: Some(0), echo: Some(0), log_probs: Some(0), ..Parameters::default() };
-        self.run(|| {
-            let prompts = self.prompts(SCORED, tokens);
-            prompts.into_iter().map(|prompt| Request { prompt, parameters: parameters.clone() }).collect()
-        })
-    }
-}
-
-/// Bytes of all matrices that a token is multiplied with: those of the layers, the projections and the LM head.
-fn weight_bytes(config: &Config, format: WeightFormat) -> u64 {
-    let elements: usize = config
-        .parameters()
-        .iter()
-        .filter(|p| p.is_matrix() && !p.names[0].contains("embed_positions"))
-        .map(|p| p.elements())
-        .sum();
-    // Groups have a scale of two bytes, and with 4 bits a minimum of two.
-    let per_group = match format {
-        WeightFormat::F32 => 4 * GROUP,
-        WeightFormat::Bf16 => 2 * GROUP,
-        WeightFormat::Int8 => GROUP + 2,
-        WeightFormat::Int4 => GROUP / 2 + 4,
-    };
-    (elements * per_group / GROUP) as u64
 }
 
 impl fmt::Display for Report {

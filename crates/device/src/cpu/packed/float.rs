@@ -4,6 +4,7 @@ use half::bf16;
 
 use super::{Finish, ReadRows, Rows, read_panels};
 use crate::cpu::buffer::Shards;
+use crate::cpu::elementwise::convert;
 use crate::cpu::gemm::{self, Block, Dot, Fma, Mac, Operand, Tile, tile};
 use crate::cpu::pack::{Matrix, pack, pack_panels};
 use crate::cpu::simd::{Isa, Portable, Simd, dispatch, with_avx512};
@@ -108,10 +109,6 @@ impl Operand for Panels<u32> {
 }
 
 impl Operand for Panels<bf16> {
-    fn scratch(&self, words: usize) -> usize {
-        words
-    }
-
     /// Widens: once for all rows of the product.
     fn prepare(&self, device: &CpuDevice, cols: Range, ks: Range, t: Tile, scratch: &mut [u32]) {
         let (size, stride) = (ks.len() * t.nr, self.k * t.nr);
@@ -121,30 +118,12 @@ impl Operand for Panels<bf16> {
             // SAFETY: each task writes its own panel.
             let out = unsafe { shards.range(p * size..(p + 1) * size) };
             let x = &self.data[(cols.start / t.nr + p) * stride + ks.start * t.nr..][..size];
-            dispatch!(device.isa, s => widen(s, x, bytemuck::cast_slice_mut(out)));
+            dispatch!(device.isa, s => convert(s, x, bytemuck::cast_slice_mut::<u32, f32>(out)));
         });
-    }
-
-    fn panels<'a>(
-        &'a self,
-        scratch: &'a [u32],
-        _: usize,
-        _: usize,
-        units: usize,
-        t: Tile,
-    ) -> gemm::Panels<'a, u32> {
-        gemm::Panels { data: scratch, stride: units * t.nr, start: 0 }
     }
 }
 
 type Range = std::ops::Range<usize>;
-
-#[inline(always)]
-fn widen<S: Simd>(s: S, x: &[bf16], out: &mut [f32]) {
-    for (x, out) in x.chunks_exact(S::LANES).zip(out.chunks_exact_mut(S::LANES)) {
-        s.store(out, s.load_bf16(x));
-    }
-}
 
 /// `x[m, k] * w^T`.
 pub(super) fn multiply<W: Element>(
@@ -197,7 +176,7 @@ fn multiply_rows<E: Element, W: Element>(
         a: packed,
         b: gemm::Panels { data: &w.data[..], stride: units * nr, start: 0 },
     };
-    block.each_task(device, usize::MAX, |a, b| match device.isa {
+    gemm::each_task(device, block.panels(), usize::MAX, |a, b| match device.isa {
         // SAFETY: the processor has AVX-512 BF16.
         Isa::Avx512Bf16 if per_unit == 2 => unsafe {
             with_avx512(

@@ -14,7 +14,7 @@ use half::bf16;
 
 use super::{Finish, ReadRows, Rows, read_panels};
 use crate::cpu::buffer::Shards;
-use crate::cpu::gemm::Epilogue;
+use crate::cpu::gemm::{Epilogue, each_task};
 use crate::cpu::simd::{Isa, Simd, dispatch, prefetch_l2, with_avx512};
 use crate::cpu::{CpuBuf, CpuDevice, Scratch};
 use crate::quantise::{self, Codes, GROUP, Group};
@@ -265,15 +265,8 @@ fn multiply_rows<E: Element>(device: &CpuDevice, m: usize, k: usize, x: &[E], w:
             round(p, unsafe { shards.range(p * stride..(p + 1) * stride) });
         });
     }
-    let group = (NEAR / (4 * stride)).clamp(1, a_panels);
-    let groups = a_panels.div_ceil(group);
-    let group = a_panels.div_ceil(groups);
-    let span = (b_panels * groups / (16 * device.threads())).clamp(1, 4);
-    let spans = b_panels.div_ceil(span);
     let product = Product { m, mr, w, a: packed, finish };
-    device.pool.for_each(groups * spans, |at, _| {
-        let a = at / spans * group..((at / spans + 1) * group).min(a_panels);
-        let b = at % spans * span..((at % spans + 1) * span).min(b_panels);
+    each_task(device, (a_panels, b_panels), NEAR / (4 * stride), |a, b| {
         if device.isa >= Isa::Avx512 {
             // SAFETY: the processor has AVX-512 with VNNI.
             unsafe {

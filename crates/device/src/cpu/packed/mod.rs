@@ -11,6 +11,7 @@ mod groups;
 use half::bf16;
 
 use super::buffer::Shards;
+use super::embed::add;
 use super::gemm::Epilogue;
 use super::simd::{Simd, dispatch};
 use super::{CpuBuf, CpuDevice};
@@ -199,13 +200,6 @@ pub(super) fn embed(
             dispatch!(device.isa, s => add(s, other, out));
         }
     });
-}
-
-#[inline(always)]
-fn add<S: Simd>(s: S, x: &[f32], sum: &mut [f32]) {
-    for (x, sum) in x.chunks(S::LANES).zip(sum.chunks_mut(S::LANES)) {
-        s.store_up_to(sum, s.add(s.load_up_to(sum), s.load_up_to(x)));
-    }
 }
 
 /// Reads the matrix a few panels at a time, and hands each panel's rows `[at most nr, k]` to `pack` with the panel's own
