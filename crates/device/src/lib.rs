@@ -368,7 +368,7 @@ pub trait Device: Send + Sync + Sized + 'static {
         dropout: Option<Dropout>,
         dy: &mut Self::Buf<E>,
     );
-    /// Casts `src` to `dst`'s type.
+    /// Casts `src` to `dst`'s type; both are compute types.
     fn cast<S: Element, T: Element>(&self, src: &Self::Buf<S>, dst: &mut Self::Buf<T>);
 
     /// Causal attention with an online softmax; no T x T matrix is stored. `qkv` [B*T, 3*H*D], `out` [B*T, H*D],

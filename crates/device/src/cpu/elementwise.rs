@@ -5,7 +5,7 @@ use super::buffer::Shards;
 use super::random::mask_row;
 use super::simd::{Simd, dispatch};
 use crate::rng::BLOCK;
-use crate::{DType, Dropout, Element};
+use crate::{Dropout, Element};
 
 /// Elements that a thread takes at once: far more work than taking them costs, and few enough to share out evenly.
 const CHUNK: usize = 1 << 15;
@@ -25,12 +25,10 @@ pub(super) fn cast<S: Element, T: Element>(device: &CpuDevice, src: &[S], dst: &
         let src = &src[range.clone()];
         // SAFETY: chunks are disjoint.
         let dst = unsafe { dst.range(range) };
-        match (S::DTYPE, T::DTYPE) {
-            (a, b) if a == b => dst.copy_from_slice(bytemuck::cast_slice(src)),
-            (DType::F32 | DType::Bf16, DType::F32 | DType::Bf16) => {
-                dispatch!(device.isa, s => convert(s, src, dst));
-            }
-            _ => dst.iter_mut().zip(src).for_each(|(d, s)| *d = T::from_f32(s.to_f32())),
+        if S::DTYPE == T::DTYPE {
+            dst.copy_from_slice(bytemuck::cast_slice(src));
+        } else {
+            dispatch!(device.isa, s => convert(s, src, dst));
         }
     });
 }

@@ -13,6 +13,7 @@ mod layer_norm;
 mod linear;
 mod lm_loss;
 mod log_sum_exp;
+mod once;
 mod optimizer;
 mod pack;
 mod packed;
@@ -25,6 +26,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use buffer::CpuBuf;
 pub use isa::Isa;
+use once::once;
 pub use packed::Packed;
 use pool::Pool;
 
@@ -175,7 +177,9 @@ impl Device for CpuDevice {
         second: Option<(&CpuBuf<u32>, &CpuBuf<E>)>,
         out: &mut CpuBuf<O>,
     ) {
-        embed::forward(self, width, ids, table, second.map(|(ids, table)| (&ids[..], &table[..])), out);
+        let second = second.map(|(ids, table)| (&ids[..], &table[..]));
+        once!(self, embed::forward<E, O>, width: usize, ids: &[u32], table: &[E], second: Option<(&[u32], &[E])>,
+            out: &mut [O]);
     }
 
     fn embed_backward<G: Element>(
@@ -185,7 +189,7 @@ impl Device for CpuDevice {
         dout: &CpuBuf<G>,
         dtable: &mut CpuBuf<f32>,
     ) {
-        embed::backward(self, width, ids, dout, dtable);
+        once!(self, embed::backward<G>, width: usize, ids: &[u32], dout: &[G], dtable: &mut [f32]);
     }
 
     fn layer_norm<E: Element>(
@@ -199,7 +203,9 @@ impl Device for CpuDevice {
         mean: &mut CpuBuf<f32>,
         rstd: &mut CpuBuf<f32>,
     ) {
-        layer_norm::forward(self, width, x, gamma, beta, y, y_f32.map(|y| &mut y[..]), mean, rstd);
+        let y_f32 = y_f32.map(|y| &mut y[..]);
+        once!(self, layer_norm::forward<E>, width: usize, x: &[f32], gamma: &[f32], beta: &[f32], y: &mut [E],
+            y_f32: Option<&mut [f32]>, mean: &mut [f32], rstd: &mut [f32]);
     }
 
     fn layer_norm_backward<G: Element>(
@@ -216,7 +222,9 @@ impl Device for CpuDevice {
         dbeta: &mut CpuBuf<f32>,
         grad_store: Store,
     ) {
-        layer_norm::backward(self, width, dy, x, mean, rstd, gamma, dx, dx_store, dgamma, dbeta, grad_store);
+        once!(self, layer_norm::backward<G>, width: usize, dy: &[G], x: &[f32], mean: &[f32], rstd: &[f32],
+            gamma: &[f32], dx: &mut [f32], dx_store: Store, dgamma: &mut [f32], dbeta: &mut [f32],
+            grad_store: Store);
     }
 
     fn linear<E: Element, O: Element>(
@@ -228,7 +236,9 @@ impl Device for CpuDevice {
         act: Activation,
         y: &mut CpuBuf<O>,
     ) {
-        linear::forward(self, s, x, w, bias.map(|b| &b[..]), act, y);
+        let bias = bias.map(|b| &b[..]);
+        once!(self, linear::forward<E, O>, s: LinearShape, x: &[E], w: &[E], bias: Option<&[f32]>, act: Activation,
+            y: &mut [O]);
     }
 
     fn linear_residual<E: Element>(
@@ -241,7 +251,9 @@ impl Device for CpuDevice {
         residual: &CpuBuf<f32>,
         out: &mut CpuBuf<f32>,
     ) {
-        linear::forward_residual(self, s, x, w, bias.map(|b| &b[..]), dropout, residual, out);
+        let bias = bias.map(|b| &b[..]);
+        once!(self, linear::forward_residual<E>, s: LinearShape, x: &[E], w: &[E], bias: Option<&[f32]>,
+            dropout: Option<Dropout>, residual: &[f32], out: &mut [f32]);
     }
 
     fn pack_weight(
@@ -313,7 +325,9 @@ impl Device for CpuDevice {
         relu_output: Option<&CpuBuf<E>>,
         dx: &mut CpuBuf<O>,
     ) {
-        linear::backward_input(self, s, dy, w, relu_output.map(|r| &r[..]), dx);
+        let relu_output = relu_output.map(|r| &r[..]);
+        once!(self, linear::backward_input<E, O>, s: LinearShape, dy: &[E], w: &[E], relu_output: Option<&[E]>,
+            dx: &mut [O]);
     }
 
     fn linear_backward_weight<E: Element>(
@@ -325,7 +339,9 @@ impl Device for CpuDevice {
         dbias: Option<&mut CpuBuf<f32>>,
         store: Store,
     ) {
-        linear::backward_weight(self, s, dy, x, dw, dbias.map(|d| &mut d[..]), store);
+        let dbias = dbias.map(|d| &mut d[..]);
+        once!(self, linear::backward_weight<E>, s: LinearShape, dy: &[E], x: &[E], dw: &mut [f32],
+            dbias: Option<&mut [f32]>, store: Store);
     }
 
     fn residual_backward<E: Element>(
@@ -335,11 +351,12 @@ impl Device for CpuDevice {
         dropout: Option<Dropout>,
         dy: &mut CpuBuf<E>,
     ) {
-        elementwise::residual_backward(self, width, dres, dropout, dy);
+        once!(self, elementwise::residual_backward<E>, width: usize, dres: &[f32], dropout: Option<Dropout>,
+            dy: &mut [E]);
     }
 
     fn cast<S: Element, T: Element>(&self, src: &CpuBuf<S>, dst: &mut CpuBuf<T>) {
-        elementwise::cast(self, src, dst);
+        once!(self, elementwise::cast<S, T>, src: &[S], dst: &mut [T]);
     }
 
     fn attention<E: Element>(
@@ -351,7 +368,9 @@ impl Device for CpuDevice {
         out: &mut CpuBuf<E>,
         lse: &mut CpuBuf<f32>,
     ) {
-        attention::forward(self, s, qkv, doc_start.map(|d| &d[..]), dropout, out, lse);
+        let doc_start = doc_start.map(|d| &d[..]);
+        once!(self, attention::forward<E>, s: AttentionShape, qkv: &[E], doc_start: Option<&[u32]>,
+            dropout: Option<Dropout>, out: &mut [E], lse: &mut [f32]);
     }
 
     fn attention_backward<E: Element>(
@@ -365,7 +384,9 @@ impl Device for CpuDevice {
         dout: &CpuBuf<E>,
         dqkv: &mut CpuBuf<E>,
     ) {
-        attention::backward(self, s, qkv, doc_start.map(|d| &d[..]), dropout, out, lse, dout, dqkv);
+        let doc_start = doc_start.map(|d| &d[..]);
+        once!(self, attention::backward<E>, s: AttentionShape, qkv: &[E], doc_start: Option<&[u32]>,
+            dropout: Option<Dropout>, out: &[E], lse: &[f32], dout: &[E], dqkv: &mut [E]);
     }
 
     fn attention_paged<E: Element>(
@@ -378,7 +399,8 @@ impl Device for CpuDevice {
         v_pages: &mut CpuBuf<E>,
         out: &mut CpuBuf<E>,
     ) {
-        attention::paged(self, heads, width, segments, qkv, k_pages, v_pages, out);
+        once!(self, attention::paged<E>, heads: usize, width: usize, segments: &[Segment<'_>], qkv: &[E],
+            k_pages: &mut [E], v_pages: &mut [E], out: &mut [E]);
     }
 
     fn copy_blocks<T: Element>(&self, size: usize, pairs: &[(u32, u32)], x: &mut CpuBuf<T>) {
@@ -404,7 +426,7 @@ impl Device for CpuDevice {
         targets: &CpuBuf<u32>,
         losses: &mut CpuBuf<f32>,
     ) {
-        lm_loss::forward(self, s, h, w, targets, losses);
+        once!(self, lm_loss::forward<E>, s: LossShape, h: &[E], w: &[E], targets: &[u32], losses: &mut [f32]);
     }
 
     fn lm_loss_backward<E: Element>(
@@ -419,7 +441,8 @@ impl Device for CpuDevice {
         dw: &mut CpuBuf<f32>,
         store: Store,
     ) {
-        lm_loss::backward(self, s, h, w, targets, scale, losses, dh, dw, store);
+        once!(self, lm_loss::backward<E>, s: LossShape, h: &[E], w: &[E], targets: &[u32], scale: f32,
+            losses: &mut [f32], dh: &mut [E], dw: &mut [f32], store: Store);
     }
 
     fn sum_of_squares(&self, x: &CpuBuf<f32>) -> f64 {
@@ -434,7 +457,8 @@ impl Device for CpuDevice {
         m: &mut CpuBuf<f32>,
         v: &mut CpuBuf<f32>,
     ) {
-        optimizer::adamw(self, hyper, param, grad, m, v);
+        once!(self, optimizer::adamw<E>, hyper: AdamW, param: Param<'_, CpuDevice, E>, grad: &[f32], m: &mut [f32],
+            v: &mut [f32]);
     }
 
     fn sgd<E: Element>(
@@ -444,15 +468,18 @@ impl Device for CpuDevice {
         grad: &CpuBuf<f32>,
         momentum: Option<&mut CpuBuf<f32>>,
     ) {
-        optimizer::sgd(self, hyper, param, grad, momentum.map(|m| &mut m[..]));
+        let momentum = momentum.map(|m| &mut m[..]);
+        once!(self, optimizer::sgd<E>, hyper: Sgd, param: Param<'_, CpuDevice, E>, grad: &[f32],
+            momentum: Option<&mut [f32]>);
     }
 
     fn set_master<E: Element>(&self, param: Param<'_, Self, E>, values: &[f32]) {
-        optimizer::set_master(self, param, values);
+        once!(self, optimizer::set_master<E>, param: Param<'_, CpuDevice, E>, values: &[f32]);
     }
 
     fn get_master<E: Element>(&self, w: &CpuBuf<E>, low: Option<&CpuBuf<i16>>, values: &mut [f32]) {
-        optimizer::get_master(self, w, low.map(|l| &l[..]), values);
+        let low = low.map(|l| &l[..]);
+        once!(self, optimizer::get_master<E>, w: &[E], low: Option<&[i16]>, values: &mut [f32]);
     }
 
     fn workspace_bytes<E: Element>(
@@ -476,7 +503,7 @@ impl Device for CpuDevice {
     }
 
     fn measured_peak<E: Element>(&self) -> f64 {
-        peak::measure::<E>(self)
+        peak::measure(self, E::DTYPE)
     }
 }
 

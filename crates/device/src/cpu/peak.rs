@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::buffer::Shards;
 use super::simd::{Isa, Simd, dispatch};
 use super::{CpuBuf, CpuDevice, elementwise};
-use crate::{DType, Element};
+use crate::DType;
 
 /// Sums that do not wait for each other: the instruction's latency times the number started in a cycle, with some to
 /// spare (4 x 2 on today's processors), and few enough for AVX2's 16 registers.
@@ -19,8 +19,8 @@ const WINDOW: Duration = Duration::from_millis(150);
 
 /// Sum of each thread's best trial, all threads being busy. Others on the same machine can only make a trial slower,
 /// so this is what the processor gives, not what they leave.
-pub(super) fn measure<E: Element>(device: &CpuDevice) -> f64 {
-    let with_bf16 = E::DTYPE == DType::Bf16 && device.isa == Isa::Avx512Bf16;
+pub(super) fn measure(device: &CpuDevice, dtype: DType) -> f64 {
+    let with_bf16 = dtype == DType::Bf16 && device.isa == Isa::Avx512Bf16;
     let trial = || {
         let start = Instant::now();
         if with_bf16 {

@@ -41,7 +41,6 @@ fn casts_round_to_nearest_even() {
         check_cast::<bf16, f32>(&halves);
         check_cast::<f32, f32>(&x);
         check_cast::<bf16, bf16>(&halves);
-        check_cast::<u32, f32>(&whole(1, len, 1 << 24));
     }
     // Ties, and ends of the range.
     let step = 1.0 / 128.0;
@@ -51,13 +50,14 @@ fn casts_round_to_nearest_even() {
 
 #[test]
 fn a_cast_of_equal_types_keeps_every_bit() {
-    let ids = [u32::MAX, 0, (1 << 24) + 1];
+    // A quiet NaN with a payload, minus zero, the smallest subnormal.
+    let bits = [0x7fc1_2345, 1 << 31, 1];
     on_every_device(|device| {
-        let mut copy = put(device, &[0u32; 3]);
-        device.cast(&put(device, &ids), &mut copy);
-        let mut got = [0; 3];
+        let mut copy = put(device, &[0.0f32; 3]);
+        device.cast(&put(device, &bits.map(f32::from_bits)), &mut copy);
+        let mut got = [0.0; 3];
         device.download(&copy, 0, &mut got);
-        assert_eq!(got, ids);
+        assert_eq!(got.map(f32::to_bits), bits);
         Vec::new()
     });
 }
