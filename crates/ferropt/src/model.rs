@@ -46,6 +46,7 @@ impl ModelArgs {
             sequences,
             longest,
             cache: weight_cache(self.no_cache)?,
+            ..Opening::default()
         };
         let model = Model::open(&self.model, &opening)?;
         for damage in &model.damaged {

@@ -37,6 +37,9 @@ pub struct Opening {
     /// Tokens of the longest text, what is generated included, for which the cache has room; as many as the model has
     /// positions when absent.
     pub longest: Option<usize>,
+    /// Whether what was computed for the beginning of a text is kept for others that begin alike. Without it only the texts
+    /// under way take memory.
+    pub reuse: bool,
     /// Where weights are kept when they are ready, so that the model opens in a moment the next time.
     pub cache: Option<WeightCache>,
 }
@@ -52,6 +55,7 @@ impl Default for Opening {
             threads: None,
             sequences: 1,
             longest: None,
+            reuse: true,
             cache: None,
         }
     }
@@ -187,7 +191,9 @@ fn start(
 ) -> Result<Model> {
     let (config, weight_bytes) = (decoder.config().clone(), decoder.bytes(&device) as u64);
     let longest = opening.longest.unwrap_or(config.positions).clamp(1, config.positions);
-    let (tokenizer, options) = (Arc::new(tokenizer), Options::new(opening.sequences.max(1), longest));
+    let mut options = Options::new(opening.sequences.max(1), longest);
+    options.limits.reuse = opening.reuse;
+    let tokenizer = Arc::new(tokenizer);
     let engine = match weights {
         WeightFormat::F32 => Handle::start::<CpuDevice, f32>(device, decoder, tokenizer, options),
         _ => Handle::start::<CpuDevice, bf16>(device, decoder, tokenizer, options),

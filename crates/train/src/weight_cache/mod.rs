@@ -7,6 +7,8 @@
 
 mod file;
 mod key;
+#[cfg(test)]
+mod tests;
 
 use crate::checkpoint::human_bytes;
 use anyhow::{Context, Error, Result, bail, ensure};

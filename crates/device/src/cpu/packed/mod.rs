@@ -18,7 +18,7 @@ use super::buffer::Shards;
 use super::embed::add;
 use super::gemm::Epilogue;
 use super::simd::{Simd, dispatch};
-use super::{CpuBuf, CpuDevice};
+use super::{CpuBuf, CpuDevice, Scratch};
 use crate::quantise::Codes;
 use crate::{Activation, DType, Element, Mapped, ReadRows, WeightFormat, WritePiece};
 use groups::Bits;
@@ -106,8 +106,9 @@ pub(super) fn pack_to(
     let layout = Layout::new(device, format);
     let (nr, words) = layout.panel(device, k);
     let own = nr * k + words;
-    let mut memory = CpuBuf::<u32>::zeroed(device.threads() * own)?;
-    let memory = Shards::new(&mut memory);
+    let mut workspace = device.workspace();
+    let [memory] = workspace.take([(Scratch::PackedB, device.threads() * own)]);
+    let memory = Shards::new(memory);
     let failure = Mutex::new(None);
     let failed = || failure.lock().unwrap_or_else(PoisonError::into_inner);
     device.pool.for_each(n.div_ceil(nr), |panel, thread| {
