@@ -5,7 +5,7 @@ use crate::config::Precision;
 use crate::models::{self, Named, Whole};
 use crate::trainer::open_device;
 use crate::weight_cache::{Outcome, WeightCache};
-use anyhow::{Context, Error, Result};
+use anyhow::{Context, Error, Result, ensure};
 use ferropt_data::Tokenizer;
 use ferropt_device::cpu::CpuDevice;
 use ferropt_device::{WeightFormat, bf16};
@@ -16,6 +16,7 @@ use serde::Deserialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Instant;
 
 /// How a model is opened.
@@ -105,14 +106,20 @@ impl Model {
         let whole = Whole::ChecksumsOnce(&known);
         let named = models::open(path, opening.checkpoint, opening.preset.as_deref(), whole)?;
         let source = &named.source;
-        let tokenizer = || match &opening.tokenizer {
-            Some(path) => Tokenizer::load(path),
-            None => Tokenizer::load(source.folder()).with_context(|| {
-                format!(
-                    "there is no tokenizer beside the weights in {}; name one with --tokenizer",
-                    source.folder().display()
-                )
-            }),
+        // Beside the weights, which are not read to their end if there is no tokenizer.
+        let refused = AtomicBool::new(false);
+        let tokenizer = || {
+            let loaded = match &opening.tokenizer {
+                Some(path) => Tokenizer::load(path),
+                None => Tokenizer::load(source.folder()).with_context(|| {
+                    format!(
+                        "there is no tokenizer beside the weights in {}; name one with --tokenizer",
+                        source.folder().display()
+                    )
+                }),
+            };
+            refused.store(loaded.is_err(), Relaxed);
+            loaded
         };
         let load = || -> Result<Model> {
             let format = match opening.weights {
@@ -121,6 +128,7 @@ impl Model {
             };
             let (config, table) = (source.config(), source.config().parameters());
             let read = |index: usize, rows: Range<usize>, out: &mut [f32]| {
+                ensure!(!refused.load(Relaxed), "there is no tokenizer");
                 source.read_rows(&table[index], rows.start, out)
             };
             let device = open_device(opening.threads)?;

@@ -24,7 +24,7 @@ use std::time::SystemTime;
 /// How the names end.
 pub(super) const ENDING: &str = ".weights";
 /// Begins every file; the last byte is the version of the header.
-const MAGIC: &[u8; 8] = b"ferroptw";
+const MAGIC: &[u8; 8] = b"ferropt\x01";
 /// Bytes before the key.
 const FIXED: usize = 24;
 const PAGE: usize = 4096;
@@ -114,9 +114,9 @@ pub(super) fn write(
     fill: impl FnOnce(&WritePiece<'_>) -> Result<()>,
 ) -> Result<Mapped> {
     let place = temporary(path);
-    let write = || -> Result<Mapped> {
-        let options = || File::options().read(true).write(true).create_new(true).mode(0o600).open(&place);
-        let file = options().with_context(|| format!("cannot create {}", place.display()))?;
+    let make = || -> Result<Mapped> {
+        let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&place);
+        let file = file.with_context(|| format!("cannot create {}", place.display()))?;
         let start = header_size(key.len());
         reserve(&file, size(key, body))?;
         fill(&|at, bytes| Ok(file.write_all_at(bytes, (start + at) as u64)?))?;
@@ -126,12 +126,12 @@ pub(super) fn write(
         sync_folder(path.parent().unwrap_or(Path::new(".")))?;
         Mapped::open(&file)?.part(start..start + body).context("the file was cut short while it was written")
     };
-    let written = write();
-    if written.is_err() {
+    let made = make();
+    if made.is_err() {
         // What cannot be removed now is removed when it is found abandoned.
         let _ = fs::remove_file(&place);
     }
-    written
+    made
 }
 
 /// Has the file system set bytes aside, so that a disk that is too full says so at once.
