@@ -186,7 +186,7 @@ fn packed(b: &Bench) -> anyhow::Result<()> {
         }
         let stream = Stream::new(1, Purpose::Init, 5, 0);
         let pack = || {
-            b.device.pack_weight(format, n, k, &mut |range, out| {
+            b.device.pack_weight(format, n, k, &|range, out| {
                 for (row, out) in range.zip(out.chunks_exact_mut(k)) {
                     out.iter_mut().enumerate().for_each(|(i, w)| *w = stream.uniform(row as u64, i) - 0.5);
                 }

@@ -16,12 +16,14 @@
 
 pub mod cpu;
 mod element;
+mod mapped;
 pub mod quantise;
 pub mod rng;
 mod timed;
 
 pub use element::{DType, Element};
 pub use half::bf16;
+pub use mapped::Mapped;
 use rng::Stream;
 pub use timed::Timed;
 
@@ -112,6 +114,12 @@ impl WeightFormat {
         }
     }
 }
+
+/// Fills its slice with the rows of a range, as f32. May be called from several threads at once.
+pub type ReadRows<'a> = dyn Fn(std::ops::Range<usize>, &mut [f32]) -> anyhow::Result<()> + Sync + 'a;
+
+/// Takes a piece of what is written, with its place in bytes. May be called from several threads at once.
+pub type WritePiece<'a> = dyn Fn(usize, &[u8]) -> anyhow::Result<()> + Sync + 'a;
 
 /// Shape of causal self-attention over packed `[B*T, 3*H*D]` rows that hold q, k and v in that order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -290,14 +298,14 @@ pub trait Device: Send + Sync + Sized + 'static {
         residual: &Self::Buf<f32>,
         out: &mut Self::Buf<f32>,
     );
-    /// Lays out a weight matrix `[n, k]` for reading. `rows` fills its slice with the rows of a range, as f32; it is
-    /// called with ranges in order that cover all rows once. Fails when it does, or memory is short.
+    /// Lays out a weight matrix `[n, k]` for reading. `rows` is asked for every row once, in no order. Fails when it does,
+    /// or memory is short.
     fn pack_weight(
         &self,
         format: WeightFormat,
         n: usize,
         k: usize,
-        rows: &mut dyn FnMut(std::ops::Range<usize>, &mut [f32]) -> anyhow::Result<()>,
+        rows: &ReadRows<'_>,
     ) -> anyhow::Result<Self::Packed>;
     /// The same for a matrix whose numbers were rounded before. `rows` fills codes and groups of a range of rows. Fails
     /// when the format has no codes, or a code is too large for it.
@@ -307,6 +315,30 @@ pub trait Device: Send + Sync + Sized + 'static {
         n: usize,
         k: usize,
         rows: &mut dyn FnMut(std::ops::Range<usize>, quantise::Codes<'_>) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self::Packed>;
+    /// What decides how weights are laid out, beside their format and sizes. Where it is the same, what
+    /// [`Device::pack_weight_to`] wrote may be used again.
+    fn packed_layout(&self) -> String;
+    /// Bytes of a matrix `[n, k]` as it is laid out.
+    fn packed_size(&self, format: WeightFormat, n: usize, k: usize) -> usize;
+    /// [`Device::pack_weight`] to somewhere else than memory: `write` takes pieces that cover all
+    /// [`Device::packed_size`] bytes once, in no order. Fails when `rows` or `write` does.
+    fn pack_weight_to(
+        &self,
+        format: WeightFormat,
+        n: usize,
+        k: usize,
+        rows: &ReadRows<'_>,
+        write: &WritePiece<'_>,
+    ) -> anyhow::Result<()>;
+    /// The matrix that [`Device::pack_weight_to`] wrote, where it lies. Fails when the bytes are not as many, or do not
+    /// begin at a multiple of 64.
+    fn packed_from(
+        &self,
+        format: WeightFormat,
+        n: usize,
+        k: usize,
+        bytes: Mapped,
     ) -> anyhow::Result<Self::Packed>;
     /// Bytes that a packed matrix takes, all of which a product reads.
     fn packed_bytes(&self, w: &Self::Packed) -> usize;

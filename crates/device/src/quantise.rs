@@ -45,6 +45,14 @@ pub fn round_group(format: WeightFormat, w: &[f32], codes: &mut [u8; GROUP]) -> 
 
 /// A group's scale and minimum.
 pub fn choose_group(format: WeightFormat, w: &[f32]) -> Group {
+    let [group] = choose::<1>(format, bytemuck::cast_slice(w));
+    group
+}
+
+/// Scales and minima of `N` groups that lie beside each other: element j of group l is `w[j][l]`. Loops over l are
+/// innermost, for the compiler to turn into vectors; each group's numbers are added in their order all the same.
+#[inline(always)]
+pub(crate) fn choose<const N: usize>(format: WeightFormat, w: &[[f32; N]]) -> [Group; N] {
     if format == WeightFormat::Int4 { four_bits(w) } else { eight_bits(w) }
 }
 
@@ -63,40 +71,87 @@ fn not_below(x: f32) -> bf16 {
 }
 
 /// Eight bits, symmetric: codes are `128 + round(w / scale)`.
-fn eight_bits(w: &[f32]) -> Group {
-    let most = w.iter().fold(0.0f32, |most, w| most.max(w.abs()));
-    let scale = not_below(most / 127.0);
-    Group { scale, min: bf16::from_f32(-128.0 * scale.to_f32()) }
+#[inline(always)]
+fn eight_bits<const N: usize>(w: &[[f32; N]]) -> [Group; N] {
+    let mut most = [0.0f32; N];
+    for w in w {
+        for l in 0..N {
+            most[l] = most[l].max(w[l].abs());
+        }
+    }
+    most.map(|most| {
+        let scale = not_below(most / 127.0);
+        Group { scale, min: bf16::from_f32(-128.0 * scale.to_f32()) }
+    })
 }
 
 /// Four bits between the group's smallest and largest number; among ranges that are a little narrower, which round most
 /// numbers more finely and cut a few, the one with the smallest sum of squared errors is taken.
-fn four_bits(w: &[f32]) -> Group {
-    let low = w.iter().copied().fold(0.0f32, f32::min);
-    let high = w.iter().copied().fold(0.0f32, f32::max);
-    let mut best = (f32::INFINITY, Group { scale: bf16::ZERO, min: bf16::ZERO });
-    for shrink in [1.0, 0.95, 0.9, 0.85, 0.8] {
-        let min = bf16::from_f32(low * shrink);
-        let group = Group { scale: bf16::from_f32((high * shrink - min.to_f32()) / 15.0), min };
-        let rounded = |w: f32| group.value(WeightFormat::Int4, group.code(WeightFormat::Int4, w));
-        let error: f32 = w.iter().map(|w| (rounded(*w) - w).powi(2)).sum();
-        if error < best.0 {
-            best = (error, group);
+#[inline(always)]
+fn four_bits<const N: usize>(w: &[[f32; N]]) -> [Group; N] {
+    let (mut low, mut high) = ([0.0f32; N], [0.0f32; N]);
+    for w in w {
+        for l in 0..N {
+            low[l] = low[l].min(w[l]);
+            high[l] = high[l].max(w[l]);
         }
     }
-    best.1
+    let mut least = [f32::INFINITY; N];
+    let mut best = [Group { scale: bf16::ZERO, min: bf16::ZERO }; N];
+    for shrink in [1.0, 0.95, 0.9, 0.85, 0.8] {
+        let (mut scale, mut inverse, mut min) = ([0.0f32; N], [0.0f32; N], [0.0f32; N]);
+        for l in 0..N {
+            min[l] = bf16::from_f32(low[l] * shrink).to_f32();
+            scale[l] = bf16::from_f32((high[l] * shrink - min[l]) / 15.0).to_f32();
+            inverse[l] = inverse_of(scale[l]);
+        }
+        let mut error = [0.0f32; N];
+        for w in w {
+            for l in 0..N {
+                let code = nearest(WeightFormat::Int4, w[l], inverse[l], min[l]);
+                let off = scale[l] * code + min[l] - w[l];
+                error[l] += off * off;
+            }
+        }
+        for l in 0..N {
+            if error[l] < least[l] {
+                least[l] = error[l];
+                best[l] = Group { scale: bf16::from_f32(scale[l]), min: bf16::from_f32(min[l]) };
+            }
+        }
+    }
+    best
+}
+
+/// What a number is multiplied with to get its code.
+#[inline(always)]
+pub(crate) fn inverse_of(scale: f32) -> f32 {
+    if scale > 0.0 { 1.0 / scale } else { 0.0 }
+}
+
+/// Added to a small number it leaves the nearest integer (ties to even) in the lowest bits.
+const MAGIC: f32 = 12_582_912.0;
+
+/// The nearest code of a number, as a whole f32.
+#[inline(always)]
+pub(crate) fn nearest(format: WeightFormat, w: f32, inverse: f32, min: f32) -> f32 {
+    if format == WeightFormat::Int4 {
+        ((w - min) * inverse).clamp(0.0, 15.0) + MAGIC - MAGIC
+    } else {
+        (w * inverse).clamp(-127.0, 127.0) + MAGIC - MAGIC + 128.0
+    }
+}
+
+/// A whole number below 256 as bits.
+#[inline(always)]
+pub(crate) fn bits_of(code: f32) -> u32 {
+    (code + MAGIC).to_bits() & 0xff
 }
 
 impl Group {
     /// The nearest code of a number.
     pub fn code(self, format: WeightFormat, w: f32) -> u8 {
-        let scale = self.scale.to_f32();
-        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-        if format == WeightFormat::Int4 {
-            ((w - self.min.to_f32()) * inverse).round_ties_even().clamp(0.0, 15.0) as u8
-        } else {
-            ((w * inverse).round_ties_even().clamp(-127.0, 127.0) + 128.0) as u8
-        }
+        nearest(format, w, inverse_of(self.scale.to_f32()), self.min.to_f32()) as u8
     }
 
     /// The number that a code stands for.
@@ -113,8 +168,6 @@ impl Group {
 /// Eight bits of activations, symmetric, to the nearest (ties to even). Returns the scale and the sum of the numbers.
 #[inline(always)]
 pub(crate) fn activations<E: Element>(x: &[E], codes: &mut [i8; GROUP]) -> (f32, i32) {
-    /// Added to a small number it leaves the nearest integer in the lowest bits.
-    const MAGIC: f32 = 12_582_912.0;
     let mut wide = [0.0f32; GROUP];
     for (wide, x) in wide.iter_mut().zip(x) {
         *wide = x.to_f32();
@@ -122,7 +175,7 @@ pub(crate) fn activations<E: Element>(x: &[E], codes: &mut [i8; GROUP]) -> (f32,
     // Bits of absolute values are ordered as the values are, and whole numbers have a largest without a branch.
     let most = wide.iter().fold(0u32, |most, x| most.max(x.to_bits() & 0x7fff_ffff));
     let scale = f32::from_bits(most) / 127.0;
-    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    let inverse = inverse_of(scale);
     let mut sum = 0;
     for (x, code) in wide.iter().zip(codes) {
         *code = (x * inverse + MAGIC).to_bits() as i8;
@@ -163,6 +216,72 @@ mod tests {
             for (w, code) in w.iter().zip(codes) {
                 assert!((step * code as f32 - w).abs() <= 0.501 * step, "{w}");
             }
+        }
+    }
+
+    /// The definition of 4 bits, said plainly.
+    fn best_range(w: &[f32]) -> Group {
+        let low = w.iter().copied().fold(0.0f32, f32::min);
+        let high = w.iter().copied().fold(0.0f32, f32::max);
+        let mut best = (f32::INFINITY, Group { scale: bf16::ZERO, min: bf16::ZERO });
+        for shrink in [1.0, 0.95, 0.9, 0.85, 0.8] {
+            let min = bf16::from_f32(low * shrink);
+            let group = Group { scale: bf16::from_f32((high * shrink - min.to_f32()) / 15.0), min };
+            let (scale, min) = (group.scale.to_f32(), group.min.to_f32());
+            let code = |w: f32| ((w - min) * inverse_of(scale)).round_ties_even().clamp(0.0, 15.0);
+            let error: f32 = w.iter().map(|w| (scale * code(*w) + min - w).powi(2)).sum();
+            if error < best.0 {
+                best = (error, group);
+            }
+        }
+        best.1
+    }
+
+    #[test]
+    fn groups_beside_each_other_are_chosen_as_each_alone() {
+        const N: usize = 7;
+        for (trial, scale) in [1e-30, 1e-3, 0.02, 1.0, 3e4, 1e30].into_iter().enumerate() {
+            for len in [1, 5, 63, GROUP] {
+                let stream = Stream::new(3, Purpose::Init, trial, len as u64);
+                let w: Vec<[f32; N]> = (0..len)
+                    .map(|j| {
+                        std::array::from_fn(|l| (stream.normal(l as u64, j) + 0.3 * l as f32 - 1.0) * scale)
+                    })
+                    .collect();
+                for format in [WeightFormat::Int8, WeightFormat::Int4] {
+                    let together = choose(format, &w);
+                    for l in 0..N {
+                        let alone: Vec<f32> = w.iter().map(|w| w[l]).collect();
+                        assert_eq!(together[l], choose_group(format, &alone));
+                        if format == WeightFormat::Int4 {
+                            assert_eq!(together[l], best_range(&alone), "{alone:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn codes_are_the_nearest_with_ties_to_even() {
+        let group = Group { scale: bf16::from_f32(0.5), min: bf16::from_f32(-2.0) };
+        for (w, eight, four) in [
+            (0.0, 128, 4),
+            (0.25, 128, 4),
+            (0.75, 130, 6),
+            (-0.25, 128, 4),
+            (1e9, 255, 15),
+            (-1e9, 1, 0),
+            (0.3, 129, 5),
+        ] {
+            let code = |format| group.code(format, w);
+            assert_eq!((code(WeightFormat::Int8), code(WeightFormat::Int4)), (eight, four), "{w}");
+            let bits = |format| bits_of(nearest(format, w, 2.0, -2.0));
+            assert_eq!(
+                (bits(WeightFormat::Int8), bits(WeightFormat::Int4)),
+                (eight as u32, four as u32),
+                "{w}"
+            );
         }
     }
 

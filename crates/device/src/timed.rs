@@ -84,9 +84,34 @@ macro_rules! timed {
                 format: WeightFormat,
                 n: usize,
                 k: usize,
-                rows: &mut dyn FnMut(std::ops::Range<usize>, &mut [f32]) -> anyhow::Result<()>,
+                rows: &ReadRows<'_>,
             ) -> anyhow::Result<Self::Packed> {
                 self.inner.pack_weight(format, n, k, rows)
+            }
+            fn packed_layout(&self) -> String {
+                self.inner.packed_layout()
+            }
+            fn packed_size(&self, format: WeightFormat, n: usize, k: usize) -> usize {
+                self.inner.packed_size(format, n, k)
+            }
+            fn pack_weight_to(
+                &self,
+                format: WeightFormat,
+                n: usize,
+                k: usize,
+                rows: &ReadRows<'_>,
+                write: &WritePiece<'_>,
+            ) -> anyhow::Result<()> {
+                self.inner.pack_weight_to(format, n, k, rows, write)
+            }
+            fn packed_from(
+                &self,
+                format: WeightFormat,
+                n: usize,
+                k: usize,
+                bytes: Mapped,
+            ) -> anyhow::Result<Self::Packed> {
+                self.inner.packed_from(format, n, k, bytes)
             }
             fn pack_codes(
                 &self,

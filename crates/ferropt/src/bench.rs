@@ -1,6 +1,6 @@
 //! `ferropt bench`: how fast this machine is.
 
-use crate::model::weights;
+use crate::model::{weight_cache, weights};
 use ferropt_device::WeightFormat;
 use ferropt_train::bench::inference::{Inference, WeightsOf, inference};
 use ferropt_train::bench::{Training, training};
@@ -50,6 +50,9 @@ struct InferenceArgs {
     /// Runs to measure, after one to warm up
     #[arg(long, value_name = "N", default_value_t = 3)]
     runs: usize,
+    /// Of a model on the disk: neither use weights that are kept, ready to be used, nor keep them
+    #[arg(long)]
+    no_cache: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -136,6 +139,7 @@ fn infer(args: InferenceArgs) -> anyhow::Result<()> {
         batches: args.batch,
         threads: args.threads,
         runs: args.runs,
+        cache: weight_cache(args.no_cache)?,
     })?;
     print(&report, args.json)
 }

@@ -4,7 +4,7 @@ use anyhow::{bail, ensure};
 use clap::{Subcommand, ValueEnum};
 use ferropt_model::PRESETS;
 use ferropt_model::formats::{self, Difference, Dtype, Options, Source, Target};
-use ferropt_train::checkpoint::human_bytes;
+use ferropt_train::checkpoint::{bytes_of, human_bytes};
 use ferropt_train::models::{self, Named, Whole};
 use ferropt_train::planner::grouped;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -41,6 +41,8 @@ enum Action {
     Convert(Convert),
     /// Read every value and checksum, or compare two models value by value
     Verify(Verify),
+    /// Show or remove weights that are kept, ready to be used, so that models open in a moment
+    Cache(crate::cache::Args),
 }
 
 /// Arguments of `ferropt checkpoint inspect`.
@@ -153,10 +155,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         Action::Inspect(args) => inspect(args),
         Action::Convert(args) => convert(args),
         Action::Verify(args) => verify(args),
+        Action::Cache(args) => crate::cache::run(args),
     })
 }
 
-fn open(path: &PathBuf, which: &Which, whole: Whole) -> anyhow::Result<Named> {
+fn open(path: &PathBuf, which: &Which, whole: Whole<'_>) -> anyhow::Result<Named> {
     let named = models::open(path, which.checkpoint, which.preset.as_deref(), whole)?;
     for damage in &named.damaged {
         let used = named.checkpoint.as_ref().map_or(0, |(_, step)| *step);
@@ -353,33 +356,7 @@ impl Bar {
     }
 }
 
-/// Bytes from "5GB", "500 MiB" or "1000".
+/// A size, as an argument.
 fn size(text: &str) -> Result<u64, String> {
-    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(end);
-    let factor: Option<u64> = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "b" => Some(1),
-        "kb" => Some(1000),
-        "mb" => Some(1_000_000),
-        "gb" => Some(1_000_000_000),
-        "kib" => Some(1 << 10),
-        "mib" => Some(1 << 20),
-        "gib" => Some(1 << 30),
-        _ => None,
-    };
-    let bytes = number.parse::<u64>().ok().zip(factor).and_then(|(n, factor)| n.checked_mul(factor));
-    bytes.filter(|n| *n > 0).ok_or_else(|| "expected a size such as 5GB, 500MiB or 1000000".into())
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn sizes() {
-        assert_eq!(super::size("5GB"), Ok(5_000_000_000));
-        assert_eq!(super::size("2 MiB"), Ok(2 << 20));
-        assert_eq!(super::size("17"), Ok(17));
-        for wrong in ["", "GB", "0", "-1", "5 apples", "99999999999GB"] {
-            assert!(super::size(wrong).is_err(), "{wrong}");
-        }
-    }
+    bytes_of(text).ok_or_else(|| "expected a size such as 5GB, 500MiB or 1000000".into())
 }

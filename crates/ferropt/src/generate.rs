@@ -3,6 +3,7 @@
 use crate::model::{ModelArgs, SamplingArgs, each_line, refused, text_field, tokens_at_most, unescaped};
 use anyhow::{Context, Result, ensure};
 use ferropt_engine::{Completion, Event, Handle, Parameters, Request, Text, Token};
+use ferropt_train::inference::Model;
 use serde_json::{Value, json};
 use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
@@ -52,7 +53,7 @@ pub(crate) struct Args {
     /// With --file: texts that are computed together. They do not depend on it
     #[arg(long, value_name = "N", default_value_t = 16, requires = "file")]
     batch: usize,
-    /// Print a JSON object for each text: prompt, text, tokens, finish_reason, seconds, tokens_per_second
+    /// Print a JSON object for each text: prompt, text, tokens, finish_reason, seconds, tokens_per_second, load_seconds
     #[arg(long)]
     json: bool,
     /// Text to continue; standard input is read when it is absent
@@ -109,7 +110,8 @@ fn run_prompt(args: &Args, parameters: Parameters) -> Result<()> {
     let request = Request { prompt: engine.tokenizer().encode_prompt(&prompt)?, parameters };
     if args.json || args.n > 1 {
         let completion = engine.submit(request).map_err(refused)?.complete()?;
-        return print(engine, &prompt, &completion, started.elapsed(), args.json);
+        let time = started.elapsed();
+        return print(&model, &prompt, &completion, time, args.json);
     }
     stream(engine, &prompt, request, started)
 }
@@ -121,7 +123,8 @@ fn run_file(args: &Args, file: &Path, parameters: &Parameters) -> Result<()> {
         .with_context(|| format!("cannot use {}", file.display()))?;
     let longest = prompts.iter().map(|(_, prompt)| tokens_at_most(prompt)).max().unwrap_or(0);
     let together = args.batch.max(parameters.beams.unwrap_or(1));
-    let engine = &args.model.open(together, Some(longest.saturating_add(args.max_tokens)))?.engine;
+    let model = args.model.open(together, Some(longest.saturating_add(args.max_tokens)))?;
+    let engine = &model.engine;
     let request = |(line, prompt): &(usize, String)| -> Result<Request> {
         let named = || format!("line {line} of {}", file.display());
         let prompt = engine.tokenizer().encode_prompt(prompt).with_context(named)?;
@@ -134,7 +137,7 @@ fn run_file(args: &Args, file: &Path, parameters: &Parameters) -> Result<()> {
     let (mut done, started) = (prompts.iter(), Instant::now());
     engine.complete_all(requests.into_iter().map(Ok), 2 * args.batch, |completion| {
         let Some((_, prompt)) = done.next() else { return Ok(()) };
-        print(engine, prompt, &completion, started.elapsed(), args.json)
+        print(&model, prompt, &completion, started.elapsed(), args.json)
     })
 }
 
@@ -187,11 +190,11 @@ fn stream(engine: &Handle, prompt: &str, request: Request, started: Instant) -> 
 }
 
 /// Prints complete texts.
-fn print(engine: &Handle, prompt: &str, completion: &Completion, time: Duration, json: bool) -> Result<()> {
+fn print(model: &Model, prompt: &str, completion: &Completion, time: Duration, json: bool) -> Result<()> {
     let mut out = std::io::stdout().lock();
     for (number, text) in completion.choices.iter().enumerate() {
         if json {
-            writeln!(out, "{}", object(engine, prompt, completion, number, text, time))?;
+            writeln!(out, "{}", object(model, prompt, completion, number, text, time))?;
         } else {
             let end = if text.text.ends_with('\n') { "" } else { "\n" };
             write!(out, "{prompt}{}{end}", text.text)?;
@@ -201,7 +204,7 @@ fn print(engine: &Handle, prompt: &str, completion: &Completion, time: Duration,
 }
 
 fn object(
-    engine: &Handle,
+    model: &Model,
     prompt: &str,
     completion: &Completion,
     number: usize,
@@ -216,7 +219,9 @@ fn object(
         "finish_reason": text.finish.map(|finish| finish.name()),
         "seconds": time.as_secs_f64(),
         "tokens_per_second": rate(completion.usage.generated, time),
+        "load_seconds": model.load_seconds,
     });
+    let engine = &model.engine;
     let listed =
         |tokens: &[Token]| -> Value { tokens.iter().map(|token| token_object(engine, token)).collect() };
     if text.tokens.iter().chain(&completion.prompt).any(|token| token.log_prob.is_some()) {

@@ -1,6 +1,7 @@
 //! Trains OPT language models and generates from them. One file per subcommand: arguments and printing, no logic.
 
 mod bench;
+mod cache;
 mod chat;
 mod checkpoint;
 mod generate;

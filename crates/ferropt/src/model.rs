@@ -3,7 +3,9 @@
 use anyhow::{Context, Error, Result};
 use ferropt_device::WeightFormat;
 use ferropt_engine::{Parameters, Refusal};
+use ferropt_train::checkpoint::human_bytes;
 use ferropt_train::inference::{Model, Opening};
+use ferropt_train::weight_cache::{Outcome, WeightCache};
 use std::path::PathBuf;
 
 /// Which model, and how it is computed.
@@ -27,6 +29,9 @@ pub(crate) struct ModelArgs {
     /// Threads; all available unless given. Results do not depend on it
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// Neither use weights that are kept on the disk, ready to be used, nor keep them (see `ferropt checkpoint cache`)
+    #[arg(long)]
+    no_cache: bool,
 }
 
 impl ModelArgs {
@@ -40,6 +45,8 @@ impl ModelArgs {
             threads: self.threads,
             sequences,
             longest,
+            cache: weight_cache(self.no_cache)?,
+            ..Opening::default()
         };
         let model = Model::open(&self.model, &opening)?;
         for damage in &model.damaged {
@@ -48,8 +55,24 @@ impl ModelArgs {
                 model.step
             );
         }
+        match &model.kept {
+            Some(Outcome::Failed(error)) => eprintln!("warning: {error:#}"),
+            Some(Outcome::Kept(bytes)) if *bytes >= WORTH_A_WORD => eprintln!(
+                "note: {} of weights that are ready were kept for the next time; `ferropt checkpoint cache` shows them",
+                human_bytes(*bytes)
+            ),
+            _ => {}
+        }
         Ok(model)
     }
+}
+
+/// Bytes on the disk that a user should hear of.
+const WORTH_A_WORD: u64 = 1 << 30;
+
+/// Where weights are kept that are ready, unless the user does not want that.
+pub(crate) fn weight_cache(off: bool) -> Result<Option<WeightCache>> {
+    if off { Ok(None) } else { WeightCache::from_environment() }
 }
 
 /// How tokens are chosen.

@@ -4,7 +4,7 @@ mod lab;
 
 use lab::{Lab, ferropt, text};
 use std::path::{Path, PathBuf};
-use std::process::Output;
+use std::process::{Output, Stdio};
 
 fn checkpoint(args: &[&str]) -> Output {
     ferropt().arg("checkpoint").args(args).output().unwrap()
@@ -105,4 +105,59 @@ fn refusals_say_what_to_do() {
     assert!(!Path::new(&out).exists());
     ok(&["convert", &source, &out, "--to", "hf", "--dtype", "f16"]);
     assert!(ok(&["inspect", &out]).contains("36 of f16"), "{}", ok(&["inspect", &out]));
+}
+
+/// A model that is opened again, also by several processes at once, gives the same text, and the disk is used as told.
+#[test]
+fn weights_that_are_ready_are_kept() {
+    let lab = Lab::new();
+    let (model, cache) = (lab.wide_model().display().to_string(), lab.path("cache"));
+    let command = |args: &[&str]| {
+        let mut command = ferropt();
+        command.env("FERROPT_CACHE", &cache).args(args);
+        command
+    };
+    let generate = ["generate", "--model", &model, "--greedy", "--json", "--max-tokens", "8", "The cat"];
+    let made = |out: Output| {
+        assert!(out.status.success(), "{}", text(&out));
+        let object: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        assert!(object["load_seconds"].as_f64().is_some_and(|seconds| seconds > 0.0), "{object}");
+        (object["text"].clone(), String::from_utf8(out.stderr).unwrap())
+    };
+    let want = (made(command(&generate).arg("--no-cache").output().unwrap()).0, String::new());
+    assert!(!cache.exists());
+    let both =
+        [(); 2].map(|()| command(&generate).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap());
+    for child in both {
+        assert_eq!(made(child.wait_with_output().unwrap()), want);
+    }
+    assert_eq!(made(command(&generate).output().unwrap()), want);
+    assert_eq!(std::fs::read_dir(cache.join("weights")).unwrap().count(), 1);
+
+    let listed = |args: &[&str]| {
+        let out = command(&[&["checkpoint", "cache"], args].concat()).output().unwrap();
+        assert!(out.status.success(), "{}", text(&out));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let json: serde_json::Value = serde_json::from_str(&listed(&["--json"])).unwrap();
+    let entry = &json["entries"][0];
+    assert_eq!((json["entries"].as_array().unwrap().len(), entry["format"].as_str()), (1, Some("bf16")));
+    assert!(entry["made_of"][0].as_str().unwrap().ends_with("model/model.safetensors"), "{json}");
+    let table = listed(&[]);
+    assert!(
+        table.contains("bf16") && table.contains("model.safetensors") && table.contains("1 of 41"),
+        "{table}"
+    );
+    assert!(listed(&["--clear"]).contains("removed 41"));
+    assert!(listed(&[]).contains("0 of 0 bytes"));
+
+    let with = |variable: &str, value: &str| command(&generate).env(variable, value).output().unwrap();
+    let (same, said) = made(with("FERROPT_CACHE_SIZE", "1MB"));
+    assert!(same == want.0 && said.contains("warning") && said.contains("FERROPT_CACHE_SIZE"), "{said}");
+    assert_eq!(made(with("FERROPT_CACHE", "off")), want);
+    assert_eq!(std::fs::read_dir(cache.join("weights")).unwrap().count(), 0);
+    for (variable, value) in [("FERROPT_CACHE_SIZE", "much"), ("FERROPT_CACHE", "/dev/null")] {
+        let out = with(variable, value);
+        assert!(!out.status.success() && text(&out).contains(value) && text(&out).contains(variable));
+    }
 }

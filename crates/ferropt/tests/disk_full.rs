@@ -5,13 +5,44 @@ mod lab;
 use lab::{Lab, text};
 use std::process::Command;
 
-#[test]
-fn a_full_disk_costs_no_good_checkpoint() {
-    let lab = Lab::new();
-    // A mount of our own needs a user namespace; not every machine lets users have one.
+/// A mount of our own needs a user namespace; not every machine lets users have one.
+fn can_mount() -> bool {
     let can = Command::new("unshare").args(["-rm", "true"]).output().is_ok_and(|o| o.status.success());
     if !can {
         println!("skipped: `unshare -rm` is not allowed here, so no small tmpfs can be mounted");
+    }
+    can
+}
+
+#[test]
+fn a_full_disk_only_keeps_weights_from_being_kept() {
+    let lab = Lab::new();
+    if !can_mount() {
+        return;
+    }
+    std::fs::create_dir(lab.path("small")).unwrap();
+    let script = "set -e
+        mount -t tmpfs -o size=4m tmpfs \"$SMALL\"
+        FERROPT_CACHE=\"$SMALL/cache\" $FERROPT generate --model \"$MODEL\" --max-tokens 4 'The cat'
+        find \"$SMALL\" -type f";
+    let out = Command::new("unshare")
+        .args(["-rm", "sh", "-c", script])
+        .env("FERROPT", env!("CARGO_BIN_EXE_ferropt"))
+        .env("FERROPT_CACHE_SIZE", "1GB")
+        .env("SMALL", lab.path("small"))
+        .env("MODEL", lab.wide_model())
+        .output()
+        .unwrap();
+    let (printed, said) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert!(out.status.success() && printed.starts_with("The cat"), "{}", text(&out));
+    assert!(!printed.contains("/small/"), "something is left: {printed}");
+    assert!(said.contains("warning") && said.contains("free"), "{said}");
+}
+
+#[test]
+fn a_full_disk_costs_no_good_checkpoint() {
+    let lab = Lab::new();
+    if !can_mount() {
         return;
     }
     lab.train(&lab.config("whole", 30), &[]);

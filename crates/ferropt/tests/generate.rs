@@ -2,6 +2,8 @@
 
 mod lab;
 
+use ferropt_train::inference::{Model, Opening};
+use ferropt_train::weight_cache::{Outcome, WeightCache};
 use lab::{Lab, ferropt, text};
 use serde_json::Value;
 use std::io::Write;
@@ -130,6 +132,24 @@ fn generates_what_it_learnt() {
     let talk = printed(&with_input("chat", &run, &args, "hello\nwho is it\n\nwhat\nwhere\nwhy\n"));
     assert!(talk.starts_with("B:") && talk.matches("\nB:").count() >= 4, "{talk}");
     assert_eq!(talk, printed(&with_input("chat", &run, &args, "hello\nwho is it\n\nwhat\nwhere\nwhy\n")));
+}
+
+/// What a checkpoint's weights were made of is verified once, and again when it changes.
+#[test]
+fn checksums_are_looked_at_until_weights_are_kept() {
+    let lab = Lab::new();
+    lab.train(&lab.config("run", 5), &[]);
+    let cache = Some(WeightCache::new(lab.path("kept")).with_least(0));
+    let opening = Opening { cache, threads: Some(1), ..Opening::default() };
+    let open = || Model::open(lab.path("run"), &opening);
+    assert!(matches!(open().unwrap().kept, Some(Outcome::Kept(_))));
+    assert!(matches!(open().unwrap().kept, Some(Outcome::Found)));
+    let file = lab.path("run/checkpoints/step-00000005/model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    let refused = format!("{:#}", open().err().unwrap());
+    assert!(refused.contains("model.safetensors is damaged: its CRC-32C"), "{refused}");
 }
 
 #[test]

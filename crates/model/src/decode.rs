@@ -1,13 +1,15 @@
 //! Inference: read-only weights, and a forward pass over new tokens of many sequences at once.
 
 use crate::config::{Config, POSITION_OFFSET};
+use crate::ready::Ready;
 use crate::weights::Norm;
 use anyhow::{Context, Result, ensure};
 use ferropt_device::{Activation, Device, Element, PAGE, Segment, WeightFormat};
 use std::ops::Range;
 
-/// Gives rows of a parameter (its number in [`Config::parameters`]) as f32; a vector's rows are its elements.
-pub type ReadRows<'a> = dyn FnMut(usize, Range<usize>, &mut [f32]) -> Result<()> + 'a;
+/// Gives rows of a parameter (its number in [`Config::parameters`]) as f32; a vector's rows are its elements. May be
+/// called from several threads at once.
+pub type ReadRows<'a> = dyn Fn(usize, Range<usize>, &mut [f32]) -> Result<()> + Sync + 'a;
 
 /// The weights of a model, laid out to be read only.
 pub struct Decoder<D: Device> {
@@ -37,13 +39,18 @@ struct Linear<D: Device> {
     bias: D::Buf<f32>,
 }
 
+/// Numbers that are read at a time, where they are used as they are.
+const AT_A_TIME: usize = 1 << 16;
+
 /// Reads parameters in the order of the table.
 struct Reader<'a, 'r, D> {
     device: &'a D,
     format: WeightFormat,
     /// Names for errors, and shape.
     table: std::iter::Enumerate<std::vec::IntoIter<crate::Parameter>>,
-    read: &'a mut ReadRows<'r>,
+    read: &'a ReadRows<'r>,
+    /// Matrices that were packed before.
+    ready: Option<&'a Ready>,
 }
 
 impl<D: Device> Reader<'_, '_, D> {
@@ -54,16 +61,28 @@ impl<D: Device> Reader<'_, '_, D> {
     fn packed(&mut self) -> Result<D::Packed> {
         let (index, parameter) = self.next()?;
         let [n, k] = parameter.shape[..] else { anyhow::bail!("{:?} is no matrix", parameter.names) };
-        let mut rows = |rows: Range<usize>, out: &mut [f32]| (self.read)(index, rows, out);
-        self.device.pack_weight(self.format, n, k, &mut rows).with_context(|| parameter.names.join(", "))
+        let packed = match self.ready {
+            Some(ready) => ready.matrix(self.device, index, self.format, n, k),
+            None => {
+                let rows = |rows: Range<usize>, out: &mut [f32]| (self.read)(index, rows, out);
+                self.device.pack_weight(self.format, n, k, &rows)
+            }
+        };
+        packed.with_context(|| parameter.names.join(", "))
     }
 
     fn plain(&mut self) -> Result<D::Buf<f32>> {
         let (index, parameter) = self.next()?;
-        let mut values = vec![0.0; parameter.elements()];
-        (self.read)(index, 0..parameter.shape[0], &mut values).with_context(|| parameter.names.join(", "))?;
-        let mut buf = self.device.alloc(values.len())?;
-        self.device.upload(&mut buf, 0, &values);
+        let (rows, width) = (parameter.shape[0], parameter.elements() / parameter.shape[0]);
+        let mut buf = self.device.alloc(parameter.elements())?;
+        let step = (AT_A_TIME / width).clamp(1, rows);
+        let mut values = vec![0.0; step * width];
+        for first in (0..rows).step_by(step) {
+            let rows = first..(first + step).min(rows);
+            let values = &mut values[..rows.len() * width];
+            (self.read)(index, rows, values).with_context(|| parameter.names.join(", "))?;
+            self.device.upload(&mut buf, first * width, values);
+        }
         Ok(buf)
     }
 
@@ -77,14 +96,38 @@ impl<D: Device> Reader<'_, '_, D> {
 }
 
 impl<D: Device> Decoder<D> {
-    /// Reads all parameters once, in the order of the table, and stores matrices in `format`.
+    /// Reads all parameters once, one after the other, and stores matrices in `format`.
     ///
     /// # Errors
     /// When the sizes make no model, memory is short, or `read` fails; the message names the parameter.
-    pub fn new(device: &D, config: &Config, format: WeightFormat, read: &mut ReadRows<'_>) -> Result<Self> {
+    pub fn new(device: &D, config: &Config, format: WeightFormat, read: &ReadRows<'_>) -> Result<Self> {
+        Self::assemble(device, config, format, read, None)
+    }
+
+    /// The same with matrices that were packed before, where they lie; `read` is asked for the other parameters.
+    ///
+    /// # Errors
+    /// As [`Decoder::new`], and when what is ready is not of this model, format and device.
+    pub fn with_ready(
+        device: &D,
+        config: &Config,
+        format: WeightFormat,
+        read: &ReadRows<'_>,
+        ready: &Ready,
+    ) -> Result<Self> {
+        Self::assemble(device, config, format, read, Some(ready))
+    }
+
+    fn assemble(
+        device: &D,
+        config: &Config,
+        format: WeightFormat,
+        read: &ReadRows<'_>,
+        ready: Option<&Ready>,
+    ) -> Result<Self> {
         config.check()?;
         let table = config.parameters().into_iter().enumerate();
-        let mut r = Reader { device, format, table, read };
+        let mut r = Reader { device, format, table, read, ready };
         let (tokens, positions) = (r.packed()?, r.plain()?);
         let project_in = if config.has_projections() { Some(r.packed()?) } else { None };
         let layer = |r: &mut Reader<'_, '_, D>| -> Result<Layer<D>> {

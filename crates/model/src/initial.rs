@@ -11,34 +11,40 @@ const PER_THREAD: usize = 1 << 16;
 /// Values of parameter number `index` before the first step.
 pub fn initial_values(parameter: &Parameter, index: usize, seed: u64) -> Vec<f32> {
     let mut values = vec![0.0f32; parameter.elements()];
-    match parameter.initial {
-        Initial::Zeros => {}
-        Initial::Ones => values.fill(1.0),
-        Initial::Normal(std) => {
-            let stream = Stream::new(seed, Purpose::Init, index, 0);
-            let columns = parameter.shape.last().copied().unwrap_or(1);
-            let rows = parameter.elements() / columns;
-            let threads = thread::available_parallelism().map_or(1, NonZero::get);
-            let share = rows.div_ceil(threads).max(PER_THREAD.div_ceil(columns));
-            thread::scope(|scope| {
-                for (part, values) in values.chunks_mut(share * columns).enumerate() {
-                    scope.spawn(move || normal_rows(&stream, part * share, columns, std, values));
-                }
-            });
+    let columns = columns(parameter);
+    let threads = thread::available_parallelism().map_or(1, NonZero::get);
+    let rows = parameter.elements() / columns;
+    let share = rows.div_ceil(threads).max(PER_THREAD.div_ceil(columns));
+    thread::scope(|scope| {
+        for (part, values) in values.chunks_mut(share * columns).enumerate() {
+            scope.spawn(move || initial_rows(parameter, index, seed, part * share, values));
         }
-    }
+    });
     values
 }
 
-fn normal_rows(stream: &Stream, first: usize, columns: usize, std: f64, values: &mut [f32]) {
-    for (row, values) in values.chunks_mut(columns).enumerate() {
-        for (pair, values) in values.chunks_mut(2).enumerate() {
-            let normals = stream.normal_pair((first + row) as u64, 2 * pair);
-            for (value, normal) in values.iter_mut().zip(normals) {
-                *value = (normal as f64 * std) as f32;
+/// Rows of them from `first` on, as many as `values` has room for; a vector's rows are its elements.
+pub fn initial_rows(parameter: &Parameter, index: usize, seed: u64, first: usize, values: &mut [f32]) {
+    match parameter.initial {
+        Initial::Zeros => values.fill(0.0),
+        Initial::Ones => values.fill(1.0),
+        Initial::Normal(std) => {
+            let stream = Stream::new(seed, Purpose::Init, index, 0);
+            for (row, values) in values.chunks_mut(columns(parameter)).enumerate() {
+                for (pair, values) in values.chunks_mut(2).enumerate() {
+                    let normals = stream.normal_pair((first + row) as u64, 2 * pair);
+                    for (value, normal) in values.iter_mut().zip(normals) {
+                        *value = (normal as f64 * std) as f32;
+                    }
+                }
             }
         }
     }
+}
+
+/// Elements of a row.
+fn columns(parameter: &Parameter) -> usize {
+    parameter.shape.get(1).copied().unwrap_or(1)
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ mod gptq;
 mod initial;
 mod layer;
 mod parameters;
+mod ready;
 mod weights;
 
 pub use activations::{Activation, ActivationTable, Recompute, Scalar};
@@ -24,6 +25,7 @@ pub use backprop::{Backprop, Batch, Options, Pass};
 pub use config::{Config, ForwardFlops, PRESETS, Preset};
 pub use decode::{Cache, Decoder, Logits, Memory, ReadRows};
 pub use gptq::{Calibration, Rounded};
-pub use initial::initial_values;
+pub use initial::{initial_rows, initial_values};
 pub use parameters::{Initial, Parameter, Split};
+pub use ready::{Places, Ready};
 pub use weights::{Layer, Linear, Model, Norm, Tensor, TensorMut, Weights};

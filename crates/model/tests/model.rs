@@ -190,12 +190,12 @@ fn decoder<E: Element>(
         })
         .collect();
     let table = model.parameters();
-    let mut read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
+    let read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
         let width = table[index].elements() / table[index].shape[0];
         out.copy_from_slice(&values[index][rows.start * width..rows.end * width]);
         Ok(())
     };
-    Decoder::new(device, model.config(), format, &mut read).unwrap()
+    Decoder::new(device, model.config(), format, &read).unwrap()
 }
 
 #[test]

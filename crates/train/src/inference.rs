@@ -4,17 +4,20 @@ use crate::checkpoint::Store;
 use crate::config::Precision;
 use crate::models::{self, Named, Whole};
 use crate::trainer::open_device;
-use anyhow::{Context, Error, Result};
+use crate::weight_cache::{Outcome, WeightCache};
+use anyhow::{Context, Error, Result, ensure};
 use ferropt_data::Tokenizer;
 use ferropt_device::cpu::CpuDevice;
 use ferropt_device::{WeightFormat, bf16};
 use ferropt_engine::{Handle, Options};
 use ferropt_model::formats::Dtype;
-use ferropt_model::{Config, Decoder, ReadRows, initial_values};
+use ferropt_model::{Config, Decoder, initial_rows};
 use serde::Deserialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Instant;
 
 /// How a model is opened.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,10 +38,15 @@ pub struct Opening {
     /// Tokens of the longest text, what is generated included, for which the cache has room; as many as the model has
     /// positions when absent.
     pub longest: Option<usize>,
+    /// Whether what was computed for the beginning of a text is kept for others that begin alike. Without it only the texts
+    /// under way take memory.
+    pub reuse: bool,
+    /// Where weights are kept when they are ready, so that the model opens in a moment the next time.
+    pub cache: Option<WeightCache>,
 }
 
 impl Default for Opening {
-    /// One text at a time.
+    /// One text at a time, and nothing is kept.
     fn default() -> Self {
         Opening {
             checkpoint: None,
@@ -48,6 +56,8 @@ impl Default for Opening {
             threads: None,
             sequences: 1,
             longest: None,
+            reuse: true,
+            cache: None,
         }
     }
 }
@@ -78,6 +88,10 @@ pub struct Model {
     pub step: u64,
     /// Newer checkpoints that were passed over because they are damaged, each with what is wrong.
     pub damaged: Vec<Error>,
+    /// What came of the weights, if they were to be kept.
+    pub kept: Option<Outcome>,
+    /// Seconds that opening took.
+    pub load_seconds: f64,
 }
 
 impl Model {
@@ -86,32 +100,57 @@ impl Model {
     /// # Errors
     /// When there is no model, or it is damaged or of no OPT, or has no tokenizer; the message names the file.
     pub fn open(path: impl AsRef<Path>, opening: &Opening) -> Result<Model> {
-        let path = path.as_ref();
-        let named = models::open(path, opening.checkpoint, opening.preset.as_deref(), Whole::Checksums)?;
+        let (path, began) = (path.as_ref(), Instant::now());
+        // What weights were made of was verified before they were.
+        let known = |files: &[PathBuf]| opening.cache.as_ref().is_some_and(|cache| cache.knows(files));
+        let whole = Whole::ChecksumsOnce(&known);
+        let named = models::open(path, opening.checkpoint, opening.preset.as_deref(), whole)?;
         let source = &named.source;
-        let load = || -> Result<Model> {
-            let tokenizer = match &opening.tokenizer {
-                Some(path) => Tokenizer::load(path)?,
+        // Beside the weights, which are not read to their end if there is no tokenizer.
+        let refused = AtomicBool::new(false);
+        let tokenizer = || {
+            let loaded = match &opening.tokenizer {
+                Some(path) => Tokenizer::load(path),
                 None => Tokenizer::load(source.folder()).with_context(|| {
                     format!(
                         "there is no tokenizer beside the weights in {}; name one with --tokenizer",
                         source.folder().display()
                     )
-                })?,
+                }),
             };
-            let weights = match opening.weights {
+            refused.store(loaded.is_err(), Relaxed);
+            loaded
+        };
+        let load = || -> Result<Model> {
+            let format = match opening.weights {
                 Some(weights) => weights,
                 None => default_weights(&named)?,
             };
-            let table = source.config().parameters();
-            let mut read = |index: usize, rows: Range<usize>, out: &mut [f32]| {
+            let (config, table) = (source.config(), source.config().parameters());
+            let read = |index: usize, rows: Range<usize>, out: &mut [f32]| {
+                ensure!(!refused.load(Relaxed), "there is no tokenizer");
                 source.read_rows(&table[index], rows.start, out)
             };
-            start(source.config(), tokenizer, opening, weights, &mut read)
+            let device = open_device(opening.threads)?;
+            let decoder = || -> Result<(Decoder<CpuDevice>, Option<Outcome>)> {
+                let Some(cache) = &opening.cache else {
+                    return Ok((Decoder::new(&device, config, format, &read)?, None));
+                };
+                let (decoder, outcome) = cache.decoder(&device, config, format, &named.files()?, &read)?;
+                Ok((decoder, Some(outcome)))
+            };
+            let (tokenizer, decoder) = std::thread::scope(|scope| {
+                let tokenizer = scope.spawn(tokenizer);
+                let decoder = decoder();
+                (tokenizer.join(), decoder)
+            });
+            let tokenizer = tokenizer.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            let (decoder, kept) = decoder?;
+            Ok(Model { kept, ..start(device, decoder, tokenizer, opening, format)? })
         };
         let model = load().with_context(|| format!("cannot use {}", source.path().display()))?;
         let step = named.checkpoint.map_or(0, |(_, step)| step);
-        Ok(Model { step, damaged: named.damaged, ..model })
+        Ok(Model { step, damaged: named.damaged, load_seconds: began.elapsed().as_secs_f64(), ..model })
     }
 
     /// The model that a run with this seed begins with, before its first step.
@@ -119,18 +158,16 @@ impl Model {
     /// # Errors
     /// When the sizes make no model, or memory is short.
     pub fn untrained(config: &Config, tokenizer: Tokenizer, opening: &Opening, seed: u64) -> Result<Model> {
-        let table = config.parameters();
-        let mut values: (usize, Vec<f32>) = (usize::MAX, Vec::new());
-        let mut read = |index: usize, rows: Range<usize>, out: &mut [f32]| {
-            if values.0 != index {
-                values = (index, initial_values(&table[index], index, seed));
-            }
-            let width = table[index].elements() / table[index].shape[0];
-            out.copy_from_slice(&values.1[rows.start * width..rows.end * width]);
+        let (table, began) = (config.parameters(), Instant::now());
+        let read = |index: usize, rows: Range<usize>, out: &mut [f32]| {
+            initial_rows(&table[index], index, seed, rows.start, out);
             Ok(())
         };
         let weights = opening.weights.unwrap_or(WeightFormat::F32);
-        start(config, tokenizer, opening, weights, &mut read)
+        let device = open_device(opening.threads)?;
+        let decoder = Decoder::new(&device, config, weights, &read)?;
+        let model = start(device, decoder, tokenizer, opening, weights)?;
+        Ok(Model { load_seconds: began.elapsed().as_secs_f64(), ..model })
     }
 }
 
@@ -152,24 +189,25 @@ impl From<Precision> for WeightFormat {
     }
 }
 
-/// A model with the weights that `read` gives, of no step.
+/// A model of no step, around a decoder.
 fn start(
-    config: &Config,
+    device: CpuDevice,
+    decoder: Decoder<CpuDevice>,
     tokenizer: Tokenizer,
     opening: &Opening,
     weights: WeightFormat,
-    read: &mut ReadRows<'_>,
 ) -> Result<Model> {
-    let device = open_device(opening.threads)?;
-    let decoder = Decoder::new(&device, config, weights, read)?;
-    let weight_bytes = decoder.bytes(&device) as u64;
+    let (config, weight_bytes) = (decoder.config().clone(), decoder.bytes(&device) as u64);
     let longest = opening.longest.unwrap_or(config.positions).clamp(1, config.positions);
-    let (tokenizer, options) = (Arc::new(tokenizer), Options::new(opening.sequences.max(1), longest));
+    let mut options = Options::new(opening.sequences.max(1), longest);
+    options.limits.reuse = opening.reuse;
+    let tokenizer = Arc::new(tokenizer);
     let engine = match weights {
         WeightFormat::F32 => Handle::start::<CpuDevice, f32>(device, decoder, tokenizer, options),
         _ => Handle::start::<CpuDevice, bf16>(device, decoder, tokenizer, options),
     }?;
-    Ok(Model { engine, config: config.clone(), weights, weight_bytes, step: 0, damaged: Vec::new() })
+    let (damaged, kept) = (Vec::new(), None);
+    Ok(Model { engine, config, weights, weight_bytes, step: 0, damaged, kept, load_seconds: 0.0 })
 }
 
 #[cfg(test)]

@@ -13,3 +13,4 @@ pub mod signals;
 mod stacked;
 pub mod telemetry;
 pub mod trainer;
+pub mod weight_cache;

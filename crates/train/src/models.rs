@@ -1,7 +1,7 @@
 //! Models as users name them: a run folder, one of its checkpoints, or weights in any format of
 //! [`ferropt_model::formats`].
 
-use crate::checkpoint::{Checkpoint, Store, verify_group};
+use crate::checkpoint::{Checkpoint, Store, group_files, verify_group};
 use anyhow::{Context, Error, Result, ensure};
 use ferropt_model::formats::{self, Source};
 use std::path::{Path, PathBuf};
@@ -18,24 +18,35 @@ pub struct Named {
 }
 
 /// What makes a run's checkpoint whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Whole {
+#[derive(Clone, Copy)]
+pub enum Whole<'a> {
     /// Manifest and sizes of the files are right.
     Sizes,
     /// The model's files also have their checksums, for which they are read.
     Checksums,
+    /// The same, unless the files are known: they were verified before, and are as they were.
+    ChecksumsOnce(&'a dyn Fn(&[PathBuf]) -> bool),
 }
+
+/// Group of tensors that is the model.
+const MODEL: &str = "model";
 
 /// Opens what `path` names. Of a run folder that is the checkpoint of `step`, or the newest `whole` one. `preset` is for
 /// metaseq checkpoints that do not say how many heads they have.
 ///
 /// # Errors
 /// When there is no model; the message names the file, and the tensor or key that is wrong.
-pub fn open(path: impl AsRef<Path>, step: Option<u64>, preset: Option<&str>, whole: Whole) -> Result<Named> {
+pub fn open(
+    path: impl AsRef<Path>,
+    step: Option<u64>,
+    preset: Option<&str>,
+    whole: Whole<'_>,
+) -> Result<Named> {
     let path = path.as_ref();
     let check = |checkpoint: &Path| match whole {
         Whole::Sizes => Ok(()),
-        Whole::Checksums => verify_group(checkpoint, "model"),
+        Whole::ChecksumsOnce(known) if known(&group_files(checkpoint, MODEL)?) => Ok(()),
+        Whole::Checksums | Whole::ChecksumsOnce(_) => verify_group(checkpoint, MODEL),
     };
     if !path.join("checkpoints").is_dir() {
         ensure!(
@@ -71,6 +82,17 @@ pub fn open(path: impl AsRef<Path>, step: Option<u64>, preset: Option<&str>, who
 }
 
 impl Named {
+    /// The files that decide what its weights are.
+    ///
+    /// # Errors
+    /// When it is a checkpoint that is not whole any more.
+    pub fn files(&self) -> Result<Vec<PathBuf>> {
+        match &self.checkpoint {
+            Some((path, _)) => group_files(path, MODEL),
+            None => Ok(self.source.files().to_vec()),
+        }
+    }
+
     /// All that is wrong with it: see [`formats::verify`]; of a run's checkpoint every file is compared with its checksum,
     /// those of the optimiser too.
     ///

@@ -261,9 +261,32 @@ impl Device for CpuDevice {
         format: WeightFormat,
         n: usize,
         k: usize,
-        rows: &mut dyn FnMut(std::ops::Range<usize>, &mut [f32]) -> anyhow::Result<()>,
+        rows: &ReadRows<'_>,
     ) -> anyhow::Result<Packed> {
         Packed::new(self, format, n, k, rows)
+    }
+
+    fn packed_layout(&self) -> String {
+        packed::layout(self)
+    }
+
+    fn packed_size(&self, format: WeightFormat, n: usize, k: usize) -> usize {
+        packed::size(self, format, n, k)
+    }
+
+    fn pack_weight_to(
+        &self,
+        format: WeightFormat,
+        n: usize,
+        k: usize,
+        rows: &ReadRows<'_>,
+        write: &WritePiece<'_>,
+    ) -> anyhow::Result<()> {
+        packed::pack_to(self, format, (n, k), rows, write)
+    }
+
+    fn packed_from(&self, format: WeightFormat, n: usize, k: usize, bytes: Mapped) -> anyhow::Result<Packed> {
+        Packed::mapped(self, format, n, k, bytes)
     }
 
     fn pack_codes(

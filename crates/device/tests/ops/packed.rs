@@ -1,6 +1,10 @@
+use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
 use ferropt_device::cpu::{CpuDevice, Packed};
 use ferropt_device::quantise::{GROUP, round_group};
-use ferropt_device::{Activation, Device, Element, WeightFormat, bf16};
+use ferropt_device::{Activation, Device, Element, Mapped, WeightFormat, bf16};
 
 use crate::*;
 
@@ -10,15 +14,18 @@ const SHAPES: [(usize, usize); 6] = [(1, 1), (50, 77), (48, 64), (193, 200), (10
 const ROWS: [usize; 9] = [1, 2, 3, 4, 5, 8, 33, 64, 150];
 
 fn pack(device: &CpuDevice, format: WeightFormat, (n, k): (usize, usize), w: &[f32]) -> Packed {
-    let mut next = 0;
-    device
-        .pack_weight(format, n, k, &mut |range, out| {
-            assert_eq!(range.start, next, "rows come in order");
-            next = range.end;
+    let read: Vec<AtomicBool> = (0..n).map(|_| AtomicBool::new(false)).collect();
+    let packed = device
+        .pack_weight(format, n, k, &|range, out| {
+            for row in range.clone() {
+                assert!(!read[row].swap(true, Relaxed), "row {row} is read twice");
+            }
             out.copy_from_slice(&w[range.start * k..range.end * k]);
             Ok(())
         })
-        .expect("a packed matrix")
+        .expect("a packed matrix");
+    assert!(read.iter().all(|read| read.load(Relaxed)));
+    packed
 }
 
 /// The matrix that products see.
@@ -218,11 +225,60 @@ fn codes_are_packed_as_rounding_would() {
 #[test]
 fn failing_readers_and_empty_matrices_are_refused() {
     let device = CpuDevice::new(Default::default()).unwrap();
-    let broken = device.pack_weight(WeightFormat::Int4, 100, 64, &mut |range, _| {
-        anyhow::ensure!(range.start == 0, "never");
-        anyhow::bail!("the file ends")
-    });
+    let broken = device.pack_weight(WeightFormat::Int4, 100, 64, &|_, _| anyhow::bail!("the file ends"));
     assert_eq!(broken.err().unwrap().to_string(), "the file ends");
-    let empty = device.pack_weight(WeightFormat::F32, 0, 64, &mut |_, _| Ok(()));
+    let empty = device.pack_weight(WeightFormat::F32, 0, 64, &|_, _| Ok(()));
     assert!(empty.err().unwrap().to_string().contains("0 x 64"));
+}
+
+#[test]
+fn what_was_written_is_used_where_it_lies() {
+    let file = tempfile::tempfile().unwrap();
+    for (n, k) in SHAPES {
+        let (x, w): (Vec<bf16>, Vec<f32>) = (numbers(1, 5 * k, 1.0), numbers(2, n * k, 0.02));
+        for format in WeightFormat::ALL {
+            on_every_device(|device| {
+                let size = device.packed_size(format, n, k);
+                let written = Mutex::new(vec![0xaa; size]);
+                let read = |range: std::ops::Range<usize>, out: &mut [f32]| {
+                    out.copy_from_slice(&w[range.start * k..range.end * k]);
+                    Ok(())
+                };
+                let write = |at: usize, bytes: &[u8]| {
+                    written.lock().unwrap()[at..at + bytes.len()].copy_from_slice(bytes);
+                    Ok(())
+                };
+                device.pack_weight_to(format, n, k, &read, &write).unwrap();
+                file.set_len(0).unwrap();
+                file.write_all_at(&written.into_inner().unwrap(), 64).unwrap();
+                let mapped = Mapped::open(&file).unwrap();
+                let part = |range| device.packed_from(format, n, k, mapped.part(range).unwrap());
+                let (there, here) = (part(64..64 + size).unwrap(), pack(device, format, (n, k), &w));
+                assert_eq!((device.packed_bytes(&there), device.packed_bytes(&here)), (size, size));
+                let product = |w: &Packed| {
+                    let mut y = put(device, &vec![f32::NAN; 5 * n]);
+                    device.packed_linear(5, &put(device, &x), w, None, Activation::Identity, &mut y);
+                    y.to_vec()
+                };
+                let all = vec![product(&there), unpacked(device, &there, (n, k))];
+                assert!(same_bits(&all[0], &product(&here)), "{format:?} {n}x{k}");
+                assert!(same_bits(&all[1], &unpacked(device, &here, (n, k))), "{format:?} {n}x{k}");
+                let short = part(64..60 + size).err().unwrap().to_string();
+                assert!(short.contains(&size.to_string()), "{short}");
+                assert!(part(62..62 + size).err().unwrap().to_string().contains("cannot be used"));
+                assert!(mapped.part(64..65 + size).is_none());
+                all
+            });
+        }
+    }
+}
+
+#[test]
+fn failing_writers_are_heard() {
+    let device = CpuDevice::new(Default::default()).unwrap();
+    let full = device.pack_weight_to(WeightFormat::Int8, 1000, 64, &|_, _| Ok(()), &|at, _| {
+        anyhow::ensure!(at < 5000, "the disk is full");
+        Ok(())
+    });
+    assert_eq!(full.unwrap_err().to_string(), "the disk is full");
 }

@@ -41,7 +41,7 @@ fn config() -> Config {
 /// A model whose probabilities are uneven enough to be told apart.
 fn decoder(device: &CpuDevice, config: &Config, format: WeightFormat) -> Decoder<CpuDevice> {
     let table = config.parameters();
-    let mut read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
+    let read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
         let (parameter, stream) = (&table[index], Stream::new(5, Purpose::Init, index, 0));
         let width = parameter.elements() / parameter.shape[0];
         let gain = parameter.names[0].ends_with("norm.weight");
@@ -50,7 +50,7 @@ fn decoder(device: &CpuDevice, config: &Config, format: WeightFormat) -> Decoder
         }
         Ok(())
     };
-    Decoder::new(device, config, format, &mut read).unwrap()
+    Decoder::new(device, config, format, &read).unwrap()
 }
 
 /// Room for everything, and no use of earlier texts.

@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // each test binary uses its own part
 
+use ferropt_model::{Config, formats};
+use ferropt_train::checkpoint::Dtype;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -50,6 +52,43 @@ impl Lab {
         let file = self.path(&format!("{}.toml", run.replace('/', "-")));
         std::fs::write(&file, text).unwrap();
         file
+    }
+
+    /// A Hugging Face folder `model` with weights enough to be kept when they are ready: 20 million, random, bf16.
+    pub fn wide_model(&self) -> PathBuf {
+        let config = Config {
+            layers: 1,
+            heads: 16,
+            width: 1024,
+            feed_forward: 8192,
+            embedding_width: 1024,
+            vocab: 260,
+            positions: 64,
+            ..Config::preset("tiny").unwrap()
+        };
+        let folder = self.path("model");
+        std::fs::create_dir(&folder).unwrap();
+        let json = serde_json::json!({
+            "model_type": "opt", "num_hidden_layers": 1, "num_attention_heads": 16, "hidden_size": 1024,
+            "ffn_dim": 8192, "vocab_size": 260, "max_position_embeddings": 64, "word_embed_proj_dim": 1024,
+        });
+        std::fs::write(folder.join("config.json"), json.to_string()).unwrap();
+        std::fs::write(folder.join("tokenizer.json"), byte_tokenizer()).unwrap();
+        let table = config.parameters();
+        let tensors = || table.iter().flat_map(|p| p.names.iter().map(|name| (name.clone(), p.part_shape())));
+        let listed = tensors().map(|(name, shape)| (name, Dtype::BF16, shape));
+        let mut bytes = formats::safetensors_header(listed).unwrap();
+        let mut state = 1u32;
+        for (name, shape) in tensors() {
+            for _ in 0..shape.iter().product() {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                let value = (state as i32 as f32) * (0.1 / (1u32 << 31) as f32);
+                let value = if name.ends_with("norm.weight") { 1.0 } else { value };
+                bytes.extend(((value.to_bits() >> 16) as u16).to_le_bytes());
+            }
+        }
+        std::fs::write(folder.join("model.safetensors"), bytes).unwrap();
+        folder
     }
 
     /// Trains to the end and fails the test when that fails.

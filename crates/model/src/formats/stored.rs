@@ -8,6 +8,9 @@ use std::ops::Range;
 /// Most bytes that streaming holds at a time, but for a single row that is longer.
 const CHUNK: usize = 4 << 20;
 
+/// Most bytes that are read on the way to another type, but for a single row that is longer.
+const NEAR: usize = 64 << 10;
+
 /// Takes bytes, piece by piece.
 pub(super) type Sink<'a> = dyn FnMut(&[u8]) -> Result<()> + 'a;
 
@@ -187,12 +190,12 @@ impl StoredTensor {
             let from = (r.start - piece.rows.start) * stride + (c.start - piece.columns.start) * size;
             if c == piece.columns && c == columns {
                 let to = (r.start - rows.start) * width;
-                piece.data.read(from, &mut out[to..to + r.len() * width]);
+                piece.data.read(from, &mut out[to..to + r.len() * width])?;
                 continue;
             }
             for i in 0..r.len() {
                 let to = (r.start + i - rows.start) * width + (c.start - columns.start) * size;
-                piece.data.read(from + i * stride, &mut out[to..to + c.len() * size]);
+                piece.data.read(from + i * stride, &mut out[to..to + c.len() * size])?;
             }
         }
         Ok(())
@@ -212,11 +215,13 @@ impl StoredTensor {
         let last = first + out.len() / columns;
         ensure!(last <= self.rows(), "rows {first}..{last} of a tensor with {}", self.rows());
         let size = self.dtype.size();
-        if let Some(all) = self.mapped() {
-            self.dtype.to_f32(&all[first * columns * size..last * columns * size], out);
+        if self.dtype == Dtype::F32 {
+            self.read_block(first..last, 0..columns, bytemuck::cast_slice_mut(out))?;
+            out.iter_mut().for_each(|x| *x = f32::from_bits(u32::from_le(x.to_bits())));
             return Ok(());
         }
-        let step = self.chunk_rows();
+        // What is read is converted while it is in a near cache.
+        let step = (NEAR / (columns * size).max(1)).max(1);
         let mut buffer = vec![0; step.min(last - first) * columns * size];
         for start in (first..last).step_by(step) {
             let end = (start + step).min(last);

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use memmap2::Mmap;
 use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub(super) struct Mapped {
     path: PathBuf,
+    file: File,
     map: Mmap,
 }
 
@@ -20,7 +22,7 @@ impl Mapped {
         check_kind(path)?;
         let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
         let map = map(&file).with_context(|| format!("cannot map {}", path.display()))?;
-        Ok(Arc::new(Mapped { path: path.into(), map }))
+        Ok(Arc::new(Mapped { path: path.into(), file, map }))
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -98,16 +100,22 @@ impl Strand {
         Strand { extents }
     }
 
-    /// Copies the bytes from `start` on, as many as `out` takes; they must lie inside.
-    pub(super) fn read(&self, start: usize, out: &mut [u8]) {
+    /// Reads the bytes from `start` on, as many as `out` takes; they must lie inside. They do not come out of the
+    /// mapping: pages that are mapped count as memory of this process, and each has to be found when it is touched.
+    ///
+    /// # Errors
+    /// When the system cannot read the file.
+    pub(super) fn read(&self, start: usize, out: &mut [u8]) -> Result<()> {
         let end = start + out.len();
-        for (at, extent) in self.located() {
-            let (from, to) = (start.max(at), end.min(at + extent.range.len()));
+        for (at, Extent { file, range }) in self.located() {
+            let (from, to) = (start.max(at), end.min(at + range.len()));
             if from < to {
-                let bytes = &extent.bytes()[from - at..to - at];
-                out[from - start..to - start].copy_from_slice(bytes);
+                let out = &mut out[from - start..to - start];
+                let read = file.file.read_exact_at(out, (range.start + from - at) as u64);
+                read.with_context(|| format!("cannot read {}", file.path.display()))?;
             }
         }
+        Ok(())
     }
 
     /// The bytes, if they lie in one place.
@@ -166,7 +174,7 @@ mod tests {
         strand.extend(of(0..3));
         assert_eq!((strand.len(), strand.contiguous()), (9, None));
         let mut out = [0; 4];
-        strand.slice(3..9).read(1, &mut out);
+        strand.slice(3..9).read(1, &mut out).unwrap();
         assert_eq!(out, [14, 15, 0, 1]);
         assert!(Strand::of(&file, 19..21).is_none());
         assert!(Mapped::open(dir.path()).unwrap_err().to_string().contains("not a file"));

@@ -79,12 +79,12 @@ fn decoded<E: Element>(device: &CpuDevice, f: &Fixture, format: WeightFormat) ->
     let table = f.config.parameters();
     let values: Vec<Vec<f32>> =
         table.iter().map(|p| p.names.iter().flat_map(|name| f.values(name)).collect()).collect();
-    let mut read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
+    let read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
         let width = table[index].elements() / table[index].shape[0];
         out.copy_from_slice(&values[index][rows.start * width..rows.end * width]);
         Ok(())
     };
-    let decoder = Decoder::new(device, &f.config, format, &mut read).unwrap();
+    let decoder = Decoder::new(device, &f.config, format, &read).unwrap();
     let each = f.seq.div_ceil(PAGE);
     let mut cache = Cache::<_, E>::new(device, &f.config, f.batch * each).unwrap();
     let mut memory = Memory::new(device, &f.config, f.batch * f.seq, f.batch * f.seq).unwrap();

@@ -4,6 +4,7 @@ use super::{human_bytes, median};
 use crate::inference::{Model, Opening};
 use crate::telemetry::peak_resident_bytes;
 use crate::trainer::open_device;
+use crate::weight_cache::WeightCache;
 use anyhow::{Result, ensure};
 use ferropt_data::Tokenizer;
 use ferropt_device::{Device, WeightFormat, bf16};
@@ -38,6 +39,8 @@ pub struct Inference {
     pub threads: Option<usize>,
     /// Runs to measure, after one to warm up.
     pub runs: usize,
+    /// Where weights of a model on the disk are kept when they are ready.
+    pub cache: Option<WeightCache>,
 }
 
 /// A model to measure with.
@@ -88,7 +91,7 @@ pub struct Report {
     /// Bytes of weights that a token of a text alone needs.
     pub weight_bytes: u64,
     /// Seconds from nothing to a model that takes requests.
-    pub load_s: f64,
+    pub load_seconds: f64,
     /// Bytes per second of reading memory.
     pub bandwidth: f64,
     /// FLOP/s of the compute type's products.
@@ -113,9 +116,11 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
         threads: wanted.threads,
         sequences,
         longest: Some(wanted.prompt.max(SHORT + wanted.tokens).max(SCORED_TOKENS)),
+        // No prompt comes twice.
+        reuse: false,
+        cache: wanted.cache.clone(),
         ..Opening::default()
     };
-    let start = Instant::now();
     let (name, model) = match &wanted.weights_of {
         WeightsOf::Preset(name) => {
             let weights = Some(wanted.weights.unwrap_or(WeightFormat::Bf16));
@@ -125,7 +130,6 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
         }
         WeightsOf::Path(path) => (path.display().to_string(), Model::open(path, &opening)?),
     };
-    let load_s = start.elapsed().as_secs_f64();
     let positions = model.config.positions;
     for (option, tokens) in [("--prompt", wanted.prompt), ("--tokens", SHORT + wanted.tokens)] {
         ensure!(
@@ -182,7 +186,7 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
         device: device.describe(),
         weights: model.weights.name(),
         weight_bytes: model.weight_bytes,
-        load_s,
+        load_seconds: model.load_seconds,
         bandwidth,
         peak_flops,
         tests,
@@ -193,7 +197,7 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
 struct Tests<'a> {
     model: &'a Model,
     runs: usize,
-    /// Runs so far: no prompt comes twice, so that none is found in the cache.
+    /// Runs so far: no prompt comes twice.
     turn: usize,
 }
 
@@ -255,7 +259,7 @@ impl fmt::Display for Report {
             human_bytes(self.weight_bytes)
         )?;
         let peak = self.peak_rss_bytes.map_or("unknown".into(), human_bytes);
-        writeln!(f, "load            {:.2} s; {peak} resident at most\n", self.load_s)?;
+        writeln!(f, "load            {:.2} s; {peak} resident at most\n", self.load_seconds)?;
         write!(f, "{:<18} {:>10}  {:>9}  share of the limit", "test", "tokens/s", "seconds")?;
         for line in &self.tests {
             let limit = match line.limit {
@@ -288,6 +292,7 @@ mod tests {
             batches: vec![2, 3],
             threads: Some(1),
             runs: 2,
+            cache: None,
         }
     }
 

@@ -142,16 +142,32 @@ fn verify_files(path: &Path, manifest: &Manifest, wanted: impl Fn(&str) -> bool)
     Ok(())
 }
 
+/// Names of a checkpoint's files but for those of other groups of tensors than `group`.
+fn files_of<'a>(manifest: &'a Manifest, group: &str) -> BTreeSet<&'a String> {
+    let others = manifest.groups.iter().filter(|(name, _)| *name != group);
+    let others: BTreeSet<&String> =
+        others.flat_map(|(_, tensors)| tensors.values()).map(|tensor| &tensor.file).collect();
+    manifest.files.keys().filter(|name| !others.contains(name)).collect()
+}
+
+/// The files of a checkpoint directory that [`verify_group`] looks at, its manifest first.
+///
+/// # Errors
+/// When the manifest is damaged, or a file is missing or has another size.
+pub fn group_files(path: &Path, group: &str) -> Result<Vec<PathBuf>> {
+    let manifest = survey(path)?;
+    let files = files_of(&manifest, group).into_iter().map(|name| path.join(name));
+    Ok([path.join(manifest::FILE)].into_iter().chain(files).collect())
+}
+
 /// Verifies every byte of a checkpoint directory but for groups of tensors other than `group`.
 ///
 /// # Errors
 /// When a file is missing or damaged; the error names it.
 pub fn verify_group(path: &Path, group: &str) -> Result<()> {
     let manifest = survey(path)?;
-    let others =
-        manifest.groups.iter().filter(|(name, _)| *name != group).flat_map(|(_, tensors)| tensors.values());
-    let others: BTreeSet<&String> = others.map(|tensor| &tensor.file).collect();
-    verify_files(path, &manifest, |name| !others.iter().any(|other| *other == name))
+    let wanted = files_of(&manifest, group);
+    verify_files(path, &manifest, |name| wanted.iter().any(|wanted| *wanted == name))
 }
 
 impl Checkpoint {

@@ -24,7 +24,7 @@ mod store;
 mod write;
 mod writer;
 
-pub use load::{Checkpoint, TensorView, verify_group};
+pub use load::{Checkpoint, TensorView, group_files, verify_group};
 pub use manifest::{FileEntry, Manifest, RunState, TensorEntry};
 pub use retention::Retention;
 pub use safetensors::Dtype;
@@ -48,8 +48,35 @@ pub fn human_bytes(bytes: u64) -> String {
     format!("{value:.2} {}", UNITS[unit])
 }
 
+/// Bytes from people: "5GB", "500 MiB" or "1000"; at least 1.
+pub fn bytes_of(text: &str) -> Option<u64> {
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let factor = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(factor).filter(|bytes| *bytes > 0)
+}
+
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn bytes_from_people() {
+        assert_eq!(super::bytes_of("5GB"), Some(5_000_000_000));
+        assert_eq!(super::bytes_of("2 MiB"), Some(2 << 20));
+        assert_eq!(super::bytes_of("17"), Some(17));
+        for wrong in ["", "GB", "0", "-1", "5 apples", "99999999999GB"] {
+            assert_eq!(super::bytes_of(wrong), None, "{wrong}");
+        }
+    }
+
     #[test]
     fn bytes_for_people() {
         assert_eq!(super::human_bytes(1023), "1023 bytes");

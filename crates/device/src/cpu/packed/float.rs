@@ -2,24 +2,28 @@
 
 use half::bf16;
 
-use super::{Finish, ReadRows, Rows, read_panels};
+use super::{Finish, Kept, Rows};
 use crate::cpu::buffer::Shards;
 use crate::cpu::elementwise::convert;
 use crate::cpu::gemm::{self, Block, Dot, Fma, Mac, Operand, Tile, tile};
 use crate::cpu::pack::{Matrix, pack, pack_panels};
 use crate::cpu::simd::{Isa, Portable, Simd, dispatch, with_avx512};
-use crate::cpu::{CpuBuf, CpuDevice, Scratch};
+use crate::cpu::{CpuDevice, Scratch};
 use crate::{DType, Element};
 
 /// At most this many rows are multiplied in one pass over the weights, all of k at once: what the L2 cache holds of
 /// them. More go block by block, as in training.
 const FEW_ROWS: usize = 64;
 
+/// Elements of k that are packed at a time, on the way to another type: with a panel's width, what a near cache holds.
+const STEP: usize = 64;
+
 /// `[panel][unit][nr]`.
 pub(super) struct Panels<W: Element> {
-    pub(super) data: CpuBuf<W>,
+    pub(super) words: Kept,
     tile: Tile,
     k: usize,
+    unit: std::marker::PhantomData<W>,
 }
 
 /// Whether bf16 are multiplied in pairs on this device.
@@ -27,38 +31,62 @@ pub(super) fn has_pairs(device: &CpuDevice) -> bool {
     tile(device.isa, DType::Bf16).per_unit == 2
 }
 
-/// Panels of units of `dtype` as products read them.
-pub(super) fn words(
-    device: &CpuDevice,
-    dtype: DType,
-    n: usize,
-    k: usize,
-    read: ReadRows,
-) -> anyhow::Result<Panels<u32>> {
-    let tile = tile(device.isa, dtype);
-    let mut data = CpuBuf::zeroed(n.next_multiple_of(tile.nr) * k.div_ceil(tile.per_unit))?;
-    read_panels(device, (n, k, tile.nr), read, &mut data, |rows, out| {
-        let x = Matrix { data: rows, ld: k, k_contiguous: true };
-        pack_panels(device.isa, x, 0..rows.len() / k, 0..k, tile.nr, tile.per_unit, out);
-    })?;
-    Ok(Panels { data, tile, k })
+/// Rows and words of a panel of units of `dtype` as products read them.
+pub(super) fn words_panel(isa: Isa, dtype: DType, k: usize) -> (usize, usize) {
+    let tile = tile(isa, dtype);
+    (tile.nr, tile.nr * k.div_ceil(tile.per_unit))
 }
 
-/// Panels of single bf16.
-pub(super) fn halves(device: &CpuDevice, n: usize, k: usize, read: ReadRows) -> anyhow::Result<Panels<bf16>> {
-    let tile = tile(device.isa, DType::F32);
-    let mut data = CpuBuf::zeroed(n.next_multiple_of(tile.nr) * k)?;
-    read_panels(device, (n, k, tile.nr), read, &mut data, |rows, out| {
-        for (i, row) in rows.chunks_exact(k).enumerate() {
-            for (x, out) in row.iter().zip(out.chunks_exact_mut(tile.nr)) {
-                out[i] = bf16::from_f32(*x);
-            }
-        }
-    })?;
-    Ok(Panels { data, tile, k })
+/// Rows and words of a panel of single bf16.
+pub(super) fn halves_panel(isa: Isa, k: usize) -> (usize, usize) {
+    let tile = tile(isa, DType::F32);
+    (tile.nr, tile.nr * k / 2)
+}
+
+/// Packs rows into a panel of units.
+pub(super) fn pack_words(isa: Isa, dtype: DType, rows: &[f32], k: usize, out: &mut [u32]) {
+    let (tile, count) = (tile(isa, dtype), rows.len() / k);
+    let mut pack = |rows: Matrix<bf16>| pack_panels(isa, rows, 0..count, 0..k, tile.nr, tile.per_unit, out);
+    if dtype == DType::Bf16 {
+        let mut halves = vec![bf16::ZERO; rows.len()];
+        dispatch!(isa, s => narrow(s, rows, &mut halves));
+        pack(Matrix { data: &halves, ld: k, k_contiguous: true });
+    } else {
+        let rows = Matrix { data: rows, ld: k, k_contiguous: true };
+        pack_panels(isa, rows, 0..count, 0..k, tile.nr, tile.per_unit, out);
+    }
+}
+
+/// Packs rows into a panel of single bf16.
+pub(super) fn pack_halves(isa: Isa, rows: &[f32], k: usize, out: &mut [u32]) {
+    let (nr, count) = (tile(isa, DType::F32).nr, rows.len() / k);
+    let rows = Matrix { data: rows, ld: k, k_contiguous: true };
+    let mut words = vec![0; nr * STEP];
+    for (step, out) in bytemuck::cast_slice_mut::<u32, bf16>(out).chunks_mut(nr * STEP).enumerate() {
+        let words = &mut words[..out.len()];
+        pack_panels(isa, rows, 0..count, step * STEP..(step * STEP + out.len() / nr), nr, 1, words);
+        dispatch!(isa, s => narrow(s, bytemuck::cast_slice(words), out));
+    }
+}
+
+/// Rounds to bf16: a plain loop, compiled for the instruction set of the token. Unlike the processor's conversion it
+/// keeps the smallest numbers.
+#[inline(always)]
+fn narrow<S: Simd>(_: S, x: &[f32], out: &mut [bf16]) {
+    for (x, out) in x.iter().zip(out) {
+        *out = bf16::from_f32(*x);
+    }
 }
 
 impl<W: Element> Panels<W> {
+    pub(super) fn new(isa: Isa, dtype: DType, k: usize, words: Kept) -> Self {
+        Panels { words, tile: tile(isa, dtype), k, unit: std::marker::PhantomData }
+    }
+
+    fn data(&self) -> &[W] {
+        bytemuck::cast_slice(&self.words)
+    }
+
     fn units(&self) -> usize {
         self.k.div_ceil(self.tile.per_unit)
     }
@@ -66,7 +94,7 @@ impl<W: Element> Panels<W> {
     /// Words of row `i`, one for each unit.
     fn row(&self, i: usize) -> impl Iterator<Item = W> + '_ {
         let (nr, units) = (self.tile.nr, self.units());
-        self.data[i / nr * nr * units..][i % nr..].iter().step_by(nr).take(units).copied()
+        self.data()[i / nr * nr * units..][i % nr..].iter().step_by(nr).take(units).copied()
     }
 }
 
@@ -104,7 +132,7 @@ impl Operand for Panels<u32> {
 
     fn panels<'a>(&'a self, _: &'a [u32], col: usize, k: usize, _: usize, t: Tile) -> gemm::Panels<'a, u32> {
         let stride = self.units() * t.nr;
-        gemm::Panels { data: &self.data[col / t.nr * stride..], stride, start: k / t.per_unit * t.nr }
+        gemm::Panels { data: &self.data()[col / t.nr * stride..], stride, start: k / t.per_unit * t.nr }
     }
 }
 
@@ -114,10 +142,11 @@ impl Operand for Panels<bf16> {
         let (size, stride) = (ks.len() * t.nr, self.k * t.nr);
         let panels = cols.len().div_ceil(t.nr);
         let shards = Shards::new(&mut scratch[..panels * size]);
+        let data = self.data();
         device.pool.for_each(panels, |p, _| {
             // SAFETY: each task writes its own panel.
             let out = unsafe { shards.range(p * size..(p + 1) * size) };
-            let x = &self.data[(cols.start / t.nr + p) * stride + ks.start * t.nr..][..size];
+            let x = &data[(cols.start / t.nr + p) * stride + ks.start * t.nr..][..size];
             dispatch!(device.isa, s => convert(s, x, bytemuck::cast_slice_mut::<u32, f32>(out)));
         });
     }
@@ -174,7 +203,7 @@ fn multiply_rows<E: Element, W: Element>(
         first: true,
         last: true,
         a: packed,
-        b: gemm::Panels { data: &w.data[..], stride: units * nr, start: 0 },
+        b: gemm::Panels { data: w.data(), stride: units * nr, start: 0 },
     };
     gemm::each_task(device, block.panels(), usize::MAX, |a, b| match device.isa {
         // SAFETY: the processor has AVX-512 BF16.

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::{Finish, ReadRows, Rows, read_panels};
+use super::{Finish, Kept, Rows};
 use crate::cpu::buffer::Shards;
 use crate::cpu::gemm::{Epilogue, each_task};
 use crate::cpu::simd::{Isa, Simd, dispatch, prefetch_l2, with_avx512};
@@ -21,7 +21,7 @@ use crate::quantise::{self, Codes, GROUP, Group};
 use crate::{Element, WeightFormat};
 
 /// Columns of a panel.
-const NR: usize = 48;
+pub(super) const NR: usize = 48;
 /// Rows of a full tile.
 const MR: usize = 8;
 /// Words that hold a group of activations of one row.
@@ -31,7 +31,7 @@ const NEAR: usize = 512 << 10;
 
 /// How many bits a weight has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Bits {
+pub(super) enum Bits {
     Eight,
     Four,
 }
@@ -47,7 +47,7 @@ impl Bits {
         }
     }
 
-    fn format(self) -> WeightFormat {
+    pub(super) fn format(self) -> WeightFormat {
         match self {
             Bits::Eight => WeightFormat::Int8,
             Bits::Four => WeightFormat::Int4,
@@ -55,7 +55,7 @@ impl Bits {
     }
 
     /// Words of codes in a group of a panel.
-    const fn words(self) -> usize {
+    pub(super) const fn words(self) -> usize {
         match self {
             Bits::Eight => STEPS * NR,
             Bits::Four => STEPS * NR / 2,
@@ -63,7 +63,7 @@ impl Bits {
     }
 
     /// Words of a group: its codes, then its columns' scales and minima.
-    const fn stride(self) -> usize {
+    pub(super) const fn stride(self) -> usize {
         match self {
             Bits::Eight => self.words() + NR / 2,
             Bits::Four => self.words() + NR,
@@ -71,41 +71,17 @@ impl Bits {
     }
 }
 
+/// Rows of the matrix in a panel, and its words.
+pub(super) fn panel(bits: Bits, k: usize) -> (usize, usize) {
+    (NR, k.div_ceil(GROUP) * bits.stride())
+}
+
 /// A matrix in groups.
 pub(super) struct Panels {
     bits: Bits,
     n: usize,
     groups: usize,
-    data: CpuBuf<u32>,
-}
-
-impl Panels {
-    fn zeros(format: WeightFormat, n: usize, k: usize) -> anyhow::Result<Panels> {
-        let (bits, groups) = (Bits::of(format)?, k.div_ceil(GROUP));
-        Ok(Panels { bits, n, groups, data: CpuBuf::zeroed(n.div_ceil(NR) * groups * bits.stride())? })
-    }
-}
-
-/// Rounds and packs a matrix.
-pub(super) fn pack(
-    device: &CpuDevice,
-    format: WeightFormat,
-    n: usize,
-    k: usize,
-    read: ReadRows,
-) -> anyhow::Result<Panels> {
-    let mut panels = Panels::zeros(format, n, k)?;
-    let bits = panels.bits;
-    read_panels(device, (n, k, NR), read, &mut panels.data, |rows, out| {
-        for (column, row) in rows.chunks_exact(k).enumerate() {
-            for (w, out) in row.chunks(GROUP).zip(out.chunks_exact_mut(bits.stride())) {
-                let mut codes = [0; GROUP];
-                let group = quantise::round_group(format, w, &mut codes);
-                put(bits, out, column, group, &codes);
-            }
-        }
-    })?;
-    Ok(panels)
+    pub(super) words: Kept,
 }
 
 /// Packs a matrix that was rounded before, a panel of rows at a time.
@@ -117,11 +93,11 @@ pub(super) fn pack_codes(
     read: &mut dyn FnMut(Range<usize>, Codes<'_>) -> anyhow::Result<()>,
 ) -> anyhow::Result<Panels> {
     let most = quantise::largest_code(format);
-    let mut panels = Panels::zeros(format, n, k)?;
-    let (bits, count) = (panels.bits, panels.groups);
+    let (bits, count) = (Bits::of(format)?, k.div_ceil(GROUP));
+    let mut words = CpuBuf::<u32>::zeroed(n.div_ceil(NR) * count * bits.stride())?;
     let mut codes = vec![0; NR * count * GROUP];
     let mut groups = vec![Group { scale: bf16::ZERO, min: bf16::ZERO }; NR * count];
-    for (p, out) in panels.data.chunks_exact_mut(count * bits.stride()).enumerate() {
+    for (p, out) in words.chunks_exact_mut(count * bits.stride()).enumerate() {
         let rows = p * NR..((p + 1) * NR).min(n);
         let codes = &mut codes[..rows.len() * count * GROUP];
         let groups = &mut groups[..rows.len() * count];
@@ -146,7 +122,7 @@ pub(super) fn pack_codes(
             }
         });
     }
-    Ok(panels)
+    Ok(Panels::new(bits, n, k, Kept::Own(words)))
 }
 
 /// Puts a column's group in its place in a panel.
@@ -172,15 +148,15 @@ fn put(bits: Bits, out: &mut [u32], column: usize, group: Group, codes: &[u8; GR
 }
 
 impl Panels {
-    pub(super) fn bytes(&self) -> usize {
-        4 * crate::Buffer::len(&self.data)
+    pub(super) fn new(bits: Bits, n: usize, k: usize, words: Kept) -> Panels {
+        Panels { bits, n, groups: k.div_ceil(GROUP), words }
     }
 
     /// Row `i` as f32.
     pub(super) fn row(&self, i: usize, out: &mut [f32]) {
         let (panel, column) = (i / NR, i % NR);
         let stride = self.bits.stride();
-        let panel = &self.data[panel * self.groups * stride..][..self.groups * stride];
+        let panel = &self.words[panel * self.groups * stride..][..self.groups * stride];
         for (group, out) in panel.chunks_exact(stride).zip(out.chunks_mut(GROUP)) {
             let (words, numbers) = group.split_at(self.bits.words());
             let numbers: &[bf16] = bytemuck::cast_slice(numbers);
@@ -265,7 +241,7 @@ fn multiply_rows<E: Element>(device: &CpuDevice, m: usize, k: usize, x: &[E], w:
             round(p, unsafe { shards.range(p * stride..(p + 1) * stride) });
         });
     }
-    let product = Product { m, mr, w, a: packed, finish };
+    let product = Product { m, mr, w, words: &w.words, a: packed, finish };
     each_task(device, (a_panels, b_panels), NEAR / (4 * stride), |a, b| {
         if device.isa >= Isa::Avx512 {
             // SAFETY: the processor has AVX-512 with VNNI.
@@ -286,6 +262,8 @@ struct Product<'a> {
     /// Rows of a tile: 1, 2, 4 or [`MR`].
     mr: usize,
     w: &'a Panels,
+    /// Those of the panels.
+    words: &'a [u32],
     a: &'a [u32],
     finish: &'a Finish<'a>,
 }
@@ -316,7 +294,7 @@ impl Product<'_> {
         let (w_stride, a_stride) = (self.w.bits.stride(), activation_stride(R));
         let panel = self.w.groups * w_stride;
         for bp in b_panels {
-            let b = &self.w.data[bp * panel..(bp + 1) * panel];
+            let b = &self.words[bp * panel..(bp + 1) * panel];
             for ap in a_panels.clone() {
                 let a = &self.a[ap * self.w.groups * a_stride..(ap + 1) * self.w.groups * a_stride];
                 let mut out = [[0.0f32; NR]; R];

@@ -7,6 +7,10 @@
 
 mod float;
 mod groups;
+mod kept;
+mod rounding;
+
+use std::sync::{Mutex, PoisonError};
 
 use half::bf16;
 
@@ -14,12 +18,11 @@ use super::buffer::Shards;
 use super::embed::add;
 use super::gemm::Epilogue;
 use super::simd::{Simd, dispatch};
-use super::{CpuBuf, CpuDevice};
+use super::{CpuBuf, CpuDevice, Scratch};
 use crate::quantise::Codes;
-use crate::{Activation, Buffer, DType, Element, WeightFormat};
-
-/// Rows of a matrix as f32: fills the slice with the rows of the range.
-pub(super) type ReadRows<'a> = &'a mut dyn FnMut(std::ops::Range<usize>, &mut [f32]) -> anyhow::Result<()>;
+use crate::{Activation, DType, Element, Mapped, ReadRows, WeightFormat, WritePiece};
+use groups::Bits;
+use kept::Kept;
 
 /// A matrix `[n, k]` in panels.
 pub struct Packed {
@@ -37,26 +40,145 @@ enum Data {
     Groups(groups::Panels),
 }
 
+/// How a panel is laid out. All kinds are whole words.
+#[derive(Clone, Copy, Debug)]
+enum Layout {
+    Words(DType),
+    Halves,
+    Groups(Bits),
+}
+
+impl Layout {
+    fn new(device: &CpuDevice, format: WeightFormat) -> Layout {
+        match format {
+            WeightFormat::F32 => Layout::Words(DType::F32),
+            WeightFormat::Bf16 if float::has_pairs(device) => Layout::Words(DType::Bf16),
+            WeightFormat::Bf16 => Layout::Halves,
+            WeightFormat::Int8 => Layout::Groups(Bits::Eight),
+            WeightFormat::Int4 => Layout::Groups(Bits::Four),
+        }
+    }
+
+    /// Rows of the matrix in a panel, and words of a panel.
+    fn panel(self, device: &CpuDevice, k: usize) -> (usize, usize) {
+        match self {
+            Layout::Words(dtype) => float::words_panel(device.isa, dtype, k),
+            Layout::Halves => float::halves_panel(device.isa, k),
+            Layout::Groups(bits) => groups::panel(bits, k),
+        }
+    }
+
+    /// Packs a panel's rows, at most as many as it has room for.
+    fn pack(self, device: &CpuDevice, rows: &[f32], k: usize, out: &mut [u32]) {
+        match self {
+            Layout::Words(dtype) => float::pack_words(device.isa, dtype, rows, k, out),
+            Layout::Halves => float::pack_halves(device.isa, rows, k, out),
+            Layout::Groups(bits) => rounding::pack(device.isa, bits, rows, k, out),
+        }
+    }
+}
+
+/// Bytes of a packed matrix.
+pub(super) fn size(device: &CpuDevice, format: WeightFormat, n: usize, k: usize) -> usize {
+    let (nr, words) = Layout::new(device, format).panel(device, k);
+    4 * n.div_ceil(nr) * words
+}
+
+/// What decides how panels look, beside format and sizes.
+pub(super) fn layout(device: &CpuDevice) -> String {
+    /// Raised when the same sizes get another layout.
+    const VERSION: u32 = 1;
+    let tile = |dtype| super::gemm::tile(device.isa, dtype);
+    let (f32, bf16) = (tile(DType::F32), tile(DType::Bf16));
+    format!("cpu {VERSION}, f32 x{}, bf16 x{} by {}", f32.nr, bf16.nr, bf16.per_unit)
+}
+
+/// Packs a matrix, each panel on some thread: its rows are read into memory of that thread, which stays in a near cache,
+/// and the panel that becomes of them is handed to `write`.
+pub(super) fn pack_to(
+    device: &CpuDevice,
+    format: WeightFormat,
+    (n, k): (usize, usize),
+    read: &ReadRows<'_>,
+    write: &WritePiece<'_>,
+) -> anyhow::Result<()> {
+    check_sizes(n, k)?;
+    let layout = Layout::new(device, format);
+    let (nr, words) = layout.panel(device, k);
+    let own = nr * k + words;
+    let mut workspace = device.workspace();
+    let [memory] = workspace.take([(Scratch::PackedB, device.threads() * own)]);
+    let memory = Shards::new(memory);
+    let failure = Mutex::new(None);
+    let failed = || failure.lock().unwrap_or_else(PoisonError::into_inner);
+    device.pool.for_each(n.div_ceil(nr), |panel, thread| {
+        // SAFETY: each thread has its own part.
+        let (rows, packed) = unsafe { memory.range(thread * own..(thread + 1) * own) }.split_at_mut(nr * k);
+        let range = panel * nr..((panel + 1) * nr).min(n);
+        let rows: &mut [f32] = &mut bytemuck::cast_slice_mut(rows)[..range.len() * k];
+        if failed().is_some() {
+            return;
+        }
+        let made = read(range, rows).and_then(|()| {
+            layout.pack(device, rows, k, packed);
+            write(4 * panel * words, bytemuck::cast_slice(packed))
+        });
+        if let Err(error) = made {
+            failed().get_or_insert(error);
+        }
+    });
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+fn check_sizes(n: usize, k: usize) -> anyhow::Result<()> {
+    anyhow::ensure!(n > 0 && k > 0, "a weight matrix of {n} x {k} has no elements");
+    Ok(())
+}
+
 impl Packed {
     pub(super) fn new(
         device: &CpuDevice,
         format: WeightFormat,
         n: usize,
         k: usize,
-        read: ReadRows,
+        read: &ReadRows<'_>,
     ) -> anyhow::Result<Packed> {
-        anyhow::ensure!(n > 0 && k > 0, "a weight matrix of {n} x {k} has no elements");
-        let data = match format {
-            WeightFormat::F32 => Data::Words(float::words(device, DType::F32, n, k, read)?),
-            WeightFormat::Bf16 if float::has_pairs(device) => {
-                Data::Words(float::words(device, DType::Bf16, n, k, read)?)
-            }
-            WeightFormat::Bf16 => Data::Halves(float::halves(device, n, k, read)?),
-            WeightFormat::Int8 | WeightFormat::Int4 => {
-                Data::Groups(groups::pack(device, format, n, k, read)?)
-            }
+        let mut memory = CpuBuf::<u32>::zeroed(size(device, format, n, k) / 4)?;
+        let shards = Shards::new(&mut memory);
+        pack_to(device, format, (n, k), read, &|at, bytes| {
+            // SAFETY: pieces do not overlap.
+            let to = unsafe { shards.range(at / 4..(at + bytes.len()) / 4) };
+            bytemuck::cast_slice_mut(to).copy_from_slice(bytes);
+            Ok(())
+        })?;
+        Ok(Packed::of(device, format, n, k, Kept::Own(memory)))
+    }
+
+    /// What was packed before, for the same layout.
+    pub(super) fn mapped(
+        device: &CpuDevice,
+        format: WeightFormat,
+        n: usize,
+        k: usize,
+        bytes: Mapped,
+    ) -> anyhow::Result<Packed> {
+        check_sizes(n, k)?;
+        let (has, needs) = (bytes.bytes().len(), size(device, format, n, k));
+        anyhow::ensure!(
+            has == needs,
+            "{has} bytes were given for a matrix of {n} x {k} in {}, which has {needs}",
+            format.name()
+        );
+        Ok(Packed::of(device, format, n, k, Kept::mapped(bytes)?))
+    }
+
+    fn of(device: &CpuDevice, format: WeightFormat, n: usize, k: usize, kept: Kept) -> Packed {
+        let data = match Layout::new(device, format) {
+            Layout::Words(dtype) => Data::Words(float::Panels::new(device.isa, dtype, k, kept)),
+            Layout::Halves => Data::Halves(float::Panels::new(device.isa, DType::F32, k, kept)),
+            Layout::Groups(bits) => Data::Groups(groups::Panels::new(bits, n, k, kept)),
         };
-        Ok(Packed { n, k, data })
+        Packed { n, k, data }
     }
 
     pub(super) fn from_codes(
@@ -66,16 +188,16 @@ impl Packed {
         k: usize,
         read: &mut dyn FnMut(std::ops::Range<usize>, Codes<'_>) -> anyhow::Result<()>,
     ) -> anyhow::Result<Packed> {
-        anyhow::ensure!(n > 0 && k > 0, "a weight matrix of {n} x {k} has no elements");
+        check_sizes(n, k)?;
         Ok(Packed { n, k, data: Data::Groups(groups::pack_codes(device, format, n, k, read)?) })
     }
 
     /// Bytes that it takes.
     pub(super) fn bytes(&self) -> usize {
-        match &self.data {
-            Data::Words(p) => 4 * p.data.len(),
-            Data::Halves(p) => 2 * p.data.len(),
-            Data::Groups(p) => p.bytes(),
+        4 * match &self.data {
+            Data::Words(p) => p.words.len(),
+            Data::Halves(p) => p.words.len(),
+            Data::Groups(p) => p.words.len(),
         }
     }
 
@@ -200,32 +322,4 @@ pub(super) fn embed(
             dispatch!(device.isa, s => add(s, other, out));
         }
     });
-}
-
-/// Reads the matrix a few panels at a time, and hands each panel's rows `[at most nr, k]` to `pack` with the panel's own
-/// part of `out`, on all threads.
-fn read_panels<T: Element>(
-    device: &CpuDevice,
-    (n, k, nr): (usize, usize, usize),
-    read: ReadRows,
-    out: &mut CpuBuf<T>,
-    pack: impl Fn(&[f32], &mut [T]) + Sync,
-) -> anyhow::Result<()> {
-    let panels = n.div_ceil(nr);
-    let stride = out.len() / panels;
-    let together = (4 * device.threads()).min(panels);
-    let mut rows = CpuBuf::<f32>::zeroed(together * nr * k)?;
-    for first in (0..panels).step_by(together) {
-        let range = first * nr..((first + together) * nr).min(n);
-        let rows = &mut rows[..range.len() * k];
-        read(range.clone(), rows)?;
-        let (rows, count) = (&*rows, range.len().div_ceil(nr));
-        let shards = Shards::new(&mut out[first * stride..(first + count) * stride]);
-        device.pool.for_each(count, |p, _| {
-            // SAFETY: each task writes its own panel.
-            let out = unsafe { shards.range(p * stride..(p + 1) * stride) };
-            pack(&rows[p * nr * k..((p + 1) * nr * k).min(rows.len())], out);
-        });
-    }
-    Ok(())
 }
