@@ -267,6 +267,7 @@ fn go_on<D: Device>(
                 let place = Place {
                     prompt: &running.request.prompt,
                     generated: &choices[number].generated,
+                    guessed: &[],
                     choice: number,
                 };
                 let p = running.parameters();

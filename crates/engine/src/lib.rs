@@ -13,6 +13,7 @@ mod engine;
 mod handle;
 pub mod pages;
 mod parameters;
+mod race;
 mod request;
 pub mod sampler;
 pub mod scheduler;
