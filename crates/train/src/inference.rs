@@ -4,13 +4,13 @@ use crate::checkpoint::Store;
 use crate::config::Precision;
 use crate::models::{self, Named, Whole};
 use crate::trainer::open_device;
-use anyhow::{Context, Error, Result};
+use anyhow::{Context, Error, Result, ensure};
 use ferropt_data::Tokenizer;
 use ferropt_device::cpu::CpuDevice;
 use ferropt_device::{WeightFormat, bf16};
-use ferropt_engine::{Handle, Options};
-use ferropt_model::formats::Dtype;
-use ferropt_model::{Config, Decoder, ReadRows, initial_values};
+use ferropt_engine::{DRAFT_TOKENS, Handle, Options};
+use ferropt_model::formats::{Dtype, Source};
+use ferropt_model::{Config, Decoder, initial_values};
 use serde::Deserialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -35,6 +35,11 @@ pub struct Opening {
     /// Tokens of the longest text, what is generated included, for which the cache has room; as many as the model has
     /// positions when absent.
     pub longest: Option<usize>,
+    /// A smaller model with the same tokenizer that guesses ahead, named like the model itself. It makes texts come faster
+    /// and changes none. It is stored like the model.
+    pub draft: Option<PathBuf>,
+    /// Tokens that it guesses at most; see [`DRAFT_TOKENS`].
+    pub draft_tokens: usize,
 }
 
 impl Default for Opening {
@@ -48,6 +53,8 @@ impl Default for Opening {
             threads: None,
             sequences: 1,
             longest: None,
+            draft: None,
+            draft_tokens: DRAFT_TOKENS,
         }
     }
 }
@@ -90,24 +97,18 @@ impl Model {
         let named = models::open(path, opening.checkpoint, opening.preset.as_deref(), Whole::Checksums)?;
         let source = &named.source;
         let load = || -> Result<Model> {
-            let tokenizer = match &opening.tokenizer {
-                Some(path) => Tokenizer::load(path)?,
-                None => Tokenizer::load(source.folder()).with_context(|| {
-                    format!(
-                        "there is no tokenizer beside the weights in {}; name one with --tokenizer",
-                        source.folder().display()
-                    )
-                })?,
-            };
+            let tokenizer = tokenizer_of(source, opening)?;
             let weights = match opening.weights {
                 Some(weights) => weights,
                 None => default_weights(&named)?,
             };
-            let table = source.config().parameters();
-            let mut read = |index: usize, rows: Range<usize>, out: &mut [f32]| {
-                source.read_rows(&table[index], rows.start, out)
+            let device = open_device(opening.threads)?;
+            let decoder = decoder_of(&device, source, weights)?;
+            let draft = match &opening.draft {
+                Some(path) => Some(draft(&device, path, opening, &tokenizer, weights)?),
+                None => None,
             };
-            start(source.config(), tokenizer, opening, weights, &mut read)
+            start(device, decoder, draft, tokenizer, opening, weights)
         };
         let model = load().with_context(|| format!("cannot use {}", source.path().display()))?;
         let step = named.checkpoint.map_or(0, |(_, step)| step);
@@ -130,8 +131,54 @@ impl Model {
             Ok(())
         };
         let weights = opening.weights.unwrap_or(WeightFormat::F32);
-        start(config, tokenizer, opening, weights, &mut read)
+        let device = open_device(opening.threads)?;
+        let decoder = Decoder::new(&device, config, weights, &mut read)?;
+        start(device, decoder, None, tokenizer, opening, weights)
     }
+}
+
+/// The tokenizer that was asked for, or the one beside the weights.
+fn tokenizer_of(source: &Source, opening: &Opening) -> Result<Tokenizer> {
+    match &opening.tokenizer {
+        Some(path) => Tokenizer::load(path),
+        None => Tokenizer::load(source.folder()).with_context(|| {
+            format!(
+                "there is no tokenizer beside the weights in {}; name one with --tokenizer",
+                source.folder().display()
+            )
+        }),
+    }
+}
+
+fn decoder_of(device: &CpuDevice, source: &Source, weights: WeightFormat) -> Result<Decoder<CpuDevice>> {
+    let table = source.config().parameters();
+    let mut read =
+        |index: usize, rows: Range<usize>, out: &mut [f32]| source.read_rows(&table[index], rows.start, out);
+    Decoder::new(device, source.config(), weights, &mut read)
+}
+
+/// The model that guesses ahead. It must know the same tokens by the same ids; whether it does can only be seen where no
+/// tokenizer was named for both.
+fn draft(
+    device: &CpuDevice,
+    path: &Path,
+    opening: &Opening,
+    tokenizer: &Tokenizer,
+    weights: WeightFormat,
+) -> Result<Decoder<CpuDevice>> {
+    let load = || {
+        let named = models::open(path, None, opening.preset.as_deref(), Whole::Checksums)?;
+        let own = tokenizer_of(&named.source, opening)?;
+        ensure!(
+            own.fingerprint() == tokenizer.fingerprint(),
+            "its tokenizer, of {} tokens, is not that of the model, of {}, so its ids mean something else; use a draft that \
+             was trained with the same tokenizer",
+            own.vocab_size(),
+            tokenizer.vocab_size()
+        );
+        decoder_of(device, &named.source, weights)
+    };
+    load().with_context(|| format!("cannot use the draft {}", path.display()))
 }
 
 /// Weights as the run computed with them, or else as they are stored; IEEE halves become bf16.
@@ -152,24 +199,26 @@ impl From<Precision> for WeightFormat {
     }
 }
 
-/// A model with the weights that `read` gives, of no step.
+/// A model of no step at work.
 fn start(
-    config: &Config,
+    device: CpuDevice,
+    decoder: Decoder<CpuDevice>,
+    draft: Option<Decoder<CpuDevice>>,
     tokenizer: Tokenizer,
     opening: &Opening,
     weights: WeightFormat,
-    read: &mut ReadRows<'_>,
 ) -> Result<Model> {
-    let device = open_device(opening.threads)?;
-    let decoder = Decoder::new(&device, config, weights, read)?;
+    let config = decoder.config().clone();
     let weight_bytes = decoder.bytes(&device) as u64;
     let longest = opening.longest.unwrap_or(config.positions).clamp(1, config.positions);
-    let (tokenizer, options) = (Arc::new(tokenizer), Options::new(opening.sequences.max(1), longest));
+    let options =
+        Options { draft_tokens: opening.draft_tokens, ..Options::new(opening.sequences.max(1), longest) };
+    let tokenizer = Arc::new(tokenizer);
     let engine = match weights {
-        WeightFormat::F32 => Handle::start::<CpuDevice, f32>(device, decoder, tokenizer, options),
-        _ => Handle::start::<CpuDevice, bf16>(device, decoder, tokenizer, options),
+        WeightFormat::F32 => Handle::start::<CpuDevice, f32>(device, decoder, draft, tokenizer, options),
+        _ => Handle::start::<CpuDevice, bf16>(device, decoder, draft, tokenizer, options),
     }?;
-    Ok(Model { engine, config: config.clone(), weights, weight_bytes, step: 0, damaged: Vec::new() })
+    Ok(Model { engine, config, weights, weight_bytes, step: 0, damaged: Vec::new() })
 }
 
 #[cfg(test)]
