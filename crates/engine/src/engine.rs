@@ -106,14 +106,13 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
         let draft = match draft {
             Some(draft) => {
                 let sizes = draft::Sizes {
-                    bytes: decoder.bytes(&device),
                     pages,
                     rows: options.limits.tokens,
                     texts: options.limits.sequences.min(HEAD_ROWS),
                     known,
                     ahead: options.draft_tokens,
                 };
-                Some(Draft::new(&device, draft, sizes)?)
+                Some(Draft::new(&device, draft, &decoder, sizes)?)
             }
             None => None,
         };

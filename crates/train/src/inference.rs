@@ -36,7 +36,7 @@ pub struct Opening {
     /// positions when absent.
     pub longest: Option<usize>,
     /// A smaller model with the same tokenizer that guesses ahead, named like the model itself. It makes texts come faster
-    /// and changes none. It is stored like the model.
+    /// and changes none. Its weights are stored in int8, which is enough for guesses.
     pub draft: Option<PathBuf>,
     /// Tokens that it guesses at most; see [`DRAFT_TOKENS`].
     pub draft_tokens: usize,
@@ -105,7 +105,7 @@ impl Model {
             let device = open_device(opening.threads)?;
             let decoder = decoder_of(&device, source, weights)?;
             let draft = match &opening.draft {
-                Some(path) => Some(draft(&device, path, opening, &tokenizer, weights)?),
+                Some(path) => Some(draft(&device, path, opening, &tokenizer)?),
                 None => None,
             };
             start(device, decoder, draft, tokenizer, opening, weights)
@@ -164,7 +164,6 @@ fn draft(
     path: &Path,
     opening: &Opening,
     tokenizer: &Tokenizer,
-    weights: WeightFormat,
 ) -> Result<Decoder<CpuDevice>> {
     let load = || {
         let named = models::open(path, None, opening.preset.as_deref(), Whole::Checksums)?;
@@ -176,7 +175,7 @@ fn draft(
             own.vocab_size(),
             tokenizer.vocab_size()
         );
-        decoder_of(device, &named.source, weights)
+        decoder_of(device, &named.source, WeightFormat::Int8)
     };
     load().with_context(|| format!("cannot use the draft {}", path.display()))
 }

@@ -36,7 +36,8 @@ fn engine<E: Element>(
 ) -> Engine<'_, CpuDevice, E> {
     let device = device();
     let large = decoder(&device, &Config { layers: LAYERS, ..config() }, format, others);
-    let draft = draft.map(|config| decoder(&device, &config, format, others));
+    // As models are opened, whatever the large one's weights are.
+    let draft = draft.map(|config| decoder(&device, &config, WeightFormat::Int8, others));
     Engine::new(device, large, draft, tokenizer, options).unwrap()
 }
 
@@ -144,7 +145,7 @@ fn what_a_draft_that_agrees_guesses_is_right_and_saves_steps() {
     ] {
         let parameters = Parameters { ignore_end: true, ..parameters };
         let request = Request { prompt: whole(1, 70, 270), parameters };
-        let complete = |draft| alone::<f32>(&tokenizer, WeightFormat::F32, 0.0, draft, &request);
+        let complete = |draft| alone::<bf16>(&tokenizer, WeightFormat::Int8, 0.0, draft, &request);
         let (want, without) = complete(None);
         let (made, with) = complete(Some(small()));
         let (made, drafted, accepted) = apart(made);
