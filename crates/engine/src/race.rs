@@ -32,11 +32,14 @@ impl Race {
         Race { blocks: stream(1), tokens: stream(0), place }
     }
 
-    /// The token that arrives first. `most` has at least the largest weight of each block, and `likely` is a token of a
-    /// weight above 0.
+    /// The token that arrives first. `most` has at least the largest weight of each block, or 0 for those that do not take
+    /// part, and `likely` is a token of a weight above 0.
     pub(crate) fn winner(&self, weights: &[f32], most: &[f32], likely: u32) -> u32 {
         let mut best = (self.noise(likely) / weights[likely as usize], likely);
         for (number, (block, most)) in weights.chunks(BLOCK).zip(most).enumerate() {
+            if *most == 0.0 {
+                continue;
+            }
             let (least, whose) = self.least(number);
             if least >= best.0 * most {
                 continue;

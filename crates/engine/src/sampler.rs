@@ -85,12 +85,23 @@ impl Sampler {
         let top_k = p.top_k.filter(|k| *k < self.weights.len());
         if top_k.is_some() || p.top_p < 1.0 {
             let (weight, id) = self.last_kept(top_k, p.top_p);
-            for (w, i) in self.weights.iter_mut().zip(0..) {
-                *w = if *w > weight || (*w == weight && i <= id) { *w } else { 0.0 };
-            }
+            self.keep(|w, i| w > weight || (w == weight && i <= id), weight);
         }
         if p.min_p > 0.0 {
-            self.weights.iter_mut().for_each(|w| *w = if *w >= p.min_p { *w } else { 0.0 });
+            self.keep(|w, _| w >= p.min_p, p.min_p);
+        }
+    }
+
+    /// Takes the weight from tokens of which `kept` does not hold, as it does of none below `least`.
+    fn keep(&mut self, kept: impl Fn(f32, u32) -> bool, least: f32) {
+        let blocks = self.weights.chunks_mut(BLOCK).zip(&mut self.most).zip((0..).step_by(BLOCK));
+        for ((block, most), first) in blocks {
+            if *most < least {
+                *most = 0.0;
+            }
+            if *most > 0.0 {
+                block.iter_mut().zip(first..).for_each(|(w, i)| *w = if kept(*w, i) { *w } else { 0.0 });
+            }
         }
     }
 
@@ -111,8 +122,14 @@ impl Sampler {
         self.candidates.clear();
         for ((block, most), first) in self.weights.chunks(BLOCK).zip(&self.most).zip((0..).step_by(BLOCK)) {
             if *most >= least {
-                let kept = block.iter().zip(first..).filter(|(w, _)| **w >= least);
-                self.candidates.extend(kept.map(|(w, id)| key(*w, id)));
+                // All are written, and those that are not kept are written over: a branch would be guessed wrong too often.
+                let mut end = self.candidates.len();
+                self.candidates.resize(end + block.len(), 0);
+                for (w, id) in block.iter().zip(first..) {
+                    self.candidates[end] = key(*w, id);
+                    end += usize::from(*w >= least);
+                }
+                self.candidates.truncate(end);
             }
         }
         let mut kept = &mut self.candidates[..];
@@ -156,10 +173,11 @@ fn weight_of(keys: &[u64]) -> f64 {
 /// In lanes, so that it takes one pass at the speed of memory.
 fn sum(values: &[f32]) -> f64 {
     let mut sums = [0.0; 8];
-    for chunk in values.chunks(sums.len()) {
+    let (chunks, rest) = values.as_chunks::<8>();
+    for chunk in chunks {
         sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum += *x as f64);
     }
-    sums.iter().sum()
+    sums.iter().sum::<f64>() + rest.iter().map(|x| *x as f64).sum::<f64>()
 }
 
 /// e to the power of a number up to 0, to a few units in the last place; 0 where it has hardly any bits left. The standard
