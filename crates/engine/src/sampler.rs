@@ -320,6 +320,12 @@ mod tests {
                         want[id] = if w >= min_p { w } else { 0.0 };
                     }
                     sampler.leave_out(&p);
+                    // Blocks without weight are marked as such.
+                    for (block, most) in sampler.weights.chunks_mut(BLOCK).zip(&sampler.most) {
+                        if *most == 0.0 {
+                            block.fill(0.0);
+                        }
+                    }
                     assert!(sampler.weights == want, "spread {spread}, step {step}: {p:?}");
                 }
             }
