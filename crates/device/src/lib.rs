@@ -457,6 +457,10 @@ pub trait Device: Send + Sync + Sized + 'static {
         largest: &mut Self::Buf<u32>,
     );
 
+    /// Runs `task` with each number below `tasks` on the processor's threads that work for this device, and waits for all:
+    /// for what is decided there between operations. A task must not use the device for more than downloads.
+    fn each_task(&self, tasks: usize, task: &(dyn Fn(usize) + Sync));
+
     /// Cross-entropy of a tied LM head, in chunks of rows so that the [N, V] logits never exist.
     /// `h` [N, width], `w` [V, width], `targets` `[N]` ([`IGNORE`] takes no part); `losses` `[N]` in nats (0 where ignored).
     fn lm_loss<E: Element>(

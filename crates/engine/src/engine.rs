@@ -1,14 +1,15 @@
-//! Steps: plan, compute, choose, tell.
+//! Steps: plan, guess, compute, choose, tell.
 
+use crate::choose::{Chooser, Scratches, on_all_threads};
+use crate::draft::{self, Draft};
 use crate::parameters::{Capacity, Refusal, Request};
 use crate::request::{Event, Running, Texts};
-use crate::sampler::{Place, Sampler, takes_largest, top};
 use crate::scheduler::{Key, Limits, Load, Plan, Scheduler};
 use crate::text::Token;
 use anyhow::{Context, Result};
-use ferropt_data::{EOS, Tokenizer};
+use ferropt_data::Tokenizer;
 use ferropt_device::{Device, Element, PAGE, Segment};
-use ferropt_model::{Cache, Decoder, Logits, Memory};
+use ferropt_model::{Cache, Decoder, Memory};
 use std::collections::BTreeMap;
 
 /// How an engine is set up.
@@ -18,6 +19,8 @@ pub struct Options {
     pub limits: Limits,
     /// Tokens whose keys and values there is room for, in all sequences together; rounded up to whole pages.
     pub cache_tokens: usize,
+    /// Tokens that a draft guesses at most, ahead of each text.
+    pub draft_tokens: usize,
 }
 
 impl Options {
@@ -25,9 +28,13 @@ impl Options {
     pub fn new(sequences: usize, longest: usize) -> Options {
         let limits = Limits { tokens: TOKENS.max(sequences), sequences, reuse: true };
         // A page more for each: while it is copied, a page that two texts have in common is there twice.
-        Options { limits, cache_tokens: sequences * (longest.next_multiple_of(PAGE) + PAGE) }
+        let cache_tokens = sequences * (longest.next_multiple_of(PAGE) + PAGE);
+        Options { limits, cache_tokens, draft_tokens: DRAFT_TOKENS }
     }
 }
+
+/// Tokens that a draft guesses at most unless told otherwise. How many are worth it is found out; more hardly ever are.
+pub const DRAFT_TOKENS: usize = 8;
 
 /// Tokens of a step: enough for products to be limited by arithmetic, few enough that those who generate hardly wait.
 const TOKENS: usize = 512;
@@ -37,12 +44,13 @@ const HEAD_ROWS: usize = 128;
 /// A model at work on many requests.
 ///
 /// Nothing here depends on when a step happens or what else is in it: a request gives the same tokens alone, in any
-/// batch, in pieces of any size, and when it loses its place in the cache and starts anew.
+/// batch, in pieces of any size, when it loses its place in the cache and starts anew, and with any draft or none.
 pub struct Engine<'t, D: Device, E: Element> {
     device: D,
     decoder: Decoder<D>,
     cache: Cache<D, E>,
     memory: Memory<D, E>,
+    draft: Option<Draft<D, E>>,
     tokenizer: &'t Tokenizer,
     scheduler: Scheduler,
     capacity: Capacity,
@@ -51,27 +59,38 @@ pub struct Engine<'t, D: Device, E: Element> {
     count: u64,
     /// Ids that may be chosen: a model may have more rows than the tokenizer has tokens.
     known: usize,
-    sampler: Sampler,
-    /// Logits of one row.
-    logits: Vec<f32>,
+    scratches: Scratches,
     /// Events that are not handed out yet.
     events: Vec<(u64, Event)>,
 }
 
-/// A row whose logits are wanted.
+/// What is wanted of the logits of a row.
 struct Wanted {
     row: u32,
     key: Key,
-    /// The token of the prompt that follows it, or else what follows is to be chosen.
-    echo: Option<usize>,
+    what: What,
+}
+
+enum What {
+    /// The log-probability of this token of the prompt, which follows it.
+    Echo(usize),
+    /// What follows it, which is behind so many of the guesses of this work of the plan.
+    Next { work: usize, guessed: usize },
 }
 
 impl<'t, D: Device, E: Element> Engine<'t, D, E> {
-    /// Sets up an engine; all its memory is allocated here.
+    /// Sets up an engine; all its memory is allocated here. A `draft` is a smaller model that knows the same tokens by the
+    /// same ids, perhaps not all of them; it guesses ahead, which changes no text.
     ///
     /// # Errors
     /// When the options allow nothing, or memory is short.
-    pub fn new(device: D, decoder: Decoder<D>, tokenizer: &'t Tokenizer, options: Options) -> Result<Self> {
+    pub fn new(
+        device: D,
+        decoder: Decoder<D>,
+        draft: Option<Decoder<D>>,
+        tokenizer: &'t Tokenizer,
+        options: Options,
+    ) -> Result<Self> {
         let config = decoder.config();
         let pages = options.cache_tokens.div_ceil(PAGE);
         let scheduler = Scheduler::new(options.limits, pages)?;
@@ -84,19 +103,32 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             sequences: options.limits.sequences,
         };
         let known = tokenizer.vocab_size().min(config.vocab);
+        let draft = match draft {
+            Some(draft) => {
+                let sizes = draft::Sizes {
+                    pages,
+                    rows: options.limits.tokens,
+                    texts: options.limits.sequences.min(HEAD_ROWS),
+                    known,
+                    ahead: options.draft_tokens,
+                };
+                Some(Draft::new(&device, draft, &decoder, sizes)?)
+            }
+            None => None,
+        };
         Ok(Engine {
             device,
             decoder,
             cache,
             memory,
+            draft,
             tokenizer,
             scheduler,
             capacity,
             requests: BTreeMap::new(),
             count: 0,
             known,
-            sampler: Sampler::default(),
-            logits: Vec::new(),
+            scratches: Scratches::default(),
             events: Vec::new(),
         })
     }
@@ -155,73 +187,127 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
     /// # Errors
     /// When the device fails. No request can go on then.
     pub fn step(&mut self) -> Result<Vec<(u64, Event)>> {
-        let plan = self.scheduler.plan();
+        let mut plan = self.scheduler.plan();
         if !plan.work.is_empty() {
             self.cache.copy(&self.device, &plan.copies);
-            self.compute(&plan)?;
+            let guesses = self.guess(&mut plan)?;
+            self.compute(&plan, &guesses)?;
             self.scheduler.done(&plan);
-            let wanted = self.wanted(&plan);
+            let wanted = self.wanted(&plan, &guesses);
             for rows in wanted.chunks(self.memory.head_rows()) {
-                self.choose(rows)?;
+                self.choose(rows, &guesses)?;
             }
         }
         Ok(std::mem::take(&mut self.events))
     }
 
-    fn compute(&mut self, plan: &Plan) -> Result<()> {
+    /// What the draft guesses behind each work of a plan.
+    fn guess(&mut self, plan: &mut Plan) -> Result<Vec<Vec<u32>>> {
+        let mut guesses = vec![Vec::new(); plan.work.len()];
+        let Some(draft) = &mut self.draft else { return Ok(guesses) };
+        let requests = &self.requests;
+        let guessable = |key: Key| requests.get(&key.request)?.guessable(key.part);
+        let rows = plan.work.iter().map(|work| work.count).sum();
+        let texts = plan.work.iter().filter(|work| guessable(work.key).is_some()).count();
+        self.scheduler.look_ahead(plan, |key, sequence| match guessable(key) {
+            Some((useful, acceptance)) => {
+                draft.worth(sequence.tokens().len(), useful, acceptance, rows, texts)
+            }
+            None => 0,
+        });
+        draft.copy(&self.device, &plan.copies);
+        let (mut ahead, mut texts) = (Vec::new(), Vec::new());
+        for (number, work) in plan.work.iter().enumerate() {
+            let sequence = self.scheduler.sequence(work.key).context("a sequence is gone")?;
+            draft.overwritten(sequence.pages(), work.past);
+            let Some(running) = requests.get(&work.key.request).filter(|_| work.ahead > 0) else { continue };
+            let Some(place) = running.place(work.key.part, &[]) else { continue };
+            let (tokens, pages, parameters) = (sequence.tokens(), sequence.pages(), running.parameters());
+            ahead.push(number);
+            texts.push(draft::Text { tokens, pages, ahead: work.ahead, parameters, place });
+        }
+        for (number, made) in ahead.into_iter().zip(draft.guess(&self.device, &self.scratches, &texts)?) {
+            guesses[number] = made;
+        }
+        for (work, guesses) in plan.work.iter().zip(&guesses) {
+            if let Some(running) = self.requests.get_mut(&work.key.request) {
+                running.guessed(work.key.part, guesses.len());
+            }
+        }
+        Ok(guesses)
+    }
+
+    fn compute(&mut self, plan: &Plan, guesses: &[Vec<u32>]) -> Result<()> {
         let (mut tokens, mut segments) = (Vec::new(), Vec::new());
-        for work in &plan.work {
+        for (work, guesses) in plan.work.iter().zip(guesses) {
             let sequence = self.scheduler.sequence(work.key).context("a sequence is gone")?;
             tokens.extend_from_slice(&sequence.tokens()[work.past..work.past + work.count]);
-            segments.push(Segment { rows: work.count, past: work.past, pages: sequence.pages() });
+            tokens.extend_from_slice(guesses);
+            let rows = work.count + guesses.len();
+            segments.push(Segment { rows, past: work.past, pages: sequence.pages() });
         }
         self.decoder.forward(&self.device, &tokens, &segments, &mut self.cache, &mut self.memory)
     }
 
-    /// The rows of a step whose logits somebody wants.
-    fn wanted(&self, plan: &Plan) -> Vec<Wanted> {
+    /// What is wanted of which rows of a step. Texts behind prompts that are read begin here.
+    fn wanted(&mut self, plan: &Plan, guesses: &[Vec<u32>]) -> Vec<Wanted> {
         let mut wanted = Vec::new();
         let mut first = 0;
-        for work in &plan.work {
+        for (number, work) in plan.work.iter().enumerate() {
             let (key, end) = (work.key, work.past + work.count);
             let row = |position: usize| (first + position - work.past) as u32;
-            if let Some(running) = self.requests.get(&key.request) {
+            if let Some(running) = self.requests.get_mut(&key.request) {
                 if let Some(next) = running.next_echo() {
                     let rows = next.max(work.past + 1)..(end + 1).min(running.request.prompt.len());
-                    wanted.extend(rows.map(|at| Wanted { row: row(at - 1), key, echo: Some(at) }));
+                    wanted.extend(rows.map(|at| Wanted { row: row(at - 1), key, what: What::Echo(at) }));
                 }
                 let all = self.scheduler.sequence(key).map_or(0, |s| s.tokens().len());
                 if end == all && running.limit > 0 {
-                    wanted.push(Wanted { row: row(end - 1), key, echo: None });
+                    let next = |guessed| What::Next { work: number, guessed };
+                    let places = 0..=guesses[number].len();
+                    wanted.extend(places.map(|i| Wanted { row: row(end - 1 + i), key, what: next(i) }));
+                    for part in running.begin_if_read() {
+                        let key = Key { part, ..key };
+                        self.scheduler.fork(work.key, key);
+                        wanted.push(Wanted { row: row(end - 1), key, what: next(0) });
+                    }
                 }
             }
-            first += work.count;
+            first += work.count + guesses[number].len();
         }
         wanted
     }
 
     /// Does with some rows' logits what is wanted.
-    fn choose(&mut self, wanted: &[Wanted]) -> Result<()> {
-        let rows: Vec<u32> = wanted.iter().map(|w| w.row).collect();
+    fn choose(&mut self, wanted: &[Wanted], guesses: &[Vec<u32>]) -> Result<()> {
+        let mut rows: Vec<u32> = Vec::new();
+        let mut places = Vec::new();
+        for w in wanted {
+            // Texts that begin behind the same prompt look at the same row.
+            if rows.last() != Some(&w.row) {
+                rows.push(w.row);
+            }
+            places.push(rows.len() - 1);
+        }
         let logits = self.decoder.head(&self.device, &rows, &mut self.memory)?;
-        let mut chooser = Chooser {
-            logits,
-            row: 0,
-            known: self.known,
-            sampler: &mut self.sampler,
-            scratch: &mut self.logits,
-        };
-        for (row, Wanted { key, echo, .. }) in wanted.iter().enumerate() {
-            chooser.row = row;
+        let chooser = Chooser { logits, known: self.known, scratches: &self.scratches };
+        let requests = &self.requests;
+        let found = on_all_threads(&self.device, wanted.len(), |i| {
+            let Wanted { key, what, .. } = &wanted[i];
+            let Some(running) = requests.get(&key.request) else { return Vec::new() };
+            find(&chooser, places[i], running, key.part, what, guesses)
+        });
+        for (Wanted { key, what, .. }, found) in wanted.iter().zip(found) {
             let Some(running) = self.requests.get_mut(&key.request) else { continue };
             let mut events = Vec::new();
-            match echo {
-                Some(at) => {
-                    let (id, count) = (running.request.prompt[*at], running.parameters().log_probs);
-                    running.echo(chooser.token(id, true, count));
+            match what {
+                What::Echo(_) => {
+                    found.into_iter().for_each(|token| running.echo(token));
                     events.extend(running.take_echo());
                 }
-                None => go_on(*key, running, &mut chooser, &mut self.scheduler, &mut events),
+                What::Next { work, guessed } => {
+                    go_on(*key, running, found, &guesses[*work], *guessed, &mut self.scheduler, &mut events);
+                }
             }
             self.events.extend(events.into_iter().map(|event| (key.request, event)));
         }
@@ -244,103 +330,59 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
     }
 }
 
-/// Chooses what follows a sequence, in all texts that are at this place.
-fn go_on<D: Device>(
+/// The tokens that are wanted of a row: one, or behind a text of a search the likeliest.
+fn find<D: Device>(
+    chooser: &Chooser<'_, D>,
+    row: usize,
+    running: &Running<'_>,
+    part: u64,
+    what: &What,
+    guesses: &[Vec<u32>],
+) -> Vec<Token> {
+    let p = running.parameters();
+    match (what, &running.texts) {
+        (What::Echo(at), _) => vec![chooser.token(row, running.request.prompt[*at], true, p.log_probs)],
+        (_, Texts::Beams(beams)) => {
+            chooser.likeliest(row, beams.search.candidates(), running.end_allowed(), p.log_probs)
+        }
+        (What::Next { work, guessed }, _) => {
+            let Some(place) = running.place(part, &guesses[*work][..*guessed]) else { return Vec::new() };
+            let id = chooser.pick(row, p, place);
+            vec![chooser.token(row, id, running.compares(), p.log_probs)]
+        }
+    }
+}
+
+/// Lets a text go on with what was found behind `guessed` of its guesses.
+fn go_on(
     key: Key,
     running: &mut Running<'_>,
-    chooser: &mut Chooser<'_, D>,
+    found: Vec<Token>,
+    guesses: &[u32],
+    guessed: usize,
     scheduler: &mut Scheduler,
     events: &mut Vec<Event>,
 ) {
-    let begins = matches!(running.texts, Texts::None);
-    if begins {
-        running.begin();
+    if let Texts::Beams(_) = running.texts {
+        let at = |part: u64| Key { part, ..key };
+        let Some(moves) = running.extend(key.part, found) else { return };
+        moves.forks.iter().for_each(|(from, to)| scheduler.fork(at(*from), at(*to)));
+        moves.tokens.iter().for_each(|(part, id)| scheduler.push(at(*part), *id));
+        moves.ends.iter().for_each(|part| scheduler.remove(at(*part)));
+        return;
     }
-    let at = |part: u64| Key { part, ..key };
-    match &running.texts {
-        Texts::None => {}
-        Texts::Sampled(choices) => {
-            let numbers = if begins { 0..choices.len() } else { key.part as usize..key.part as usize + 1 };
-            let mut next = Vec::new();
-            for number in numbers {
-                let Texts::Sampled(choices) = &running.texts else { continue };
-                let place = Place {
-                    prompt: &running.request.prompt,
-                    generated: &choices[number].generated,
-                    choice: number,
-                };
-                let p = running.parameters();
-                let id = chooser.pick(p, place);
-                let token = chooser.token(id, running.compares(), p.log_probs);
-                if running.push(number, token, events) {
-                    next.push((number as u64, id));
-                }
-            }
-            // All that begin here have the prompt in common, also when the first of them has ended.
-            next.iter()
-                .filter(|(part, _)| *part != key.part)
-                .for_each(|(part, _)| scheduler.fork(key, at(*part)));
-            next.iter().for_each(|(part, id)| scheduler.push(at(*part), *id));
-            if !next.iter().any(|(part, _)| *part == key.part) {
-                scheduler.remove(key);
-            }
-        }
-        Texts::Beams(beams) => {
-            let count = beams.search.candidates();
-            let likeliest = chooser.likeliest(count, running.end_allowed(), running.parameters().log_probs);
-            let Some(moves) = running.extend(key.part, likeliest) else { return };
-            moves.forks.iter().for_each(|(from, to)| scheduler.fork(at(*from), at(*to)));
-            moves.tokens.iter().for_each(|(part, id)| scheduler.push(at(*part), *id));
-            moves.ends.iter().for_each(|part| scheduler.remove(at(*part)));
-        }
+    // Behind a guess that was wrong, or a text that has ended, there is nothing.
+    if guessed > 0 && scheduler.sequence(key).is_none_or(|s| s.pending() > 0) {
+        return;
     }
-}
-
-/// Reads and chooses from the logits of one row.
-struct Chooser<'a, D: Device> {
-    logits: Logits<'a, D>,
-    row: usize,
-    known: usize,
-    sampler: &'a mut Sampler,
-    scratch: &'a mut Vec<f32>,
-}
-
-impl<D: Device> Chooser<'_, D> {
-    fn pick(&mut self, p: &crate::Parameters, place: Place<'_>) -> u32 {
-        let largest = self.logits.largest(self.row);
-        if takes_largest(p, place.generated.len()) && (largest as usize) < self.known {
-            return largest;
+    for token in found {
+        let id = token.id;
+        let right = guesses.get(guessed).map(|guess| *guess == id);
+        right.into_iter().for_each(|right| running.checked(key.part, right));
+        match (running.push(key.part as usize, token, events), right) {
+            (true, Some(true)) => scheduler.accept(key, id),
+            (true, _) => scheduler.push(key, id),
+            (false, _) => scheduler.remove(key),
         }
-        self.logits.read(self.row, self.scratch);
-        self.sampler.pick(p, place, &mut self.scratch[..self.known])
-    }
-
-    /// A token with its log-probability, if `needed` or asked for, and the likeliest ones beside it.
-    fn token(&mut self, id: u32, needed: bool, log_probs: Option<usize>) -> Token {
-        let log_prob = (needed || log_probs.is_some()).then(|| self.logits.log_prob(self.row, id));
-        Token { id, log_prob, top: self.top(log_probs.unwrap_or(0)) }
-    }
-
-    fn top(&mut self, count: usize) -> Vec<(u32, f32)> {
-        if count <= 1 {
-            let largest = self.logits.largest(self.row);
-            return (0..count).map(|_| (largest, self.logits.log_prob(self.row, largest))).collect();
-        }
-        self.logits.read(self.row, self.scratch);
-        let lse = self.logits.log_sum_exp(self.row);
-        top(self.scratch, count).into_iter().map(|(id, logit)| (id, logit - lse)).collect()
-    }
-
-    /// The likeliest tokens that may be chosen.
-    fn likeliest(&mut self, count: usize, end_allowed: bool, log_probs: Option<usize>) -> Vec<Token> {
-        let beside = self.top(log_probs.unwrap_or(0));
-        self.logits.read(self.row, self.scratch);
-        let lse = self.logits.log_sum_exp(self.row);
-        let known = &mut self.scratch[..self.known];
-        if !end_allowed {
-            known[EOS as usize] = f32::NEG_INFINITY;
-        }
-        let likeliest = top(known, count).into_iter().filter(|(_, logit)| *logit > f32::NEG_INFINITY);
-        likeliest.map(|(id, logit)| Token { id, log_prob: Some(logit - lse), top: beside.clone() }).collect()
     }
 }

@@ -36,13 +36,14 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// Sets up an engine and starts its thread.
+    /// Sets up an engine and starts its thread; see [`Engine::new`].
     ///
     /// # Errors
     /// When the options allow nothing, or memory is short.
     pub fn start<D: Device, E: Element>(
         device: D,
         decoder: Decoder<D>,
+        draft: Option<Decoder<D>>,
         tokenizer: Arc<Tokenizer>,
         options: Options,
     ) -> Result<Handle> {
@@ -52,7 +53,7 @@ impl Handle {
         let (shared, own) = (load.clone(), tokenizer.clone());
         let work = move || {
             // The engine borrows the tokenizer, so it is made where it works.
-            match Engine::<D, E>::new(device, decoder, &own, options) {
+            match Engine::<D, E>::new(device, decoder, draft, &own, options) {
                 Ok(mut engine) => {
                     *shared.lock().unwrap_or_else(PoisonError::into_inner) = engine.load();
                     if ready.send(Ok(engine.capacity())).is_ok() {

@@ -9,10 +9,13 @@
 //! is computed beside them, and random numbers depend on the request's seed, the number of the text and the place in it.
 
 pub mod beam;
+mod choose;
+mod draft;
 mod engine;
 mod handle;
 pub mod pages;
 mod parameters;
+mod race;
 mod request;
 pub mod sampler;
 pub mod scheduler;
@@ -20,7 +23,7 @@ mod score;
 pub mod stop;
 pub mod text;
 
-pub use engine::{Engine, Options};
+pub use engine::{DRAFT_TOKENS, Engine, Options};
 pub use handle::{Completion, Events, Handle, Text};
 pub use parameters::{Capacity, MOST_CHOICES, MOST_LOG_PROBS, MOST_STOPS, Parameters, Refusal, Request};
 pub use request::{Event, Finish, Usage};

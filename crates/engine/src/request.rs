@@ -1,8 +1,9 @@
 //! One request on its way: what was asked for, what has come of it, and what it still waits for.
 
 use crate::beam::{Ended, Search};
+use crate::draft::ACCEPTANCE;
 use crate::parameters::{Parameters, Request};
-use crate::sampler::end_allowed;
+use crate::sampler::{Place, end_allowed};
 use crate::text::{Output, Piece, Token};
 use ferropt_data::{EOS, Tokenizer};
 
@@ -38,6 +39,10 @@ pub struct Usage {
     pub prompt: usize,
     /// Generated, in all texts that were computed, without the `</s>` that ended some.
     pub generated: usize,
+    /// Guessed by the draft and computed on trial. How many depends on what else the engine has to do.
+    pub drafted: usize,
+    /// Of those, the ones that were right.
+    pub accepted: usize,
 }
 
 /// What comes of a request, in this order; texts of different choices alternate.
@@ -76,7 +81,7 @@ pub(crate) struct Running<'t> {
     echoed: Vec<Token>,
     known: usize,
     pub(crate) texts: Texts<'t>,
-    generated: usize,
+    usage: Usage,
 }
 
 /// Texts behind the prompt.
@@ -96,6 +101,8 @@ pub(crate) struct Choice<'t> {
     pub(crate) generated: Vec<u32>,
     /// Sum of log-probabilities and how many, `</s>` included; if they decide what is given back.
     sum: (f64, usize),
+    /// Share of guesses of its tokens that were right of late.
+    acceptance: f32,
     /// What is kept until all texts can be compared.
     kept: Piece,
     pub(crate) finish: Option<Finish>,
@@ -130,6 +137,7 @@ impl<'t> Running<'t> {
             Some(max) if max <= room => (max, Finish::MaxTokens),
             _ => (room, Finish::Positions),
         };
+        let usage = Usage { prompt: request.prompt.len(), ..Usage::default() };
         let mut running = Running {
             request,
             tokenizer,
@@ -138,7 +146,7 @@ impl<'t> Running<'t> {
             echoed: Vec::new(),
             known: 0,
             texts: Texts::None,
-            generated: 0,
+            usage,
         };
         running.echo_plainly();
         running
@@ -189,6 +197,26 @@ impl<'t> Running<'t> {
         (complete && !self.echoed.is_empty()).then(|| Event::Prompt(std::mem::take(&mut self.echoed)))
     }
 
+    /// Makes the texts that follow the prompt if that was read just now. Returns the numbers of those beside the first that
+    /// go on behind the prompt at once.
+    pub(crate) fn begin_if_read(&mut self) -> std::ops::Range<u64> {
+        if !matches!(self.texts, Texts::None) {
+            return 1..1;
+        }
+        self.begin();
+        match &self.texts {
+            Texts::Sampled(choices) => 1..choices.len() as u64,
+            _ => 1..1,
+        }
+    }
+
+    /// Where the token of a sampled text is chosen that follows some guesses.
+    pub(crate) fn place<'a>(&'a self, number: u64, guessed: &'a [u32]) -> Option<Place<'a>> {
+        let Texts::Sampled(choices) = &self.texts else { return None };
+        let (prompt, choice) = (&self.request.prompt, number as usize);
+        Some(Place { prompt, generated: &choices.get(choice)?.generated, guessed, choice })
+    }
+
     /// Makes the texts that follow the prompt.
     pub(crate) fn begin(&mut self) {
         let p = self.parameters();
@@ -203,6 +231,7 @@ impl<'t> Running<'t> {
                     output: Output::new(self.tokenizer, &p.stop),
                     generated: Vec::new(),
                     sum: (0.0, 0),
+                    acceptance: ACCEPTANCE,
                     kept: Piece::default(),
                     finish,
                 };
@@ -214,6 +243,33 @@ impl<'t> Running<'t> {
     /// Whether texts are compared before they are given back.
     pub(crate) fn compares(&self) -> bool {
         self.parameters().beams.is_some() || self.parameters().computed() > self.parameters().n
+    }
+
+    /// Whether tokens of a text may be guessed: how many that are of use beside the one that is sure to come, and the share of
+    /// guesses that were right of late.
+    pub(crate) fn guessable(&self, number: u64) -> Option<(usize, f32)> {
+        let Texts::Sampled(choices) = &self.texts else { return None };
+        let choice = choices.get(number as usize)?;
+        Some((self.limit.saturating_sub(choice.generated.len() + 1), choice.acceptance))
+    }
+
+    /// Notes that tokens of a text were guessed.
+    pub(crate) fn guessed(&mut self, number: u64, count: usize) {
+        self.usage.drafted += count;
+        if let (0, Texts::Sampled(choices)) = (count, &mut self.texts) {
+            // What was not worth guessing is tried again some time later.
+            let acceptance = &mut choices[number as usize].acceptance;
+            *acceptance += 0.01 * (ACCEPTANCE - *acceptance);
+        }
+    }
+
+    /// Notes whether a guess of a text's next token was right.
+    pub(crate) fn checked(&mut self, number: u64, right: bool) {
+        self.usage.accepted += usize::from(right);
+        if let Texts::Sampled(choices) = &mut self.texts {
+            let acceptance = &mut choices[number as usize].acceptance;
+            *acceptance += 0.1 * (f32::from(right) - *acceptance);
+        }
     }
 
     /// Appends a token to a sampled text; returns whether it goes on.
@@ -233,7 +289,7 @@ impl<'t> Running<'t> {
             choice.finish = Some(Finish::EndOfText);
         } else {
             choice.generated.push(id);
-            self.generated += 1;
+            self.usage.generated += 1;
             let (piece, stopped) = choice.output.push(token, choice.generated.len() > min);
             pieces.push(piece);
             choice.finish = match stopped {
@@ -283,7 +339,7 @@ impl<'t> Running<'t> {
         }
         moves.ends = old.into_iter().zip(used).filter(|(_, used)| !used).map(|(part, _)| part).collect();
         beams.likeliest = vec![None; beams.parts.len()];
-        self.generated += moves.tokens.len();
+        self.usage.generated += moves.tokens.len();
         Some(moves)
     }
 
@@ -331,7 +387,7 @@ impl<'t> Running<'t> {
             }
             _ => {}
         }
-        events.push(Event::Done(Usage { prompt: self.request.prompt.len(), generated: self.generated }));
+        events.push(Event::Done(self.usage));
         Some(events)
     }
 

@@ -1,8 +1,8 @@
 //! Choosing a token from logits.
 
 use crate::parameters::Parameters;
+use crate::race::{BLOCK, Race, largest, largest_of_blocks};
 use ferropt_data::EOS;
-use ferropt_device::rng::{Purpose, Stream};
 use std::collections::HashMap;
 
 /// Where in which text a token is chosen.
@@ -12,6 +12,8 @@ pub struct Place<'a> {
     pub prompt: &'a [u32],
     /// Tokens that were generated.
     pub generated: &'a [u32],
+    /// Tokens that are supposed to follow them.
+    pub guessed: &'a [u32],
     /// Number of the text in its request.
     pub choice: usize,
 }
@@ -19,15 +21,22 @@ pub struct Place<'a> {
 impl Place<'_> {
     /// Tokens before the one to choose.
     fn position(&self) -> u64 {
-        (self.prompt.len() + self.generated.len()) as u64
+        (self.prompt.len() + self.written()) as u64
+    }
+
+    /// Of those, how many are not the prompt's.
+    pub(crate) fn written(&self) -> usize {
+        self.generated.len() + self.guessed.len()
     }
 }
 
 /// Memory that is used again for each token.
 #[derive(Default)]
 pub struct Sampler {
+    /// How likely tokens are beside the likeliest, and the largest of each block.
     weights: Vec<f32>,
-    candidates: Vec<(f32, u32)>,
+    most: Vec<f32>,
+    candidates: Vec<u64>,
 }
 
 /// Whether the token is the one with the largest logit as the model gives it.
@@ -50,79 +59,147 @@ impl Sampler {
     /// token.
     pub fn pick(&mut self, p: &Parameters, place: Place<'_>, logits: &mut [f32]) -> u32 {
         adjust(p, place, logits);
-        if p.temperature == 0.0 {
-            return largest(logits);
+        let most = largest(logits);
+        if p.temperature > 0.0 {
+            self.weigh(p, logits, most);
+            if let Some(likely) = self.weights.iter().position(|w| *w == 1.0) {
+                self.leave_out(p);
+                let race = Race::new(p.seed, place.choice, place.position());
+                return race.winner(&self.weights, &self.most, likely as u32);
+            }
         }
-        let stream = Stream::new(p.seed, Purpose::Sampling, place.choice, 0);
-        self.sample(p, logits, stream.uniform(place.position(), 0))
+        logits.iter().position(|logit| *logit == most).unwrap_or(0) as u32
     }
 
-    /// Inverts the distribution function at `u` in [0, 1).
-    fn sample(&mut self, p: &Parameters, logits: &[f32], u: f32) -> u32 {
-        let first = largest(logits);
-        let most = logits[first as usize];
-        let weight = |logit: f32| ((logit - most) / p.temperature).exp();
-        if p.top_k.is_none_or(|k| k >= logits.len()) && p.top_p == 1.0 {
-            self.weights.clear();
-            self.weights.extend(logits.iter().map(|logit| weight(*logit)));
-            let kept = |w: &f32| *w >= p.min_p;
-            let mass: f64 = self.weights.iter().filter(|w| kept(w)).map(|w| *w as f64).sum();
-            let tokens = self.weights.iter().copied().zip(0..).filter(|(w, _)| kept(w));
-            return at(tokens, u as f64 * mass).unwrap_or(first);
-        }
-        let all = self.keep_likeliest(p, logits, weight);
-        let (mut kept, mut mass) = (0, 0.0);
-        while kept < self.candidates.len() && (kept == 0 || mass < p.top_p as f64 * all) {
-            mass += self.candidates[kept].0 as f64;
-            kept += 1;
-        }
-        let kept = self.candidates[..kept].partition_point(|(w, _)| *w >= p.min_p).max(1);
-        let mass: f64 = self.candidates[..kept].iter().map(|(w, _)| *w as f64).sum();
-        at(self.candidates[..kept].iter().copied(), u as f64 * mass).unwrap_or(first)
+    /// Makes logits weights, of which the largest is 1.
+    fn weigh(&mut self, p: &Parameters, logits: &[f32], most: f32) {
+        // Not infinite, because the likeliest is at a distance of 0.
+        let scale = p.temperature.recip().min(f32::MAX);
+        self.weights.clear();
+        self.weights.extend(logits.iter().map(|logit| exp((logit - most) * scale)));
+        largest_of_blocks(&self.weights, &mut self.most);
     }
 
-    /// Fills `candidates` with the weights and ids of the `top_k` likeliest tokens, likeliest first, equal ones by id, and
-    /// returns the sum of their weights. Tokens that `top_p` does not keep may be missing.
-    fn keep_likeliest(&mut self, p: &Parameters, logits: &[f32], weight: impl Fn(f32) -> f32) -> f64 {
-        let order = |a: &(f32, u32), b: &(f32, u32)| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
-        let all = logits.iter().zip(0..).map(|(logit, id)| (weight(*logit), id));
-        self.candidates.clear();
-        self.candidates.extend(all);
-        if let Some(k) = p.top_k.filter(|k| *k < logits.len()) {
-            self.candidates.select_nth_unstable_by(k, order);
-            self.candidates.truncate(k);
-            self.candidates.sort_unstable_by(order);
-            return self.candidates.iter().map(|(w, _)| *w as f64).sum();
+    /// Takes the weight from tokens that are not to be chosen.
+    fn leave_out(&mut self, p: &Parameters) {
+        let top_k = p.top_k.filter(|k| *k < self.weights.len());
+        if top_k.is_some() || p.top_p < 1.0 {
+            let (weight, id) = self.last_kept(top_k, p.top_p);
+            self.keep(|w, i| w > weight || (w == weight && i <= id), weight);
         }
-        // All tokens up to this weight together have less than 1 - top_p, so none of them is kept: no need to sort them.
-        let total: f64 = self.candidates.iter().map(|(w, _)| *w as f64).sum();
-        let least = ((1.0 - p.top_p as f64) * total / logits.len() as f64) as f32 * 0.999;
-        self.candidates.retain(|(w, _)| *w > least);
-        self.candidates.sort_unstable_by(order);
-        total
+        if p.min_p > 0.0 {
+            self.keep(|w, _| w >= p.min_p, p.min_p);
+        }
     }
-}
 
-/// The token at which the sum of weights exceeds `mass`; the last one where rounding lets none.
-fn at(tokens: impl Iterator<Item = (f32, u32)>, mut mass: f64) -> Option<u32> {
-    let mut last = None;
-    for (weight, id) in tokens {
-        mass -= weight as f64;
-        if weight > 0.0 {
-            last = Some(id);
-            if mass < 0.0 {
-                break;
+    /// Takes the weight from tokens of which `kept` does not hold, as it does of none below `least`.
+    fn keep(&mut self, kept: impl Fn(f32, u32) -> bool, least: f32) {
+        let blocks = self.weights.chunks_mut(BLOCK).zip(&mut self.most).zip((0..).step_by(BLOCK));
+        for ((block, most), first) in blocks {
+            if *most < least {
+                *most = 0.0;
+            }
+            if *most > 0.0 {
+                block.iter_mut().zip(first..).for_each(|(w, i)| *w = if kept(*w, i) { *w } else { 0.0 });
             }
         }
     }
-    last
+
+    /// Weight and id of the last token that is kept, likeliest first and equal ones by id: of the first `top_k`, the fewest
+    /// that have the share `top_p` of their sum.
+    fn last_kept(&mut self, top_k: Option<usize>, top_p: f32) -> (f32, u32) {
+        // Most tokens need no ordering. With top_k, at least k are as likely as the k-th of the blocks' likeliest. With
+        // top_p alone, all that are below `least` have less than 1 - top_p together.
+        let mut all = 0.0;
+        let least = match top_k {
+            Some(k) if k > self.most.len() => 0.0,
+            Some(k) => *self.most.clone().select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1,
+            None => {
+                all = sum(&self.weights);
+                ((1.0 - top_p as f64) * all / self.weights.len() as f64) as f32 * 0.999
+            }
+        };
+        self.candidates.clear();
+        for ((block, most), first) in self.weights.chunks(BLOCK).zip(&self.most).zip((0..).step_by(BLOCK)) {
+            if *most >= least {
+                // All are written, and those that are not kept are written over: a branch would be guessed wrong too often.
+                let mut end = self.candidates.len();
+                self.candidates.resize(end + block.len(), 0);
+                for (w, id) in block.iter().zip(first..) {
+                    self.candidates[end] = key(*w, id);
+                    end += usize::from(*w >= least);
+                }
+                self.candidates.truncate(end);
+            }
+        }
+        let mut kept = &mut self.candidates[..];
+        if let Some(k) = top_k {
+            let last = *kept.select_nth_unstable_by(k - 1, |a, b| b.cmp(a)).1;
+            if top_p == 1.0 {
+                return weight_and_id(last);
+            }
+            kept = &mut kept[..k];
+            all = weight_of(kept);
+        }
+        let mut needed = top_p as f64 * all;
+        while kept.len() > 1 {
+            let half = kept.len() / 2;
+            kept.select_nth_unstable_by(half, |a, b| b.cmp(a));
+            let (upper, lower) = kept.split_at_mut(half);
+            let weight = weight_of(upper);
+            if weight >= needed {
+                kept = upper;
+            } else {
+                (kept, needed) = (lower, needed - weight);
+            }
+        }
+        weight_and_id(kept[0])
+    }
+}
+
+/// A number for each token that is larger for likelier ones, and for lower ids of equally likely ones.
+fn key(weight: f32, id: u32) -> u64 {
+    (weight.to_bits() as u64) << 32 | !id as u64
+}
+
+fn weight_and_id(key: u64) -> (f32, u32) {
+    (f32::from_bits((key >> 32) as u32), !(key as u32))
+}
+
+fn weight_of(keys: &[u64]) -> f64 {
+    keys.iter().map(|key| weight_and_id(*key).0 as f64).sum()
+}
+
+/// In lanes, so that it takes one pass at the speed of memory.
+fn sum(values: &[f32]) -> f64 {
+    let mut sums = [0.0; 8];
+    let (chunks, rest) = values.as_chunks::<8>();
+    for chunk in chunks {
+        sums.iter_mut().zip(chunk).for_each(|(sum, x)| *sum += *x as f64);
+    }
+    sums.iter().sum::<f64>() + rest.iter().map(|x| *x as f64).sum::<f64>()
+}
+
+/// e to the power of a number up to 0, to a few units in the last place; 0 where it has hardly any bits left. The standard
+/// library's takes one number at a time; of this, compilers make vectors, which is several times as fast.
+fn exp(x: f32) -> f32 {
+    // A number of this size has no bits below 1: adding it rounds, and leaves the whole number in the lowest bits.
+    const ROUND: f32 = 12_582_912.0;
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let whole = shifted - ROUND;
+    // ln 2 in two parts, the first of few bits, so that its product is exact.
+    let rest = (x - whole * 0.693_359_4) + whole * 2.121_944_4e-4;
+    let series = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+    let power = series.iter().fold(1.0 / 5040.0, |sum, term| sum * rest + term);
+    let result = power * f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
+    if x > -87.0 { result } else { 0.0 }
 }
 
 /// Penalties, bias, and whether the text may end.
 fn adjust(p: &Parameters, place: Place<'_>, logits: &mut [f32]) {
     let get = |logits: &mut [f32], id: u32| logits.get(id as usize).copied();
     if p.repetition_penalty != 1.0 {
-        let mut seen: Vec<u32> = place.prompt.iter().chain(place.generated).copied().collect();
+        let mut seen: Vec<u32> = [place.prompt, place.generated, place.guessed].concat();
         seen.sort_unstable();
         seen.dedup();
         for id in seen {
@@ -134,7 +211,8 @@ fn adjust(p: &Parameters, place: Place<'_>, logits: &mut [f32]) {
     }
     if p.presence_penalty != 0.0 || p.frequency_penalty != 0.0 {
         let mut counts: HashMap<u32, u32> = HashMap::new();
-        place.generated.iter().for_each(|id| *counts.entry(*id).or_default() += 1);
+        let written = place.generated.iter().chain(place.guessed);
+        written.for_each(|id| *counts.entry(*id).or_default() += 1);
         for (id, count) in counts {
             if let Some(logit) = get(logits, id) {
                 logits[id as usize] = logit - p.presence_penalty - p.frequency_penalty * count as f32;
@@ -146,20 +224,9 @@ fn adjust(p: &Parameters, place: Place<'_>, logits: &mut [f32]) {
             logits[*id as usize] = logit + bias;
         }
     }
-    if !end_allowed(p, place.generated.len()) {
+    if !end_allowed(p, place.written()) {
         logits[EOS as usize] = f32::NEG_INFINITY;
     }
-}
-
-/// The place of the largest logit, the lowest of equal ones.
-fn largest(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (id, logit) in logits.iter().enumerate() {
-        if *logit > logits[best] {
-            best = id;
-        }
-    }
-    best as u32
 }
 
 /// The `count` largest logits with their ids, largest first, equal ones by id.
@@ -180,6 +247,7 @@ pub fn top(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ferropt_device::rng::{Purpose, Stream};
 
     const DRAWS: usize = 20_000;
     /// Three standard deviations of a share of 20,000.
@@ -190,7 +258,7 @@ mod tests {
         let mut counts = vec![0.0; logits.len()];
         let prompt = vec![5; DRAWS];
         for position in 0..DRAWS {
-            let place = Place { prompt: &prompt[..position], generated: &[], choice: 3 };
+            let place = Place { prompt: &prompt[..position], generated: &[], guessed: &[], choice: 3 };
             counts[sampler.pick(p, place, &mut logits.to_vec()) as usize] += 1.0 / DRAWS as f64;
         }
         counts
@@ -223,26 +291,60 @@ mod tests {
     }
 
     #[test]
-    fn cutting_off_the_tail_early_changes_no_choice() {
+    fn tokens_are_kept_as_their_definition_says() {
         let stream = Stream::new(1, Purpose::Init, 0, 0);
-        let logits: Vec<f32> = (0..5000).map(|i| 3.0 * stream.normal(0, i)).collect();
-        for top_p in [0.05f32, 0.5, 0.9, 0.999] {
-            let p = Parameters { top_p, temperature: 0.8, ..sampled() };
-            // Everything is sorted when top_k names all but one.
-            let sorted = Parameters { top_k: Some(4999), ..p.clone() };
-            let mut sampler = Sampler::default();
-            for position in 0..300 {
-                let prompt = vec![5; position];
-                let place = Place { prompt: &prompt, generated: &[], choice: 0 };
-                let [a, b] = [&p, &sorted].map(|p| sampler.pick(p, place, &mut logits.clone()));
-                assert!(a == b, "top_p {top_p} at {position}: {a}, not {b}");
+        let mut sampler = Sampler::default();
+        for (spread, step) in [(3.0f32, 0.0f32), (0.02, 0.0), (2.0, 0.5), (9.0, 0.0)] {
+            // With a step many are equal.
+            let logits: Vec<f32> = (0..5000)
+                .map(|i| spread * stream.normal(0, i))
+                .map(|l| if step > 0.0 { (l / step).round() * step } else { l })
+                .collect();
+            let most = largest(&logits);
+            for top_k in [None, Some(1), Some(40), Some(79), Some(1000), Some(4999), Some(5000)] {
+                for (top_p, min_p) in
+                    [(1.0, 0.0), (0.05, 0.0), (0.5, 0.3), (0.9, 0.0), (0.999, 1e-3), (1.0, 0.1)]
+                {
+                    let p = Parameters { top_k, top_p, min_p, temperature: 0.8, ..sampled() };
+                    sampler.weigh(&p, &logits, most);
+                    let mut likely: Vec<(f32, usize)> = sampler.weights.iter().copied().zip(0..).collect();
+                    likely.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+                    likely.truncate(top_k.unwrap_or(usize::MAX));
+                    let all: f64 = likely.iter().map(|(w, _)| *w as f64).sum();
+                    let (mut mass, mut want) = (0.0, vec![0.0; 5000]);
+                    for (w, id) in likely {
+                        if top_p < 1.0 && mass >= top_p as f64 * all {
+                            break;
+                        }
+                        mass += w as f64;
+                        want[id] = if w >= min_p { w } else { 0.0 };
+                    }
+                    sampler.leave_out(&p);
+                    // Blocks without weight are marked as such.
+                    for (block, most) in sampler.weights.chunks_mut(BLOCK).zip(&sampler.most) {
+                        if *most == 0.0 {
+                            block.fill(0.0);
+                        }
+                    }
+                    assert!(sampler.weights == want, "spread {spread}, step {step}: {p:?}");
+                }
             }
         }
     }
 
     #[test]
+    fn exponentials_are_those_of_the_library() {
+        for i in 0..100_000 {
+            let x = -87.0 * (i as f32 / 100_000.0).powi(2);
+            let error = (exp(x) as f64 / (x as f64).exp() - 1.0).abs();
+            assert!(error < 4.0 * f32::EPSILON as f64, "e^{x}: {error}");
+        }
+        assert_eq!([0.0, -88.0, f32::NEG_INFINITY, f32::NAN].map(exp), [1.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
     fn penalties_and_bias_do_what_their_papers_say() {
-        let place = Place { prompt: &[0, 1], generated: &[4, 4, 3], choice: 0 };
+        let place = Place { prompt: &[0, 1], generated: &[4, 4], guessed: &[3], choice: 0 };
         let adjusted = |p: Parameters| {
             let mut logits = vec![2.0, -2.0, 1.0, 3.0, 4.0];
             adjust(&p, place, &mut logits);
@@ -265,7 +367,7 @@ mod tests {
         let mut sampler = Sampler::default();
         let mut pick = |seed, choice, prompt: &[u32], generated: &[u32]| {
             let p = Parameters { seed, ..sampled() };
-            sampler.pick(&p, Place { prompt, generated, choice }, &mut logits.clone())
+            sampler.pick(&p, Place { prompt, generated, guessed: &[], choice }, &mut logits.clone())
         };
         let one = pick(1, 0, &[7; 5], &[]);
         assert_eq!(one, pick(1, 0, &[9; 2], &[8; 3]));
@@ -277,13 +379,21 @@ mod tests {
     #[test]
     fn extremes_are_harmless() {
         let mut sampler = Sampler::default();
-        let place = Place { prompt: &[2], generated: &[], choice: 0 };
+        let place = Place { prompt: &[2], generated: &[], guessed: &[], choice: 0 };
         for p in [
             Parameters { temperature: 1e-3, ..sampled() },
             Parameters { temperature: 1e-30, top_p: 0.9, ..sampled() },
             Parameters { temperature: 1e-30, top_k: Some(2), ..sampled() },
         ] {
             assert_eq!(sampler.pick(&p, place, &mut [-1e30, 1e30, f32::NEG_INFINITY]), 1);
+        }
+        // What a broken model gives chooses something, too.
+        for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for (top_k, top_p) in [(None, 1.0), (None, 0.9), (Some(2), 0.9)] {
+                let p = Parameters { top_k, top_p, ..sampled() };
+                assert!(sampler.pick(&p, place, &mut [broken; 4]) < 4);
+                assert!(sampler.pick(&p, place, &mut [1.0, broken, 2.0, broken]) < 4);
+            }
         }
         assert_eq!(top(&[1.0, 3.0, 3.0, 2.0], 3), [(1, 3.0), (2, 3.0), (3, 2.0)]);
         assert_eq!((top(&[1.0], 9), top(&[1.0], 0)), (vec![(0, 1.0)], vec![]));

@@ -2,7 +2,9 @@
 //!
 //! A sequence is a list of tokens of which the first `computed` have their keys and values in the cache. Whatever is
 //! behind them is to be computed: a new prompt, the one token that was chosen last, or, after the sequence had to give
-//! its pages away, all of it again. So there is no difference between reading a prompt and generating.
+//! its pages away, all of it again. So there is no difference between reading a prompt and generating. Guesses of what
+//! comes next are computed behind all tokens; they become tokens only when they are found to be right, and nothing has to
+//! be taken back where they are not.
 //!
 //! Sequences are served in the order of their keys. When pages are short, the youngest gives way: it loses its pages
 //! and waits. The oldest can therefore always go on, and everything ends. Attention gives a token the same bits however
@@ -59,7 +61,8 @@ impl Sequence {
         &self.pages
     }
 
-    fn pending(&self) -> usize {
+    /// Tokens that are to be computed.
+    pub fn pending(&self) -> usize {
         self.tokens.len() - self.computed
     }
 
@@ -77,6 +80,8 @@ pub struct Work {
     pub past: usize,
     /// How many.
     pub count: usize,
+    /// For how many guesses behind them there is room.
+    pub ahead: usize,
 }
 
 /// A step.
@@ -164,11 +169,19 @@ impl Scheduler {
         self.sequences.insert(to, new);
     }
 
-    /// Appends a token.
+    /// Appends a token that is to be computed; room for guesses that were not right is given back.
     pub fn push(&mut self, key: Key, token: u32) {
-        if let Some(sequence) = self.sequences.get_mut(&key) {
-            sequence.tokens.push(token);
-        }
+        let Some(sequence) = self.sequences.get_mut(&key) else { return };
+        sequence.tokens.push(token);
+        let needed = sequence.computed.div_ceil(PAGE).min(sequence.pages.len());
+        sequence.pages.drain(needed..).rev().for_each(|page| self.pages.give_back(page));
+    }
+
+    /// Appends a token that was computed as a guess, behind a sequence of which all is computed.
+    pub fn accept(&mut self, key: Key, token: u32) {
+        let Some(sequence) = self.sequences.get_mut(&key) else { return };
+        sequence.tokens.push(token);
+        self.computed(key, 1);
     }
 
     /// Forgets a sequence; its pages are free, but keep what they hold for others that begin alike.
@@ -228,7 +241,7 @@ impl Scheduler {
             }
             let count = self.find_room(*key, most, &mut plan.copies);
             if count > 0 {
-                plan.work.push(Work { key: *key, past: self.sequences[key].computed, count });
+                plan.work.push(Work { key: *key, past: self.sequences[key].computed, count, ahead: 0 });
                 left -= count;
             }
             if self.preemptions != preemptions {
@@ -243,16 +256,36 @@ impl Scheduler {
         keys.iter().filter(|key| self.sequences[key].generates()).count()
     }
 
+    /// Makes room for guesses behind the sequences of a plan that generate, as many as `wanted` says of each: of what the
+    /// others leave, and nobody gives way for it.
+    pub fn look_ahead(&mut self, plan: &mut Plan, mut wanted: impl FnMut(Key, &Sequence) -> usize) {
+        let mut left = self.limits.tokens - plan.work.iter().map(|work| work.count).sum::<usize>();
+        let running = self.running();
+        for work in &mut plan.work {
+            let Some(s) = self.sequences.get_mut(&work.key).filter(|s| s.generates()) else { continue };
+            let (end, most) = (work.past + work.count, wanted(work.key, s).min(left));
+            // Those that run may each need a page soon.
+            while s.pages.len() * PAGE < end + most && self.pages.available() > running {
+                s.pages.extend(self.pages.take());
+            }
+            work.ahead = most.min(s.pages.len() * PAGE - end);
+            left -= work.ahead;
+        }
+    }
+
     /// Notes that a plan was carried out.
     pub fn done(&mut self, plan: &Plan) {
-        for work in &plan.work {
-            let Some(s) = self.sequences.get_mut(&work.key) else { continue };
-            s.computed += work.count;
-            while self.limits.reuse && s.known < s.computed / PAGE {
-                let Some(tokens) = page_of(&s.tokens, s.known) else { break };
-                s.content = self.pages.hold(s.pages[s.known], s.content, tokens);
-                s.known += 1;
-            }
+        plan.work.iter().for_each(|work| self.computed(work.key, work.count));
+    }
+
+    /// Notes that more tokens of a sequence are computed.
+    fn computed(&mut self, key: Key, count: usize) {
+        let Some(s) = self.sequences.get_mut(&key) else { return };
+        s.computed += count;
+        while self.limits.reuse && s.known < s.computed / PAGE {
+            let Some(tokens) = page_of(&s.tokens, s.known) else { break };
+            s.content = self.pages.hold(s.pages[s.known], s.content, tokens);
+            s.known += 1;
         }
     }
 

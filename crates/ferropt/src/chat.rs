@@ -1,6 +1,6 @@
 //! `ferropt chat`: a conversation in the terminal.
 
-use crate::model::{ModelArgs, SamplingArgs, refused, unescaped};
+use crate::model::{DraftArgs, ModelArgs, SamplingArgs, refused, unescaped};
 use anyhow::{Result, ensure};
 use ferropt_engine::{Event, Handle, Parameters, Request};
 use ferropt_train::signals::Interrupt;
@@ -14,6 +14,8 @@ use std::time::Duration;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    draft: DraftArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
     /// Tokens of a reply at most
@@ -36,6 +38,7 @@ const EXAMPLES: &str = "\
 Examples:
   ferropt chat --model runs/a
   ferropt chat --model runs/a --temperature 0.7 --repetition-penalty 1.1
+  ferropt chat --model runs/a --draft runs/small
   ferropt chat --model runs/a --user Alice --assistant Bob --system \"Alice meets Bob on the beach.\"
 
 OPT knows no turns, so the conversation is written as a text that it continues, up to the next \"Person:\":
@@ -62,7 +65,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         ..args.sampling.parameters(None)
     };
     parameters.check().map_err(refused)?;
-    let model = args.model.open(1, None)?;
+    let model = args.model.open_with(&args.draft, 1, None)?;
     let engine = &model.engine;
     let interrupt = Interrupt::new()?;
     let mut conversation = Conversation {

@@ -1,6 +1,8 @@
 //! `ferropt generate`: continues texts with a trained model.
 
-use crate::model::{ModelArgs, SamplingArgs, each_line, refused, text_field, tokens_at_most, unescaped};
+use crate::model::{
+    DraftArgs, ModelArgs, SamplingArgs, each_line, refused, text_field, tokens_at_most, unescaped,
+};
 use anyhow::{Context, Result, ensure};
 use ferropt_engine::{Completion, Event, Handle, Parameters, Request, Text, Token};
 use ferropt_train::inference::Model;
@@ -15,6 +17,8 @@ use std::time::{Duration, Instant};
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    draft: DraftArgs,
     /// Tokens to generate at most; ends earlier at the end of a document
     #[arg(long, value_name = "N", default_value_t = 100)]
     max_tokens: usize,
@@ -53,7 +57,8 @@ pub(crate) struct Args {
     /// With --file: texts that are computed together. They do not depend on it
     #[arg(long, value_name = "N", default_value_t = 16, requires = "file")]
     batch: usize,
-    /// Print a JSON object for each text: prompt, text, tokens, finish_reason, seconds, tokens_per_second, load_seconds
+    /// Print a JSON object for each text: prompt, text, tokens, finish_reason, seconds, tokens_per_second, load_seconds,
+    /// drafted, accepted
     #[arg(long)]
     json: bool,
     /// Text to continue; standard input is read when it is absent
@@ -68,6 +73,7 @@ Examples:
   ferropt generate --model runs/a --json \"The sea\" | jq -r .text
   ferropt generate --model runs/a --weights int8 --stop '\\n' --n 3 \"The sea\"
   ferropt generate --model runs/a --beams 4 \"The sea\"
+  ferropt generate --model runs/a --draft runs/small \"The sea\"
   ferropt generate --model runs/a --file prompts.jsonl --json > texts.jsonl
   cat prompt.txt | ferropt generate --model runs/a";
 
@@ -104,7 +110,7 @@ fn run_prompt(args: &Args, parameters: Parameters) -> Result<()> {
     };
     let together = parameters.computed().max(parameters.beams.unwrap_or(1));
     let longest = tokens_at_most(&prompt).saturating_add(args.max_tokens);
-    let model = args.model.open(together, Some(longest))?;
+    let model = args.model.open_with(&args.draft, together, Some(longest))?;
     let engine = &model.engine;
     let started = Instant::now();
     let request = Request { prompt: engine.tokenizer().encode_prompt(&prompt)?, parameters };
@@ -123,7 +129,8 @@ fn run_file(args: &Args, file: &Path, parameters: &Parameters) -> Result<()> {
         .with_context(|| format!("cannot use {}", file.display()))?;
     let longest = prompts.iter().map(|(_, prompt)| tokens_at_most(prompt)).max().unwrap_or(0);
     let together = args.batch.max(parameters.beams.unwrap_or(1));
-    let model = args.model.open(together, Some(longest.saturating_add(args.max_tokens)))?;
+    let longest = Some(longest.saturating_add(args.max_tokens));
+    let model = args.model.open_with(&args.draft, together, longest)?;
     let engine = &model.engine;
     let request = |(line, prompt): &(usize, String)| -> Result<Request> {
         let named = || format!("line {line} of {}", file.display());
@@ -185,6 +192,14 @@ fn stream(engine: &Handle, prompt: &str, request: Request, started: Instant) -> 
             time.as_secs_f64(),
             rate(usage.generated, time)
         );
+        if usage.drafted > 0 {
+            eprintln!(
+                "the draft guessed {} tokens, of which {} were right ({:.0} %)",
+                usage.drafted,
+                usage.accepted,
+                100.0 * usage.accepted as f64 / usage.drafted as f64
+            );
+        }
     }
     Ok(())
 }
@@ -220,6 +235,8 @@ fn object(
         "seconds": time.as_secs_f64(),
         "tokens_per_second": rate(completion.usage.generated, time),
         "load_seconds": model.load_seconds,
+        "drafted": completion.usage.drafted,
+        "accepted": completion.usage.accepted,
     });
     let engine = &model.engine;
     let listed =

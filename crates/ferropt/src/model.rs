@@ -1,8 +1,9 @@
 //! Arguments that name a model and how to sample from it, shared by the commands that use one.
 
 use anyhow::{Context, Error, Result};
+use clap::builder::RangedU64ValueParser;
 use ferropt_device::WeightFormat;
-use ferropt_engine::{Parameters, Refusal};
+use ferropt_engine::{DRAFT_TOKENS, Parameters, Refusal};
 use ferropt_train::checkpoint::human_bytes;
 use ferropt_train::inference::{Model, Opening};
 use ferropt_train::weight_cache::{Outcome, WeightCache};
@@ -34,19 +35,49 @@ pub(crate) struct ModelArgs {
     no_cache: bool,
 }
 
+/// A model that guesses ahead.
+#[derive(clap::Args)]
+pub(crate) struct DraftArgs {
+    /// A smaller model with the same tokenizer that guesses ahead: texts stay the same and come faster
+    #[arg(long, value_name = "PATH")]
+    draft: Option<PathBuf>,
+    /// Tokens that the draft guesses at most. As many as are worth it, fewer where many are wrong or many texts are computed
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = DRAFT_TOKENS,
+        requires = "draft",
+        value_parser = RangedU64ValueParser::<usize>::new().range(1..=64)
+    )]
+    draft_tokens: usize,
+}
+
 impl ModelArgs {
     /// Opens the model for so many texts at a time, of so many tokens at most, and tells of damaged checkpoints.
     pub(crate) fn open(&self, sequences: usize, longest: Option<usize>) -> Result<Model> {
+        self.open_as(Opening { sequences, longest, ..Opening::default() })
+    }
+
+    /// The same with a draft, if there is one.
+    pub(crate) fn open_with(
+        &self,
+        draft: &DraftArgs,
+        sequences: usize,
+        longest: Option<usize>,
+    ) -> Result<Model> {
+        let (draft, draft_tokens) = (draft.draft.clone(), draft.draft_tokens);
+        self.open_as(Opening { draft, draft_tokens, sequences, longest, ..Opening::default() })
+    }
+
+    fn open_as(&self, opening: Opening) -> Result<Model> {
         let opening = Opening {
             checkpoint: self.checkpoint,
             preset: self.preset.clone(),
             tokenizer: self.tokenizer.clone(),
             weights: self.weights,
             threads: self.threads,
-            sequences,
-            longest,
             cache: weight_cache(self.no_cache)?,
-            ..Opening::default()
+            ..opening
         };
         let model = Model::open(&self.model, &opening)?;
         for damage in &model.damaged {

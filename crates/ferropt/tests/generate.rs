@@ -119,6 +119,30 @@ fn generates_what_it_learnt() {
     };
     assert!(total(&["--beams", "8"]) >= total(&["--greedy"]) - 1e-6);
 
+    // A smaller model that guesses ahead is of use, and changes nothing.
+    let config = lab.config("draft", 100);
+    lab.train(&config, &["model.dropout=0", "model.attention_dropout=0", "model.layers=1"]);
+    let draft = lab.path("draft").display().to_string();
+    let file = lab.path("prompts.txt").display().to_string();
+    for args in [
+        &["--greedy", "The cat "][..],
+        &["--greedy", "--weights", "int8", "The cat "],
+        &["--seed", "4", "--n", "3", "--repetition-penalty", "1.1", "The cat "],
+        &["--temperature", "0.8", "--stop", "moon", "--file", &file],
+    ] {
+        let args = [&["--json", "--max-tokens", "40"], args].concat();
+        let without = objects(&with_input("generate", &run, &args, ""));
+        let with = [&args[..], &["--draft", &draft, "--draft-tokens", "3"]].concat();
+        let with = objects(&with_input("generate", &run, &with, ""));
+        let texts = |made: &[Value]| made.iter().map(|made| made["text"].clone()).collect::<Vec<_>>();
+        assert_eq!(texts(&with), texts(&without), "{args:?}");
+        let sum =
+            |made: &[Value], key: &str| made.iter().map(|made| made[key].as_u64().unwrap()).sum::<u64>();
+        let (drafted, accepted) = (sum(&with, "drafted"), sum(&with, "accepted"));
+        assert!(accepted <= drafted && (accepted > 0 || with.len() > 1), "{args:?}: {accepted} of {drafted}");
+        assert_eq!(sum(&without, "drafted"), 0);
+    }
+
     // Texts that the model has learnt are likelier than others.
     let out = with_input("score", &run, &["--summary"], "The cat sees the moon.\n\nzxq vjk qqq.\n");
     let scores = objects(&out);
@@ -131,6 +155,7 @@ fn generates_what_it_learnt() {
     let args = ["--max-tokens", "10", "--system", "Talk.", "--user", "A", "--assistant", "B"];
     let talk = printed(&with_input("chat", &run, &args, "hello\nwho is it\n\nwhat\nwhere\nwhy\n"));
     assert!(talk.starts_with("B:") && talk.matches("\nB:").count() >= 4, "{talk}");
+    let args = [&args[..], &["--draft", &draft]].concat();
     assert_eq!(talk, printed(&with_input("chat", &run, &args, "hello\nwho is it\n\nwhat\nwhere\nwhy\n")));
 }
 
@@ -165,6 +190,15 @@ fn refusals_say_what_to_do() {
     let bad = write("bad.jsonl", "{\"prompt\": \"x\"}\n{\"text\": 5}\n");
     let lines = write("lines.txt", &format!("short\n{long}\n"));
     let empty = write("empty.txt", "\n");
+    // The same model, but two of its tokens have changed places.
+    let other = lab.path("other").display().to_string();
+    let out = ferropt().args(["checkpoint", "convert", "--to", "hf", &run, &other]).output().unwrap();
+    assert!(out.status.success(), "{}", text(&out));
+    let mut tokenizer: Value =
+        serde_json::from_slice(&std::fs::read(lab.path("tokenizer.json")).unwrap()).unwrap();
+    let vocab = &mut tokenizer["model"]["vocab"];
+    (vocab["a"], vocab["b"]) = (vocab["b"].take(), vocab["a"].take());
+    write("other/tokenizer.json", &tokenizer.to_string());
     for (args, parts) in [
         (&["generate", "--model", "/nowhere", "x"][..], &["/nowhere"][..]),
         (&["generate", "--model", &run, "--checkpoint", "77", "x"], &["77"]),
@@ -176,6 +210,13 @@ fn refusals_say_what_to_do() {
         (&["generate", "--model", &run, "--n", "3", "--best-of", "2", "x"], &["--best-of", "n = 3"]),
         (&["generate", "--model", &run, "--beams", "2", "--stop", "a", "x"], &["--beams", "stop"]),
         (&["generate", "--model", &run, "--min-tokens", "200", "x"], &["--min-tokens", "max_tokens = 100"]),
+        (&["generate", "--model", &run, "--draft", "/none", "x"], &["draft /none"]),
+        (&["generate", "--model", &run, "--draft", &other, "x"], &["draft", "other", "same tokenizer"]),
+        (
+            &["generate", "--model", &run, "--draft", &run, "--draft-tokens", "0", "x"],
+            &["--draft-tokens", "64"],
+        ),
+        (&["generate", "--model", &run, "--draft-tokens", "4", "x"], &["--draft"]),
         (&["generate", "--model", &run, &long], &["64"]),
         (&["generate", "--model", &run, "--file", &lines], &["line 2 of", "64"]),
         (&["generate", "--model", &run, "--file", &bad], &["bad.jsonl", "line 2", "prompt"]),

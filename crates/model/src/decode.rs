@@ -411,6 +411,11 @@ impl<D: Device, E: Element> Memory<D, E> {
         })
     }
 
+    /// Most tokens of a call.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// Most rows whose logits can be had at a time.
     pub fn head_rows(&self) -> usize {
         self.head_rows

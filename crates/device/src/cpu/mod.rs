@@ -441,6 +441,10 @@ impl Device for CpuDevice {
         log_sum_exp::log_sum_exp(self, rows, width, x, lse, largest);
     }
 
+    fn each_task(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.pool.for_each(tasks, |number, _| task(number));
+    }
+
     fn lm_loss<E: Element>(
         &self,
         s: LossShape,

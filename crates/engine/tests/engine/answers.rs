@@ -20,7 +20,7 @@ fn complete(parameters: Parameters) -> Completion {
 #[test]
 fn texts_are_their_tokens_and_usage_counts_them() {
     let made = complete(Parameters { n: 3, ignore_end: true, ..sampled(50, 3) });
-    assert_eq!(made.usage, Usage { prompt: 4, generated: 150 });
+    assert_eq!(made.usage, Usage { prompt: 4, generated: 150, ..Usage::default() });
     for text in &made.choices {
         assert_eq!((text.tokens.len(), text.finish), (50, Some(Finish::MaxTokens)));
         assert_eq!(text.text, tokenizer().decode(&ids(text)));

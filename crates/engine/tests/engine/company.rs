@@ -4,7 +4,7 @@ use crate::*;
 use ferropt_device::bf16;
 
 /// Requests of every kind, several of which begin alike.
-fn requests() -> Vec<Request> {
+pub(crate) fn requests() -> Vec<Request> {
     let prompt = |which: usize, shared: usize, len: usize| -> Vec<u32> {
         let common = whole(0, shared, 270);
         std::iter::once(2).chain(common.into_iter().chain(whole(which, len, 270)).map(|id| id + 4)).collect()
@@ -56,6 +56,7 @@ fn check<E: Element>(format: WeightFormat) {
     let few = |tokens, sequences, pages: usize, reuse| Options {
         limits: Limits { tokens, sequences, reuse },
         cache_tokens: pages * 64,
+        draft_tokens: 8,
     };
     let (mut reused, mut preemptions) = (0, 0);
     for (round, options) in [

@@ -2,6 +2,7 @@
 
 mod answers;
 mod company;
+mod drafts;
 mod threads;
 
 use ferropt_data::Tokenizer;
@@ -55,7 +56,11 @@ fn decoder(device: &CpuDevice, config: &Config, format: WeightFormat) -> Decoder
 
 /// Room for everything, and no use of earlier texts.
 fn roomy() -> Options {
-    Options { limits: Limits { tokens: 1000, sequences: 200, reuse: false }, cache_tokens: 200 * 320 }
+    Options {
+        limits: Limits { tokens: 1000, sequences: 200, reuse: false },
+        cache_tokens: 200 * 320,
+        draft_tokens: 8,
+    }
 }
 
 fn engine<E: Element>(
@@ -65,7 +70,7 @@ fn engine<E: Element>(
 ) -> Engine<'_, CpuDevice, E> {
     let device = device();
     let decoder = decoder(&device, &config(), format);
-    Engine::new(device, decoder, tokenizer, options).unwrap()
+    Engine::new(device, decoder, None, tokenizer, options).unwrap()
 }
 
 /// Steps until all is done; `before` is called before each step.

@@ -11,7 +11,8 @@ const FORMAT: WeightFormat = WeightFormat::F32;
 fn handle(sequences: usize) -> Handle {
     let device = device();
     let decoder = decoder(&device, &config(), FORMAT);
-    Handle::start::<_, f32>(device, decoder, Arc::new(tokenizer()), Options::new(sequences, 320)).unwrap()
+    Handle::start::<_, f32>(device, decoder, None, Arc::new(tokenizer()), Options::new(sequences, 320))
+        .unwrap()
 }
 
 fn request(seed: u64, max_tokens: usize) -> Request {

@@ -1,0 +1,108 @@
+//! Reading logits: which token follows, how likely it is, and what else was likely. Many rows are read at once, on all
+//! threads.
+
+use crate::parameters::Parameters;
+use crate::sampler::{Place, Sampler, takes_largest, top};
+use crate::text::Token;
+use ferropt_data::EOS;
+use ferropt_device::Device;
+use ferropt_model::Logits;
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// Memory for reading a row, as much as there are threads, used again for each row.
+#[derive(Default)]
+pub(crate) struct Scratches(Mutex<Vec<Scratch>>);
+
+#[derive(Default)]
+struct Scratch {
+    logits: Vec<f32>,
+    sampler: Sampler,
+}
+
+impl Scratches {
+    fn with<R>(&self, work: impl FnOnce(&mut Scratch) -> R) -> R {
+        let all = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scratch = all().pop().unwrap_or_default();
+        let result = work(&mut scratch);
+        all().push(scratch);
+        result
+    }
+}
+
+/// What `task` gives for each number below `count`, computed on all threads.
+pub(crate) fn on_all_threads<D: Device, T: Send + Sync>(
+    device: &D,
+    count: usize,
+    task: impl Fn(usize) -> T + Sync,
+) -> Vec<T> {
+    let results: Vec<OnceLock<T>> = (0..count).map(|_| OnceLock::new()).collect();
+    device.each_task(count, &|number| {
+        // Each number comes once.
+        let _ = results[number].set(task(number));
+    });
+    results.into_iter().filter_map(OnceLock::into_inner).collect()
+}
+
+/// Reads and chooses from the logits of some rows.
+pub(crate) struct Chooser<'a, D: Device> {
+    /// Of all rows.
+    pub(crate) logits: Logits<'a, D>,
+    /// Ids that may be chosen.
+    pub(crate) known: usize,
+    /// Memory.
+    pub(crate) scratches: &'a Scratches,
+}
+
+impl<D: Device> Chooser<'_, D> {
+    /// The token that follows a row.
+    pub(crate) fn pick(&self, row: usize, p: &Parameters, place: Place<'_>) -> u32 {
+        let largest = self.logits.largest(row);
+        if takes_largest(p, place.written()) && (largest as usize) < self.known {
+            return largest;
+        }
+        self.scratches.with(|scratch| {
+            self.logits.read(row, &mut scratch.logits);
+            scratch.sampler.pick(p, place, &mut scratch.logits[..self.known])
+        })
+    }
+
+    /// A token with its log-probability, if `needed` or asked for, and the likeliest ones beside it.
+    pub(crate) fn token(&self, row: usize, id: u32, needed: bool, log_probs: Option<usize>) -> Token {
+        let log_prob = (needed || log_probs.is_some()).then(|| self.logits.log_prob(row, id));
+        Token { id, log_prob, top: self.top(row, log_probs.unwrap_or(0)) }
+    }
+
+    fn top(&self, row: usize, count: usize) -> Vec<(u32, f32)> {
+        if count <= 1 {
+            let largest = self.logits.largest(row);
+            return (0..count).map(|_| (largest, self.logits.log_prob(row, largest))).collect();
+        }
+        let lse = self.logits.log_sum_exp(row);
+        self.scratches.with(|Scratch { logits, .. }| {
+            self.logits.read(row, logits);
+            top(logits, count).into_iter().map(|(id, logit)| (id, logit - lse)).collect()
+        })
+    }
+
+    /// The likeliest tokens that may be chosen.
+    pub(crate) fn likeliest(
+        &self,
+        row: usize,
+        count: usize,
+        end_allowed: bool,
+        log_probs: Option<usize>,
+    ) -> Vec<Token> {
+        let beside = self.top(row, log_probs.unwrap_or(0));
+        let lse = self.logits.log_sum_exp(row);
+        let likeliest = self.scratches.with(|Scratch { logits, .. }| {
+            self.logits.read(row, logits);
+            let known = &mut logits[..self.known];
+            if !end_allowed {
+                known[EOS as usize] = f32::NEG_INFINITY;
+            }
+            top(known, count)
+        });
+        let likeliest = likeliest.into_iter().filter(|(_, logit)| *logit > f32::NEG_INFINITY);
+        likeliest.map(|(id, logit)| Token { id, log_prob: Some(logit - lse), top: beside.clone() }).collect()
+    }
+}
