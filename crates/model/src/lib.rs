@@ -17,13 +17,15 @@ mod gptq;
 mod initial;
 mod layer;
 mod parameters;
+mod rounded;
 mod weights;
 
 pub use activations::{Activation, ActivationTable, Recompute, Scalar};
 pub use backprop::{Backprop, Batch, Options, Pass};
 pub use config::{Config, ForwardFlops, PRESETS, Preset};
-pub use decode::{Cache, Decoder, Logits, Memory, ReadRows};
-pub use gptq::{Calibration, Rounded};
+pub use decode::{Cache, Decoder, Logits, Memory, Observed, ReadCodes, ReadRows, Walk};
+pub use gptq::Calibration;
 pub use initial::initial_values;
 pub use parameters::{Initial, Parameter, Split};
+pub use rounded::{RoundingError, Rounded};
 pub use weights::{Layer, Linear, Model, Norm, Tensor, TensorMut, Weights};

@@ -195,7 +195,7 @@ fn decoder<E: Element>(
         out.copy_from_slice(&values[index][rows.start * width..rows.end * width]);
         Ok(())
     };
-    Decoder::new(device, model.config(), format, &mut read).unwrap()
+    Decoder::new(device, model.config(), format, &mut read, None).unwrap()
 }
 
 #[test]

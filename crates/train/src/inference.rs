@@ -3,14 +3,16 @@
 use crate::checkpoint::Store;
 use crate::config::Precision;
 use crate::models::{self, Named, Whole};
+use crate::quantise::beside_weights;
 use crate::trainer::open_device;
-use anyhow::{Context, Error, Result};
+use anyhow::{Context, Error, Result, ensure};
 use ferropt_data::Tokenizer;
 use ferropt_device::cpu::CpuDevice;
+use ferropt_device::quantise::Codes;
 use ferropt_device::{WeightFormat, bf16};
 use ferropt_engine::{Handle, Options};
 use ferropt_model::formats::Dtype;
-use ferropt_model::{Config, Decoder, ReadRows, initial_values};
+use ferropt_model::{Config, Decoder, ReadCodes, ReadRows, initial_values};
 use serde::Deserialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -26,7 +28,7 @@ pub struct Opening {
     /// Where the tokenizer is; beside the weights when absent.
     pub tokenizer: Option<PathBuf>,
     /// How weights are stored in memory. When absent, as the run computed with them, or as they are on the disk (IEEE
-    /// halves as bf16).
+    /// halves as bf16). Of a quantised model they are what they are.
     pub weights: Option<WeightFormat>,
     /// Threads; all available when absent.
     pub threads: Option<usize>,
@@ -81,7 +83,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// Opens what `path` names: a run folder, one of its checkpoints, a Hugging Face folder, or metaseq's files.
+    /// Opens what `path` names: a run folder, one of its checkpoints, a Hugging Face or quantised folder, or metaseq's files.
     ///
     /// # Errors
     /// When there is no model, or it is damaged or of no OPT, or has no tokenizer; the message names the file.
@@ -92,22 +94,21 @@ impl Model {
         let load = || -> Result<Model> {
             let tokenizer = match &opening.tokenizer {
                 Some(path) => Tokenizer::load(path)?,
-                None => Tokenizer::load(source.folder()).with_context(|| {
-                    format!(
-                        "there is no tokenizer beside the weights in {}; name one with --tokenizer",
-                        source.folder().display()
-                    )
-                })?,
+                None => beside_weights(source)?,
             };
-            let weights = match opening.weights {
-                Some(weights) => weights,
-                None => default_weights(&named)?,
-            };
+            let weights = weights(&named, opening.weights)?;
             let table = source.config().parameters();
             let mut read = |index: usize, rows: Range<usize>, out: &mut [f32]| {
                 source.read_rows(&table[index], rows.start, out)
             };
-            start(source.config(), tokenizer, opening, weights, &mut read)
+            let mut codes = |index: usize, rows: Range<usize>, to: Codes<'_>| {
+                source.read_codes(&table[index], rows.start, to)
+            };
+            let codes: Option<&mut ReadCodes<'_>> = match source.quantisation() {
+                Some(_) => Some(&mut codes),
+                None => None,
+            };
+            start(source.config(), tokenizer, opening, weights, &mut read, codes)
         };
         let model = load().with_context(|| format!("cannot use {}", source.path().display()))?;
         let step = named.checkpoint.map_or(0, |(_, step)| step);
@@ -130,12 +131,26 @@ impl Model {
             Ok(())
         };
         let weights = opening.weights.unwrap_or(WeightFormat::F32);
-        start(config, tokenizer, opening, weights, &mut read)
+        start(config, tokenizer, opening, weights, &mut read, None)
     }
 }
 
-/// Weights as the run computed with them, or else as they are stored; IEEE halves become bf16.
-fn default_weights(named: &Named) -> Result<WeightFormat> {
+/// Weights as asked for, or as the run computed with them, or else as they are stored; IEEE halves become bf16. Codes stay
+/// as they are.
+fn weights(named: &Named, asked: Option<WeightFormat>) -> Result<WeightFormat> {
+    if let Some(quantisation) = named.source.quantisation() {
+        let weights = quantisation.weights()?;
+        ensure!(
+            asked.is_none_or(|asked| asked == weights),
+            "its weights are {quantisation}, and cannot be {} again; leave out --weights, or open the model that it was made \
+             from",
+            asked.unwrap_or(weights).name()
+        );
+        return Ok(weights);
+    }
+    if let Some(asked) = asked {
+        return Ok(asked);
+    }
     if let Some((path, _)) = &named.checkpoint {
         let precision = Precision::deserialize(&Store::survey(path)?.run.config["run"]["precision"]);
         return Ok(precision.context("its run configuration has no valid run.precision")?.into());
@@ -152,16 +167,17 @@ impl From<Precision> for WeightFormat {
     }
 }
 
-/// A model with the weights that `read` gives, of no step.
-fn start(
+/// A model with the weights that `read` and `codes` give, of no step.
+fn start<'r>(
     config: &Config,
     tokenizer: Tokenizer,
     opening: &Opening,
     weights: WeightFormat,
-    read: &mut ReadRows<'_>,
+    read: &mut ReadRows<'r>,
+    codes: Option<&mut ReadCodes<'r>>,
 ) -> Result<Model> {
     let device = open_device(opening.threads)?;
-    let decoder = Decoder::new(&device, config, weights, read)?;
+    let decoder = Decoder::new(&device, config, weights, read, codes)?;
     let weight_bytes = decoder.bytes(&device) as u64;
     let longest = opening.longest.unwrap_or(config.positions).clamp(1, config.positions);
     let (tokenizer, options) = (Arc::new(tokenizer), Options::new(opening.sequences.max(1), longest));

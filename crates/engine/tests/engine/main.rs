@@ -50,7 +50,7 @@ fn decoder(device: &CpuDevice, config: &Config, format: WeightFormat) -> Decoder
         }
         Ok(())
     };
-    Decoder::new(device, config, format, &mut read).unwrap()
+    Decoder::new(device, config, format, &mut read, None).unwrap()
 }
 
 /// Room for everything, and no use of earlier texts.

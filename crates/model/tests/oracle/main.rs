@@ -84,7 +84,7 @@ fn decoded<E: Element>(device: &CpuDevice, f: &Fixture, format: WeightFormat) ->
         out.copy_from_slice(&values[index][rows.start * width..rows.end * width]);
         Ok(())
     };
-    let decoder = Decoder::new(device, &f.config, format, &mut read).unwrap();
+    let decoder = Decoder::new(device, &f.config, format, &mut read, None).unwrap();
     let each = f.seq.div_ceil(PAGE);
     let mut cache = Cache::<_, E>::new(device, &f.config, f.batch * each).unwrap();
     let mut memory = Memory::new(device, &f.config, f.batch * f.seq, f.batch * f.seq).unwrap();
