@@ -221,7 +221,12 @@ fn inspect(args: Inspect) -> anyhow::Result<()> {
         writeln!(out, "\n{:<58} {:<5} {:<16} {:>14}", "tensor", "type", "shape", "bytes")?;
         for (name, tensor) in source.tensors() {
             let shape = format!("{:?}", tensor.shape());
-            writeln!(out, "{name:<58} {:<5} {shape:<16} {:>14}", tensor.type_name(), grouped(tensor.bytes()))?;
+            writeln!(
+                out,
+                "{name:<58} {:<5} {shape:<16} {:>14}",
+                tensor.type_name(),
+                grouped(tensor.bytes())
+            )?;
         }
     }
     Ok(())

@@ -1,17 +1,47 @@
-//! A full disk, as a real small tmpfs: training goes on, the last good checkpoint stays, and the run resumes from it.
+//! A full disk, as a real small tmpfs: training goes on, the last good checkpoint stays, and the run resumes from it; a
+//! quantised model is there whole or not at all.
 
 mod lab;
 
 use lab::{Lab, text};
 use std::process::Command;
 
-#[test]
-fn a_full_disk_costs_no_good_checkpoint() {
-    let lab = Lab::new();
-    // A mount of our own needs a user namespace; not every machine lets users have one.
+/// A mount of our own needs a user namespace; not every machine lets users have one.
+fn can_mount() -> bool {
     let can = Command::new("unshare").args(["-rm", "true"]).output().is_ok_and(|o| o.status.success());
     if !can {
         println!("skipped: `unshare -rm` is not allowed here, so no small tmpfs can be mounted");
+    }
+    can
+}
+
+#[test]
+fn a_quantised_model_that_does_not_fit_leaves_nothing() {
+    let lab = Lab::new();
+    if !can_mount() {
+        return;
+    }
+    lab.train(&lab.config("run", 5), &[]);
+    std::fs::create_dir(lab.path("small")).unwrap();
+    let script = "set -e
+        mount -t tmpfs -o size=16k tmpfs \"$SMALL\"
+        if $FERROPT checkpoint quantize \"$RUN\" \"$SMALL/q\" --weights int8; then echo 'it fits'; exit 1; fi
+        [ -z \"$(ls -A \"$SMALL\")\" ]";
+    let out = Command::new("unshare")
+        .args(["-rm", "sh", "-c", script])
+        .env("FERROPT", env!("CARGO_BIN_EXE_ferropt"))
+        .env("SMALL", lab.path("small"))
+        .env("RUN", lab.path("run"))
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", text(&out));
+    assert!(text(&out).contains("No space left") && text(&out).contains("was not written"), "{}", text(&out));
+}
+
+#[test]
+fn a_full_disk_costs_no_good_checkpoint() {
+    let lab = Lab::new();
+    if !can_mount() {
         return;
     }
     lab.train(&lab.config("whole", 30), &[]);

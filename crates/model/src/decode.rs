@@ -2,7 +2,7 @@
 
 mod walk;
 
-pub use walk::{Observed, Walk};
+pub use walk::{Walk, WithError};
 
 use crate::config::{Config, POSITION_OFFSET};
 use crate::weights::Norm;

@@ -8,6 +8,9 @@ use ferropt_model::{
     Tensor, initial_values,
 };
 
+#[path = "model/quantised.rs"]
+mod quantised;
+
 const SEED: u64 = 5;
 
 fn device() -> CpuDevice {

@@ -59,9 +59,8 @@ pub fn quantise(
     let threads = device.threads();
     let table = source.config().parameters();
     let mut errors = Errors(Vec::new());
-    let mut read = |index: usize, rows: Range<usize>, out: &mut [f32]| {
-        source.read_rows(&table[index], rows.start, out)
-    };
+    let mut read =
+        |index: usize, rows: Range<usize>, out: &mut [f32]| source.read_rows(&table[index], rows.start, out);
     let mut write = |quantisation: &Quantisation,
                      round: &mut dyn FnMut(usize) -> Result<(Rounded, RoundingError)>,
                      progress: &mut dyn FnMut(u64, u64)| {
@@ -72,12 +71,22 @@ pub fn quantise(
         };
         let json = tokenizer.as_ref().map(Tokenizer::to_json).transpose()?;
         let json = json.as_deref();
-        formats::quantise(source, destination, quantisation, json, options.max_shard_bytes, &mut round, progress)
+        formats::quantise(
+            source,
+            destination,
+            quantisation,
+            json,
+            options.max_shard_bytes,
+            &mut round,
+            progress,
+        )
     };
     let (written, quantisation) = if options.calibrate.is_empty() {
         let quantisation = Quantisation::new(options.weights, None);
         let mut round = |index: usize| {
-            let [n, k] = table[index].shape[..] else { anyhow::bail!("{:?} is no matrix", table[index].names) };
+            let [n, k] = table[index].shape[..] else {
+                anyhow::bail!("{:?} is no matrix", table[index].names)
+            };
             let mut w = vec![0.0; n * k];
             read(index, 0..n, &mut w)?;
             let rounded = Rounded::nearest(options.weights, &w, k, threads);
@@ -135,7 +144,10 @@ fn texts(options: &Options, tokenizer: &Tokenizer, positions: usize) -> Result<V
         }
     }
     ids.truncate(options.tokens);
-    ensure!(ids.iter().any(|id| *id != EOS), "the calibration text has no words: name files with text in them");
+    ensure!(
+        ids.iter().any(|id| *id != EOS),
+        "the calibration text has no words: name files with text in them"
+    );
     Ok(ids.chunks(positions).map(<[u32]>::to_vec).collect())
 }
 

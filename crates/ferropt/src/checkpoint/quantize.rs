@@ -135,7 +135,8 @@ pub(super) fn run(args: Quantize) -> anyhow::Result<()> {
     )?;
     writeln!(out, "\n{:<26} {:>16} {:>16}", "error of", "numbers", "outputs")?;
     for (kind, error) in &quantised.errors {
-        let percent = |share: Option<f64>| share.map_or("-".into(), |share| format!("{:.2} %", 100.0 * share));
+        let percent =
+            |share: Option<f64>| share.map_or("-".into(), |share| format!("{:.2} %", 100.0 * share));
         let (numbers, outputs) = (relative(error.weights), error.outputs.and_then(relative));
         writeln!(out, "{kind:<26} {:>16} {:>16}", percent(numbers), percent(outputs))?;
     }
@@ -148,9 +149,7 @@ fn relative((changed, all): (f64, f64)) -> Option<f64> {
 }
 
 fn as_json(args: &Quantize, source_bytes: u64, quantised: &Quantised) -> serde_json::Value {
-    let error = |error: &RoundingError| {
-        json!({ "numbers": relative(error.weights), "outputs": error.outputs.and_then(relative) })
-    };
+    let error = |error: &RoundingError| json!({ "numbers": relative(error.weights), "outputs": error.outputs.and_then(relative) });
     let errors: serde_json::Map<_, _> =
         quantised.errors.iter().map(|(kind, sums)| (kind.clone(), error(sums))).collect();
     json!({

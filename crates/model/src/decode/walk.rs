@@ -18,7 +18,7 @@ const TOGETHER: usize = 2048;
 const ROWS: usize = 1024;
 
 /// A matrix, rounded, and what that changed.
-pub type Observed = (Rounded, RoundingError);
+pub type WithError = (Rounded, RoundingError);
 
 /// A model on its way through [`Walk::round`].
 pub struct Walk<'a, 'r, D: Device> {
@@ -39,7 +39,7 @@ pub struct Walk<'a, 'r, D: Device> {
     cache: (D::Buf<bf16>, D::Buf<bf16>),
     stage: Stage,
     /// Matrices that were rounded and not yet asked for.
-    ready: BTreeMap<usize, Observed>,
+    ready: BTreeMap<usize, WithError>,
 }
 
 /// What is to be rounded next.
@@ -138,7 +138,7 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
     ///
     /// # Errors
     /// When `read` fails, memory is short, or what reaches the matrix is not finite; the message names the matrix.
-    pub fn round(&mut self, index: usize) -> Result<Observed> {
+    pub fn round(&mut self, index: usize) -> Result<WithError> {
         loop {
             if let Some(rounded) = self.ready.remove(&index) {
                 return Ok(rounded);
@@ -147,7 +147,9 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
                 Stage::Embeddings => self.embeddings()?,
                 Stage::Layer(l) => self.layer(l)?,
                 Stage::Head => self.head()?,
-                Stage::End => anyhow::bail!("parameter {index} is no matrix to be rounded, or was asked for twice"),
+                Stage::End => {
+                    anyhow::bail!("parameter {index} is no matrix to be rounded, or was asked for twice")
+                }
             }
             self.stage = match self.stage {
                 Stage::Embeddings => Stage::Layer(0),
@@ -213,7 +215,8 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
             })?;
             self.step();
         }
-        let mut matrices = own.into_iter().filter(|i| self.table[*i].is_matrix()).collect::<Vec<_>>().into_iter();
+        let mut matrices =
+            own.into_iter().filter(|i| self.table[*i].is_matrix()).collect::<Vec<_>>().into_iter();
         let Layer { qkv: w_qkv, out: w_out, fc1: w_fc1, fc2: w_fc2, .. } = &mut layer;
         for (Linear { weight, .. }, sums) in [(w_qkv, qkv), (w_out, out), (w_fc1, fc1), (w_fc2, fc2)] {
             let index = matrices.next().context("the table of parameters is shorter than the model")?;
@@ -295,7 +298,7 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
         Ok(packed)
     }
 
-    fn rounded(&mut self, index: usize, sums: Sums<D>) -> Result<(D::Packed, Observed)> {
+    fn rounded(&mut self, index: usize, sums: Sums<D>) -> Result<(D::Packed, WithError)> {
         let (n, k) = (self.table[index].shape[0], sums.k);
         let (mut w, mut h) = (vec![0.0; n * k], vec![0.0; k * k]);
         (self.read)(index, 0..n, &mut w)?;

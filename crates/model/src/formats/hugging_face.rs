@@ -87,7 +87,11 @@ pub(super) fn read_json(path: &Path) -> Result<Map<String, Value>> {
 
 /// The files with weights: `first`, or those that it lists if it is an index.
 pub(super) fn files(folder: &Path, first: &Path) -> Result<Vec<PathBuf>> {
-    if first.extension().is_some_and(|e| e == "json") { listed(folder, first) } else { Ok(vec![first.into()]) }
+    if first.extension().is_some_and(|e| e == "json") {
+        listed(folder, first)
+    } else {
+        Ok(vec![first.into()])
+    }
 }
 
 /// The files that an index lists, which must lie beside it.

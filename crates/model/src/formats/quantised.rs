@@ -153,7 +153,11 @@ pub struct RoundedTensor {
 }
 
 /// Names, types and shapes of the tensors that hold a matrix of this name.
-pub(super) fn parts(name: &str, format: WeightFormat, [n, k]: [usize; 2]) -> Vec<(String, Dtype, Vec<usize>)> {
+pub(super) fn parts(
+    name: &str,
+    format: WeightFormat,
+    [n, k]: [usize; 2],
+) -> Vec<(String, Dtype, Vec<usize>)> {
     let groups = vec![n, k.div_ceil(GROUP)];
     let width = if format == WeightFormat::Int4 { k.div_ceil(2) } else { k };
     let mut parts = vec![
@@ -331,7 +335,8 @@ fn read(files: &[PathBuf], quantisation: &Quantisation) -> Result<BTreeMap<Strin
     for file in files {
         let name = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let sum = quantisation.files.get(name);
-        let sum = sum.with_context(|| format!("{} is not among the files that {CONFIG} lists", file.display()))?;
+        let sum =
+            sum.with_context(|| format!("{} is not among the files that {CONFIG} lists", file.display()))?;
         let bytes = Mapped::open(file)?.bytes().len() as u64;
         ensure!(
             bytes == sum.bytes,
@@ -340,7 +345,11 @@ fn read(files: &[PathBuf], quantisation: &Quantisation) -> Result<BTreeMap<Strin
             sum.bytes
         );
         for (name, raw) in list(file)? {
-            ensure!(!tensors.contains_key(&name), "tensor {name} is twice; the second time in {}", file.display());
+            ensure!(
+                !tensors.contains_key(&name),
+                "tensor {name} is twice; the second time in {}",
+                file.display()
+            );
             tensors.insert(name, raw);
         }
     }
@@ -362,9 +371,11 @@ impl Opened {
                         self.rounded.insert(name.clone(), tensor);
                     }
                     _ => {
-                        let raw = tensors.remove(name).with_context(|| format!("there is no tensor {name}"))?;
+                        let raw =
+                            tensors.remove(name).with_context(|| format!("there is no tensor {name}"))?;
                         let flat = Flat::try_from(raw).with_context(|| format!("tensor {name}"))?;
-                        let tensor = StoredTensor::stack_rows(&[&flat]).with_context(|| format!("tensor {name}"))?;
+                        let tensor =
+                            StoredTensor::stack_rows(&[&flat]).with_context(|| format!("tensor {name}"))?;
                         self.tensors.insert(name.clone(), tensor);
                     }
                 }

@@ -139,7 +139,8 @@ fn file(
                 Item::Matrix { index, names, shape } => {
                     let rounded = round(*index)?;
                     ensure!(
-                        rounded.format == format && [rounded.rows(), rounded.k] == [names.len() * shape[0], shape[1]],
+                        rounded.format == format
+                            && [rounded.rows(), rounded.k] == [names.len() * shape[0], shape[1]],
                         "{} was rounded to {} {:?}",
                         names.join(", "),
                         rounded.format.name(),
@@ -183,7 +184,8 @@ impl Write for Summed {
 fn encoded(rounded: &Rounded, rows: std::ops::Range<usize>) -> Vec<u8> {
     let count = rounded.row_groups();
     let groups = &rounded.groups[rows.start * count..rows.end * count];
-    let rows = rounded.codes[rows.start * count * GROUP..rows.end * count * GROUP].chunks_exact(count * GROUP);
+    let rows =
+        rounded.codes[rows.start * count * GROUP..rows.end * count * GROUP].chunks_exact(count * GROUP);
     let codes = rows.map(|row| &row[..rounded.k]);
     let numbers = |number: fn(&Group) -> half::bf16| groups.iter().flat_map(move |g| number(g).to_le_bytes());
     let mut bytes: Vec<u8> = match rounded.format {
