@@ -1,4 +1,6 @@
-//! `ferropt checkpoint`: looks into, converts and verifies weights.
+//! `ferropt checkpoint`: looks into, converts, quantises and verifies weights.
+
+mod quantize;
 
 use anyhow::{bail, ensure};
 use clap::{Subcommand, ValueEnum};
@@ -26,11 +28,13 @@ What PATH may be, everywhere:
   a Hugging Face folder     with model*.safetensors or pytorch_model*.bin
   metaseq's .pt files       the folder, or one file: restored.pt, reshard-model_part-N.pt, ...
   a run of `ferropt train`  the run folder, for its newest whole checkpoint, or one checkpoint
+  a quantised folder        which `ferropt checkpoint quantize` wrote (not to be converted)
 
 Examples:
   ferropt checkpoint inspect opt-125m
   ferropt checkpoint convert runs/a my-model --to hf --dtype bf16
   ferropt checkpoint convert opt-1.3b parts --to metaseq --parts 2
+  ferropt checkpoint quantize runs/a my-int4 --weights int4 --calibrate texts.jsonl
   ferropt checkpoint verify my-model runs/a";
 
 #[derive(Subcommand)]
@@ -39,6 +43,8 @@ enum Action {
     Inspect(Inspect),
     /// Write the weights, with their tokenizer, in another format
     Convert(Convert),
+    /// Write the weights in 8 or 4 bits, with their tokenizer
+    Quantize(quantize::Quantize),
     /// Read every value and checksum, or compare two models value by value
     Verify(Verify),
     /// Show or remove weights that are kept, ready to be used, so that models open in a moment
@@ -154,6 +160,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     crate::until_reader_leaves(match args.action {
         Action::Inspect(args) => inspect(args),
         Action::Convert(args) => convert(args),
+        Action::Quantize(args) => quantize::run(args),
         Action::Verify(args) => verify(args),
         Action::Cache(args) => crate::cache::run(args),
     })
@@ -186,6 +193,9 @@ fn inspect(args: Inspect) -> anyhow::Result<()> {
         writeln!(out, "step        {step}")?;
     }
     writeln!(out, "format      {}", source.format())?;
+    if let Some(quantisation) = source.quantisation() {
+        writeln!(out, "weights     {quantisation}")?;
+    }
     writeln!(
         out,
         "model       {}{} parameters",
@@ -214,17 +224,22 @@ fn inspect(args: Inspect) -> anyhow::Result<()> {
         writeln!(out, "\n{:<58} {:<5} {:<16} {:>14}", "tensor", "type", "shape", "bytes")?;
         for (name, tensor) in source.tensors() {
             let shape = format!("{:?}", tensor.shape());
-            writeln!(out, "{name:<58} {:<5} {shape:<16} {:>14}", tensor.dtype(), grouped(tensor.bytes()))?;
+            writeln!(
+                out,
+                "{name:<58} {:<5} {shape:<16} {:>14}",
+                tensor.type_name(),
+                grouped(tensor.bytes())
+            )?;
         }
     }
     Ok(())
 }
 
 /// Number of tensors of each type.
-fn types(source: &Source) -> BTreeMap<Dtype, usize> {
+fn types(source: &Source) -> BTreeMap<&'static str, usize> {
     let mut types = BTreeMap::new();
     for (_, tensor) in source.tensors() {
-        *types.entry(tensor.dtype()).or_default() += 1;
+        *types.entry(tensor.type_name()).or_default() += 1;
     }
     types
 }
@@ -234,7 +249,7 @@ fn as_json(named: &Named) -> serde_json::Value {
     let tensors: serde_json::Map<_, _> = source
         .tensors()
         .map(|(name, t)| {
-            let of = json!({ "dtype": t.dtype().name(), "shape": t.shape(), "bytes": t.bytes(), "pieces": t.pieces() });
+            let of = json!({ "dtype": t.type_name(), "shape": t.shape(), "bytes": t.bytes(), "pieces": t.pieces() });
             (name, of)
         })
         .collect();
@@ -243,6 +258,7 @@ fn as_json(named: &Named) -> serde_json::Value {
         "checkpoint": named.checkpoint.as_ref().map(|(path, _)| path),
         "step": named.checkpoint.as_ref().map(|(_, step)| step),
         "format": source.format().to_string(),
+        "quantization_config": source.quantisation(),
         "parameters": source.config().parameter_count(),
         "bytes": source.bytes(),
         "config": source.config(),
@@ -271,7 +287,7 @@ fn convert(args: Convert) -> anyhow::Result<()> {
     };
     let named = open(&args.source, &args.which, Whole::Checksums)?;
     let options = Options { target, dtype, max_shard_bytes: args.max_shard_size };
-    let bar = Bar::new();
+    let bar = Bar::of_bytes();
     let converted =
         formats::convert(&named.source, &args.destination, &options, &mut |n, of| bar.show(n, of));
     bar.0.finish_and_clear();
@@ -294,7 +310,7 @@ fn convert(args: Convert) -> anyhow::Result<()> {
 
 fn verify(args: Verify) -> anyhow::Result<()> {
     let named = open(&args.path, &args.which, Whole::Sizes)?;
-    let bar = Bar::new();
+    let bar = Bar::of_bytes();
     let Some(other) = args.other else {
         let findings = named.verify(&mut |n, of| bar.show(n, of));
         bar.0.finish_and_clear();
@@ -333,18 +349,20 @@ fn verify(args: Verify) -> anyhow::Result<()> {
     )
 }
 
-/// Bytes done, on standard error if that is a terminal.
+/// What is done, on standard error if that is a terminal.
 struct Bar(ProgressBar);
 
 impl Bar {
-    fn new() -> Bar {
+    fn of_bytes() -> Bar {
+        Bar::new("{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} to go")
+    }
+
+    fn new(template: &str) -> Bar {
         let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::hidden());
         if std::io::stderr().is_terminal() {
             bar.set_draw_target(ProgressDrawTarget::stderr());
         }
-        if let Ok(style) =
-            ProgressStyle::with_template("{bar:40} {bytes} of {total_bytes}, {bytes_per_sec}, {eta} to go")
-        {
+        if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("━╸ "));
         }
         Bar(bar)

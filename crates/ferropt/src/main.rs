@@ -47,7 +47,7 @@ enum Command {
     Chat(chat::Args),
     /// Tell how likely a trained model finds texts.
     Score(score::Args),
-    /// Look into, convert and verify weights in any format.
+    /// Look into, convert, quantise and verify weights in any format.
     Checkpoint(checkpoint::Args),
     /// List the models that can be named, with exact parameter counts.
     Presets(presets::Args),

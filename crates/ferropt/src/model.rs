@@ -12,7 +12,7 @@ use std::path::PathBuf;
 /// Which model, and how it is computed.
 #[derive(clap::Args)]
 pub(crate) struct ModelArgs {
-    /// A run of `ferropt train` or one of its checkpoints, a Hugging Face folder, or metaseq's files
+    /// A run of `ferropt train` or one of its checkpoints, a Hugging Face or quantised folder, or metaseq's files
     #[arg(long, value_name = "PATH")]
     model: PathBuf,
     /// Of a run: step of the checkpoint; the newest whole one unless given

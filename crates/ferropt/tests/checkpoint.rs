@@ -87,6 +87,97 @@ fn a_run_leaves_in_every_format() {
     fails(&["inspect", &run, "--checkpoint", "77"], &["step 77"]);
 }
 
+/// A run in 8 and 4 bits: what the folders say and hold, and that they compute what rounding in memory does, to the bit.
+#[test]
+fn a_run_is_quantised() {
+    let lab = Lab::new();
+    lab.train(&lab.config("run", 20), &[]);
+    let at = |name: &str| lab.path(name).display().to_string();
+    let (run, texts, held_out) = (at("run"), at("texts"), at("held-out.txt"));
+    let scores = |model: &str, more: &[&str]| -> (String, f64) {
+        let out = ferropt().args(["score", "--model", model, &held_out]).args(more).output().unwrap();
+        assert!(out.status.success(), "{}", text(&out));
+        let said = String::from_utf8(out.stderr).unwrap();
+        let number = said.split("perplexity ").nth(1).and_then(|rest| rest.split(',').next());
+        (String::from_utf8(out.stdout).unwrap(), number.unwrap_or_else(|| panic!("{said}")).parse().unwrap())
+    };
+    for weights in ["int8", "int4"] {
+        let folder = at(weights);
+        let said = ok(&["quantize", &run, &folder, "--weights", weights]);
+        for part in [weights, "rounded to nearest", "q_proj, k_proj, v_proj", "embed_tokens", " %"] {
+            assert!(said.contains(part), "{said}");
+        }
+        assert!(scores(&folder, &[]) == scores(&run, &["--weights", weights]), "{weights} has other bits");
+        assert!(ok(&["verify", &folder]).contains("is sound"));
+        let shown = ok(&["inspect", &folder, "--tensors"]);
+        assert!(shown.contains(&format!("13 of {weights}")) && shown.contains("tokenizer.json"), "{shown}");
+        let out = ferropt().args(["generate", "--model", &folder, "The cat"]).output().unwrap();
+        assert!(out.status.success(), "{}", text(&out));
+    }
+    // By text, into several files, and told to programs.
+    let folder = at("gptq");
+    let words =
+        ["quantize", &run, &folder, "--weights", "int4", "--calibrate", &texts, "--tokens", "2000", "--json"];
+    let said = ok(&[&words[..], &["--max-shard-size", "20KB"]].concat());
+    let json: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let how = &json["quantization_config"];
+    assert_eq!((&how["rounding"], &how["calibration"]["tokens"]), (&"gptq".into(), &2000.into()), "{json}");
+    for kind in ["q_proj, k_proj, v_proj", "out_proj", "fc1", "fc2", "embed_tokens"] {
+        let error = &json["errors"][kind];
+        assert!(error["outputs"].as_f64().unwrap() < error["numbers"].as_f64().unwrap(), "{kind}: {error}");
+    }
+    assert!(
+        json["bytes"].as_u64() < json["source_bytes"].as_u64() && json["files"].as_array().unwrap().len() > 4
+    );
+    let shown = ok(&["inspect", &folder]);
+    assert!(shown.contains("by GPTQ on 2000 tokens of") && shown.contains(&texts), "{shown}");
+    let (original, quantised) = (scores(&run, &[]).1, scores(&folder, &[]).1);
+    assert!((quantised / original - 1.0).abs() < 0.05, "perplexity {quantised}, {original} before");
+
+    let out = ferropt().args(["generate", "--model", &folder, "--weights", "bf16", "x"]).output().unwrap();
+    let said = text(&out);
+    assert!(
+        !out.status.success() && said.contains("cannot be bf16 again") && said.contains("GPTQ"),
+        "{said}"
+    );
+    fails(&["convert", &folder, &at("back"), "--to", "hf"], &["quantised", "made from"]);
+    fails(&["quantize", &folder, &at("again"), "--weights", "int8"], &["quantised already"]);
+    fails(&["quantize", &run, &folder, "--weights", "int8"], &["gptq", "exists already"]);
+    let (out, nowhere) = (at("out"), at("nowhere.txt"));
+    let quantize = |more: &[&str], parts: &[&str]| {
+        fails(&[&["quantize", &run, &out, "--weights", "int4"], more].concat(), parts);
+    };
+    quantize(&["--method", "gptq"], &["--calibrate"]);
+    quantize(&["--method", "nearest", "--calibrate", &texts], &["looks at no text"]);
+    quantize(&["--tokens", "9"], &["--calibrate"]);
+    quantize(&["--calibrate", &texts, "--tokens", "0"], &["1 token"]);
+    quantize(&["--calibrate", &nowhere], &["nowhere.txt"]);
+    quantize(&["--calibrate", &texts, "--tokenizer", &nowhere], &["nowhere.txt"]);
+    fails(&["quantize", &run, &out, "--weights", "bf16"], &["bf16", "int8, int4"]);
+    assert!(!Path::new(&out).exists());
+}
+
+/// 350m's shape, from metaseq's parts, with a tokenizer from elsewhere.
+#[test]
+fn parts_of_a_post_norm_model_are_quantised() {
+    let lab = Lab::new();
+    let at = |name: &str| lab.path(name).display().to_string();
+    let config = lab.config("run", 5);
+    lab.train(&config, &["model.post_norm=true", "model.embedding_width=16"]);
+    ok(&["convert", &at("run"), &at("parts"), "--to", "metaseq", "--parts", "2"]);
+    let parts = lab.path("parts");
+    for name in ["gpt2-unified.json", "tokenizer.json"] {
+        let _ = std::fs::remove_file(parts.join(name));
+    }
+    let from = ["quantize", &at("parts"), &at("q"), "--weights", "int4", "--calibrate", &at("texts")];
+    fails(&from, &["no tokenizer", "--tokenizer"]);
+    let tokenizer = at("tokenizer.json");
+    let said = ok(&[&from[..], &["--tokenizer", &tokenizer, "--tokens", "3000"]].concat());
+    assert!(said.contains("project_in") && said.contains("project_out"), "{said}");
+    let out = ferropt().args(["generate", "--model", &at("q"), "The cat"]).output().unwrap();
+    assert!(out.status.success(), "{}", text(&out));
+}
+
 #[test]
 fn refusals_say_what_to_do() {
     let lab = Lab::new();

@@ -1,4 +1,5 @@
-//! A full disk, as a real small tmpfs: training goes on, the last good checkpoint stays, and the run resumes from it.
+//! A full disk, as a real small tmpfs: training goes on, the last good checkpoint stays, and the run resumes from it; a
+//! quantised model is there whole or not at all.
 
 mod lab;
 
@@ -37,6 +38,29 @@ fn a_full_disk_only_keeps_weights_from_being_kept() {
     assert!(out.status.success() && printed.starts_with("The cat"), "{}", text(&out));
     assert!(!printed.contains("/small/"), "something is left: {printed}");
     assert!(said.contains("warning") && said.contains("free"), "{said}");
+}
+
+#[test]
+fn a_quantised_model_that_does_not_fit_leaves_nothing() {
+    let lab = Lab::new();
+    if !can_mount() {
+        return;
+    }
+    lab.train(&lab.config("run", 5), &[]);
+    std::fs::create_dir(lab.path("small")).unwrap();
+    let script = "set -e
+        mount -t tmpfs -o size=16k tmpfs \"$SMALL\"
+        if $FERROPT checkpoint quantize \"$RUN\" \"$SMALL/q\" --weights int8; then echo 'it fits'; exit 1; fi
+        [ -z \"$(ls -A \"$SMALL\")\" ]";
+    let out = Command::new("unshare")
+        .args(["-rm", "sh", "-c", script])
+        .env("FERROPT", env!("CARGO_BIN_EXE_ferropt"))
+        .env("SMALL", lab.path("small"))
+        .env("RUN", lab.path("run"))
+        .output()
+        .unwrap();
+    assert!(out.status.success(), "{}", text(&out));
+    assert!(text(&out).contains("No space left") && text(&out).contains("was not written"), "{}", text(&out));
 }
 
 #[test]

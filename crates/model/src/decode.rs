@@ -1,15 +1,34 @@
 //! Inference: read-only weights, and a forward pass over new tokens of many sequences at once.
 
+mod walk;
+
+pub use walk::{Walk, WithError};
+
 use crate::config::{Config, POSITION_OFFSET};
 use crate::ready::Ready;
 use crate::weights::Norm;
 use anyhow::{Context, Result, ensure};
+use ferropt_device::quantise::Codes;
 use ferropt_device::{Activation, Device, Element, PAGE, Segment, WeightFormat};
 use std::ops::Range;
 
 /// Gives rows of a parameter (its number in [`Config::parameters`]) as f32; a vector's rows are its elements. May be
 /// called from several threads at once.
 pub type ReadRows<'a> = dyn Fn(usize, Range<usize>, &mut [f32]) -> Result<()> + Sync + 'a;
+
+/// Gives rows of a matrix that was rounded before as codes; the arguments are those of [`ReadRows`].
+pub type ReadCodes<'a> = dyn Fn(usize, Range<usize>, Codes<'_>) -> Result<()> + Sync + 'a;
+
+/// Where a decoder's matrices come from.
+#[derive(Clone, Copy)]
+pub enum Matrices<'a> {
+    /// From the same rows as the other parameters.
+    Rows,
+    /// They were rounded before: from their codes.
+    Codes(&'a ReadCodes<'a>),
+    /// They were packed before: they are used where they lie.
+    Ready(&'a Ready),
+}
 
 /// The weights of a model, laid out to be read only.
 pub struct Decoder<D: Device> {
@@ -49,8 +68,7 @@ struct Reader<'a, 'r, D> {
     /// Names for errors, and shape.
     table: std::iter::Enumerate<std::vec::IntoIter<crate::Parameter>>,
     read: &'a ReadRows<'r>,
-    /// Matrices that were packed before.
-    ready: Option<&'a Ready>,
+    matrices: Matrices<'a>,
 }
 
 impl<D: Device> Reader<'_, '_, D> {
@@ -61,12 +79,15 @@ impl<D: Device> Reader<'_, '_, D> {
     fn packed(&mut self) -> Result<D::Packed> {
         let (index, parameter) = self.next()?;
         let [n, k] = parameter.shape[..] else { anyhow::bail!("{:?} is no matrix", parameter.names) };
-        let packed = match self.ready {
-            Some(ready) => ready.matrix(self.device, index, self.format, n, k),
-            None => {
+        let packed = match self.matrices {
+            Matrices::Rows => {
                 let rows = |rows: Range<usize>, out: &mut [f32]| (self.read)(index, rows, out);
                 self.device.pack_weight(self.format, n, k, &rows)
             }
+            Matrices::Codes(codes) => {
+                self.device.pack_codes(self.format, n, k, &mut |rows, to| codes(index, rows, to))
+            }
+            Matrices::Ready(ready) => ready.matrix(self.device, index, self.format, n, k),
         };
         packed.with_context(|| parameter.names.join(", "))
     }
@@ -93,48 +114,32 @@ impl<D: Device> Reader<'_, '_, D> {
     fn norm(&mut self) -> Result<Norm<D>> {
         Ok(Norm { gain: self.plain()?, bias: self.plain()? })
     }
+
+    fn layer(&mut self) -> Result<Layer<D>> {
+        let (qkv, out, norm1) = (self.linear()?, self.linear()?, self.norm()?);
+        Ok(Layer { qkv, out, norm1, fc1: self.linear()?, fc2: self.linear()?, norm2: self.norm()? })
+    }
 }
 
 impl<D: Device> Decoder<D> {
     /// Reads all parameters once, one after the other, and stores matrices in `format`.
     ///
     /// # Errors
-    /// When the sizes make no model, memory is short, or `read` fails; the message names the parameter.
-    pub fn new(device: &D, config: &Config, format: WeightFormat, read: &ReadRows<'_>) -> Result<Self> {
-        Self::assemble(device, config, format, read, None)
-    }
-
-    /// The same with matrices that were packed before, where they lie; `read` is asked for the other parameters.
-    ///
-    /// # Errors
-    /// As [`Decoder::new`], and when what is ready is not of this model, format and device.
-    pub fn with_ready(
+    /// When the sizes make no model, memory is short, reading fails, or the matrices are not of this model, format and
+    /// device; the message names the parameter.
+    pub fn new(
         device: &D,
         config: &Config,
         format: WeightFormat,
         read: &ReadRows<'_>,
-        ready: &Ready,
-    ) -> Result<Self> {
-        Self::assemble(device, config, format, read, Some(ready))
-    }
-
-    fn assemble(
-        device: &D,
-        config: &Config,
-        format: WeightFormat,
-        read: &ReadRows<'_>,
-        ready: Option<&Ready>,
+        matrices: Matrices<'_>,
     ) -> Result<Self> {
         config.check()?;
         let table = config.parameters().into_iter().enumerate();
-        let mut r = Reader { device, format, table, read, ready };
+        let mut r = Reader { device, format, table, read, matrices };
         let (tokens, positions) = (r.packed()?, r.plain()?);
         let project_in = if config.has_projections() { Some(r.packed()?) } else { None };
-        let layer = |r: &mut Reader<'_, '_, D>| -> Result<Layer<D>> {
-            let (qkv, out, norm1) = (r.linear()?, r.linear()?, r.norm()?);
-            Ok(Layer { qkv, out, norm1, fc1: r.linear()?, fc2: r.linear()?, norm2: r.norm()? })
-        };
-        let layers = (0..config.layers).map(|_| layer(&mut r)).collect::<Result<_>>()?;
+        let layers = (0..config.layers).map(|_| r.layer()).collect::<Result<_>>()?;
         let final_norm = if config.post_norm { None } else { Some(r.norm()?) };
         let projections = match project_in {
             Some(project_in) => Some((project_in, r.packed()?)),
@@ -175,7 +180,25 @@ impl<D: Device> Decoder<D> {
         if m == 0 {
             return Ok(());
         }
-        let rows = memory.sizes.iter_mut().find(|s| s.count >= m).context("the memory has no rows")?;
+        self.embed(d, tokens, segments, memory)?;
+        let rows = Size::of(&mut memory.sizes, m)?;
+        let a = &mut memory.activations;
+        for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
+            layer.forward(d, &self.config, m, segments, cache, rows, a, &mut |_, _| {});
+        }
+        self.finish(d, m, memory)
+    }
+
+    /// What the first layer reads.
+    fn embed<E: Element>(
+        &self,
+        d: &D,
+        tokens: &[u32],
+        segments: &[Segment<'_>],
+        memory: &mut Memory<D, E>,
+    ) -> Result<()> {
+        let m = tokens.len();
+        let rows = Size::of(&mut memory.sizes, m)?;
         let positions: Vec<u32> = segments
             .iter()
             .flat_map(|s| s.past..s.past + s.rows)
@@ -199,11 +222,15 @@ impl<D: Device> Decoder<D> {
         if self.config.post_norm {
             d.cast(&a.stream, &mut a.normed);
         }
-        for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
-            layer.forward(d, &self.config, m, segments, cache, rows, a);
-        }
+        Ok(())
+    }
+
+    /// What the head reads, out of what the last layer left in the stream.
+    fn finish<E: Element>(&self, d: &D, m: usize, memory: &mut Memory<D, E>) -> Result<()> {
+        let (rows, a) = (Size::of(&mut memory.sizes, m)?, &mut memory.activations);
         if let Some(Norm { gain, bias }) = &self.final_norm {
-            d.layer_norm(c, &a.stream, gain, bias, &mut a.normed, None, &mut rows.mean, &mut rows.rstd);
+            let (mean, rstd) = (&mut rows.mean, &mut rows.rstd);
+            d.layer_norm(self.config.width, &a.stream, gain, bias, &mut a.normed, None, mean, rstd);
         }
         Ok(())
     }
@@ -249,7 +276,7 @@ impl<D: Device> Decoder<D> {
         let vocab = self.config.vocab;
         if m > 0 {
             let (none, c) = (Activation::Identity, self.config.width);
-            let size = memory.sizes.iter_mut().find(|s| s.count >= m).context("the memory has no rows")?;
+            let size = Size::of(&mut memory.sizes, m)?;
             upload_padded(d, &mut size.tokens, size.count, rows);
             d.embed(c, &size.tokens, &memory.activations.normed, None, &mut memory.chosen);
             match (&mut memory.narrow, &self.projections) {
@@ -268,8 +295,17 @@ impl<D: Device> Decoder<D> {
     }
 }
 
+/// A layer's products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Product {
+    Qkv,
+    Out,
+    Fc1,
+    Fc2,
+}
+
 impl<D: Device> Layer<D> {
-    /// `stream` to `stream`, and with post-norm `normed` too.
+    /// `stream` to `stream`, and with post-norm `normed` too. `see` is shown what goes into each product.
     fn forward<E: Element>(
         &self,
         d: &D,
@@ -279,6 +315,7 @@ impl<D: Device> Layer<D> {
         (k, v): &mut (D::Buf<E>, D::Buf<E>),
         rows: &mut Size<D>,
         a: &mut Activations<D, E>,
+        see: &mut dyn FnMut(Product, &D::Buf<E>),
     ) {
         let (c, none) = (config.width, Activation::Identity);
         let (mean, rstd) = (&mut rows.mean, &mut rows.rstd);
@@ -286,15 +323,19 @@ impl<D: Device> Layer<D> {
         if !config.post_norm {
             d.layer_norm(c, &a.stream, &norm1.gain, &norm1.bias, &mut a.normed, None, mean, rstd);
         }
+        see(Product::Qkv, &a.normed);
         d.packed_linear(m, &a.normed, &qkv.weight, Some(&qkv.bias), none, &mut a.qkv);
         d.attention_paged(config.heads, config.head_width(), segments, &a.qkv, k, v, &mut a.attended);
+        see(Product::Out, &a.attended);
         d.packed_linear_residual(m, &a.attended, &out.weight, Some(&out.bias), &a.stream, &mut a.mid);
         if config.post_norm {
             d.layer_norm(c, &a.mid, &norm1.gain, &norm1.bias, &mut a.normed, Some(&mut a.stream), mean, rstd);
         } else {
             d.layer_norm(c, &a.mid, &norm2.gain, &norm2.bias, &mut a.normed, None, mean, rstd);
         }
+        see(Product::Fc1, &a.normed);
         d.packed_linear(m, &a.normed, &fc1.weight, Some(&fc1.bias), Activation::Relu, &mut a.relu);
+        see(Product::Fc2, &a.relu);
         if config.post_norm {
             d.packed_linear_residual(m, &a.relu, &fc2.weight, Some(&fc2.bias), &a.stream, &mut a.mid);
             d.layer_norm(c, &a.mid, &norm2.gain, &norm2.bias, &mut a.normed, Some(&mut a.stream), mean, rstd);
@@ -364,6 +405,13 @@ struct Size<D: Device> {
     positions: D::Buf<u32>,
     mean: D::Buf<f32>,
     rstd: D::Buf<f32>,
+}
+
+impl<D: Device> Size<D> {
+    /// The smallest with room for `m` rows.
+    fn of(sizes: &mut [Size<D>], m: usize) -> Result<&mut Size<D>> {
+        sizes.iter_mut().find(|s| s.count >= m).context("the memory has no rows")
+    }
 }
 
 /// What a layer works on; names and shapes are those of training, with N rows.

@@ -4,14 +4,17 @@
 //! each is spread over the columns behind it so that the layer's outputs on calibration text change least. How, follows
 //! from the sums of products of the layer's inputs, `H = sum of x x^T`.
 
+use crate::rounded::Rounded;
 use anyhow::{Result, ensure};
 use ferropt_device::WeightFormat;
-use ferropt_device::quantise::{GROUP, Group, choose_group, largest_code};
+use ferropt_device::quantise::{GROUP, Group, choose_group};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// Added to the diagonal of H, as a share of its mean: inputs that hardly vary must not decide.
 const DAMPING: f64 = 0.01;
-/// Rows that go over the factor together, while a part of it is in a near cache.
-const ROWS: usize = 16;
+/// Columns that are factored or inverted together: what they need of the rows above stays in a near cache.
+const PANEL: usize = 64;
 
 /// What a layer's inputs tell about the importance of its weights; one for all matrices with these inputs.
 pub struct Calibration {
@@ -20,21 +23,12 @@ pub struct Calibration {
     rows: Vec<f32>,
 }
 
-/// A matrix `[n, k]` in codes, as [`ferropt_device::Device::pack_codes`] takes it.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rounded {
-    /// `[n, groups, GROUP]`.
-    pub codes: Vec<u8>,
-    /// `[n, groups]`.
-    pub groups: Vec<Group>,
-}
-
 impl Calibration {
-    /// From `H` `[k, k]`, the sum of `x x^T` over inputs x.
+    /// From `H` `[k, k]`, the sum of `x x^T` over inputs x, on `threads` threads. Takes 12 k^2 bytes of memory for a while.
     ///
     /// # Errors
     /// When `H` has the wrong size, or is no such sum (it is not finite, or not positive).
-    pub fn new(h: &[f32], k: usize) -> Result<Calibration> {
+    pub fn new(h: &[f32], k: usize, threads: usize) -> Result<Calibration> {
         ensure!(h.len() == k * k && k > 0, "{} sums of products were given for inputs of width {k}", h.len());
         let mean = (0..k).map(|i| h[i * k + i] as f64).sum::<f64>() / k as f64;
         ensure!(mean.is_finite() && mean >= 0.0, "the inputs' mean square is {mean}; they must be finite");
@@ -44,17 +38,8 @@ impl Calibration {
             let (i, j) = (k - 1 - i, k - 1 - j);
             h[i * k + j] as f64 + if i == j { damping } else { 0.0 }
         };
-        let lower = cholesky(k, at)?;
-        let inverse = lower_inverse(k, &lower);
-        let mut rows = vec![0.0; k * k];
-        for i in 0..k {
-            let from = &inverse[(k - 1 - i) * k..][..k];
-            let first = from[k - 1 - i];
-            for j in i..k {
-                rows[i * k + j] = (from[k - 1 - j] / first) as f32;
-            }
-        }
-        Ok(Calibration { k, rows })
+        let lower = cholesky(k, &at, threads)?;
+        Ok(Calibration { k, rows: scaled_inverse(k, &lower, threads) })
     }
 
     /// Rounds a matrix `[n, k]`, rows on `threads` threads.
@@ -62,37 +47,13 @@ impl Calibration {
     /// # Errors
     /// When the format has no codes, or the matrix is not of this width or not finite.
     pub fn round(&self, format: WeightFormat, w: &[f32], threads: usize) -> Result<Rounded> {
-        let k = self.k;
-        ensure!(largest_code(format).is_some(), "{} has no codes; use int8 or int4", format.name());
-        ensure!(w.len().is_multiple_of(k), "a matrix of {} elements has no rows of {k}", w.len());
-        if let Some(at) = w.iter().position(|w| !w.is_finite()) {
-            anyhow::bail!("the weight in row {}, column {} is {}", at / k, at % k, w[at]);
-        }
-        let (n, count) = (w.len() / k, k.div_ceil(GROUP));
-        let nothing = Group { scale: Default::default(), min: Default::default() };
-        let mut rounded = Rounded { codes: vec![0; n * count * GROUP], groups: vec![nothing; n * count] };
-        let share = n.div_ceil(threads.max(1)).next_multiple_of(ROWS).max(ROWS);
-        std::thread::scope(|scope| {
-            let parts = w
-                .chunks(share * k)
-                .zip(rounded.codes.chunks_mut(share * count * GROUP))
-                .zip(rounded.groups.chunks_mut(share * count));
-            for ((w, codes), groups) in parts {
-                scope.spawn(move || {
-                    let blocks = w
-                        .chunks(ROWS * k)
-                        .zip(codes.chunks_mut(ROWS * count * GROUP))
-                        .zip(groups.chunks_mut(ROWS * count));
-                    for ((w, codes), groups) in blocks {
-                        self.round_rows(format, &mut w.to_vec(), codes, groups);
-                    }
-                });
-            }
-        });
-        Ok(rounded)
+        Rounded::by_rows(format, w, self.k, threads, &|w, codes, groups| {
+            self.round_rows(format, &mut w.to_vec(), codes, groups);
+        })
     }
 
-    /// Rounds a few rows, which are changed on the way.
+    /// Rounds a few rows, which are changed on the way: they go over the factor together, while a part of it is in a near
+    /// cache.
     fn round_rows(&self, format: WeightFormat, w: &mut [f32], codes: &mut [u8], groups: &mut [Group]) {
         let (k, count) = (self.k, self.k.div_ceil(GROUP));
         for column in 0..k {
@@ -115,26 +76,83 @@ impl Calibration {
     }
 }
 
-/// Lower factor `[k, k]` of a symmetric positive matrix: `A = L L^T`.
-fn cholesky(k: usize, a: impl Fn(usize, usize) -> f64) -> Result<Vec<f64>> {
-    let mut l = vec![0.0; k * k];
-    for i in 0..k {
-        let (above, row) = l.split_at_mut(i * k);
-        for j in 0..=i {
-            let other = if j < i { &above[j * k..j * k + j] } else { &[][..] };
-            let rest = a(i, j) - if j < i { dot(&row[..j], other) } else { dot(&row[..j], &row[..j]) };
-            if j < i {
-                row[j] = rest / above[j * k + j];
-            } else {
-                ensure!(
-                    rest > 0.0,
-                    "the inputs' sums of products have no factor: pivot {i} of {k} is {rest}"
-                );
-                row[i] = rest.sqrt();
-            }
+/// Lower factor `[k, k]` of a symmetric positive matrix: `A = L L^T`, a panel of columns after the other.
+fn cholesky(k: usize, a: &(dyn Fn(usize, usize) -> f64 + Sync), threads: usize) -> Result<Vec<f64>> {
+    // Columns from `start` on of row `i`, as far as they lie left of the diagonal and in `above`.
+    let fill = |i: usize, start: usize, above: &[f64], row: &mut [f64]| {
+        for j in start..above.len() / k {
+            row[j] = (a(i, j) - dot(&row[..j], &above[j * k..j * k + j])) / above[j * k + j];
         }
+    };
+    let mut l = vec![0.0; k * k];
+    for start in (0..k).step_by(PANEL) {
+        let end = (start + PANEL).min(k);
+        let (above, below) = l.split_at_mut(end * k);
+        for i in start..end {
+            let (above, row) = above.split_at_mut(i * k);
+            fill(i, start, above, row);
+            let rest = a(i, i) - dot(&row[..i], &row[..i]);
+            ensure!(rest > 0.0, "the inputs' sums of products have no factor: pivot {i} of {k} is {rest}");
+            row[i] = rest.sqrt();
+        }
+        let share = (k - end).div_ceil(threads.max(1)).max(1);
+        std::thread::scope(|scope| {
+            for (part, rows) in below.chunks_mut(share * k).enumerate() {
+                let (fill, above, first) = (&fill, &*above, end + part * share);
+                scope.spawn(move || {
+                    (first..).zip(rows.chunks_exact_mut(k)).for_each(|(i, row)| fill(i, start, above, row));
+                });
+            }
+        });
     }
     Ok(l)
+}
+
+/// Inverse of a lower triangle `[k, k]` with rows and columns in reverse order, each row divided by its first element.
+fn scaled_inverse(k: usize, l: &[f64], threads: usize) -> Vec<f32> {
+    let rows = Mutex::new(vec![0.0; k * k]);
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..threads.max(1) {
+            scope.spawn(|| {
+                // A panel's columns do not depend on those of another.
+                loop {
+                    let start = next.fetch_add(PANEL, Relaxed);
+                    if start >= k {
+                        return;
+                    }
+                    let panel = inverse_columns(k, l, start);
+                    let mut rows = rows.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    for (i, row) in (start..).zip(&panel) {
+                        for (j, x) in (start..k.min(i + 1)).zip(row) {
+                            rows[(k - 1 - i) * k + (k - 1 - j)] = (x * l[i * k + i]) as f32;
+                        }
+                    }
+                }
+            });
+        }
+    });
+    rows.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Columns from `start` on, at most [`PANEL`] of them, of the inverse of a lower triangle; rows above them are left out.
+fn inverse_columns(k: usize, l: &[f64], start: usize) -> Vec<[f64; PANEL]> {
+    let mut panel: Vec<[f64; PANEL]> = Vec::with_capacity(k - start);
+    for i in start..k {
+        let mut row = [0.0; PANEL];
+        for (factor, above) in l[i * k + start..i * k + i].iter().zip(&panel) {
+            for (sum, x) in row.iter_mut().zip(above) {
+                *sum -= factor * x;
+            }
+        }
+        if i < start + PANEL {
+            row[i - start] = 1.0;
+        }
+        let pivot = l[i * k + i];
+        row.iter_mut().for_each(|x| *x /= pivot);
+        panel.push(row);
+    }
+    panel
 }
 
 /// Sum of products in eight parts, which the compiler keeps in registers.
@@ -150,28 +168,9 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     sums.iter().sum::<f64>() + rest
 }
 
-/// Inverse of a lower triangle `[k, k]`.
-fn lower_inverse(k: usize, l: &[f64]) -> Vec<f64> {
-    let mut inverse = vec![0.0; k * k];
-    for i in 0..k {
-        let (above, row) = inverse.split_at_mut(i * k);
-        let row = &mut row[..=i];
-        for (t, factor) in l[i * k..i * k + i].iter().enumerate() {
-            for (sum, x) in row.iter_mut().zip(&above[t * k..=t * k + t]) {
-                *sum -= factor * x;
-            }
-        }
-        let pivot = l[i * k + i];
-        row[i] = 1.0;
-        row.iter_mut().for_each(|x| *x /= pivot);
-    }
-    inverse
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ferropt_device::quantise::round_group;
     use ferropt_device::rng::{Purpose, Stream};
 
     fn numbers(which: usize, len: usize) -> Vec<f32> {
@@ -179,28 +178,10 @@ mod tests {
         (0..len).map(|i| stream.normal(0, i)).collect()
     }
 
-    fn plain(format: WeightFormat, w: &[f32], k: usize) -> Rounded {
-        let count = k.div_ceil(GROUP);
-        let mut rounded = Rounded { codes: Vec::new(), groups: Vec::new() };
-        for row in w.chunks(k) {
-            for part in row.chunks(GROUP) {
-                let mut codes = [0; GROUP];
-                rounded.groups.push(round_group(format, part, &mut codes));
-                rounded.codes.extend(codes);
-            }
-        }
-        assert_eq!(rounded.groups.len(), w.len() / k * count);
-        rounded
-    }
-
-    fn values(format: WeightFormat, r: &Rounded, k: usize) -> Vec<f32> {
-        let count = k.div_ceil(GROUP);
-        let rows = r.groups.len() / count;
-        let value = |i: usize, j: usize| {
-            let at = i * count + j / GROUP;
-            r.groups[at].value(format, r.codes[at * GROUP + j % GROUP])
-        };
-        (0..rows * k).map(|at| value(at / k, at % k)).collect()
+    fn values(r: &Rounded) -> Vec<f32> {
+        let mut values = vec![0.0; r.rows() * r.k];
+        values.chunks_exact_mut(r.k).enumerate().for_each(|(i, out)| r.row(i, out));
+        values
     }
 
     #[test]
@@ -209,10 +190,11 @@ mod tests {
         let w = numbers(1, n * k);
         let mut h = vec![0.0; k * k];
         (0..k).for_each(|i| h[i * k + i] = 1.0 + i as f32);
-        let calibration = Calibration::new(&h, k).unwrap();
+        let calibration = Calibration::new(&h, k, 2).unwrap();
         for format in [WeightFormat::Int8, WeightFormat::Int4] {
+            let nearest = Rounded::nearest(format, &w, k, 3).unwrap();
             for threads in [1, 2, 5] {
-                assert_eq!(calibration.round(format, &w, threads).unwrap(), plain(format, &w, k));
+                assert_eq!(calibration.round(format, &w, threads).unwrap(), nearest);
             }
         }
     }
@@ -238,7 +220,8 @@ mod tests {
                 }
             }
         }
-        let calibration = Calibration::new(&h, k).unwrap();
+        let calibration = Calibration::new(&h, k, 2).unwrap();
+        assert_eq!(Calibration::new(&h, k, 5).unwrap().rows, calibration.rows);
         let error = |rounded: &[f32]| -> f64 {
             let difference: Vec<f32> = rounded.iter().zip(&w).map(|(a, b)| a - b).collect();
             x.chunks(k)
@@ -250,20 +233,20 @@ mod tests {
         };
         for format in [WeightFormat::Int8, WeightFormat::Int4] {
             let rounded = calibration.round(format, &w, 2).unwrap();
-            let (ours, plain) =
-                (error(&values(format, &rounded, k)), error(&values(format, &plain(format, &w, k), k)));
+            let plain = Rounded::nearest(format, &w, k, 2).unwrap();
+            let (ours, plain) = (error(&values(&rounded)), error(&values(&plain)));
             assert!(ours < 0.4 * plain, "{format:?}: {ours} and {plain} with plain rounding");
         }
     }
 
     #[test]
     fn sums_that_are_none_and_weights_that_are_not_finite_are_refused() {
-        assert!(Calibration::new(&[1.0; 5], 2).is_err());
-        assert!(Calibration::new(&[f32::NAN; 4], 2).err().unwrap().to_string().contains("finite"));
-        let negative = Calibration::new(&[1.0, 9.0, 9.0, 1.0], 2).err().unwrap().to_string();
+        assert!(Calibration::new(&[1.0; 5], 2, 1).is_err());
+        assert!(Calibration::new(&[f32::NAN; 4], 2, 1).err().unwrap().to_string().contains("finite"));
+        let negative = Calibration::new(&[1.0, 9.0, 9.0, 1.0], 2, 1).err().unwrap().to_string();
         assert!(negative.contains("pivot"), "{negative}");
         // Inputs that were always 0 are no reason to fail.
-        let calibration = Calibration::new(&[0.0; 4], 2).unwrap();
+        let calibration = Calibration::new(&[0.0; 4], 2, 1).unwrap();
         let infinite = calibration.round(WeightFormat::Int4, &[0.0, f32::INFINITY], 1);
         assert!(infinite.unwrap_err().to_string().contains("row 0, column 1"));
         assert!(

@@ -18,14 +18,16 @@ mod initial;
 mod layer;
 mod parameters;
 mod ready;
+mod rounded;
 mod weights;
 
 pub use activations::{Activation, ActivationTable, Recompute, Scalar};
 pub use backprop::{Backprop, Batch, Options, Pass};
 pub use config::{Config, ForwardFlops, PRESETS, Preset};
-pub use decode::{Cache, Decoder, Logits, Memory, ReadRows};
-pub use gptq::{Calibration, Rounded};
+pub use decode::{Cache, Decoder, Logits, Matrices, Memory, ReadCodes, ReadRows, Walk, WithError};
+pub use gptq::Calibration;
 pub use initial::{initial_rows, initial_values};
 pub use parameters::{Initial, Parameter, Split};
 pub use ready::{Places, Ready};
+pub use rounded::{Rounded, RoundingError};
 pub use weights::{Layer, Linear, Model, Norm, Tensor, TensorMut, Weights};

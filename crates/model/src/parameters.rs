@@ -52,6 +52,11 @@ impl Parameter {
         self.shape.len() == 2
     }
 
+    /// Whether products read it, so that inference may store it in fewer bits: all matrices but the positions.
+    pub fn is_weight(&self) -> bool {
+        self.is_matrix() && !self.names[0].ends_with("embed_positions.weight")
+    }
+
     /// Shape of each of the tensors that are stacked.
     pub fn part_shape(&self) -> Vec<usize> {
         let mut shape = self.shape.clone();

@@ -25,10 +25,10 @@ pub struct Ready {
     bytes: Mapped,
 }
 
-/// Parameters of which products are made, with their numbers. Of positions only rows are read.
+/// The matrices, with their numbers.
 fn matrices(config: &Config) -> impl Iterator<Item = (usize, Parameter)> {
     let all = config.parameters().into_iter().enumerate();
-    all.filter(|(_, p)| p.is_matrix() && !p.names[0].ends_with("embed_positions.weight"))
+    all.filter(|(_, p)| p.is_weight())
 }
 
 impl Places {

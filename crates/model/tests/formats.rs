@@ -11,6 +11,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
+#[path = "formats/quantised.rs"]
+mod quantised;
+
 const MODELS: [&str; 2] = ["pre", "post"];
 
 fn fixture(path: &str) -> PathBuf {

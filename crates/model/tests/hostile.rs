@@ -3,7 +3,9 @@
 //!
 //! `FERROPT_FUZZ` sets the number of mutated checkpoints.
 
-use ferropt_model::formats::{Source, verify};
+use ferropt_device::WeightFormat;
+use ferropt_model::Rounded;
+use ferropt_model::formats::{Quantisation, Source, quantise, verify};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -97,7 +99,26 @@ fn originals() -> Vec<Files> {
         let name = |path: &PathBuf| path.file_name().unwrap().to_str().unwrap().to_string();
         list(&folder).iter().map(|path| (name(path), fs::read(path).unwrap())).collect()
     };
-    folders.map(files).collect()
+    let quantised = tempfile::tempdir().unwrap();
+    let made = ["pre/hf", "post/mp2"].map(|from| {
+        let to = quantised.path().join(from.replace('/', "-"));
+        quantise_to_nearest(&root.join(from), &to);
+        to
+    });
+    folders.chain(made).map(files).collect()
+}
+
+/// A quantised folder, in several files.
+fn quantise_to_nearest(from: &Path, to: &Path) {
+    let source = Source::open(from, None).unwrap();
+    let table = source.config().parameters();
+    let mut round = |index: usize| {
+        let mut w = vec![0.0; table[index].elements()];
+        source.read_rows(&table[index], 0, &mut w)?;
+        Rounded::nearest(WeightFormat::Int4, &w, table[index].shape[1], 1)
+    };
+    let how = Quantisation::new(WeightFormat::Int4, None);
+    quantise(&source, to, &how, None, 4000, &mut round, &mut |_, _| {}).unwrap();
 }
 
 /// Opens the checkpoint and reads all of it; true if both were possible. Fails the test where it must not go wrong.

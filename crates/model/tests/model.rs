@@ -4,9 +4,12 @@
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
 use ferropt_device::{Buffer, Device, Element, Segment, Store, WeightFormat, bf16};
 use ferropt_model::{
-    Backprop, Batch, Cache, Config, Decoder, Initial, Memory, Model, Options, Parameter, Pass, Recompute,
-    Tensor, initial_values,
+    Backprop, Batch, Cache, Config, Decoder, Initial, Matrices, Memory, Model, Options, Parameter, Pass,
+    Recompute, Tensor, initial_values,
 };
+
+#[path = "model/quantised.rs"]
+mod quantised;
 
 const SEED: u64 = 5;
 
@@ -195,7 +198,7 @@ fn decoder<E: Element>(
         out.copy_from_slice(&values[index][rows.start * width..rows.end * width]);
         Ok(())
     };
-    Decoder::new(device, model.config(), format, &read).unwrap()
+    Decoder::new(device, model.config(), format, &read, Matrices::Rows).unwrap()
 }
 
 #[test]

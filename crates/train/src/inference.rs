@@ -3,15 +3,17 @@
 use crate::checkpoint::Store;
 use crate::config::Precision;
 use crate::models::{self, Named, Whole};
+use crate::quantise::beside_weights;
 use crate::trainer::open_device;
 use crate::weight_cache::{Outcome, WeightCache};
 use anyhow::{Context, Error, Result, ensure};
 use ferropt_data::Tokenizer;
 use ferropt_device::cpu::CpuDevice;
+use ferropt_device::quantise::Codes;
 use ferropt_device::{WeightFormat, bf16};
 use ferropt_engine::{DRAFT_TOKENS, Handle, Options};
 use ferropt_model::formats::{Dtype, Source};
-use ferropt_model::{Config, Decoder, initial_rows};
+use ferropt_model::{Config, Decoder, Matrices, initial_rows};
 use serde::Deserialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -29,7 +31,7 @@ pub struct Opening {
     /// Where the tokenizer is; beside the weights when absent.
     pub tokenizer: Option<PathBuf>,
     /// How weights are stored in memory. When absent, as the run computed with them, or as they are on the disk (IEEE
-    /// halves as bf16).
+    /// halves as bf16). Of a quantised model they are what they are.
     pub weights: Option<WeightFormat>,
     /// Threads; all available when absent.
     pub threads: Option<usize>,
@@ -102,7 +104,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// Opens what `path` names: a run folder, one of its checkpoints, a Hugging Face folder, or metaseq's files.
+    /// Opens what `path` names: a run folder, one of its checkpoints, a Hugging Face or quantised folder, or metaseq's files.
     ///
     /// # Errors
     /// When there is no model, or it is damaged or of no OPT, or has no tokenizer; the message names the file.
@@ -114,10 +116,7 @@ impl Model {
         let named = models::open(path, opening.checkpoint, opening.preset.as_deref(), whole)?;
         let source = &named.source;
         let load = || -> Result<Model> {
-            let format = match opening.weights {
-                Some(weights) => weights,
-                None => default_weights(&named)?,
-            };
+            let format = weights(&named, opening.weights)?;
             let device = open_device(opening.threads)?;
             let (tokenizer, (decoder, kept)) = tokenizer_and(source, opening, |wanted| {
                 decoder_of(&device, &named, format, opening.cache.as_ref(), wanted)
@@ -145,7 +144,7 @@ impl Model {
         };
         let weights = opening.weights.unwrap_or(WeightFormat::F32);
         let device = open_device(opening.threads)?;
-        let decoder = Decoder::new(&device, config, weights, &read)?;
+        let decoder = Decoder::new(&device, config, weights, &read, Matrices::Rows)?;
         let model = start(device, decoder, None, tokenizer, opening, weights)?;
         Ok(Model { load_seconds: began.elapsed().as_secs_f64(), ..model })
     }
@@ -155,12 +154,7 @@ impl Model {
 fn tokenizer_of(source: &Source, opening: &Opening) -> Result<Tokenizer> {
     match &opening.tokenizer {
         Some(path) => Tokenizer::load(path),
-        None => Tokenizer::load(source.folder()).with_context(|| {
-            format!(
-                "there is no tokenizer beside the weights in {}; name one with --tokenizer",
-                source.folder().display()
-            )
-        }),
+        None => beside_weights(source),
     }
 }
 
@@ -198,12 +192,20 @@ fn decoder_of(
         ensure!(wanted.load(Relaxed), "the weights are not wanted any more");
         source.read_rows(&table[index], rows.start, out)
     };
+    let codes = |index: usize, rows: Range<usize>, to: Codes<'_>| {
+        ensure!(wanted.load(Relaxed), "the weights are not wanted any more");
+        source.read_codes(&table[index], rows.start, to)
+    };
     match cache {
+        // Nothing is left to be kept of what was rounded before: packing takes no longer than reading.
+        _ if source.quantisation().is_some() => {
+            Ok((Decoder::new(device, config, format, &read, Matrices::Codes(&codes))?, None))
+        }
         Some(cache) => {
             let (decoder, outcome) = cache.decoder(device, config, format, &named.files()?, &read)?;
             Ok((decoder, Some(outcome)))
         }
-        None => Ok((Decoder::new(device, config, format, &read)?, None)),
+        None => Ok((Decoder::new(device, config, format, &read, Matrices::Rows)?, None)),
     }
 }
 
@@ -225,15 +227,33 @@ fn draft(
             own.vocab_size(),
             tokenizer.vocab_size()
         );
+        let format = match named.source.quantisation() {
+            Some(_) => weights(&named, None)?,
+            None => WeightFormat::Int8,
+        };
         let (cache, wanted) = (opening.cache.as_ref(), AtomicBool::new(true));
-        let (decoder, _) = decoder_of(device, &named, WeightFormat::Int8, cache, &wanted)?;
+        let (decoder, _) = decoder_of(device, &named, format, cache, &wanted)?;
         Ok(decoder)
     };
     load().with_context(|| format!("cannot use the draft {}", path.display()))
 }
 
-/// Weights as the run computed with them, or else as they are stored; IEEE halves become bf16.
-fn default_weights(named: &Named) -> Result<WeightFormat> {
+/// Weights as asked for, or as the run computed with them, or else as they are stored; IEEE halves become bf16. Codes stay
+/// as they are.
+fn weights(named: &Named, asked: Option<WeightFormat>) -> Result<WeightFormat> {
+    if let Some(quantisation) = named.source.quantisation() {
+        let weights = quantisation.weights()?;
+        ensure!(
+            asked.is_none_or(|asked| asked == weights),
+            "its weights are {quantisation}, and cannot be {} again; leave out --weights, or open the model that it was made \
+             from",
+            asked.unwrap_or(weights).name()
+        );
+        return Ok(weights);
+    }
+    if let Some(asked) = asked {
+        return Ok(asked);
+    }
     if let Some((path, _)) = &named.checkpoint {
         let precision = Precision::deserialize(&Store::survey(path)?.run.config["run"]["precision"]);
         return Ok(precision.context("its run configuration has no valid run.precision")?.into());

@@ -7,6 +7,7 @@ pub mod inference;
 pub mod models;
 pub mod optimizer;
 pub mod planner;
+pub mod quantise;
 pub mod quickstart;
 pub mod schedule;
 pub mod signals;

@@ -11,7 +11,7 @@ const LAYERS: usize = 10;
 /// model of one layer comes near one of many.
 fn decoder(device: &CpuDevice, config: &Config, format: WeightFormat, others: f32) -> Decoder<CpuDevice> {
     let table = config.parameters();
-    let mut read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
+    let read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
         let (parameter, name) = (&table[index], &table[index].names[0]);
         let number = name.bytes().fold(0, |sum, byte| (sum * 31 + byte as usize) % 0xff_fffd);
         let stream = Stream::new(5, Purpose::Init, number, 0);
@@ -24,7 +24,7 @@ fn decoder(device: &CpuDevice, config: &Config, format: WeightFormat, others: f3
         }
         Ok(())
     };
-    Decoder::new(device, config, format, &mut read).unwrap()
+    Decoder::new(device, config, format, &read, Matrices::Rows).unwrap()
 }
 
 /// An engine whose large model has many layers, and a draft of these sizes or none.

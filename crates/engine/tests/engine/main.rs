@@ -10,7 +10,7 @@ use ferropt_device::cpu::{CpuDevice, CpuOptions};
 use ferropt_device::rng::{Purpose, Stream};
 use ferropt_device::{Element, WeightFormat};
 use ferropt_engine::{Completion, Engine, Limits, Options, Parameters, Request};
-use ferropt_model::{Config, Decoder};
+use ferropt_model::{Config, Decoder, Matrices};
 use std::collections::BTreeMap;
 
 /// One thread, as tests run beside each other; that results do not depend on it is tested with the operations.
@@ -51,7 +51,7 @@ fn decoder(device: &CpuDevice, config: &Config, format: WeightFormat) -> Decoder
         }
         Ok(())
     };
-    Decoder::new(device, config, format, &read).unwrap()
+    Decoder::new(device, config, format, &read, Matrices::Rows).unwrap()
 }
 
 /// Room for everything, and no use of earlier texts.

@@ -3,6 +3,7 @@
 mod hugging_face;
 mod metaseq;
 mod outgoing;
+mod quantised;
 
 use super::dtype::Dtype;
 use super::pickle::write::Item;
@@ -11,6 +12,7 @@ use super::stored::Sink;
 use super::torch_file;
 use anyhow::{Context, Result, bail, ensure};
 use outgoing::Outgoing;
+pub use quantised::quantise;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
@@ -60,30 +62,48 @@ pub fn convert(
     options: &Options,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Converted> {
+    ensure!(options.max_shard_bytes > 0, "files of at most 0 bytes cannot hold a model");
+    if let Some(quantisation) = source.quantisation() {
+        bail!(
+            "{} is quantised ({quantisation}), and no other format has such codes; convert the model that it was made from",
+            source.path().display()
+        );
+    }
+    publish(destination, progress, |folder| {
+        match options.target {
+            Target::Safetensors | Target::TorchBin => hugging_face::write(source, options, folder)?,
+            Target::Metaseq { parts } => metaseq::write(source, options, parts, folder)?,
+        }
+        for (ours, file) in source.tokenizer_files() {
+            let theirs =
+                TOKENIZER_FILES.iter().find(|(name, _)| *name == ours).map_or(ours, |(_, name)| name);
+            let name = if matches!(options.target, Target::Metaseq { .. }) { theirs } else { ours };
+            folder.copy(name, &file)?;
+        }
+        Ok(())
+    })
+}
+
+/// Makes a new folder: `fill` fills it beside its place, then it is flushed to the disk and renamed. When anything fails,
+/// nothing is left behind.
+fn publish(
+    destination: &Path,
+    progress: &mut dyn FnMut(u64, u64),
+    fill: impl FnOnce(&mut Folder) -> Result<()>,
+) -> Result<Converted> {
     if fs::symlink_metadata(destination).is_ok() {
         bail!("{} exists already; name a new folder, or remove it first", destination.display());
     }
-    ensure!(options.max_shard_bytes > 0, "files of at most 0 bytes cannot hold a model");
     let name = destination.file_name().and_then(|name| name.to_str());
     let name = name.with_context(|| format!("{} is no name for a folder", destination.display()))?;
     let parent = destination.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
     let temporary = parent.join(format!(".{name}.tmp-{}", std::process::id()));
     fs::create_dir(&temporary).with_context(|| format!("cannot create {}", temporary.display()))?;
-    let mut fill = || -> Result<Converted> {
+    let fill = || -> Result<Converted> {
         let mut folder =
             Folder { path: &temporary, files: Vec::new(), bytes: 0, progress, done: 0, total: 0 };
-        match options.target {
-            Target::Safetensors | Target::TorchBin => hugging_face::write(source, options, &mut folder)?,
-            Target::Metaseq { parts } => metaseq::write(source, options, parts, &mut folder)?,
-        }
-        for (ours, file) in source.tokenizer_files() {
-            let theirs =
-                TOKENIZER_FILES.iter().find(|(name, _)| *name == ours).map_or(ours, |(_, name)| name);
-            let name = if matches!(options.target, Target::Metaseq { .. }) { theirs } else { ours };
-            let content = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-            folder.small(name, &content)?;
-        }
+        fill(&mut folder)?;
         sync(&temporary)?;
         let (files, bytes) = (folder.files, folder.bytes);
         fs::rename(&temporary, destination)
@@ -137,6 +157,12 @@ impl Folder<'_> {
         })
     }
 
+    /// Copies a file of the source.
+    fn copy(&mut self, name: &str, from: &Path) -> Result<()> {
+        let content = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+        self.small(name, &content)
+    }
+
     /// Writes a file of `torch.save`; `root` makes its content out of the dictionary of tensors.
     fn torch(
         &mut self,
@@ -158,9 +184,14 @@ impl Folder<'_> {
     fn tensor(&mut self, tensor: &Outgoing, sink: &mut Sink) -> Result<()> {
         tensor.stream(&mut |bytes| {
             sink(bytes)?;
-            self.done += bytes.len() as u64;
-            (self.progress)(self.done, self.total);
+            self.wrote(bytes.len());
             Ok(())
         })
+    }
+
+    /// Tells of so many more bytes of tensors.
+    fn wrote(&mut self, bytes: usize) {
+        self.done += bytes as u64;
+        (self.progress)(self.done, self.total);
     }
 }

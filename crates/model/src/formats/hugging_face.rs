@@ -45,11 +45,7 @@ fn skip(name: &str) -> bool {
 /// Opens a folder whose weights begin with `first`.
 pub(super) fn open(folder: &Path, first: &Path) -> Result<Folder> {
     let config = read_config(&folder.join(CONFIG))?;
-    let files = if first.extension().is_some_and(|e| e == "json") {
-        listed(folder, first)?
-    } else {
-        vec![first.to_path_buf()]
-    };
+    let files = files(folder, first)?;
     let mut tensors = StateDict::new();
     for file in &files {
         let found = if file.extension().is_some_and(|e| e == "safetensors") {
@@ -87,6 +83,15 @@ pub(super) fn read_json(path: &Path) -> Result<Map<String, Value>> {
     ensure!(size <= MAX_JSON, "{} has {size} bytes, which is too much for such a file", path.display());
     let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_slice(&text).with_context(|| format!("{} is not a JSON object", path.display()))
+}
+
+/// The files with weights: `first`, or those that it lists if it is an index.
+pub(super) fn files(folder: &Path, first: &Path) -> Result<Vec<PathBuf>> {
+    if first.extension().is_some_and(|e| e == "json") {
+        listed(folder, first)
+    } else {
+        Ok(vec![first.into()])
+    }
 }
 
 /// The files that an index lists, which must lie beside it.

@@ -9,25 +9,45 @@ use safetensors::{Dtype, SafeTensors};
 use std::collections::HashMap;
 use std::path::Path;
 
-/// Maps a file and lists its tensors, but for those whose names `skip` picks.
-pub(super) fn read(path: &Path, skip: &dyn Fn(&str) -> bool) -> Result<StateDict> {
+/// A tensor of any type.
+pub(super) struct Raw {
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
+    /// Row-major; as many bytes as type and shape say.
+    pub(super) data: Strand,
+}
+
+impl TryFrom<Raw> for Flat {
+    type Error = anyhow::Error;
+
+    fn try_from(raw: Raw) -> Result<Flat> {
+        Ok(Flat { dtype: raw.dtype.try_into()?, shape: raw.shape, data: raw.data })
+    }
+}
+
+/// Maps a file and lists its tensors.
+pub(super) fn list(path: &Path) -> Result<Vec<(String, Raw)>> {
     let file = Mapped::open(path)?;
     let (header, metadata) = SafeTensors::read_metadata(file.bytes())
         .with_context(|| format!("{} is not a valid safetensors file", path.display()))?;
+    let raw = |(name, info): (String, &TensorInfo)| {
+        let (start, end) = info.data_offsets;
+        // The data follows the length of the header and the header.
+        let data = Strand::of(&file, 8 + header + start..8 + header + end);
+        let data = data.with_context(|| format!("{}: tensor {name} is not in the file", path.display()))?;
+        Ok((name, Raw { dtype: info.dtype, shape: info.shape.clone(), data }))
+    };
+    metadata.tensors().into_iter().map(raw).collect()
+}
+
+/// Maps a file and lists its tensors, but for those whose names `skip` picks. All are numbers.
+pub(super) fn read(path: &Path, skip: &dyn Fn(&str) -> bool) -> Result<StateDict> {
     let mut tensors = StateDict::new();
-    for (name, info) in metadata.tensors() {
-        if skip(&name) {
-            continue;
+    for (name, raw) in list(path)? {
+        if !skip(&name) {
+            let flat = raw.try_into().with_context(|| format!("{}: tensor {name}", path.display()))?;
+            tensors.insert(name, flat);
         }
-        let flat = || -> Result<Flat> {
-            let (start, end) = info.data_offsets;
-            // The data follows the length of the header and the header.
-            let data =
-                Strand::of(&file, 8 + header + start..8 + header + end).context("is not in the file")?;
-            Ok(Flat { dtype: info.dtype.try_into()?, shape: info.shape.clone(), data })
-        };
-        let flat = flat().with_context(|| format!("{}: tensor {name}", path.display()))?;
-        tensors.insert(name, flat);
     }
     Ok(tensors)
 }

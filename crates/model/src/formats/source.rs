@@ -3,11 +3,15 @@
 use super::dtype::Dtype;
 use super::hugging_face;
 use super::metaseq::{self, Group};
+use super::quantised::{self, Quantisation, RoundedTensor};
 use super::stored::{Flat, StoredTensor};
+use super::tensor::Tensor;
 use super::torch_file::StateDict;
 use crate::config::Config;
 use crate::parameters::Parameter;
 use anyhow::{Context, Result, bail, ensure};
+use ferropt_device::WeightFormat;
+use ferropt_device::quantise::{Codes, GROUP};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -39,6 +43,8 @@ pub enum Format {
         /// Flattened shards of each part.
         shards: usize,
     },
+    /// Ours, with matrices in codes of few bits.
+    Quantised(WeightFormat),
 }
 
 impl std::fmt::Display for Format {
@@ -51,6 +57,7 @@ impl std::fmt::Display for Format {
             Format::Metaseq { parts, shards } => {
                 write!(f, "metaseq, {parts} tensor-parallel parts, each of {shards} flattened shards")
             }
+            Format::Quantised(weights) => write!(f, "quantised, {}", weights.name()),
         }
     }
 }
@@ -74,6 +81,9 @@ pub struct Source {
     config_from: String,
     files: Vec<PathBuf>,
     tensors: BTreeMap<String, StoredTensor>,
+    /// Matrices that are stored as codes, and how they came about.
+    rounded: BTreeMap<String, RoundedTensor>,
+    quantisation: Option<Quantisation>,
     /// Copies of tensors in other tensor-parallel parts: name, part.
     pub(super) replicas: Vec<(String, usize, StoredTensor)>,
 }
@@ -115,6 +125,22 @@ impl Source {
     }
 
     fn hugging_face(path: &Path, folder: &Path, first: &Path) -> Result<Source> {
+        let config_from = folder.join(hugging_face::CONFIG).display().to_string();
+        if let Some(opened) = quantised::open(folder, first)? {
+            let source = Source {
+                path: path.into(),
+                folder: folder.into(),
+                format: Format::Quantised(opened.weights),
+                config: opened.config,
+                config_from,
+                files: opened.files,
+                tensors: opened.tensors,
+                rounded: opened.rounded,
+                quantisation: Some(opened.quantisation),
+                replicas: Vec::new(),
+            };
+            return source.check(None);
+        }
         let mut opened = hugging_face::open(folder, first)?;
         let name = first.to_string_lossy();
         let format = if name.contains(".safetensors") { Format::Safetensors } else { Format::TorchBin };
@@ -132,9 +158,11 @@ impl Source {
             folder: folder.into(),
             format,
             config,
-            config_from: folder.join(hugging_face::CONFIG).display().to_string(),
+            config_from,
             files: opened.files,
             tensors,
+            rounded: BTreeMap::new(),
+            quantisation: None,
             replicas: Vec::new(),
         };
         source.check(head.as_ref().map(|head| (HEAD, head, &[][..])))
@@ -150,6 +178,8 @@ impl Source {
             config_from: opened.config_from,
             files: opened.files,
             tensors: opened.tensors,
+            rounded: BTreeMap::new(),
+            quantisation: None,
             replicas: opened.replicas,
         };
         source.check(opened.head.as_ref().map(|(whole, parts)| (metaseq::HEAD, whole, &parts[..])))
@@ -160,7 +190,8 @@ impl Source {
     fn check(self, head: Option<(&str, &StoredTensor, &[StoredTensor])>) -> Result<Source> {
         for parameter in self.config.parameters() {
             let shape = parameter.part_shape();
-            for name in &parameter.names {
+            // Of codes, shapes were compared when they were found.
+            for name in parameter.names.iter().filter(|name| !self.rounded.contains_key(*name)) {
                 let tensor = self.tensor(name)?;
                 ensure!(
                     tensor.shape() == shape,
@@ -238,7 +269,12 @@ impl Source {
         TOKENIZER_FILES.iter().filter_map(find).collect()
     }
 
-    /// A tensor by its Hugging Face name.
+    /// How it was quantised, if it was.
+    pub fn quantisation(&self) -> Option<&Quantisation> {
+        self.quantisation.as_ref()
+    }
+
+    /// A tensor of numbers by its Hugging Face name.
     ///
     /// # Errors
     /// When the model has none of that name.
@@ -247,12 +283,18 @@ impl Source {
     }
 
     /// All tensors, in the order of the parameter table.
-    pub fn tensors(&self) -> impl Iterator<Item = (String, &StoredTensor)> {
+    pub fn tensors(&self) -> impl Iterator<Item = (String, Tensor<'_>)> {
         let names = self.config.parameters().into_iter().flat_map(|p| p.names);
-        names.filter_map(|name| self.tensors.get(&name).map(|tensor| (name, tensor)))
+        names.filter_map(|name| self.find(&name).map(|tensor| (name, tensor)))
     }
 
-    /// The element type of all tensors, if it is one.
+    /// A tensor of either kind.
+    pub(super) fn find(&self, name: &str) -> Option<Tensor<'_>> {
+        let rounded = || self.rounded.get(name).map(Tensor::Rounded);
+        self.tensors.get(name).map(Tensor::Plain).or_else(rounded)
+    }
+
+    /// The element type of all tensors that are numbers, if it is one.
     pub fn dtype(&self) -> Option<Dtype> {
         let mut types = self.tensors.values().map(StoredTensor::dtype);
         let first = types.next()?;
@@ -261,11 +303,12 @@ impl Source {
 
     /// Size of all weights.
     pub fn bytes(&self) -> u64 {
-        self.tensors.values().map(StoredTensor::bytes).sum()
+        self.tensors.values().map(StoredTensor::bytes).sum::<u64>()
+            + self.rounded.values().map(RoundedTensor::bytes).sum::<u64>()
     }
 
     /// Rows of a parameter from `first` on as f32, which is exact: as many as `out` has room for. Where q, k and v are
-    /// stacked, rows count through all three.
+    /// stacked, rows count through all three. Of codes, the numbers that they stand for.
     ///
     /// # Errors
     /// When the model has no such rows, or `out` is no whole number of them.
@@ -276,19 +319,54 @@ impl Source {
             "{} values are no whole number of rows of {columns}",
             out.len()
         );
-        let (mut first, mut out) = (first, out);
+        let mut out = out;
+        self.each_part(parameter, first, out.len() / columns, &mut |name, tensor, first, rows| {
+            let (now, later) = std::mem::take(&mut out).split_at_mut(rows * columns);
+            out = later;
+            tensor.read_rows(first, now).with_context(|| format!("tensor {name}"))
+        })
+    }
+
+    /// Rows of a matrix from `first` on as codes: as many as `to` has room for. Rows count as in [`Source::read_rows`].
+    ///
+    /// # Errors
+    /// When the model has no such rows, or stores the matrix as numbers.
+    pub fn read_codes(&self, parameter: &Parameter, first: usize, to: Codes<'_>) -> Result<()> {
+        let count = parameter.shape.get(1).copied().unwrap_or(1).div_ceil(GROUP);
+        let Codes { mut codes, mut groups } = to;
+        self.each_part(parameter, first, groups.len() / count, &mut |name, tensor, first, rows| {
+            let Tensor::Rounded(tensor) = tensor else { bail!("tensor {name} is not stored as codes") };
+            let (now, later) = std::mem::take(&mut codes).split_at_mut(rows * count * GROUP);
+            codes = later;
+            let (now_groups, later) = std::mem::take(&mut groups).split_at_mut(rows * count);
+            groups = later;
+            let to = Codes { codes: now, groups: now_groups };
+            tensor.read_codes(first, to).with_context(|| format!("tensor {name}"))
+        })
+    }
+
+    /// Hands over the tensors that hold `rows` rows of a parameter from `first` on, each with its own first row and their
+    /// number.
+    fn each_part(
+        &self,
+        parameter: &Parameter,
+        first: usize,
+        rows: usize,
+        take: &mut dyn FnMut(&str, Tensor<'_>, usize, usize) -> Result<()>,
+    ) -> Result<()> {
+        let (mut first, mut rows) = (first, rows);
         for name in &parameter.names {
-            let tensor = self.tensor(name)?;
+            let tensor = self.find(name);
+            let tensor = tensor.with_context(|| format!("{} has no tensor {name}", self.path.display()))?;
             if first >= tensor.rows() {
                 first -= tensor.rows();
                 continue;
             }
-            let rows = (tensor.rows() - first).min(out.len() / columns);
-            let (now, later) = out.split_at_mut(rows * columns);
-            tensor.read_rows(first, now).with_context(|| format!("tensor {name}"))?;
-            (first, out) = (0, later);
+            let now = rows.min(tensor.rows() - first);
+            take(name, tensor, first, now)?;
+            (first, rows) = (0, rows - now);
         }
-        if !out.is_empty() {
+        if rows > 0 {
             bail!("{} has {} rows, and more were to be read", parameter.names.join(", "), parameter.shape[0]);
         }
         Ok(())

@@ -1,10 +1,10 @@
 //! Reads every value of a model, alone or beside another's.
 
 use super::source::{Format, Source};
-use super::stored::StoredTensor;
+use super::tensor::Tensor;
 use super::torch_file::TorchFile;
 use crate::config::Config;
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 /// A tensor that is not the same in two models.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,11 +20,11 @@ pub struct Difference {
 }
 
 /// Values of both tensors that are compared at a time, in rows.
-fn rows_at_a_time(a: &StoredTensor, b: &StoredTensor) -> usize {
+fn rows_at_a_time(a: Tensor<'_>, b: Tensor<'_>) -> usize {
     a.chunk_rows().min(b.chunk_rows()).min(a.rows()).max(1)
 }
 
-/// Checks all that can be wrong with an open model: values that are not finite, archives whose checksums do not match, and
+/// Checks all that can be wrong with an open model: values that are not finite, files whose checksums do not match, and
 /// copies in tensor-parallel parts that differ. Returns one sentence for each finding. `progress` is told the bytes
 /// read so far, and all.
 ///
@@ -46,9 +46,10 @@ pub fn verify(source: &Source, progress: &mut dyn FnMut(u64, u64)) -> Result<Vec
                 wrong += 1;
                 first.get_or_insert((start + i / columns, i % columns, *value));
             }
-            done += (values.len() * tensor.dtype().size()) as u64;
-            progress(done, total);
+            let rows = (values.len() / columns) as u64;
+            progress(done + tensor.bytes() * (start as u64 + rows) / tensor.rows() as u64, total);
         }
+        done += tensor.bytes();
         if let Some((row, column, value)) = first {
             findings.push(format!(
                 "{}: tensor {name} has {wrong} values that are not finite, the first is {value} at row {row}, column \
@@ -58,7 +59,7 @@ pub fn verify(source: &Source, progress: &mut dyn FnMut(u64, u64)) -> Result<Vec
         }
     }
     for (name, part, copy) in &source.replicas {
-        let difference = difference(name, source.tensor(name)?, copy)?;
+        let difference = difference(name, Tensor::Plain(source.tensor(name)?), Tensor::Plain(copy))?;
         if let Some(Difference { elements, of, largest, .. }) = difference {
             findings.push(format!(
                 "{}: tensor {name} of part {part} differs from that of part 0 in {elements} of {of} values, by {largest} \
@@ -67,7 +68,9 @@ pub fn verify(source: &Source, progress: &mut dyn FnMut(u64, u64)) -> Result<Vec
             ));
         }
     }
-    if source.format() != Format::Safetensors {
+    if let Some(quantisation) = source.quantisation() {
+        findings.extend(quantisation.damage(source.files())?);
+    } else if source.format() != Format::Safetensors {
         for file in source.files() {
             findings.extend(TorchFile::damage(file)?);
         }
@@ -94,7 +97,8 @@ pub fn compare(a: &Source, b: &Source, progress: &mut dyn FnMut(u64, u64)) -> Re
     let total = a.bytes();
     let mut done = 0;
     for (name, tensor) in a.tensors() {
-        differences.extend(difference(&name, tensor, b.tensor(&name)?)?);
+        let other = b.find(&name).with_context(|| format!("{} has no tensor {name}", b.path().display()))?;
+        differences.extend(difference(&name, tensor, other)?);
         done += tensor.bytes();
         progress(done, total);
     }
@@ -102,7 +106,7 @@ pub fn compare(a: &Source, b: &Source, progress: &mut dyn FnMut(u64, u64)) -> Re
 }
 
 /// How two tensors of the same shape differ, if they do.
-fn difference(name: &str, a: &StoredTensor, b: &StoredTensor) -> Result<Option<Difference>> {
+fn difference(name: &str, a: Tensor<'_>, b: Tensor<'_>) -> Result<Option<Difference>> {
     let columns = a.columns();
     let step = rows_at_a_time(a, b);
     let mut buffers = [vec![0.0; step * columns], vec![0.0; step * columns]];

@@ -8,7 +8,7 @@ mod learner;
 
 use ferropt_device::cpu::{CpuDevice, CpuOptions, Isa};
 use ferropt_device::{Element, PAGE, Segment, WeightFormat, bf16};
-use ferropt_model::{Cache, Decoder, Memory, Recompute};
+use ferropt_model::{Cache, Decoder, Matrices, Memory, Recompute};
 use fixture::{Fixture, all};
 use learner::Learner;
 
@@ -84,7 +84,7 @@ fn decoded<E: Element>(device: &CpuDevice, f: &Fixture, format: WeightFormat) ->
         out.copy_from_slice(&values[index][rows.start * width..rows.end * width]);
         Ok(())
     };
-    let decoder = Decoder::new(device, &f.config, format, &read).unwrap();
+    let decoder = Decoder::new(device, &f.config, format, &read, Matrices::Rows).unwrap();
     let each = f.seq.div_ceil(PAGE);
     let mut cache = Cache::<_, E>::new(device, &f.config, f.batch * each).unwrap();
     let mut memory = Memory::new(device, &f.config, f.batch * f.seq, f.batch * f.seq).unwrap();

@@ -13,7 +13,7 @@ mod tests;
 use crate::checkpoint::human_bytes;
 use anyhow::{Context, Error, Result, bail, ensure};
 use ferropt_device::{Device, WeightFormat};
-use ferropt_model::{Config, Decoder, Places, ReadRows, Ready};
+use ferropt_model::{Config, Decoder, Matrices, Places, ReadRows, Ready};
 use key::Key;
 pub use key::SourceFile;
 use std::ffi::OsString;
@@ -144,12 +144,13 @@ impl WeightCache {
         } else {
             match self.ready(device, config, format, places, sources, read) {
                 Ok((ready, outcome)) => {
-                    return Ok((Decoder::with_ready(device, config, format, read, &ready)?, outcome));
+                    let matrices = Matrices::Ready(&ready);
+                    return Ok((Decoder::new(device, config, format, read, matrices)?, outcome));
                 }
                 Err(error) => Outcome::Failed(error),
             }
         };
-        Ok((Decoder::new(device, config, format, read)?, outcome))
+        Ok((Decoder::new(device, config, format, read, Matrices::Rows)?, outcome))
     }
 
     fn ready<D: Device>(

@@ -1,7 +1,7 @@
 use super::*;
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
 use ferropt_device::{PAGE, Segment};
-use ferropt_model::{Cache, Memory, initial_rows};
+use ferropt_model::{Cache, Matrices, Memory, initial_rows};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use tempfile::TempDir;
@@ -86,7 +86,8 @@ fn what_is_opened_again_is_found_with_the_same_bits() {
             initial_rows(&table[index], index, 7, rows.start, out);
             Ok(())
         };
-        let want = lab.logits(&Decoder::new(&lab.device, &lab.config, format, &read).unwrap());
+        let want =
+            lab.logits(&Decoder::new(&lab.device, &lab.config, format, &read, Matrices::Rows).unwrap());
         let (first, outcome) = lab.open(&lab.cache(), format);
         assert!(matches!(outcome, Outcome::Kept(bytes) if bytes > 0), "{outcome:?}");
         assert_eq!(lab.logits(&first), want);
