@@ -40,15 +40,16 @@ impl Values {
 
 /// Logits of a text, `[T, V]`, with weights in a format, or as codes.
 fn logits(
+    device: &CpuDevice,
     config: &Config,
     format: WeightFormat,
     codes: Option<&[Option<Rounded>]>,
     tokens: &[u32],
 ) -> Vec<f32> {
-    let (device, values) = (device(), Values::new(config));
+    let values = Values::new(config);
     let read = |index: usize, rows: Range<usize>, out: &mut [f32]| values.read(index, rows, out);
     let decoder = match codes {
-        None => Decoder::new(&device, config, format, &read, Matrices::Rows).unwrap(),
+        None => Decoder::new(device, config, format, &read, Matrices::Rows).unwrap(),
         Some(codes) => {
             let give = |index: usize, rows: Range<usize>, to: ferropt_device::quantise::Codes<'_>| {
                 let matrix = codes[index].as_ref().unwrap();
@@ -62,15 +63,15 @@ fn logits(
                 assert!(!values.0[index].is_weight(), "a matrix of codes was read as numbers");
                 values.read(index, rows, out)
             };
-            Decoder::new(&device, config, format, &never, Matrices::Codes(&give)).unwrap()
+            Decoder::new(device, config, format, &never, Matrices::Codes(&give)).unwrap()
         }
     };
-    let mut cache = Cache::<_, bf16>::new(&device, config, 1).unwrap();
-    let mut memory = Memory::new(&device, config, tokens.len(), tokens.len()).unwrap();
+    let mut cache = Cache::<_, bf16>::new(device, config, 1).unwrap();
+    let mut memory = Memory::new(device, config, tokens.len(), tokens.len()).unwrap();
     let segments = [Segment { rows: tokens.len(), past: 0, pages: &[0] }];
-    decoder.forward(&device, tokens, &segments, &mut cache, &mut memory).unwrap();
+    decoder.forward(device, tokens, &segments, &mut cache, &mut memory).unwrap();
     let rows: Vec<u32> = (0..tokens.len() as u32).collect();
-    let logits = decoder.head(&device, &rows, &mut memory).unwrap();
+    let logits = decoder.head(device, &rows, &mut memory).unwrap();
     let read = |row: usize| {
         let mut out = vec![];
         logits.read(row, &mut out);
@@ -81,12 +82,15 @@ fn logits(
 
 #[test]
 fn codes_are_what_rounding_in_memory_makes() {
+    let device = device();
     for config in models() {
         let tokens = ids(4, 37, 61);
         for format in FORMATS {
             let nearest = Values::new(&config).nearest(format);
-            let (codes, memory) =
-                (logits(&config, format, Some(&nearest), &tokens), logits(&config, format, None, &tokens));
+            let (codes, memory) = (
+                logits(&device, &config, format, Some(&nearest), &tokens),
+                logits(&device, &config, format, None, &tokens),
+            );
             assert!(codes == memory, "{format:?} of {config:?}");
         }
     }
@@ -120,6 +124,7 @@ fn gptq(
 /// What reaches a matrix decides how it is rounded, so other text comes out nearer to the original.
 #[test]
 fn gptq_changes_outputs_less_than_rounding_to_nearest() {
+    let device = device();
     for config in models() {
         let texts: Vec<Vec<u32>> = (0..60).map(|i| ids(100 + i, 20 + i % 20, 61)).collect();
         let others: Vec<Vec<u32>> = (0..8).map(|i| ids(1000 + i, 30, 61)).collect();
@@ -128,8 +133,8 @@ fn gptq_changes_outputs_less_than_rounding_to_nearest() {
             let nearest = Values::new(&config).nearest(format);
             let changed = |codes: &[Option<Rounded>]| -> f64 {
                 let squares = |tokens: &Vec<u32>| -> f64 {
-                    let want = logits(&config, WeightFormat::Bf16, None, tokens);
-                    let got = logits(&config, format, Some(codes), tokens);
+                    let want = logits(&device, &config, WeightFormat::Bf16, None, tokens);
+                    let got = logits(&device, &config, format, Some(codes), tokens);
                     want.iter().zip(&got).map(|(a, b)| ((a - b) as f64).powi(2)).sum()
                 };
                 others.iter().map(squares).sum()
