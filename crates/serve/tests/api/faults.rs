@@ -182,7 +182,7 @@ fn malformed_http_and_json_are_never_the_servers_fault() {
     let (stream, cases) = (Stream::new(9, Purpose::Sampling, 0, 0), 400);
     let spare =
         [b'"', b'{', b'}', b'[', b']', b',', b':', b'-', b'9', b'e', b'.', 0, 0xff, b'\\', b' ', b't'];
-    for case in 0..cases {
+    for case in 0..cases as usize {
         let mut body = good.as_bytes().to_vec();
         for change in 0..1 + case % 4 {
             let word = |i| stream.word(case as u64, 4 * change + i) as usize;
