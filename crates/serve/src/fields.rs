@@ -59,7 +59,7 @@ const MANY: i64 = 1 << 31;
 pub(crate) static FIELDS: &[Field] = &[
     field("model", ALL, Text(|a, v| a.model = Some(v.into())), "Name or alias of a model; the first one unless given."),
     field("prompt", TEXTS, Shaped(shapes::PROMPT, shapes::prompt), "A text, its token ids, or a list of texts or of lists of ids. `</s>` is put in front of texts, as OPT was trained; ids are taken as they are."),
-    field("prompt", TOKENIZE, Text(|a, v| a.prompts.push(crate::asked::Prompt::Text(v.into()))), "The text."),
+    field("prompt", TOKENIZE, Text(|a, v| a.prompts.push(crate::asked::Prompt::Text(v.into()))), "The text. Other than in prompts, `</s>` and `<pad>` in it are these tokens, as Hugging Face's tokenizer reads them."),
     field("messages", CHAT, Shaped(shapes::MESSAGES, shapes::messages), "The conversation. OPT knows no turns, so it is written as a text, with `Person:` and `Assistant:` in front of what was said."),
     field("max_tokens", COMPLETION | METASEQ, Whole(0, MANY, |a, v| a.parameters.max_tokens = Some(v as usize)), "Tokens to generate at most; 16 unless given. 0 computes the prompt only."),
     field("max_tokens", CHAT | GENERATE, Whole(0, MANY, |a, v| a.parameters.max_tokens = Some(v as usize)), "Tokens to generate at most; as many as the model has positions for unless given."),

@@ -50,7 +50,7 @@ impl Needs {
             Needs::Key => !route.open,
             Needs::Name => route.body != 0 || route.path.contains('{'),
             Needs::Turn => route.generates(),
-            Needs::Model => route.body != 0 || route.path.contains('{') || route.path == "/ready",
+            Needs::Model => route.body != 0 || ["/ready", "/tokenizer_info"].contains(&route.path),
         }
     }
 }

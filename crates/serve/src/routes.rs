@@ -86,6 +86,7 @@ pub(crate) static ROUTES: &[Route] = &[
     post("/generate", GENERATE, &["prompt"], "Generated", |call| Box::pin(texts::generate(call)), "Continue texts, with all that the engine tells."),
     post("/tokenize", TOKENIZE, &["prompt"], "Tokens", |call| Box::pin(texts::tokenize(call)), "The token ids of a text."),
     post("/detokenize", DETOKENIZE, &["tokens"], "Text", |call| Box::pin(texts::detokenize(call)), "The text of token ids."),
+    get("/tokenizer_info", "TokenizerInfo", false, |call| Box::pin(operate::tokenizer(call)), "Special tokens of the first model's tokenizer, as vLLM tells them."),
     get("/v1/models", "Models", false, |call| Box::pin(operate::models(call)), "All models."),
     get("/v1/models/{*model}", "Model", false, |call| Box::pin(operate::model(call)), "One model."),
     post("/completions", METASEQ, &["prompt"], "Completion", |call| Box::pin(texts::generate(call)), METASEQ_SUMMARY),
