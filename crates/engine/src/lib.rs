@@ -10,6 +10,7 @@
 
 pub mod beam;
 mod choose;
+mod conversation;
 mod draft;
 mod engine;
 mod handle;
@@ -23,6 +24,7 @@ mod score;
 pub mod stop;
 pub mod text;
 
+pub use conversation::{Conversation, Speaker};
 pub use engine::{DRAFT_TOKENS, Engine, Options};
 pub use handle::{Completion, Events, Handle, Text};
 pub use parameters::{Capacity, MOST_CHOICES, MOST_LOG_PROBS, MOST_STOPS, Parameters, Refusal, Request};

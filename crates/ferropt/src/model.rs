@@ -15,6 +15,13 @@ pub(crate) struct ModelArgs {
     /// A run of `ferropt train` or one of its checkpoints, a Hugging Face or quantised folder, or metaseq's files
     #[arg(long, value_name = "PATH")]
     model: PathBuf,
+    #[command(flatten)]
+    opening: OpeningArgs,
+}
+
+/// How a model is computed.
+#[derive(clap::Args)]
+pub(crate) struct OpeningArgs {
     /// Of a run: step of the checkpoint; the newest whole one unless given
     #[arg(long, value_name = "STEP")]
     checkpoint: Option<u64>,
@@ -55,7 +62,7 @@ pub(crate) struct DraftArgs {
 impl ModelArgs {
     /// Opens the model for so many texts at a time, of so many tokens at most, and tells of damaged checkpoints.
     pub(crate) fn open(&self, sequences: usize, longest: Option<usize>) -> Result<Model> {
-        self.open_as(Opening { sequences, longest, ..Opening::default() })
+        self.open_as(self.opening.opening(sequences, longest)?)
     }
 
     /// The same with a draft, if there is one.
@@ -66,19 +73,10 @@ impl ModelArgs {
         longest: Option<usize>,
     ) -> Result<Model> {
         let (draft, draft_tokens) = (draft.draft.clone(), draft.draft_tokens);
-        self.open_as(Opening { draft, draft_tokens, sequences, longest, ..Opening::default() })
+        self.open_as(Opening { draft, draft_tokens, ..self.opening.opening(sequences, longest)? })
     }
 
     fn open_as(&self, opening: Opening) -> Result<Model> {
-        let opening = Opening {
-            checkpoint: self.checkpoint,
-            preset: self.preset.clone(),
-            tokenizer: self.tokenizer.clone(),
-            weights: self.weights,
-            threads: self.threads,
-            cache: weight_cache(self.no_cache)?,
-            ..opening
-        };
         let model = Model::open(&self.model, &opening)?;
         for damage in &model.damaged {
             eprintln!(
@@ -95,6 +93,26 @@ impl ModelArgs {
             _ => {}
         }
         Ok(model)
+    }
+}
+
+impl OpeningArgs {
+    /// As the library takes them, for so many texts at a time, of so many tokens at most.
+    ///
+    /// # Errors
+    /// When the variables that say where weights are kept make no sense.
+    pub(crate) fn opening(&self, sequences: usize, longest: Option<usize>) -> Result<Opening> {
+        Ok(Opening {
+            checkpoint: self.checkpoint,
+            preset: self.preset.clone(),
+            tokenizer: self.tokenizer.clone(),
+            weights: self.weights,
+            threads: self.threads,
+            sequences,
+            longest,
+            cache: weight_cache(self.no_cache)?,
+            ..Opening::default()
+        })
     }
 }
 
