@@ -3,7 +3,8 @@
 //!
 //! Memory holds one layer, the sums of products of its inputs, and the residual stream of all tokens.
 
-use super::{Decoder, Layer, Linear, Memory, Product, ReadRows, Reader, Size};
+use super::layer::{Layer, Linear, Product};
+use super::{Decoder, Memory, ReadRows, Reader, Size};
 use crate::config::Config;
 use crate::gptq::Calibration;
 use crate::parameters::Parameter;
