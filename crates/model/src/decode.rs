@@ -1,5 +1,6 @@
 //! Inference: read-only weights, and a forward pass over new tokens of many sequences at once.
 
+mod layer;
 mod walk;
 
 pub use walk::{Walk, WithError};
@@ -10,6 +11,7 @@ use crate::weights::Norm;
 use anyhow::{Context, Result, ensure};
 use ferropt_device::quantise::Codes;
 use ferropt_device::{Activation, Device, Element, PAGE, Segment, WeightFormat};
+use layer::{Layer, Linear};
 use std::ops::Range;
 
 /// Gives rows of a parameter (its number in [`Config::parameters`]) as f32; a vector's rows are its elements. May be
@@ -42,20 +44,6 @@ pub struct Decoder<D: Device> {
     layers: Vec<Layer<D>>,
     /// Before the LM head; none with `post_norm`.
     final_norm: Option<Norm<D>>,
-}
-
-struct Layer<D: Device> {
-    qkv: Linear<D>,
-    out: Linear<D>,
-    norm1: Norm<D>,
-    fc1: Linear<D>,
-    fc2: Linear<D>,
-    norm2: Norm<D>,
-}
-
-struct Linear<D: Device> {
-    weight: D::Packed,
-    bias: D::Buf<f32>,
 }
 
 /// Numbers that are read at a time, where they are used as they are.
@@ -292,56 +280,6 @@ impl<D: Device> Decoder<D> {
         d.download(&memory.lse, 0, &mut lse);
         d.download(&memory.largest, 0, &mut largest);
         Ok(Logits { device: d, vocab, logits: &memory.logits, lse, largest })
-    }
-}
-
-/// A layer's products.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Product {
-    Qkv,
-    Out,
-    Fc1,
-    Fc2,
-}
-
-impl<D: Device> Layer<D> {
-    /// `stream` to `stream`, and with post-norm `normed` too. `see` is shown what goes into each product.
-    fn forward<E: Element>(
-        &self,
-        d: &D,
-        config: &Config,
-        m: usize,
-        segments: &[Segment<'_>],
-        (k, v): &mut (D::Buf<E>, D::Buf<E>),
-        rows: &mut Size<D>,
-        a: &mut Activations<D, E>,
-        see: &mut dyn FnMut(Product, &D::Buf<E>),
-    ) {
-        let (c, none) = (config.width, Activation::Identity);
-        let (mean, rstd) = (&mut rows.mean, &mut rows.rstd);
-        let Layer { qkv, out, norm1, fc1, fc2, norm2 } = self;
-        if !config.post_norm {
-            d.layer_norm(c, &a.stream, &norm1.gain, &norm1.bias, &mut a.normed, None, mean, rstd);
-        }
-        see(Product::Qkv, &a.normed);
-        d.packed_linear(m, &a.normed, &qkv.weight, Some(&qkv.bias), none, &mut a.qkv);
-        d.attention_paged(config.heads, config.head_width(), segments, &a.qkv, k, v, &mut a.attended);
-        see(Product::Out, &a.attended);
-        d.packed_linear_residual(m, &a.attended, &out.weight, Some(&out.bias), &a.stream, &mut a.mid);
-        if config.post_norm {
-            d.layer_norm(c, &a.mid, &norm1.gain, &norm1.bias, &mut a.normed, Some(&mut a.stream), mean, rstd);
-        } else {
-            d.layer_norm(c, &a.mid, &norm2.gain, &norm2.bias, &mut a.normed, None, mean, rstd);
-        }
-        see(Product::Fc1, &a.normed);
-        d.packed_linear(m, &a.normed, &fc1.weight, Some(&fc1.bias), Activation::Relu, &mut a.relu);
-        see(Product::Fc2, &a.relu);
-        if config.post_norm {
-            d.packed_linear_residual(m, &a.relu, &fc2.weight, Some(&fc2.bias), &a.stream, &mut a.mid);
-            d.layer_norm(c, &a.mid, &norm2.gain, &norm2.bias, &mut a.normed, Some(&mut a.stream), mean, rstd);
-        } else {
-            d.packed_linear_residual(m, &a.relu, &fc2.weight, Some(&fc2.bias), &a.mid, &mut a.stream);
-        }
     }
 }
 

@@ -8,6 +8,9 @@ use std::ops::Range;
 /// Rows that are rounded together.
 const ROWS: usize = 16;
 
+/// Rounds rows of a matrix into their codes and groups.
+pub(crate) type RoundRows<'a> = &'a (dyn Fn(&[f32], &mut [u8], &mut [Group]) + Sync);
+
 /// A matrix `[n, k]` in codes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rounded {
@@ -41,7 +44,7 @@ impl Rounded {
         w: &[f32],
         k: usize,
         threads: usize,
-        round: &(dyn Fn(&[f32], &mut [u8], &mut [Group]) + Sync),
+        round: RoundRows<'_>,
     ) -> Result<Rounded> {
         ensure!(largest_code(format).is_some(), "{} has no codes; use int8 or int4", format.name());
         ensure!(k > 0 && w.len().is_multiple_of(k), "a matrix of {} elements has no rows of {k}", w.len());

@@ -16,8 +16,8 @@ use std::path::PathBuf;
 #[derive(clap::Args)]
 #[command(after_help = "\
 Numbers are rounded to nearest, or, with text to calibrate by, so that their errors make up
-for each other (GPTQ), which costs some minutes per billion weights and is closer to the
-original. Text should be like what the model will read. The new folder is used like any
+for each other (GPTQ). That is closer to the original, and takes about as long as scoring four
+times the text. Text should be like what the model will read. The new folder is used like any
 other model; it has no way back to the original numbers.
 
 Examples:
@@ -127,11 +127,10 @@ pub(super) fn run(args: Quantize) -> anyhow::Result<()> {
     writeln!(out, "{}: {}", args.destination.display(), quantised.quantisation)?;
     writeln!(
         out,
-        "{} files, {}; the weights of {} have {}",
-        quantised.written.files.len(),
-        human_bytes(quantised.written.bytes),
-        args.source.display(),
-        human_bytes(source.bytes())
+        "{} of weights instead of {}, in {} files",
+        human_bytes(quantised.written.weights),
+        human_bytes(source.bytes()),
+        quantised.written.files.len()
     )?;
     writeln!(out, "\n{:<26} {:>16} {:>16}", "error of", "numbers", "outputs")?;
     for (kind, error) in &quantised.errors {
@@ -156,7 +155,7 @@ fn as_json(args: &Quantize, source_bytes: u64, quantised: &Quantised) -> serde_j
         "path": args.destination,
         "source": args.source,
         "source_bytes": source_bytes,
-        "bytes": quantised.written.bytes,
+        "bytes": quantised.written.weights,
         "files": quantised.written.files,
         "quantization_config": quantised.quantisation,
         "errors": errors,

@@ -3,7 +3,8 @@
 //!
 //! Memory holds one layer, the sums of products of its inputs, and the residual stream of all tokens.
 
-use super::{Decoder, Layer, Linear, Matrices, Memory, Product, ReadRows, Reader, Size};
+use super::layer::{Layer, Linear, Product};
+use super::{Decoder, Matrices, Memory, ReadRows, Reader, Size};
 use crate::config::Config;
 use crate::gptq::Calibration;
 use crate::parameters::Parameter;
@@ -168,7 +169,7 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
 
     /// Fills the batches' streams.
     fn embeddings(&mut self) -> Result<()> {
-        let (d, index) = (self.device, 2);
+        let d = self.device;
         if self.config.has_projections() {
             let mut sums = Sums::new(d, self.config.embedding_width)?;
             for batch in &self.batches {
@@ -177,7 +178,8 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
                     sums.add(d, batch.tokens.len(), narrow);
                 }
             }
-            let packed = self.round_one(index, sums)?;
+            // In the table it follows the two tables of embeddings.
+            let packed = self.round_one(2, sums)?;
             if let Some((project_in, _)) = &mut self.frame.projections {
                 *project_in = packed;
             }
@@ -194,9 +196,10 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
     fn layer(&mut self, l: usize) -> Result<()> {
         let d = self.device;
         let prefix = format!("model.decoder.layers.{l}.");
-        let own = (0..self.table.len()).filter(|i| self.table[*i].names[0].starts_with(&prefix));
-        let own: Vec<usize> = own.collect();
-        let first = *own.first().context("the table of parameters is shorter than the model")?;
+        let own = |i: &usize| self.table[*i].names[0].starts_with(&prefix);
+        let first = (0..self.table.len()).find(own).with_context(|| format!("there is no layer {l}"))?;
+        let matrices: Vec<usize> =
+            (first..self.table.len()).take_while(own).filter(|i| self.table[*i].is_matrix()).collect();
         let mut layer = reader(d, self.config, WeightFormat::Bf16, self.read, first).layer()?;
         let (c, f) = (self.config.width, self.config.feed_forward);
         let [mut qkv, mut out, mut fc1, mut fc2] =
@@ -215,11 +218,9 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
             })?;
             self.step();
         }
-        let mut matrices =
-            own.into_iter().filter(|i| self.table[*i].is_matrix()).collect::<Vec<_>>().into_iter();
         let Layer { qkv: w_qkv, out: w_out, fc1: w_fc1, fc2: w_fc2, .. } = &mut layer;
-        for (Linear { weight, .. }, sums) in [(w_qkv, qkv), (w_out, out), (w_fc1, fc1), (w_fc2, fc2)] {
-            let index = matrices.next().context("the table of parameters is shorter than the model")?;
+        let products = [(w_qkv, qkv), (w_out, out), (w_fc1, fc1), (w_fc2, fc2)];
+        for ((Linear { weight, .. }, sums), index) in products.into_iter().zip(matrices) {
             *weight = self.round_one(index, sums)?;
         }
         for i in 0..self.batches.len() {

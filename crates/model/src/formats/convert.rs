@@ -48,6 +48,8 @@ pub struct Converted {
     pub files: Vec<PathBuf>,
     /// Their size.
     pub bytes: u64,
+    /// Size of the tensors in them.
+    pub weights: u64,
 }
 
 /// Writes `source` into the new folder `destination`, with its tokenizer files. `progress` is told the bytes of tensors
@@ -105,11 +107,11 @@ fn publish(
             Folder { path: &temporary, files: Vec::new(), bytes: 0, progress, done: 0, total: 0 };
         fill(&mut folder)?;
         sync(&temporary)?;
-        let (files, bytes) = (folder.files, folder.bytes);
+        let (files, bytes, weights) = (folder.files, folder.bytes, folder.total);
         fs::rename(&temporary, destination)
             .with_context(|| format!("cannot rename {} to {}", temporary.display(), destination.display()))?;
         sync(parent)?;
-        Ok(Converted { files: files.iter().map(|file| destination.join(file)).collect(), bytes })
+        Ok(Converted { files: files.iter().map(|file| destination.join(file)).collect(), bytes, weights })
     };
     fill().map_err(|error| {
         let error = error.context(format!("{} was not written", destination.display()));
