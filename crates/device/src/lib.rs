@@ -332,7 +332,7 @@ pub trait Device: Send + Sync + Sized + 'static {
         write: &WritePiece<'_>,
     ) -> anyhow::Result<()>;
     /// The matrix that [`Device::pack_weight_to`] wrote, where it lies. Fails when the bytes are not as many, or do not
-    /// begin at a multiple of 64.
+    /// begin at a multiple of 4.
     fn packed_from(
         &self,
         format: WeightFormat,
