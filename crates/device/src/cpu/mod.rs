@@ -169,13 +169,15 @@ impl Device for CpuDevice {
 
     fn embed<E: Element, O: Element>(
         &self,
+        rows: usize,
         width: usize,
         ids: &CpuBuf<u32>,
         table: &CpuBuf<E>,
         second: Option<(&CpuBuf<u32>, &CpuBuf<E>)>,
         out: &mut CpuBuf<O>,
     ) {
-        embed::forward(self, width, ids, table, second.map(|(ids, table)| (&ids[..], &table[..])), out);
+        let second = second.map(|(ids, table)| (&ids[..], &table[..]));
+        embed::forward(self, width, &ids[..rows], table, second, out);
     }
 
     fn embed_backward<G: Element>(
@@ -190,6 +192,7 @@ impl Device for CpuDevice {
 
     fn layer_norm<E: Element>(
         &self,
+        rows: usize,
         width: usize,
         x: &CpuBuf<f32>,
         gamma: &CpuBuf<f32>,
@@ -199,6 +202,7 @@ impl Device for CpuDevice {
         mean: &mut CpuBuf<f32>,
         rstd: &mut CpuBuf<f32>,
     ) {
+        let (mean, rstd) = (&mut mean[..rows], &mut rstd[..rows]);
         layer_norm::forward(self, width, x, gamma, beta, y, y_f32.map(|y| &mut y[..]), mean, rstd);
     }
 
@@ -297,12 +301,14 @@ impl Device for CpuDevice {
 
     fn packed_embed(
         &self,
+        rows: usize,
         ids: &CpuBuf<u32>,
         w: &Packed,
         second: Option<(&CpuBuf<u32>, &CpuBuf<f32>)>,
         out: &mut CpuBuf<f32>,
     ) {
-        packed::embed(self, ids, w, second.map(|(ids, table)| (&ids[..], &table[..])), out);
+        let second = second.map(|(ids, table)| (&ids[..], &table[..]));
+        packed::embed(self, &ids[..rows], w, second, out);
     }
 
     fn linear_backward_input<E: Element, O: Element>(
