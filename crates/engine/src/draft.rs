@@ -54,8 +54,6 @@ pub(crate) struct Sizes {
     pub(crate) pages: usize,
     /// Tokens of a step at most.
     pub(crate) rows: usize,
-    /// Texts to guess ahead of at a time.
-    pub(crate) texts: usize,
     /// Ids that may be chosen.
     pub(crate) known: usize,
     /// Tokens to guess at most.
@@ -93,7 +91,7 @@ impl<D: Device, E: Element> Draft<D, E> {
         let time = |d: &Decoder<D>| d.bytes(device) as f32 + LAYER * d.config().layers as f32;
         Ok(Draft {
             cache: Cache::new(device, config, sizes.pages)?,
-            memory: Memory::new(device, config, sizes.rows, sizes.texts)?,
+            memory: Memory::new(device, config, sizes.rows, TEXTS)?,
             known: sizes.known.min(config.vocab),
             most: sizes.ahead,
             cost: time(&decoder) / time(large),
@@ -157,7 +155,6 @@ impl<D: Device, E: Element> Draft<D, E> {
             };
             let mut complete: Vec<_> = reads.iter().map(last).collect();
             complete.retain(|(_, text, read)| *read == texts[*text].tokens.len() + guesses[*text].len());
-            complete.truncate(self.memory.head_rows());
             let rows: Vec<u32> = complete.iter().map(|(row, ..)| *row).collect();
             let logits = self.decoder.head(device, &rows, &mut self.memory)?;
             let chooser = Chooser { logits, known: self.known, scratches };
