@@ -126,14 +126,14 @@ fn moved<E: Element>(bytes: impl Fn(usize) -> usize) -> Work {
 
 fn rows<E: Element>(b: &Bench) {
     let (ids, table, mut x) = (b.whole(N, V), b.numbers::<E>(1, V * C), b.zeros::<f32>(N * C));
-    b.line("embed", moved::<E>(|e| N * C * (e + 4)), |d| d.embed(C, &ids, &table, None, &mut x));
+    b.line("embed", moved::<E>(|e| N * C * (e + 4)), |d| d.embed(N, C, &ids, &table, None, &mut x));
     let mut dtable = b.zeros(V * C);
     b.line("embed_backward", moved::<f32>(|_| N * C * 12), |d| d.embed_backward(C, &ids, &x, &mut dtable));
 
     let (x, gamma, beta) = (b.numbers::<f32>(2, N * C), b.numbers(3, C), b.numbers(4, C));
     let (mut y, mut mean, mut rstd) = (b.zeros::<E>(N * C), b.zeros(N), b.zeros(N));
     b.line("layer_norm", moved::<E>(|e| N * C * (4 + e)), |d| {
-        d.layer_norm(C, &x, &gamma, &beta, &mut y, None, &mut mean, &mut rstd);
+        d.layer_norm(N, C, &x, &gamma, &beta, &mut y, None, &mut mean, &mut rstd);
     });
     let (mut dx, mut dgamma, mut dbeta) = (b.zeros(N * C), b.zeros(C), b.zeros(C));
     b.line("layer_norm_backward, added", moved::<E>(|e| N * C * (12 + e)), |d| {

@@ -227,10 +227,11 @@ pub trait Device: Send + Sync + Sized + 'static {
     /// Sets every element.
     fn fill<T: Element>(&self, dst: &mut Self::Buf<T>, value: T);
 
-    /// Token (and position) embedding. `out[N, width] = table[ids[i]] (+ table2[ids2[i]])`, where `second` is
-    /// `(ids2, table2)`; every id is less than its table's number of rows.
+    /// Token (and position) embedding. `out[rows, width] = table[ids[i]] (+ table2[ids2[i]])`, where `second` is
+    /// `(ids2, table2)`; every id is less than its table's number of rows. `ids` and `out` may be longer.
     fn embed<E: Element, O: Element>(
         &self,
+        rows: usize,
         width: usize,
         ids: &Self::Buf<u32>,
         table: &Self::Buf<E>,
@@ -246,11 +247,12 @@ pub trait Device: Send + Sync + Sized + 'static {
         dtable: &mut Self::Buf<f32>,
     );
 
-    /// Layer norm over the last axis, eps 1e-5. `x` [N, C] f32; `y` [N, C]; `mean`, `rstd` `[N]`, whose length says how
-    /// many rows there are: `x` and `y` may be longer.
+    /// Layer norm over the last axis, eps 1e-5. `x` [rows, C] f32; `y` [rows, C]; `mean`, `rstd` `[rows]`. All may be
+    /// longer; the rest is left alone.
     /// `y_f32`, when given, also receives the result in f32 (post-LN, where it is the residual stream).
     fn layer_norm<E: Element>(
         &self,
+        rows: usize,
         width: usize,
         x: &Self::Buf<f32>,
         gamma: &Self::Buf<f32>,
@@ -362,10 +364,11 @@ pub trait Device: Send + Sync + Sized + 'static {
         residual: &Self::Buf<f32>,
         out: &mut Self::Buf<f32>,
     );
-    /// Rows of a packed matrix as f32, `out[N, k] = w[ids[i]] (+ table[ids2[i]])` with `second` being `(ids2, table)`:
-    /// embeddings that are tied to an LM head need no second copy.
+    /// Rows of a packed matrix as f32, `out[rows, k] = w[ids[i]] (+ table[ids2[i]])` with `second` being `(ids2, table)`:
+    /// embeddings that are tied to an LM head need no second copy. Buffers may be longer.
     fn packed_embed(
         &self,
+        rows: usize,
         ids: &Self::Buf<u32>,
         w: &Self::Packed,
         second: Option<(&Self::Buf<u32>, &Self::Buf<f32>)>,

@@ -138,10 +138,10 @@ macro_rules! timed {
 }
 
 timed! {
-    fn embed<E, O>(width: usize, ids: &Self::Buf<u32>, table: &Self::Buf<E>,
+    fn embed<E, O>(rows: usize, width: usize, ids: &Self::Buf<u32>, table: &Self::Buf<E>,
         second: Option<(&Self::Buf<u32>, &Self::Buf<E>)>, out: &mut Self::Buf<O>);
     fn embed_backward<G>(width: usize, ids: &Self::Buf<u32>, dout: &Self::Buf<G>, dtable: &mut Self::Buf<f32>);
-    fn layer_norm<E>(width: usize, x: &Self::Buf<f32>, gamma: &Self::Buf<f32>, beta: &Self::Buf<f32>,
+    fn layer_norm<E>(rows: usize, width: usize, x: &Self::Buf<f32>, gamma: &Self::Buf<f32>, beta: &Self::Buf<f32>,
         y: &mut Self::Buf<E>, y_f32: Option<&mut Self::Buf<f32>>, mean: &mut Self::Buf<f32>,
         rstd: &mut Self::Buf<f32>);
     fn layer_norm_backward<G>(width: usize, dy: &Self::Buf<G>, x: &Self::Buf<f32>, mean: &Self::Buf<f32>,
@@ -155,7 +155,7 @@ timed! {
         act: Activation, y: &mut Self::Buf<O>);
     fn packed_linear_residual<E>(m: usize, x: &Self::Buf<E>, w: &Self::Packed, bias: Option<&Self::Buf<f32>>,
         residual: &Self::Buf<f32>, out: &mut Self::Buf<f32>);
-    fn packed_embed(ids: &Self::Buf<u32>, w: &Self::Packed, second: Option<(&Self::Buf<u32>, &Self::Buf<f32>)>,
+    fn packed_embed(rows: usize, ids: &Self::Buf<u32>, w: &Self::Packed, second: Option<(&Self::Buf<u32>, &Self::Buf<f32>)>,
         out: &mut Self::Buf<f32>);
     fn linear_backward_input<E, O>(s: LinearShape, dy: &Self::Buf<E>, w: &Self::Buf<E>,
         relu_output: Option<&Self::Buf<E>>, dx: &mut Self::Buf<O>);

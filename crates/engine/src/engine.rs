@@ -105,13 +105,8 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
         let known = tokenizer.vocab_size().min(config.vocab);
         let draft = match draft {
             Some(draft) => {
-                let sizes = draft::Sizes {
-                    pages,
-                    rows: options.limits.tokens,
-                    texts: options.limits.sequences.min(HEAD_ROWS),
-                    known,
-                    ahead: options.draft_tokens,
-                };
+                let sizes =
+                    draft::Sizes { pages, rows: options.limits.tokens, known, ahead: options.draft_tokens };
                 Some(Draft::new(&device, draft, &decoder, sizes)?)
             }
             None => None,

@@ -6,7 +6,8 @@
 //! engine on a thread of its own, which takes requests from any thread and hands out events.
 //!
 //! A request gives the same tokens alone and in any batch: rows of products and of attention have the same bits whatever
-//! is computed beside them, and random numbers depend on the request's seed, the number of the text and the place in it.
+//! is computed beside them, and random numbers depend on the request's seed, the number of the text, the place in it and the
+//! token. A draft, which guesses ahead, changes no token either.
 
 pub mod beam;
 mod choose;

@@ -157,7 +157,7 @@ mod tests {
             let mut wins = vec![0.0f64; count];
             (0..DRAWS as u64).for_each(|place| wins[winner(1, place, &weights) as usize] += 1.0);
             // Chi-square has as many degrees of freedom as tokens that are expected often enough, about.
-            let (mut chi, mut degrees) = (0.0, 0.0);
+            let (mut chi, mut degrees) = (0.0f64, 0.0f64);
             for (wins, weight) in wins.iter().zip(&weights) {
                 let expected = (weight / sum) as f64 * DRAWS as f64;
                 if expected > 10.0 {
@@ -165,7 +165,7 @@ mod tests {
                     degrees += 1.0;
                 }
             }
-            assert!(chi < degrees + 5.0 * (2.0 * degrees as f64).sqrt(), "{count}: {chi} for {degrees}");
+            assert!(chi < degrees + 5.0 * (2.0 * degrees).sqrt(), "{count}: {chi} for {degrees}");
         }
     }
 

@@ -219,13 +219,14 @@ impl<D: Device, E: Element> Backprop<D, E> {
 
     /// Up to what the LM head reads: `projected`, or `hidden` where there are no projections.
     fn forward(&mut self, device: &D, w: &Weights<D, E>, pass: Option<Pass>) {
+        let (rows, c) = (self.rows(), self.config.width);
         self.embed(device, w);
         for (l, layer) in w.layers.iter().enumerate() {
             self.layers.forward(device, layer, l, pass);
         }
         if let (Some((mean, rstd)), Some(norm)) = (&mut self.final_norm, &w.final_norm) {
-            let (c, last) = (self.config.width, &self.layers.stream[self.config.layers]);
-            device.layer_norm(c, last, &norm.gain, &norm.bias, &mut self.layers.hidden, None, mean, rstd);
+            let (x, y) = (&self.layers.stream[self.config.layers], &mut self.layers.hidden);
+            device.layer_norm(rows, c, x, &norm.gain, &norm.bias, y, None, mean, rstd);
         }
         let shape = self.project_out_shape();
         if let (Some(p), Some(weight)) = (&mut self.projections, &w.project_out) {
@@ -235,15 +236,16 @@ impl<D: Device, E: Element> Backprop<D, E> {
 
     /// Tokens and positions to `stream[0]`.
     fn embed(&mut self, device: &D, w: &Weights<D, E>) {
-        let (c, width, shape) = (self.config.width, self.config.embedding_width, self.project_in_shape());
+        let (rows, shape) = (self.rows(), self.project_in_shape());
+        let (c, width) = (self.config.width, self.config.embedding_width);
         let first = &mut self.layers.stream[0];
         match (&mut self.projections, &w.project_in) {
             (Some(p), Some(weight)) => {
-                device.embed(width, &self.tokens, &w.tokens, None, &mut p.embedded);
-                device.embed(c, &self.positions, &w.positions, None, &mut p.position_rows);
+                device.embed(rows, width, &self.tokens, &w.tokens, None, &mut p.embedded);
+                device.embed(rows, c, &self.positions, &w.positions, None, &mut p.position_rows);
                 device.linear_residual(shape, &p.embedded, weight, None, None, &p.position_rows, first);
             }
-            _ => device.embed(c, &self.tokens, &w.tokens, Some((&self.positions, &w.positions)), first),
+            _ => device.embed(rows, c, &self.tokens, &w.tokens, Some((&self.positions, &w.positions)), first),
         }
         if self.config.post_norm {
             device.cast(&self.layers.stream[0], &mut self.layers.normed1[0]);

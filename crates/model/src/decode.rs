@@ -168,13 +168,13 @@ impl<D: Device> Decoder<D> {
         if m == 0 {
             return Ok(());
         }
-        self.embed(d, tokens, segments, memory)?;
-        let rows = Size::of(&mut memory.sizes, m)?;
-        let a = &mut memory.activations;
+        self.embed(d, tokens, segments, memory);
+        let (rows, a) = (&mut memory.numbers, &mut memory.activations);
         for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
             layer.forward(d, &self.config, m, segments, cache, rows, a, &mut |_, _| {});
         }
-        self.finish(d, m, memory)
+        self.finish(d, m, memory);
+        Ok(())
     }
 
     /// What the first layer reads.
@@ -184,43 +184,41 @@ impl<D: Device> Decoder<D> {
         tokens: &[u32],
         segments: &[Segment<'_>],
         memory: &mut Memory<D, E>,
-    ) -> Result<()> {
+    ) {
         let m = tokens.len();
-        let rows = Size::of(&mut memory.sizes, m)?;
         let positions: Vec<u32> = segments
             .iter()
             .flat_map(|s| s.past..s.past + s.rows)
             .map(|p| (p + POSITION_OFFSET) as u32)
             .collect();
-        upload_padded(d, &mut rows.tokens, rows.count, tokens);
-        upload_padded(d, &mut rows.positions, rows.count, &positions);
+        let rows = &mut memory.numbers;
+        d.upload(&mut rows.tokens, 0, tokens);
+        d.upload(&mut rows.positions, 0, &positions);
         let (c, a) = (self.config.width, &mut memory.activations);
         match (&mut memory.narrow, &self.projections) {
             (Some((embedded, narrow)), Some((weight, _))) => {
-                d.packed_embed(&rows.tokens, &self.tokens, None, embedded);
+                d.packed_embed(m, &rows.tokens, &self.tokens, None, embedded);
                 d.cast(embedded, narrow);
-                d.embed(c, &rows.positions, &self.positions, None, &mut a.mid);
+                d.embed(m, c, &rows.positions, &self.positions, None, &mut a.mid);
                 d.packed_linear_residual(m, narrow, weight, None, &a.mid, &mut a.stream);
             }
             _ => {
                 let second = Some((&rows.positions, &self.positions));
-                d.packed_embed(&rows.tokens, &self.tokens, second, &mut a.stream);
+                d.packed_embed(m, &rows.tokens, &self.tokens, second, &mut a.stream);
             }
         }
         if self.config.post_norm {
             d.cast(&a.stream, &mut a.normed);
         }
-        Ok(())
     }
 
     /// What the head reads, out of what the last layer left in the stream.
-    fn finish<E: Element>(&self, d: &D, m: usize, memory: &mut Memory<D, E>) -> Result<()> {
-        let (rows, a) = (Size::of(&mut memory.sizes, m)?, &mut memory.activations);
+    fn finish<E: Element>(&self, d: &D, m: usize, memory: &mut Memory<D, E>) {
+        let (rows, a) = (&mut memory.numbers, &mut memory.activations);
         if let Some(Norm { gain, bias }) = &self.final_norm {
-            let (mean, rstd) = (&mut rows.mean, &mut rows.rstd);
-            d.layer_norm(self.config.width, &a.stream, gain, bias, &mut a.normed, None, mean, rstd);
+            let (c, mean, rstd) = (self.config.width, &mut rows.mean, &mut rows.rstd);
+            d.layer_norm(m, c, &a.stream, gain, bias, &mut a.normed, None, mean, rstd);
         }
-        Ok(())
     }
 
     fn check(&self, tokens: &[u32], segments: &[Segment<'_>], pages: usize, rows: usize) -> Result<()> {
@@ -264,9 +262,9 @@ impl<D: Device> Decoder<D> {
         let vocab = self.config.vocab;
         if m > 0 {
             let (none, c) = (Activation::Identity, self.config.width);
-            let size = Size::of(&mut memory.sizes, m)?;
-            upload_padded(d, &mut size.tokens, size.count, rows);
-            d.embed(c, &size.tokens, &memory.activations.normed, None, &mut memory.chosen);
+            let numbers = &mut memory.numbers;
+            d.upload(&mut numbers.tokens, 0, rows);
+            d.embed(m, c, &numbers.tokens, &memory.activations.normed, None, &mut memory.chosen);
             match (&mut memory.narrow, &self.projections) {
                 (Some((_, narrow)), Some((_, weight))) => {
                     d.packed_linear(m, &memory.chosen, weight, None, none, narrow);
@@ -283,10 +281,6 @@ impl<D: Device> Decoder<D> {
     }
 }
 
-/// Uploads numbers of rows, and row 0 for the rest of the buffer.
-fn upload_padded<D: Device>(d: &D, to: &mut D::Buf<u32>, count: usize, ids: &[u32]) {
-    d.upload(to, 0, ids);
-    d.upload(to, ids.len(), &vec![0; count - ids.len()]);
 }
 
 /// Keys and values of all layers, in pages of [`PAGE`] tokens.
@@ -323,7 +317,7 @@ impl<D: Device, E: Element> Cache<D, E> {
 pub struct Memory<D: Device, E: Element> {
     rows: usize,
     head_rows: usize,
-    sizes: Vec<Size<D>>,
+    numbers: Numbers<D>,
     activations: Activations<D, E>,
     /// `[N, W]`, with embedding projections: as embedded, and as products take it.
     narrow: Option<(D::Buf<f32>, D::Buf<E>)>,
@@ -335,21 +329,12 @@ pub struct Memory<D: Device, E: Element> {
     largest: D::Buf<u32>,
 }
 
-/// Buffers whose length is the number of rows of an operation: a power of two, so that few sizes serve all numbers of
-/// rows. What is computed for rows beyond those of the call is not looked at.
-struct Size<D: Device> {
-    count: usize,
+/// A number for each row.
+struct Numbers<D: Device> {
     tokens: D::Buf<u32>,
     positions: D::Buf<u32>,
     mean: D::Buf<f32>,
     rstd: D::Buf<f32>,
-}
-
-impl<D: Device> Size<D> {
-    /// The smallest with room for `m` rows.
-    fn of(sizes: &mut [Size<D>], m: usize) -> Result<&mut Size<D>> {
-        sizes.iter_mut().find(|s| s.count >= m).context("the memory has no rows")
-    }
 }
 
 /// What a layer works on; names and shapes are those of training, with N rows.
@@ -369,18 +354,18 @@ impl<D: Device, E: Element> Memory<D, E> {
     /// When memory is short.
     pub fn new(device: &D, config: &Config, rows: usize, head_rows: usize) -> Result<Self> {
         let (rows, head_rows) = (rows.max(1), head_rows.clamp(1, rows.max(1)));
-        let n = rows.next_power_of_two();
-        let (m, c, w) = (head_rows.next_power_of_two(), config.width, config.embedding_width);
-        let size = |count| -> Result<Size<D>> {
-            let (tokens, positions) = (device.alloc(count)?, device.alloc(count)?);
-            Ok(Size { count, tokens, positions, mean: device.alloc(count)?, rstd: device.alloc(count)? })
-        };
+        let (n, m, c, w) = (rows, head_rows, config.width, config.embedding_width);
         let narrow =
             if config.has_projections() { Some((device.alloc(n * w)?, device.alloc(n * w)?)) } else { None };
         Ok(Memory {
             rows,
             head_rows,
-            sizes: (0..=n.ilog2()).map(|i| size(1 << i)).collect::<Result<_>>()?,
+            numbers: Numbers {
+                tokens: device.alloc(n)?,
+                positions: device.alloc(n)?,
+                mean: device.alloc(n)?,
+                rstd: device.alloc(n)?,
+            },
             activations: Activations {
                 stream: device.alloc(n * c)?,
                 mid: device.alloc(n * c)?,

@@ -56,6 +56,7 @@ pub(crate) struct Gradients<D: Device, E: Element> {
 #[derive(Clone, Copy)]
 struct Sizes {
     layers: usize,
+    rows: usize,
     width: usize,
     attention: AttentionShape,
     recompute: Recompute,
@@ -71,8 +72,10 @@ struct Sizes {
 impl Sizes {
     fn new(config: &Config, options: Options) -> Self {
         let (c, f) = (config.width, config.feed_forward);
-        let shape = |n, k| LinearShape { m: options.batch * options.seq, n, k };
+        let rows = options.batch * options.seq;
+        let shape = |n, k| LinearShape { m: rows, n, k };
         Sizes {
+            rows,
             layers: config.layers,
             width: c,
             attention: AttentionShape {
@@ -159,21 +162,22 @@ impl<D: Device, E: Element> Layers<D, E> {
     /// Pre-norm: `normed1 = norm1(stream)`.
     fn norm1_ahead(&mut self, d: &D, norm: &Norm<D>, l: usize) {
         let (y, mean, rstd) = (&mut self.normed1[l], &mut self.mean1[l], &mut self.rstd1[l]);
-        d.layer_norm(self.sizes.width, &self.stream[l], &norm.gain, &norm.bias, y, None, mean, rstd);
+        let (x, s) = (&self.stream[l], self.sizes);
+        d.layer_norm(s.rows, s.width, x, &norm.gain, &norm.bias, y, None, mean, rstd);
     }
 
     /// `normed2`, the feed-forward block's input: pre-norm `norm2(mid)`, post-norm `norm1(mid)`.
     fn norm_of_mid(&mut self, d: &D, w: &Layer<D, E>, l: usize) {
-        let (x, y, width) = (&self.mid[l], &mut self.normed2[l], self.sizes.width);
+        let (x, y, Sizes { rows, width, .. }) = (&self.mid[l], &mut self.normed2[l], self.sizes);
         match &mut self.post {
             None => {
                 let (mean, rstd) = (&mut self.mean2[l], &mut self.rstd2[l]);
-                d.layer_norm(width, x, &w.norm2.gain, &w.norm2.bias, y, None, mean, rstd);
+                d.layer_norm(rows, width, x, &w.norm2.gain, &w.norm2.bias, y, None, mean, rstd);
             }
             Some(post) => {
                 let (mean, rstd) = (&mut self.mean1[l], &mut self.rstd1[l]);
                 let between = Some(&mut post.between);
-                d.layer_norm(width, x, &w.norm1.gain, &w.norm1.bias, y, between, mean, rstd);
+                d.layer_norm(rows, width, x, &w.norm1.gain, &w.norm1.bias, y, between, mean, rstd);
             }
         }
     }
@@ -222,7 +226,7 @@ impl<D: Device, E: Element> Layers<D, E> {
                     (true, false) => (&mut self.normed1[l + 1], Some(&mut self.stream[l + 1])),
                 };
                 let (mean, rstd) = (&mut self.mean2[l], &mut self.rstd2[l]);
-                d.layer_norm(s.width, sum2, &w.norm2.gain, &w.norm2.bias, y, y_f32, mean, rstd);
+                d.layer_norm(s.rows, s.width, sum2, &w.norm2.gain, &w.norm2.bias, y, y_f32, mean, rstd);
             }
         }
     }

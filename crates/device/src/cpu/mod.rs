@@ -171,6 +171,7 @@ impl Device for CpuDevice {
 
     fn embed<E: Element, O: Element>(
         &self,
+        rows: usize,
         width: usize,
         ids: &CpuBuf<u32>,
         table: &CpuBuf<E>,
@@ -178,6 +179,7 @@ impl Device for CpuDevice {
         out: &mut CpuBuf<O>,
     ) {
         let second = second.map(|(ids, table)| (&ids[..], &table[..]));
+        let ids = &ids[..rows];
         once!(self, embed::forward<E, O>, width: usize, ids: &[u32], table: &[E], second: Option<(&[u32], &[E])>,
             out: &mut [O]);
     }
@@ -194,6 +196,7 @@ impl Device for CpuDevice {
 
     fn layer_norm<E: Element>(
         &self,
+        rows: usize,
         width: usize,
         x: &CpuBuf<f32>,
         gamma: &CpuBuf<f32>,
@@ -203,6 +206,7 @@ impl Device for CpuDevice {
         mean: &mut CpuBuf<f32>,
         rstd: &mut CpuBuf<f32>,
     ) {
+        let (mean, rstd) = (&mut mean[..rows], &mut rstd[..rows]);
         let y_f32 = y_f32.map(|y| &mut y[..]);
         once!(self, layer_norm::forward<E>, width: usize, x: &[f32], gamma: &[f32], beta: &[f32], y: &mut [E],
             y_f32: Option<&mut [f32]>, mean: &mut [f32], rstd: &mut [f32]);
@@ -332,12 +336,14 @@ impl Device for CpuDevice {
 
     fn packed_embed(
         &self,
+        rows: usize,
         ids: &CpuBuf<u32>,
         w: &Packed,
         second: Option<(&CpuBuf<u32>, &CpuBuf<f32>)>,
         out: &mut CpuBuf<f32>,
     ) {
-        packed::embed(self, ids, w, second.map(|(ids, table)| (&ids[..], &table[..])), out);
+        let second = second.map(|(ids, table)| (&ids[..], &table[..]));
+        packed::embed(self, &ids[..rows], w, second, out);
     }
 
     fn linear_backward_input<E: Element, O: Element>(

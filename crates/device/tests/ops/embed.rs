@@ -22,7 +22,7 @@ fn check_forward<E: Element, O: Element>() {
                 let (ids2, table2) = (put(device, &ids2), put(device, &table2));
                 let mut out = poisoned::<O>(device, ROWS * width);
                 let second = both.then_some((&ids2, &table2));
-                device.embed(width, &put(device, &ids), &put(device, &table), second, &mut out);
+                device.embed(ROWS, width, &put(device, &ids), &put(device, &table), second, &mut out);
                 vec![get(device, &out)]
             }) {
                 assert!(same_bits(&got[0], &want), "{isa:?}: width {width}, both {both}");
@@ -67,10 +67,10 @@ fn gradients_are_added_in_the_order_of_the_rows() {
 }
 
 #[test]
-fn rows_beyond_the_ids_are_left_alone() {
+fn rows_beyond_those_asked_for_are_left_alone() {
     on_every_device(|device| {
         let mut out = put(device, &[9.0f32; 6]);
-        device.embed(2, &put(device, &[1, 0]), &put(device, &[1.0f32, 2.0, 3.0, 4.0]), None, &mut out);
+        device.embed(2, 2, &put(device, &[1, 0, 1]), &put(device, &[1.0f32, 2.0, 3.0, 4.0]), None, &mut out);
         assert_eq!(get(device, &out), [3.0, 4.0, 1.0, 2.0, 9.0, 9.0]);
         Vec::new()
     });

@@ -49,9 +49,19 @@ fn check_forward<E: Element>() {
             let mut out_f32 = poisoned::<f32>(device, rows * width);
             let (mut mean, mut rstd) = (poisoned(device, rows), poisoned(device, rows));
             let (x, gamma, beta) = (put(device, &x), put(device, &gamma), put(device, &beta));
-            device.layer_norm(width, &x, &gamma, &beta, &mut out, Some(&mut out_f32), &mut mean, &mut rstd);
+            device.layer_norm(
+                rows,
+                width,
+                &x,
+                &gamma,
+                &beta,
+                &mut out,
+                Some(&mut out_f32),
+                &mut mean,
+                &mut rstd,
+            );
             let mut alone = poisoned::<E>(device, rows * width);
-            device.layer_norm(width, &x, &gamma, &beta, &mut alone, None, &mut mean, &mut rstd);
+            device.layer_norm(rows, width, &x, &gamma, &beta, &mut alone, None, &mut mean, &mut rstd);
             assert!(same_bits(&get(device, &out), &get(device, &alone)));
             vec![get(device, &out), get(device, &out_f32), get(device, &mean), get(device, &rstd)]
         }) {

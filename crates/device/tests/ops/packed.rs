@@ -32,7 +32,7 @@ fn pack(device: &CpuDevice, format: WeightFormat, (n, k): (usize, usize), w: &[f
 fn unpacked(device: &CpuDevice, w: &Packed, (n, k): (usize, usize)) -> Vec<f32> {
     let ids: Vec<u32> = (0..n as u32).collect();
     let mut out = put(device, &vec![f32::NAN; n * k]);
-    device.packed_embed(&put(device, &ids), w, None, &mut out);
+    device.packed_embed(n, &put(device, &ids), w, None, &mut out);
     out.to_vec()
 }
 
@@ -177,7 +177,7 @@ fn embeddings_are_rows_and_sums_of_rows() {
         let packed = pack(device, WeightFormat::F32, (n, k), &w);
         let mut out = put(device, &vec![f32::NAN; 20 * k]);
         let (table, ids2) = (put(device, &table), put(device, &ids2));
-        device.packed_embed(&put(device, &ids), &packed, Some((&ids2, &table)), &mut out);
+        device.packed_embed(20, &put(device, &ids), &packed, Some((&ids2, &table)), &mut out);
         vec![out.to_vec()]
     }) {
         for (i, got) in out[0].chunks(k).enumerate() {

@@ -1,6 +1,6 @@
 //! One layer over new tokens of many sequences.
 
-use super::{Activations, Size};
+use super::{Activations, Numbers};
 use crate::config::Config;
 use crate::weights::Norm;
 use ferropt_device::{Activation, Device, Element, Segment};
@@ -39,7 +39,7 @@ impl<D: Device> Layer<D> {
         m: usize,
         segments: &[Segment<'_>],
         (k, v): &mut (D::Buf<E>, D::Buf<E>),
-        rows: &mut Size<D>,
+        rows: &mut Numbers<D>,
         a: &mut Activations<D, E>,
         see: &mut dyn FnMut(Product, &D::Buf<E>),
     ) {
@@ -47,7 +47,7 @@ impl<D: Device> Layer<D> {
         let (mean, rstd) = (&mut rows.mean, &mut rows.rstd);
         let Layer { qkv, out, norm1, fc1, fc2, norm2 } = self;
         if !config.post_norm {
-            d.layer_norm(c, &a.stream, &norm1.gain, &norm1.bias, &mut a.normed, None, mean, rstd);
+            d.layer_norm(m, c, &a.stream, &norm1.gain, &norm1.bias, &mut a.normed, None, mean, rstd);
         }
         see(Product::Qkv, &a.normed);
         d.packed_linear(m, &a.normed, &qkv.weight, Some(&qkv.bias), none, &mut a.qkv);
@@ -55,16 +55,16 @@ impl<D: Device> Layer<D> {
         see(Product::Out, &a.attended);
         d.packed_linear_residual(m, &a.attended, &out.weight, Some(&out.bias), &a.stream, &mut a.mid);
         if config.post_norm {
-            d.layer_norm(c, &a.mid, &norm1.gain, &norm1.bias, &mut a.normed, Some(&mut a.stream), mean, rstd);
+            d.layer_norm(m, c, &a.mid, &norm1.gain, &norm1.bias, &mut a.normed, Some(&mut a.stream), mean, rstd);
         } else {
-            d.layer_norm(c, &a.mid, &norm2.gain, &norm2.bias, &mut a.normed, None, mean, rstd);
+            d.layer_norm(m, c, &a.mid, &norm2.gain, &norm2.bias, &mut a.normed, None, mean, rstd);
         }
         see(Product::Fc1, &a.normed);
         d.packed_linear(m, &a.normed, &fc1.weight, Some(&fc1.bias), Activation::Relu, &mut a.relu);
         see(Product::Fc2, &a.relu);
         if config.post_norm {
             d.packed_linear_residual(m, &a.relu, &fc2.weight, Some(&fc2.bias), &a.stream, &mut a.mid);
-            d.layer_norm(c, &a.mid, &norm2.gain, &norm2.bias, &mut a.normed, Some(&mut a.stream), mean, rstd);
+            d.layer_norm(m, c, &a.mid, &norm2.gain, &norm2.bias, &mut a.normed, Some(&mut a.stream), mean, rstd);
         } else {
             d.packed_linear_residual(m, &a.relu, &fc2.weight, Some(&fc2.bias), &a.mid, &mut a.stream);
         }

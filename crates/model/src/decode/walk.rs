@@ -4,7 +4,7 @@
 //! Memory holds one layer, the sums of products of its inputs, and the residual stream of all tokens.
 
 use super::layer::{Layer, Linear, Product};
-use super::{Decoder, Matrices, Memory, ReadRows, Reader, Size};
+use super::{Decoder, Matrices, Memory, ReadRows, Reader};
 use crate::config::Config;
 use crate::gptq::Calibration;
 use crate::parameters::Parameter;
@@ -173,7 +173,7 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
         if self.config.has_projections() {
             let mut sums = Sums::new(d, self.config.embedding_width)?;
             for batch in &self.batches {
-                self.frame.embed(d, &batch.tokens, &batch.segments(), &mut self.memory)?;
+                self.frame.embed(d, &batch.tokens, &batch.segments(), &mut self.memory);
                 if let Some((_, narrow)) = &self.memory.narrow {
                     sums.add(d, batch.tokens.len(), narrow);
                 }
@@ -186,7 +186,7 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
         }
         for i in 0..self.batches.len() {
             let batch = &mut self.batches[i];
-            self.frame.embed(d, &batch.tokens, &batch.segments(), &mut self.memory)?;
+            self.frame.embed(d, &batch.tokens, &batch.segments(), &mut self.memory);
             std::mem::swap(&mut self.memory.activations.stream, &mut batch.stream);
             self.step();
         }
@@ -215,7 +215,7 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
                     Product::Fc2 => &mut fc2,
                 };
                 sums.add(d, m, x);
-            })?;
+            });
             self.step();
         }
         let Layer { qkv: w_qkv, out: w_out, fc1: w_fc1, fc2: w_fc2, .. } = &mut layer;
@@ -225,7 +225,7 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
         }
         for i in 0..self.batches.len() {
             self.copy_in(i);
-            self.forward(&layer, i, &mut |_, _| {})?;
+            self.forward(&layer, i, &mut |_, _| {});
             std::mem::swap(&mut self.memory.activations.stream, &mut self.batches[i].stream);
             self.step();
         }
@@ -233,17 +233,10 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
     }
 
     /// A batch, whose stream is in the memory, through a layer.
-    fn forward(
-        &mut self,
-        layer: &Layer<D>,
-        batch: usize,
-        see: &mut dyn FnMut(Product, &D::Buf<bf16>),
-    ) -> Result<()> {
+    fn forward(&mut self, layer: &Layer<D>, batch: usize, see: &mut dyn FnMut(Product, &D::Buf<bf16>)) {
         let (d, batch, a) = (self.device, &self.batches[batch], &mut self.memory.activations);
-        let rows = Size::of(&mut self.memory.sizes, batch.tokens.len())?;
-        let (m, segments) = (batch.tokens.len(), batch.segments());
+        let (m, segments, rows) = (batch.tokens.len(), batch.segments(), &mut self.memory.numbers);
         layer.forward(d, self.config, m, &segments, &mut self.cache, rows, a, see);
-        Ok(())
     }
 
     fn head(&mut self) -> Result<()> {
@@ -251,7 +244,7 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
         if self.config.has_projections() {
             let mut sums = Sums::new(d, self.config.width)?;
             for i in 0..self.batches.len() {
-                self.normed(i)?;
+                self.normed(i);
                 sums.add(d, self.batches[i].tokens.len(), &self.memory.activations.normed);
             }
             let packed = self.round_one(self.table.len() - 1, sums)?;
@@ -261,7 +254,7 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
         }
         let mut sums = Sums::new(d, self.config.embedding_width)?;
         for i in 0..self.batches.len() {
-            self.normed(i)?;
+            self.normed(i);
             let (m, normed) = (self.batches[i].tokens.len(), &self.memory.activations.normed);
             match (&mut self.memory.narrow, &self.frame.projections) {
                 (Some((_, narrow)), Some((_, weight))) => {
@@ -277,9 +270,9 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
     }
 
     /// What a batch's last layer hands on.
-    fn normed(&mut self, batch: usize) -> Result<()> {
+    fn normed(&mut self, batch: usize) {
         self.copy_in(batch);
-        self.frame.finish(self.device, self.batches[batch].tokens.len(), &mut self.memory)
+        self.frame.finish(self.device, self.batches[batch].tokens.len(), &mut self.memory);
     }
 
     /// Copies a batch's stream into the memory, as the layers before would have left it there.
@@ -378,7 +371,7 @@ fn batches<D: Device>(device: &D, config: &Config, texts: &[Vec<u32>], rows: usi
     for text in texts.iter().filter(|text| !text.is_empty()) {
         if batches.last().is_none_or(|last| last.tokens.len() + text.len() > rows) {
             // As long as the memory's own stream, with which it changes places.
-            let stream = device.alloc(rows.next_power_of_two() * config.width);
+            let stream = device.alloc(rows * config.width);
             let what = || format!("activations of {} texts do not fit", texts.len());
             let stream = stream.with_context(what)?;
             batches.push(Batch { tokens: Vec::new(), texts: Vec::new(), stream });
