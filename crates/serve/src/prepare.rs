@@ -6,18 +6,17 @@ use crate::models::Live;
 use ferropt_data::Marks;
 use ferropt_engine::{Conversation, Parameters, Refusal, Request, Speaker};
 
-/// Texts of one request at most, over all prompts.
-const MOST_TEXTS: usize = 1024;
 /// Bytes of text from which tokenising would make others wait.
 const LONG: usize = 1 << 16;
 
-/// What the engine shall compute, with as many texts for each.
+/// What the engine shall compute, of at most so many texts over all prompts.
 ///
 /// # Errors
 /// 400 for what the model or the engine cannot do.
 pub(crate) fn requests(
     live: &Live,
     asked: &mut Asked,
+    most_texts: usize,
     random: impl Fn() -> u64,
 ) -> Result<Vec<Request>, ApiError> {
     if !asked.messages.is_empty() {
@@ -26,9 +25,9 @@ pub(crate) fn requests(
     let p = &mut asked.parameters;
     p.temperature = asked.temperature.unwrap_or(if p.beams.is_some() { 0.0 } else { 1.0 });
     let (prompts, computed) = (asked.prompts.len(), p.computed().max(p.beams.unwrap_or(1)));
-    if prompts * computed > MOST_TEXTS {
+    if prompts * computed > most_texts {
         let message = format!(
-            "{prompts} prompts with {computed} texts each are {} texts, which is more than {MOST_TEXTS} in one request",
+            "{prompts} prompts with {computed} texts each are {} texts, which is more than {most_texts} in one request",
             prompts * computed
         );
         return Err(ApiError::field("prompt", message));

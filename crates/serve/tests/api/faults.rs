@@ -274,7 +274,7 @@ fn too_much_and_too_long_are_refused_in_time() {
     );
     assert!(error["message"].as_str().unwrap().contains("limit of 6"), "{error}");
     let second = second.rest();
-    assert_eq!((second.status, second.json()["error"]["code"].as_str()), (503, Some("queue_time")));
+    assert_eq!((second.status, second.json()["error"]["code"].as_str()), (429, Some("queue_time")));
     assert!(second.json()["error"]["message"].as_str().unwrap().contains("1.5 s"));
     // And the first is over before it is complete, which its stream says.
     let rest = first.rest_text();
