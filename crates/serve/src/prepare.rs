@@ -1,5 +1,6 @@
 //! From what was asked for to what the engine computes.
 
+use crate::app::Limits;
 use crate::asked::{Asked, Prompt, Role};
 use crate::error::ApiError;
 use crate::models::Live;
@@ -9,14 +10,14 @@ use ferropt_engine::{Conversation, Parameters, Refusal, Request, Speaker};
 /// Bytes of text from which tokenising would make others wait.
 const LONG: usize = 1 << 16;
 
-/// What the engine shall compute, of at most so many texts over all prompts.
+/// What the engine shall compute.
 ///
 /// # Errors
 /// 400 for what the model or the engine cannot do.
 pub(crate) fn requests(
     live: &Live,
     asked: &mut Asked,
-    most_texts: usize,
+    limits: &Limits,
     random: impl Fn() -> u64,
 ) -> Result<Vec<Request>, ApiError> {
     if !asked.messages.is_empty() {
@@ -25,11 +26,18 @@ pub(crate) fn requests(
     let p = &mut asked.parameters;
     p.temperature = asked.temperature.unwrap_or(if p.beams.is_some() { 0.0 } else { 1.0 });
     let (prompts, computed) = (asked.prompts.len(), p.computed().max(p.beams.unwrap_or(1)));
-    if prompts * computed > most_texts {
+    if prompts * computed > limits.texts {
         let message = format!(
-            "{prompts} prompts with {computed} texts each are {} texts, which is more than {most_texts} in one request",
-            prompts * computed
+            "{prompts} prompts with {computed} texts each are {} texts, which is more than {} in one request",
+            prompts * computed,
+            limits.texts
         );
+        return Err(ApiError::field("prompt", message));
+    }
+    // These would be refused however short the queue is.
+    let most = limits.queue.max(1);
+    if prompts > most {
+        let message = format!("{prompts} prompts in one request are more than may wait, which are {most}");
         return Err(ApiError::field("prompt", message));
     }
     let bytes: usize = asked.prompts.iter().map(Prompt::bytes).sum();
