@@ -57,6 +57,9 @@ pub(crate) struct Args {
     /// Seconds that a client may take to send a request, or to take in what is sent to it
     #[arg(long, value_name = "S", default_value_t = Limits::default().client_time.as_secs())]
     client_seconds: u64,
+    /// Texts of a request: prompts times `n`, `best_of` or `beams`
+    #[arg(long, value_name = "N", default_value_t = Limits::default().texts)]
+    max_texts: usize,
     /// Bytes of a request's body
     #[arg(long, value_name = "BYTES", default_value_t = Limits::default().body)]
     max_body: usize,
@@ -94,6 +97,9 @@ Examples:
 
 Every limit is documented with its default in docs/serving.md; /openapi.json describes all routes and fields.";
 
+/// A step has a row for each text at least, and memory for all rows.
+const MOST_SEQUENCES: usize = 4096;
+
 pub(crate) fn run(args: Args) -> Result<()> {
     if let Some(Command::Key { name }) = &args.command {
         let (key, line) = new_key(name)?;
@@ -130,7 +136,18 @@ pub(crate) fn run(args: Args) -> Result<()> {
 
 impl Args {
     fn options(&self, keys: Keys) -> Result<Options> {
-        ensure!(self.sequences > 0, "--sequences: 0 texts at a time would never end; use 1 or more");
+        ensure!(
+            (1..=MOST_SEQUENCES).contains(&self.sequences),
+            "--sequences: {} texts at a time are not from 1 to {MOST_SEQUENCES}",
+            self.sequences
+        );
+        for (name, seconds) in [
+            ("queue", self.queue_seconds),
+            ("timeout", self.timeout_seconds),
+            ("client", self.client_seconds),
+        ] {
+            ensure!(seconds > 0, "--{name}-seconds: in 0 s nothing could be done; use 1 or more");
+        }
         let pair = |alias: &String| {
             let pair = alias.split_once('=').map(|(alias, name)| (alias.to_string(), name.to_string()));
             pair.with_context(|| {
@@ -148,6 +165,7 @@ impl Args {
                 queue_time: Duration::from_secs(self.queue_seconds),
                 request_time: Duration::from_secs(self.timeout_seconds),
                 client_time: Duration::from_secs(self.client_seconds),
+                texts: self.max_texts,
                 body: self.max_body,
                 connections: self.connections,
             },
