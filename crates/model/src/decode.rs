@@ -178,13 +178,7 @@ impl<D: Device> Decoder<D> {
     }
 
     /// What the first layer reads.
-    fn embed<E: Element>(
-        &self,
-        d: &D,
-        tokens: &[u32],
-        segments: &[Segment<'_>],
-        memory: &mut Memory<D, E>,
-    ) {
+    fn embed<E: Element>(&self, d: &D, tokens: &[u32], segments: &[Segment<'_>], memory: &mut Memory<D, E>) {
         let m = tokens.len();
         let positions: Vec<u32> = segments
             .iter()
@@ -279,8 +273,6 @@ impl<D: Device> Decoder<D> {
         d.download(&memory.largest, 0, &mut largest);
         Ok(Logits { device: d, vocab, logits: &memory.logits, lse, largest })
     }
-}
-
 }
 
 /// Keys and values of all layers, in pages of [`PAGE`] tokens.

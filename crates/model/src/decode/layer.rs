@@ -55,7 +55,17 @@ impl<D: Device> Layer<D> {
         see(Product::Out, &a.attended);
         d.packed_linear_residual(m, &a.attended, &out.weight, Some(&out.bias), &a.stream, &mut a.mid);
         if config.post_norm {
-            d.layer_norm(m, c, &a.mid, &norm1.gain, &norm1.bias, &mut a.normed, Some(&mut a.stream), mean, rstd);
+            d.layer_norm(
+                m,
+                c,
+                &a.mid,
+                &norm1.gain,
+                &norm1.bias,
+                &mut a.normed,
+                Some(&mut a.stream),
+                mean,
+                rstd,
+            );
         } else {
             d.layer_norm(m, c, &a.mid, &norm2.gain, &norm2.bias, &mut a.normed, None, mean, rstd);
         }
@@ -64,7 +74,17 @@ impl<D: Device> Layer<D> {
         see(Product::Fc2, &a.relu);
         if config.post_norm {
             d.packed_linear_residual(m, &a.relu, &fc2.weight, Some(&fc2.bias), &a.stream, &mut a.mid);
-            d.layer_norm(m, c, &a.mid, &norm2.gain, &norm2.bias, &mut a.normed, Some(&mut a.stream), mean, rstd);
+            d.layer_norm(
+                m,
+                c,
+                &a.mid,
+                &norm2.gain,
+                &norm2.bias,
+                &mut a.normed,
+                Some(&mut a.stream),
+                mean,
+                rstd,
+            );
         } else {
             d.packed_linear_residual(m, &a.relu, &fc2.weight, Some(&fc2.bias), &a.mid, &mut a.stream);
         }
