@@ -121,9 +121,9 @@ fn generates_what_it_learnt() {
     assert!(total(&["--beams", "8"]) >= total(&["--greedy"]) - 1e-6);
 
     // A smaller model that guesses ahead is of use, and changes nothing.
-    let config = lab.config("draft", 100);
-    lab.train(&config, &["model.dropout=0", "model.attention_dropout=0", "model.layers=1"]);
-    let draft = lab.path("draft").display().to_string();
+    let config = lab.config("deep", 100);
+    lab.train(&config, &["model.dropout=0", "model.attention_dropout=0", "model.layers=8"]);
+    let (deep, draft) = (lab.path("deep").display().to_string(), &run);
     let file = lab.path("prompts.txt").display().to_string();
     for args in [
         &["--greedy", "The cat "][..],
@@ -132,9 +132,9 @@ fn generates_what_it_learnt() {
         &["--temperature", "0.8", "--stop", "moon", "--file", &file],
     ] {
         let args = [&["--json", "--max-tokens", "40"], args].concat();
-        let without = objects(&with_input("generate", &run, &args, ""));
-        let with = [&args[..], &["--draft", &draft, "--draft-tokens", "3"]].concat();
-        let with = objects(&with_input("generate", &run, &with, ""));
+        let without = objects(&with_input("generate", &deep, &args, ""));
+        let with = [&args[..], &["--draft", draft, "--draft-tokens", "3"]].concat();
+        let with = objects(&with_input("generate", &deep, &with, ""));
         let texts = |made: &[Value]| made.iter().map(|made| made["text"].clone()).collect::<Vec<_>>();
         assert_eq!(texts(&with), texts(&without), "{args:?}");
         let sum =
@@ -156,8 +156,9 @@ fn generates_what_it_learnt() {
     let args = ["--max-tokens", "10", "--system", "Talk.", "--user", "A", "--assistant", "B"];
     let talk = printed(&with_input("chat", &run, &args, "hello\nwho is it\n\nwhat\nwhere\nwhy\n"));
     assert!(talk.starts_with("B:") && talk.matches("\nB:").count() >= 4, "{talk}");
-    let args = [&args[..], &["--draft", &draft]].concat();
-    assert_eq!(talk, printed(&with_input("chat", &run, &args, "hello\nwho is it\n\nwhat\nwhere\nwhy\n")));
+    let talk =
+        |args: &[&str]| printed(&with_input("chat", &deep, args, "hello\nwho is it\n\nwhat\nwhere\nwhy\n"));
+    assert_eq!(talk(&[&args[..], &["--draft", draft]].concat()), talk(&args));
 }
 
 /// What a checkpoint's weights were made of is verified once, and again when it changes.
