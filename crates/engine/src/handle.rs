@@ -80,6 +80,11 @@ impl Handle {
         self.capacity
     }
 
+    /// Whether the engine's thread is gone, which only a fault in it can bring about: requests fail from then on.
+    pub fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
     /// How busy it was after its last step.
     pub fn load(&self) -> Load {
         *self.load.lock().unwrap_or_else(PoisonError::into_inner)

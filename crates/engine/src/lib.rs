@@ -9,6 +9,7 @@
 //! is computed beside them, and random numbers depend on the request's seed, the number of the text and the place in it.
 
 pub mod beam;
+mod conversation;
 mod engine;
 mod handle;
 pub mod pages;
@@ -20,6 +21,7 @@ mod score;
 pub mod stop;
 pub mod text;
 
+pub use conversation::{Conversation, Speaker};
 pub use engine::{Engine, Options};
 pub use handle::{Completion, Events, Handle, Text};
 pub use parameters::{Capacity, MOST_CHOICES, MOST_LOG_PROBS, MOST_STOPS, Parameters, Refusal, Request};

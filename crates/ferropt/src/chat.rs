@@ -2,7 +2,7 @@
 
 use crate::model::{ModelArgs, SamplingArgs, refused, unescaped};
 use anyhow::{Result, ensure};
-use ferropt_engine::{Event, Handle, Parameters, Request};
+use ferropt_engine::{Conversation, Event, Handle, Parameters, Request, Speaker};
 use ferropt_train::signals::Interrupt;
 use std::io::{BufRead, IsTerminal, Write};
 use std::sync::mpsc::RecvTimeoutError;
@@ -20,17 +20,15 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value_t = 200)]
     max_tokens: usize,
     /// What stands before the conversation (\n is a line end)
-    #[arg(long, value_name = "TEXT", default_value = SYSTEM)]
+    #[arg(long, value_name = "TEXT", default_value_t = Conversation::default().system)]
     system: String,
     /// Name of the one who types
-    #[arg(long, value_name = "NAME", default_value = "Person")]
+    #[arg(long, value_name = "NAME", default_value_t = Conversation::default().user)]
     user: String,
     /// Name of the one who replies
-    #[arg(long, value_name = "NAME", default_value = "Assistant")]
+    #[arg(long, value_name = "NAME", default_value_t = Conversation::default().assistant)]
     assistant: String,
 }
-
-const SYSTEM: &str = "A conversation between a person and a helpful assistant.";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -47,34 +45,24 @@ OPT knows no turns, so the conversation is written as a text that it continues, 
 
 The oldest turns are left out when the model's positions are used up. Ctrl-C interrupts a reply; Ctrl-D ends.";
 
-/// What was said, and by whom.
-struct Conversation {
-    system: String,
-    names: [String; 2],
-    /// What was typed, and the reply.
-    turns: Vec<[String; 2]>,
-}
-
 pub(crate) fn run(args: Args) -> Result<()> {
+    let conversation =
+        Conversation { system: unescaped(&args.system), user: args.user, assistant: args.assistant };
     let parameters = Parameters {
         max_tokens: Some(args.max_tokens),
-        stop: vec![format!("\n{}:", args.user)],
+        stop: vec![conversation.stop()],
         ..args.sampling.parameters(None)
     };
     parameters.check().map_err(refused)?;
     let model = args.model.open(1, None)?;
     let engine = &model.engine;
     let interrupt = Interrupt::new()?;
-    let mut conversation = Conversation {
-        system: unescaped(&args.system),
-        names: [args.user, args.assistant],
-        turns: Vec::new(),
-    };
+    let mut turns = Vec::new();
     let (terminal, mut input) = (std::io::stdin().is_terminal(), std::io::stdin().lock());
     let mut out = std::io::stdout();
     for number in 0.. {
         if terminal {
-            write!(out, "{}: ", conversation.names[0])?;
+            write!(out, "{}: ", conversation.user)?;
             out.flush()?;
         }
         let mut line = String::new();
@@ -84,19 +72,17 @@ pub(crate) fn run(args: Args) -> Result<()> {
         if line.trim().is_empty() {
             continue;
         }
-        conversation.turns.push([line.trim().into(), String::new()]);
-        let prompt = conversation.fit(engine, args.max_tokens)?;
+        turns.push((Speaker::User, line));
+        let prompt = fit(&conversation, &mut turns, engine, args.max_tokens)?;
         // Replies differ though the seed is one: each turn has its own.
         let parameters = Parameters { seed: parameters.seed.wrapping_add(number), ..parameters.clone() };
-        write!(out, "{}:", conversation.names[1])?;
+        write!(out, "{}:", conversation.assistant)?;
         out.flush()?;
         interrupt.begin();
         let reply = reply(engine, Request { prompt, parameters }, &interrupt, &mut out)?;
         interrupt.end();
         writeln!(out)?;
-        if let Some(turn) = conversation.turns.last_mut() {
-            turn[1] = reply.trim().into();
-        }
+        turns.push((Speaker::Assistant, reply));
     }
     if terminal {
         writeln!(out)?;
@@ -123,34 +109,27 @@ fn reply(engine: &Handle, request: Request, interrupt: &Interrupt, out: &mut imp
     Ok(reply)
 }
 
-impl Conversation {
-    fn text(&self) -> String {
-        let [user, assistant] = &self.names;
-        let mut text = format!("{}\n", self.system);
-        for [typed, reply] in &self.turns {
-            text += &format!("\n{user}: {typed}\n{assistant}:");
-            if !reply.is_empty() {
-                text += &format!(" {reply}");
-            }
+/// The conversation's tokens, with the oldest turns left out so that a reply fits behind them.
+fn fit(
+    conversation: &Conversation,
+    turns: &mut Vec<(Speaker, String)>,
+    engine: &Handle,
+    max_tokens: usize,
+) -> Result<Vec<u32>> {
+    let positions = engine.capacity().positions;
+    loop {
+        let text = conversation.prompt(turns.iter().map(|(speaker, said)| (*speaker, said.as_str())));
+        let prompt = engine.tokenizer().encode_prompt(&text)?;
+        // A short model should not lose everything for the sake of a long reply.
+        if prompt.len() + max_tokens.min(positions / 2) <= positions {
+            return Ok(prompt);
         }
-        text
-    }
-
-    /// The text's tokens, with the oldest turns left out so that a reply fits behind it.
-    fn fit(&mut self, engine: &Handle, max_tokens: usize) -> Result<Vec<u32>> {
-        let positions = engine.capacity().positions;
-        loop {
-            let prompt = engine.tokenizer().encode_prompt(&self.text())?;
-            // A short model should not lose everything for the sake of a long reply.
-            if prompt.len() + max_tokens.min(positions / 2) <= positions {
-                return Ok(prompt);
-            }
-            ensure!(
-                self.turns.len() > 1,
-                "this turn has {} tokens, which leaves too little of the model's {positions} positions for a reply; type less",
-                prompt.len()
-            );
-            self.turns.remove(0);
-        }
+        ensure!(
+            turns.len() > 1,
+            "this turn has {} tokens, which leaves too little of the model's {positions} positions for a reply; type less",
+            prompt.len()
+        );
+        // What was typed, and its reply.
+        turns.drain(..2);
     }
 }

@@ -1,4 +1,4 @@
-//! Trains OPT language models and generates from them. One file per subcommand: arguments and printing, no logic.
+//! Trains OPT language models, generates from them and serves them. One file per subcommand: arguments and printing, no logic.
 
 mod bench;
 mod chat;
@@ -9,12 +9,13 @@ mod model;
 mod presets;
 mod quickstart;
 mod score;
+mod serve;
 mod train;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
 
-/// Trains OPT language models and generates from them.
+/// Trains OPT language models, generates from them and serves them.
 #[derive(Parser)]
 #[command(name = "ferropt", version, after_help = EXAMPLES)]
 struct Cli {
@@ -30,6 +31,7 @@ Examples:
   ferropt generate --model runs/a \"Once upon\"   continue a text with a trained model
   ferropt chat --model runs/a                   talk with it
   ferropt score --model runs/a texts.txt        how likely it finds texts
+  ferropt serve --model runs/a                  an API for OpenAI's clients on http://127.0.0.1:8000
   ferropt checkpoint convert runs/a out --to hf the trained model as a Hugging Face folder
 
 `ferropt COMMAND --help` shows more examples.";
@@ -46,6 +48,8 @@ enum Command {
     Chat(chat::Args),
     /// Tell how likely a trained model finds texts.
     Score(score::Args),
+    /// Serve models over HTTP, as OpenAI and metaseq do.
+    Serve(serve::Args),
     /// Look into, convert and verify weights in any format.
     Checkpoint(checkpoint::Args),
     /// List the models that can be named, with exact parameter counts.
@@ -63,6 +67,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Score(args) => score::run(args),
+        Command::Serve(args) => serve::run(args),
         Command::Checkpoint(args) => checkpoint::run(args),
         Command::Presets(args) => presets::run(args),
         Command::Bench(args) => bench::run(args),

@@ -12,6 +12,13 @@ pub(crate) struct ModelArgs {
     /// A run of `ferropt train` or one of its checkpoints, a Hugging Face folder, or metaseq's files
     #[arg(long, value_name = "PATH")]
     model: PathBuf,
+    #[command(flatten)]
+    opening: OpeningArgs,
+}
+
+/// How a model is computed.
+#[derive(clap::Args)]
+pub(crate) struct OpeningArgs {
     /// Of a run: step of the checkpoint; the newest whole one unless given
     #[arg(long, value_name = "STEP")]
     checkpoint: Option<u64>,
@@ -32,16 +39,7 @@ pub(crate) struct ModelArgs {
 impl ModelArgs {
     /// Opens the model for so many texts at a time, of so many tokens at most, and tells of damaged checkpoints.
     pub(crate) fn open(&self, sequences: usize, longest: Option<usize>) -> Result<Model> {
-        let opening = Opening {
-            checkpoint: self.checkpoint,
-            preset: self.preset.clone(),
-            tokenizer: self.tokenizer.clone(),
-            weights: self.weights,
-            threads: self.threads,
-            sequences,
-            longest,
-        };
-        let model = Model::open(&self.model, &opening)?;
+        let model = Model::open(&self.model, &self.opening.opening(sequences, longest))?;
         for damage in &model.damaged {
             eprintln!(
                 "warning: passed over a damaged checkpoint, using the one of step {}: {damage:#}",
@@ -49,6 +47,21 @@ impl ModelArgs {
             );
         }
         Ok(model)
+    }
+}
+
+impl OpeningArgs {
+    /// As the library takes them, for so many texts at a time, of so many tokens at most.
+    pub(crate) fn opening(&self, sequences: usize, longest: Option<usize>) -> Opening {
+        Opening {
+            checkpoint: self.checkpoint,
+            preset: self.preset.clone(),
+            tokenizer: self.tokenizer.clone(),
+            weights: self.weights,
+            threads: self.threads,
+            sequences,
+            longest,
+        }
     }
 }
 

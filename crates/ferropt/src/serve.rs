@@ -1,0 +1,182 @@
+//! `ferropt serve`: models over HTTP.
+
+use crate::model::OpeningArgs;
+use anyhow::{Context, Result, bail, ensure};
+use ferropt_serve::{Keys, Limits, Log, ModelSource, Options, Server, new_key};
+use ferropt_train::inference::{Model, Opening};
+use ferropt_train::models;
+use ferropt_train::signals::Stop;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
+
+/// Arguments of `ferropt serve`.
+#[derive(clap::Args)]
+#[command(after_help = EXAMPLES, args_override_self = true, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// A model as for `ferropt generate`, and what requests call it, which is the last part of its path unless given; may
+    /// be repeated. Requests that name no model get the first
+    #[arg(long = "model", value_name = "[NAME=]PATH", required = true)]
+    models: Vec<String>,
+    #[command(flatten)]
+    opening: OpeningArgs,
+    /// Another name of a model; may be repeated
+    #[arg(long = "alias", value_name = "ALIAS=NAME")]
+    aliases: Vec<String>,
+    /// Address to listen on; 0.0.0.0 for all of the machine's
+    #[arg(long, value_name = "ADDRESS", default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
+    host: IpAddr,
+    /// Port to listen on; 0 takes a free one
+    #[arg(long, default_value_t = 8000)]
+    port: u16,
+    /// Only for those with a key in this file, see `ferropt serve key`
+    #[arg(long, value_name = "FILE")]
+    api_keys: Option<PathBuf>,
+    /// Let web pages of this origin use the API, such as https://example.org; may be repeated
+    #[arg(long, value_name = "ORIGIN")]
+    cors: Vec<String>,
+    /// Texts of a model that are computed together. Results do not depend on it
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    sequences: usize,
+    /// Tokens of all these texts that the cache has room for; a quarter of what they could have unless given. When it is
+    /// full, the youngest texts wait
+    #[arg(long, value_name = "N")]
+    cache_tokens: Option<usize>,
+    /// Prompts that may wait for a model; more are refused
+    #[arg(long, value_name = "N", default_value_t = Limits::default().queue)]
+    queue: usize,
+    /// Seconds that a request may wait for its turn
+    #[arg(long, value_name = "S", default_value_t = Limits::default().queue_time.as_secs())]
+    queue_seconds: u64,
+    /// Seconds that a request may take, waiting included
+    #[arg(long, value_name = "S", default_value_t = Limits::default().request_time.as_secs())]
+    timeout_seconds: u64,
+    /// Seconds that a client may take to send a request, or to take in what is sent to it
+    #[arg(long, value_name = "S", default_value_t = Limits::default().client_time.as_secs())]
+    client_seconds: u64,
+    /// Bytes of a request's body
+    #[arg(long, value_name = "BYTES", default_value_t = Limits::default().body)]
+    max_body: usize,
+    /// Connections at one time; more wait
+    #[arg(long, value_name = "N", default_value_t = Limits::default().connections)]
+    connections: usize,
+    /// At Ctrl-C or SIGTERM: seconds in which requests that were taken are completed
+    #[arg(long, value_name = "S", default_value_t = 30)]
+    drain_seconds: u64,
+    /// No log. By default each request is a line of JSON on standard error, without its prompt and text
+    #[arg(long)]
+    no_log: bool,
+    /// Write prompts and texts into the log
+    #[arg(long, conflicts_with = "no_log")]
+    log_texts: bool,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Make an API key: prints the line for the file of keys, and on standard error the key itself.
+    Key {
+        /// Whose key it is, for the log
+        name: String,
+    },
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  ferropt serve --model runs/a
+  ferropt serve --model small=runs/a --model large=opt-1.3b --alias gpt-3.5-turbo-instruct=large --weights int8
+  ferropt serve key alice >> keys
+  ferropt serve --model runs/a --host 0.0.0.0 --api-keys keys
+
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{\"prompt\": \"Once upon\"}'
+
+Every limit is documented with its default in docs/serving.md; /openapi.json describes all routes and fields.";
+
+pub(crate) fn run(args: Args) -> Result<()> {
+    if let Some(Command::Key { name }) = &args.command {
+        let (key, line) = new_key(name)?;
+        println!("{line}");
+        eprintln!("the key, which is kept nowhere: {key}");
+        return Ok(());
+    }
+    let keys = match &args.api_keys {
+        Some(file) => Keys::read(file)?,
+        None => Keys::default(),
+    };
+    if args.api_keys.is_none() && !args.host.is_loopback() {
+        eprintln!(
+            "warning: everybody who reaches {} can use the models; --api-keys asks for a key",
+            args.host
+        );
+    }
+    let stop = Stop::default();
+    stop.on_signals()?;
+    let server = Server::start(args.options(keys)?)?;
+    println!("listening on http://{}; Ctrl-C stops", server.address());
+    while !stop.requested() {
+        if let Some(failure) = server.failure() {
+            server.stop(Duration::ZERO);
+            bail!("no model can be used\n{failure}");
+        }
+        sleep(Duration::from_millis(50));
+    }
+    match server.stop(Duration::from_secs(args.drain_seconds)) {
+        0 => Ok(()),
+        left => bail!("{left} requests were not complete after {} s and were ended", args.drain_seconds),
+    }
+}
+
+impl Args {
+    fn options(&self, keys: Keys) -> Result<Options> {
+        ensure!(self.sequences > 0, "--sequences: 0 texts at a time would never end; use 1 or more");
+        let pair = |alias: &String| {
+            let pair = alias.split_once('=').map(|(alias, name)| (alias.to_string(), name.to_string()));
+            pair.with_context(|| {
+                format!("--alias {alias}: expected another name and a model's, such as gpt=small")
+            })
+        };
+        Ok(Options {
+            address: SocketAddr::new(self.host, self.port),
+            models: self.models.iter().map(|model| self.source(model)).collect::<Result<_>>()?,
+            aliases: self.aliases.iter().map(pair).collect::<Result<_>>()?,
+            keys,
+            cors: self.cors.clone(),
+            limits: Limits {
+                queue: self.queue,
+                queue_time: Duration::from_secs(self.queue_seconds),
+                request_time: Duration::from_secs(self.timeout_seconds),
+                client_time: Duration::from_secs(self.client_seconds),
+                body: self.max_body,
+                connections: self.connections,
+            },
+            log: if self.no_log { Log::off() } else { Log::new(std::io::stderr(), self.log_texts) },
+        })
+    }
+
+    fn source(&self, model: &str) -> Result<ModelSource> {
+        let (name, path) = match model.split_once('=') {
+            Some((name, path)) if !Path::new(model).exists() => (name.to_string(), PathBuf::from(path)),
+            _ => {
+                let path = PathBuf::from(model);
+                let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+                (name.with_context(|| format!("--model {model}: give it a name, NAME={model}"))?, path)
+            }
+        };
+        let (sequences, cache_tokens) = (self.sequences, self.cache_tokens);
+        let opening = self.opening.opening(sequences, None);
+        let open = move || {
+            Model::open(&path, &Opening { longest: Some(longest(&path, &opening, cache_tokens)?), ..opening })
+        };
+        Ok(ModelSource { name, open: Box::new(open) })
+    }
+}
+
+/// Tokens of a text for which the cache has room when all of them are equally long; one of the longest always fits.
+fn longest(path: &Path, opening: &Opening, cache_tokens: Option<usize>) -> Result<usize> {
+    let named = models::open(path, opening.checkpoint, opening.preset.as_deref(), models::Whole::Sizes)?;
+    let positions = named.source.config().positions;
+    let tokens = cache_tokens.unwrap_or(opening.sequences * positions / 4).max(positions);
+    Ok(tokens.div_ceil(opening.sequences))
+}

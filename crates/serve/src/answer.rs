@@ -1,0 +1,204 @@
+//! From events of the engine to an answer: whole, or as server-sent events.
+
+use crate::error::{ApiError, json_response};
+use crate::job::Job;
+use crate::layout::Layout;
+use crate::record::Record;
+use axum::body::{Body, Bytes};
+use axum::http::{HeaderValue, Response, StatusCode, header};
+use ferropt_data::Tokenizer;
+use ferropt_engine::{Event, Piece, Text, Token, Usage};
+use futures_util::stream::unfold;
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::fmt::Write;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Texts of a request on their way to the client.
+pub(crate) struct Answer {
+    pub(crate) job: Job,
+    pub(crate) layout: Box<dyn Layout>,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) record: Arc<Record>,
+    pub(crate) prompts: usize,
+    /// Texts of each prompt.
+    pub(crate) n: usize,
+    /// Whether a stream tells at its end which tokens were used.
+    pub(crate) include_usage: bool,
+    /// Whether the log has the texts.
+    pub(crate) log_texts: bool,
+}
+
+/// A comment is sent when nothing else was for so long, which keeps proxies from closing the connection.
+const SILENCE: Duration = Duration::from_secs(15);
+
+impl Answer {
+    /// Waits for all texts.
+    pub(crate) async fn whole(mut self) -> Result<Response<Body>, ApiError> {
+        let mut texts = vec![Text::default(); self.prompts * self.n];
+        let mut used = Usage::default();
+        while let Some(message) = self.job.next().await {
+            let (prompt, event) = message?;
+            match event {
+                Event::Prompt(tokens) => {
+                    let echo = self.echo(tokens);
+                    for text in &mut texts[prompt * self.n..(prompt + 1) * self.n] {
+                        (text.text, text.tokens) = (echo.text.clone(), echo.tokens.clone());
+                    }
+                }
+                Event::Text { choice, piece } => {
+                    let text = &mut texts[prompt * self.n + choice];
+                    text.text += &piece.text;
+                    text.tokens.extend(piece.tokens);
+                }
+                Event::End { choice, finish } => texts[prompt * self.n + choice].finish = Some(finish),
+                Event::Done(usage) => add(&mut used, usage),
+                Event::Failed(_) => {}
+            }
+        }
+        self.note(used);
+        if self.log_texts {
+            self.record.note("texts", texts.iter().map(|text| text.text.as_str()).collect::<Vec<_>>());
+        }
+        Ok(json_response(StatusCode::OK, &self.layout.whole(texts, used)))
+    }
+
+    /// Waits for the first event, so that what goes wrong before has a status of its own, and sends the rest as it comes.
+    pub(crate) async fn stream(mut self) -> Result<Response<Body>, ApiError> {
+        let first = self.job.next().await.transpose()?;
+        let mut stream = Stream {
+            begun: vec![false; self.prompts * self.n],
+            answer: self,
+            used: Usage::default(),
+            waiting: VecDeque::new(),
+            texts: String::new(),
+            over: false,
+        };
+        if let Some((prompt, event)) = first {
+            stream.take(prompt, event);
+        }
+        let body = unfold(stream, |mut stream| async move {
+            let bytes = stream.next().await?;
+            Some((Ok::<_, Infallible>(bytes), stream))
+        });
+        let mut response = Response::new(Body::from_stream(body));
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+        // nginx would collect events otherwise.
+        headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+        Ok(response)
+    }
+
+    /// The prompt as a piece of text.
+    fn echo(&self, tokens: Vec<Token>) -> Piece {
+        let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
+        Piece { text: self.tokenizer.decode(&ids), tokens }
+    }
+
+    fn note(&self, used: Usage) {
+        self.record.note("prompt_tokens", used.prompt);
+        self.record.note("generated_tokens", used.generated);
+    }
+}
+
+fn add(used: &mut Usage, more: Usage) {
+    used.prompt += more.prompt;
+    used.generated += more.generated;
+}
+
+/// An answer that is sent as it is made. Dropped with the connection, it takes the job with it.
+struct Stream {
+    answer: Answer,
+    /// Texts of which something was sent.
+    begun: Vec<bool>,
+    used: Usage,
+    /// Events that are ready to be sent.
+    waiting: VecDeque<Bytes>,
+    /// All text, if the log has it.
+    texts: String,
+    over: bool,
+}
+
+impl Stream {
+    async fn next(&mut self) -> Option<Bytes> {
+        loop {
+            if let Some(bytes) = self.waiting.pop_front() {
+                return Some(bytes);
+            }
+            if self.over {
+                return None;
+            }
+            let Ok(message) = tokio::time::timeout(SILENCE, self.answer.job.next()).await else {
+                return Some(Bytes::from_static(b": still at work\n\n"));
+            };
+            match message {
+                Some(Ok((prompt, event))) => self.take(prompt, event),
+                Some(Err(error)) => {
+                    self.answer.record.error(error.code);
+                    self.send(&error.object());
+                    self.end();
+                }
+                None => {
+                    if self.answer.include_usage {
+                        self.send(&self.answer.layout.used(self.used));
+                    }
+                    self.end();
+                }
+            }
+        }
+    }
+
+    fn take(&mut self, prompt: usize, event: Event) {
+        let first = prompt * self.answer.n;
+        match event {
+            Event::Prompt(tokens) => {
+                let echo = self.answer.echo(tokens);
+                (first..first + self.answer.n).for_each(|index| self.piece(index, echo.clone()));
+            }
+            Event::Text { choice, piece } => self.piece(first + choice, piece),
+            Event::End { choice, finish } => {
+                self.begin(first + choice);
+                let end = self.answer.layout.end(first + choice, finish);
+                self.send(&end);
+            }
+            Event::Done(usage) => add(&mut self.used, usage),
+            Event::Failed(_) => {}
+        }
+    }
+
+    fn begin(&mut self, index: usize) {
+        if !std::mem::replace(&mut self.begun[index], true)
+            && let Some(begin) = self.answer.layout.begin(index)
+        {
+            self.send(&begin);
+        }
+    }
+
+    fn piece(&mut self, index: usize, piece: Piece) {
+        self.begin(index);
+        if self.answer.log_texts {
+            self.texts += &piece.text;
+        }
+        if let Some(event) = self.answer.layout.piece(index, piece) {
+            self.send(&event);
+        }
+    }
+
+    fn send(&mut self, event: &serde_json::Value) {
+        let mut line = String::new();
+        // A String takes everything.
+        let _ = write!(line, "data: {event}\n\n");
+        self.waiting.push_back(line.into());
+    }
+
+    fn end(&mut self) {
+        self.waiting.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
+        self.over = true;
+        self.answer.note(self.used);
+        if self.answer.log_texts {
+            self.answer.record.note("texts", self.texts.as_str());
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! What all requests share.
+
+use crate::keys::Keys;
+use crate::metrics::Metrics;
+use crate::models::Models;
+use crate::record::Log;
+use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// What a request, a client and the server may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Prompts that may wait for one model, of all clients together.
+    pub queue: usize,
+    /// How long a request may wait for its turn.
+    pub queue_time: Duration,
+    /// How long a request may take, waiting included.
+    pub request_time: Duration,
+    /// Bytes of a request's body.
+    pub body: usize,
+    /// How long a client may take to send headers, to send a body, or to take in what is sent to it.
+    pub client_time: Duration,
+    /// Connections at one time.
+    pub connections: usize,
+}
+
+impl Default for Limits {
+    /// For clients that are people or programs of one team.
+    fn default() -> Self {
+        Limits {
+            queue: 256,
+            queue_time: Duration::from_secs(60),
+            request_time: Duration::from_secs(600),
+            body: 4 << 20,
+            client_time: Duration::from_secs(30),
+            connections: 1024,
+        }
+    }
+}
+
+/// How far the server's life has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Phase {
+    /// Takes requests.
+    Serving,
+    /// Completes those that it has.
+    Draining,
+    /// Ends what is left.
+    Ending,
+}
+
+pub(crate) struct App {
+    pub(crate) models: Models,
+    pub(crate) keys: Keys,
+    /// Origins of web pages that may use the API.
+    pub(crate) cors: Vec<String>,
+    pub(crate) limits: Limits,
+    pub(crate) metrics: Metrics,
+    pub(crate) log: Log,
+    pub(crate) phase: watch::Sender<Phase>,
+    in_flight: Arc<AtomicUsize>,
+    random: RandomState,
+    numbers: AtomicU64,
+}
+
+/// A request that is not answered completely; the drain waits for it.
+pub(crate) struct Busy(Arc<AtomicUsize>);
+
+impl App {
+    pub(crate) fn new(models: Models, keys: Keys, cors: Vec<String>, limits: Limits, log: Log) -> App {
+        App {
+            models,
+            keys,
+            cors,
+            limits,
+            metrics: Metrics::new(),
+            log,
+            phase: watch::Sender::new(Phase::Serving),
+            in_flight: Arc::default(),
+            random: RandomState::new(),
+            numbers: AtomicU64::new(0),
+        }
+    }
+
+    /// Counts a request until what this returns is dropped.
+    pub(crate) fn busy(&self) -> Busy {
+        self.in_flight.fetch_add(1, Ordering::SeqCst);
+        Busy(self.in_flight.clone())
+    }
+
+    /// Requests that are not answered completely.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.in_flight.load(Ordering::SeqCst)
+    }
+
+    /// A number that nobody can foresee and that does not come again soon: for seeds and the names of answers.
+    pub(crate) fn random(&self) -> u64 {
+        self.random.hash_one(self.numbers.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,63 @@
+//! What a request asks for, whichever route it came by.
+
+use ferropt_engine::Parameters;
+
+/// A text to continue, as it was given.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Prompt {
+    /// `</s>` is put in front.
+    Text(String),
+    /// Taken as they are.
+    Ids(Vec<u32>),
+}
+
+/// Who says a message of a conversation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    System,
+    User,
+    Assistant,
+}
+
+/// The fields of a body; those that were not given have the default.
+#[derive(Clone, Debug)]
+pub(crate) struct Asked {
+    pub(crate) model: Option<String>,
+    pub(crate) prompts: Vec<Prompt>,
+    pub(crate) messages: Vec<(Role, String)>,
+    /// Everything that has the same meaning in the engine.
+    pub(crate) parameters: Parameters,
+    /// 1, or 0 for what is never sampled, unless given.
+    pub(crate) temperature: Option<f32>,
+    /// Chosen at random unless given.
+    pub(crate) seed: Option<u64>,
+    pub(crate) stream: bool,
+    pub(crate) include_usage: Option<bool>,
+    pub(crate) echo: bool,
+    /// Whether a conversation's log-probabilities are wanted.
+    pub(crate) chat_log_probs: bool,
+    /// `</s>` in front of what is tokenised, and the tokens' names.
+    pub(crate) special: bool,
+    pub(crate) token_names: bool,
+    pub(crate) tokens: Vec<u32>,
+}
+
+impl Default for Asked {
+    fn default() -> Self {
+        Asked {
+            model: None,
+            prompts: Vec::new(),
+            messages: Vec::new(),
+            parameters: Parameters::default(),
+            temperature: None,
+            seed: None,
+            stream: false,
+            include_usage: None,
+            echo: false,
+            chat_log_probs: false,
+            special: true,
+            token_names: false,
+            tokens: Vec::new(),
+        }
+    }
+}

@@ -1,0 +1,324 @@
+//! Every field that a request's body may have, once: what reads it, and what the OpenAPI page says of it.
+
+use crate::asked::Asked;
+use crate::error::ApiError;
+use crate::shapes;
+use serde_json::{Map, Value, json};
+
+/// Kinds of bodies. A field lists those that it belongs to.
+pub(crate) const COMPLETION: u8 = 1;
+pub(crate) const CHAT: u8 = 2;
+pub(crate) const GENERATE: u8 = 4;
+pub(crate) const METASEQ: u8 = 8;
+pub(crate) const TOKENIZE: u8 = 16;
+pub(crate) const DETOKENIZE: u8 = 32;
+
+const TEXTS: u8 = COMPLETION | GENERATE | METASEQ;
+const ALL_TEXTS: u8 = TEXTS | CHAT;
+const ALL: u8 = ALL_TEXTS | TOKENIZE | DETOKENIZE;
+const OPENAI: u8 = COMPLETION | CHAT;
+
+/// A field.
+pub(crate) struct Field {
+    pub(crate) name: &'static str,
+    /// Bodies that have it.
+    pub(crate) bodies: u8,
+    pub(crate) kind: Kind,
+    pub(crate) doc: &'static str,
+}
+
+/// What its value may be, and what becomes of it. `null` is the same as no field.
+pub(crate) enum Kind {
+    /// A number within bounds.
+    Number(f64, f64, fn(&mut Asked, f64)),
+    /// A whole number within bounds.
+    Whole(i64, i64, fn(&mut Asked, i64)),
+    /// True or false.
+    Flag(fn(&mut Asked, bool)),
+    /// A text.
+    Text(fn(&mut Asked, &str)),
+    /// Something with a JSON schema, which is given as text.
+    Shaped(&'static str, fn(&mut Asked, &Value) -> Result<(), String>),
+    /// For clients that always send it: only these values, given as JSON, which change nothing.
+    Only(&'static [&'static str]),
+    /// Has no meaning here, and any value is taken.
+    Ignored,
+}
+
+use Kind::{Flag, Ignored, Number, Only, Shaped, Text, Whole};
+
+const fn field(name: &'static str, bodies: u8, kind: Kind, doc: &'static str) -> Field {
+    Field { name, bodies, kind, doc }
+}
+
+/// Most of whatever is counted and has no limit of its own.
+const MANY: i64 = 1 << 31;
+
+/// All of them.
+#[rustfmt::skip]
+pub(crate) static FIELDS: &[Field] = &[
+    field("model", ALL, Text(|a, v| a.model = Some(v.into())), "Name or alias of a model; the first one unless given."),
+    field("prompt", TEXTS, Shaped(shapes::PROMPT, shapes::prompt), "A text, its token ids, or a list of texts or of lists of ids. `</s>` is put in front of texts, as OPT was trained; ids are taken as they are."),
+    field("prompt", TOKENIZE, Text(|a, v| a.prompts.push(crate::asked::Prompt::Text(v.into()))), "The text."),
+    field("messages", CHAT, Shaped(shapes::MESSAGES, shapes::messages), "The conversation. OPT knows no turns, so it is written as a text, with `Person:` and `Assistant:` in front of what was said."),
+    field("max_tokens", COMPLETION | METASEQ, Whole(0, MANY, |a, v| a.parameters.max_tokens = Some(v as usize)), "Tokens to generate at most; 16 unless given. 0 computes the prompt only."),
+    field("max_tokens", CHAT | GENERATE, Whole(0, MANY, |a, v| a.parameters.max_tokens = Some(v as usize)), "Tokens to generate at most; as many as the model has positions for unless given."),
+    field("max_completion_tokens", CHAT, Whole(0, MANY, |a, v| a.parameters.max_tokens = Some(v as usize)), "OpenAI's newer name of `max_tokens`."),
+    field("min_tokens", ALL_TEXTS, Whole(0, MANY, |a, v| a.parameters.min_tokens = v as usize), "So many tokens come before `</s>` may, and before stop strings are looked for."),
+    field("temperature", ALL_TEXTS, Number(0.0, 100.0, |a, v| a.temperature = Some(v as f32)), "Divides the logits; 1 unless given, 0 takes the likeliest token."),
+    field("top_p", ALL_TEXTS, Number(0.0, 1.0, shapes::top_p), "Only the fewest likeliest tokens that together have this probability. 0 takes the likeliest."),
+    field("top_k", ALL_TEXTS, Whole(-1, MANY, |a, v| a.parameters.top_k = (v > 0).then_some(v as usize)), "Only among so many of the likeliest tokens; 0 or -1: among all."),
+    field("min_p", ALL_TEXTS, Number(0.0, 1.0, |a, v| a.parameters.min_p = v as f32), "Only tokens at least this share as likely as the likeliest."),
+    field("repetition_penalty", ALL_TEXTS, Number(0.01, 100.0, |a, v| a.parameters.repetition_penalty = v as f32), "Divides positive logits of tokens that prompt or text have, multiplies negative ones; 1 does nothing."),
+    field("presence_penalty", ALL_TEXTS, Number(-2.0, 2.0, |a, v| a.parameters.presence_penalty = v as f32), "Taken off the logits of tokens that were generated."),
+    field("frequency_penalty", ALL_TEXTS, Number(-2.0, 2.0, |a, v| a.parameters.frequency_penalty = v as f32), "Taken off the logits of tokens as often as they were generated."),
+    field("alpha_presence", METASEQ, Number(-2.0, 2.0, |a, v| a.parameters.presence_penalty = v as f32), "metaseq's name of `presence_penalty`."),
+    field("alpha_frequency", METASEQ, Number(-2.0, 2.0, |a, v| a.parameters.frequency_penalty = v as f32), "metaseq's name of `frequency_penalty`."),
+    field("alpha_presence_src", METASEQ, Only(&["0", "0.0"]), "metaseq's presence penalty for the prompt's tokens; use `repetition_penalty`, which looks at the prompt too."),
+    field("alpha_frequency_src", METASEQ, Only(&["0", "0.0"]), "metaseq's frequency penalty for the prompt's tokens; use `repetition_penalty`, which looks at the prompt too."),
+    field("alpha_src_penalty_end_idx", METASEQ, Ignored, "Has no effect without the penalties for the prompt's tokens."),
+    field("lambda_decay", METASEQ, Only(&["-1", "-1.0", "0", "0.0"]), "Factual nucleus sampling; use `top_p` or `min_p`."),
+    field("omega_bound", METASEQ, Ignored, "Has no effect without `lambda_decay`."),
+    field("logit_bias", ALL_TEXTS, Shaped(shapes::LOGIT_BIAS, shapes::logit_bias), "Added to the logits of these token ids, from -100 to 100."),
+    field("seed", ALL_TEXTS, Whole(i64::MIN, i64::MAX, |a, v| a.seed = Some(v as u64)), "The same seed gives the same texts, whatever else is being computed; random unless given."),
+    field("stop", ALL_TEXTS, Shaped(shapes::STOP, shapes::stop), "A text ends before the first of these strings."),
+    field("ignore_eos", ALL_TEXTS, Flag(|a, v| a.parameters.ignore_end = v), "`</s>` is never chosen."),
+    field("n", ALL_TEXTS, Whole(1, ferropt_engine::MOST_CHOICES as i64, |a, v| a.parameters.n = v as usize), "Texts for each prompt."),
+    field("best_of", ALL_TEXTS, Whole(1, ferropt_engine::MOST_CHOICES as i64, |a, v| a.parameters.best_of = Some(v as usize)), "Compute so many texts, and give back the `n` with the highest mean log-probability of a token."),
+    field("beams", ALL_TEXTS, Whole(1, ferropt_engine::MOST_CHOICES as i64, |a, v| a.parameters.beams = Some(v as usize)), "Search for the likeliest texts, with so many candidates at a time. Goes without sampling, penalties and stop strings."),
+    field("length_penalty", ALL_TEXTS, Number(-100.0, 100.0, |a, v| a.parameters.length_penalty = v as f32), "With `beams`: above 0 favours longer texts."),
+    field("echo", TEXTS, Flag(|a, v| a.echo = v), "Give back the prompt in front of the text, with log-probabilities if they are asked for."),
+    field("logprobs", TEXTS, Whole(0, ferropt_engine::MOST_LOG_PROBS as i64, |a, v| a.parameters.log_probs = Some(v as usize)), "Log-probabilities of the tokens, and of so many of the likeliest ones at each place."),
+    field("logprobs", CHAT, Flag(|a, v| a.chat_log_probs = v), "Log-probabilities of the tokens."),
+    field("top_logprobs", CHAT, Whole(0, ferropt_engine::MOST_LOG_PROBS as i64, |a, v| a.parameters.log_probs = Some(v as usize)), "With `logprobs`: so many of the likeliest tokens at each place."),
+    field("stream", ALL_TEXTS, Flag(|a, v| a.stream = v), "Send text as it is made, as server-sent events."),
+    field("stream_options", OPENAI | METASEQ, Shaped(shapes::STREAM_OPTIONS, shapes::stream_options), "With `stream`: `include_usage` adds an event with the tokens that were used."),
+    field("add_special_tokens", TOKENIZE, Flag(|a, v| a.special = v), "Put `</s>` in front, as for prompts; true unless given."),
+    field("return_token_strs", TOKENIZE, Flag(|a, v| a.token_names = v), "Give the tokens' texts too."),
+    field("tokens", DETOKENIZE, Shaped(shapes::IDS, |a, v| { a.tokens = shapes::ids(v)?; Ok(()) }), "Token ids."),
+    field("suffix", COMPLETION, Only(&["\"\""]), "Text behind the completion, which OPT cannot look at."),
+    field("tools", CHAT, Only(&["[]"]), "OPT knows no tools."),
+    field("tool_choice", CHAT, Only(&["\"none\"", "\"auto\""]), "OPT knows no tools."),
+    field("functions", CHAT, Only(&["[]"]), "OPT knows no functions."),
+    field("function_call", CHAT, Only(&["\"none\"", "\"auto\""]), "OPT knows no functions."),
+    field("response_format", CHAT, Only(&["{\"type\":\"text\"}"]), "Answers are text."),
+    field("modalities", CHAT, Only(&["[\"text\"]"]), "Answers are text."),
+    field("user", ALL_TEXTS, Ignored, "Taken, and not used: who asks is known by the API key or the address."),
+    field("metadata", OPENAI, Ignored, "Taken, and not used."),
+    field("store", OPENAI, Ignored, "Taken, and not used: nothing is stored."),
+    field("service_tier", OPENAI, Ignored, "Taken, and not used."),
+    field("safety_identifier", OPENAI, Ignored, "Taken, and not used."),
+    field("prompt_cache_key", OPENAI, Ignored, "Taken, and not used: beginnings of prompts are found again without it."),
+    field("prompt_cache_retention", OPENAI, Ignored, "Taken, and not used."),
+    field("parallel_tool_calls", CHAT, Ignored, "Taken, and not used: OPT knows no tools."),
+];
+
+/// The fields of a kind of body.
+pub(crate) fn of(body: u8) -> impl Iterator<Item = &'static Field> {
+    FIELDS.iter().filter(move |field| field.bodies & body != 0)
+}
+
+/// Reads a body of some kind.
+///
+/// # Errors
+/// 400 for a field that is unknown, that is missing of those `required`, or that has a wrong value.
+pub(crate) fn read(object: &Map<String, Value>, body: u8, required: &[&str]) -> Result<Asked, ApiError> {
+    let mut asked = Asked::default();
+    for name in required {
+        if object.get(*name).is_none_or(Value::is_null) {
+            let error = ApiError::field(name, format!("the field {name} is missing"));
+            return Err(ApiError { code: "missing_field", ..error });
+        }
+    }
+    for (name, value) in object {
+        let Some(field) = of(body).find(|field| field.name == name) else { return Err(unknown(name, body)) };
+        if !value.is_null() {
+            field.read(&mut asked, value)?;
+        }
+    }
+    Ok(asked)
+}
+
+fn unknown(name: &str, body: u8) -> ApiError {
+    let near = of(body).map(|field| (strsim::jaro_winkler(field.name, name), field.name));
+    let near = near.filter(|(likeness, _)| *likeness > 0.8).max_by(|a, b| a.0.total_cmp(&b.0));
+    let hint = near.map_or_else(|| "leave it out".into(), |(_, near)| format!("did you mean {near}?"));
+    let name: String = name.chars().take(100).collect();
+    let error = ApiError::field(&name, format!("the field {name:?} is not known here; {hint}"));
+    ApiError { code: "unknown_field", ..error }
+}
+
+impl Field {
+    fn read(&self, asked: &mut Asked, value: &Value) -> Result<(), ApiError> {
+        let name = self.name;
+        let expected = |what: String| {
+            let mut given = value.to_string();
+            if given.len() > 100 {
+                given = given.chars().take(100).chain("...".chars()).collect();
+            }
+            ApiError::field(name, format!("{name} = {given} is not {what}"))
+        };
+        match &self.kind {
+            Number(least, most, set) => match value.as_f64().filter(|v| (*least..=*most).contains(v)) {
+                Some(value) => set(asked, value),
+                None => return Err(expected(format!("a number from {least} to {most}"))),
+            },
+            Whole(least, most, set) => match whole(value).filter(|v| (*least..=*most).contains(v)) {
+                Some(value) => set(asked, value),
+                None => return Err(expected(format!("a whole number from {least} to {most}"))),
+            },
+            Flag(set) => match value.as_bool() {
+                Some(value) => set(asked, value),
+                None => return Err(expected("true or false".into())),
+            },
+            Text(set) => match value.as_str() {
+                Some(value) => set(asked, value),
+                None => return Err(expected("a text".into())),
+            },
+            Shaped(_, read) => {
+                read(asked, value).map_err(|wrong| ApiError::field(name, format!("{name}: {wrong}")))?;
+            }
+            Only(values) => {
+                if !allowed(values).contains(value) {
+                    let values = values.join(" or ");
+                    return Err(expected(format!("possible here ({values} is, or nothing): {}", self.doc)));
+                }
+            }
+            Ignored => {}
+        }
+        Ok(())
+    }
+
+    /// Its JSON schema.
+    pub(crate) fn schema(&self) -> Value {
+        let mut schema = match &self.kind {
+            Number(least, most, _) => {
+                json!({ "type": ["number", "null"], "minimum": least, "maximum": most })
+            }
+            Whole(least, most, _) => {
+                json!({ "type": ["integer", "null"], "minimum": least, "maximum": most })
+            }
+            Flag(_) => json!({ "type": ["boolean", "null"] }),
+            Text(_) => json!({ "type": ["string", "null"] }),
+            // A text of a constant, which a test parses.
+            Shaped(schema, _) => serde_json::from_str(schema).unwrap_or_default(),
+            Only(values) => json!({ "enum": ([allowed(values), vec![Value::Null]].concat()) }),
+            Ignored => json!({}),
+        };
+        schema["description"] = self.doc.into();
+        schema
+    }
+}
+
+fn allowed(values: &[&str]) -> Vec<Value> {
+    values.iter().filter_map(|value| serde_json::from_str(value).ok()).collect()
+}
+
+/// A whole number, which JSON may also write as 5.0.
+pub(crate) fn whole(value: &Value) -> Option<i64> {
+    const EXACT: f64 = (1u64 << 53) as f64;
+    let float = || value.as_f64().filter(|v| v.fract() == 0.0 && v.abs() <= EXACT).map(|v| v as i64);
+    value.as_i64().or_else(float)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::asked::{Prompt, Role};
+
+    fn read_text(text: &str, body: u8) -> Result<Asked, ApiError> {
+        read(serde_json::from_str::<Value>(text).unwrap().as_object().unwrap(), body, &[])
+    }
+
+    #[test]
+    fn every_name_is_there_once_in_each_body_and_schemas_are_json() {
+        for body in [COMPLETION, CHAT, GENERATE, METASEQ, TOKENIZE, DETOKENIZE] {
+            let mut names: Vec<&str> = of(body).map(|field| field.name).collect();
+            let count = names.len();
+            names.sort_unstable();
+            names.dedup();
+            assert_eq!(names.len(), count);
+        }
+        for field in FIELDS {
+            if let Shaped(schema, _) = &field.kind {
+                serde_json::from_str::<Value>(schema).unwrap_or_else(|e| panic!("{}: {e}", field.name));
+            }
+            if let Only(values) = &field.kind {
+                assert_eq!(allowed(values).len(), values.len(), "{}", field.name);
+            }
+            assert!(!field.doc.is_empty());
+            read_text(&format!("{{\"{}\": null}}", field.name), field.bodies).unwrap();
+        }
+    }
+
+    #[test]
+    fn values_arrive() {
+        let asked = read_text(
+            r#"{"prompt": ["a", "b"], "max_tokens": 5.0, "temperature": 0.5, "top_p": 0, "stop": "x", "seed": -1,
+                "logit_bias": {"7": -3}, "logprobs": 2, "echo": true, "stream": true, "n": 2, "top_k": -1,
+                "stream_options": {"include_usage": true}, "user": {"any": "thing"}, "suffix": null}"#,
+            COMPLETION,
+        )
+        .unwrap();
+        assert_eq!(asked.prompts, [Prompt::Text("a".into()), Prompt::Text("b".into())]);
+        let p = &asked.parameters;
+        assert_eq!((p.max_tokens, p.log_probs, p.n, p.top_k), (Some(5), Some(2), 2, Some(1)));
+        assert_eq!((&p.stop, &p.logit_bias), (&vec!["x".into()], &vec![(7, -3.0)]));
+        assert_eq!((asked.seed, asked.include_usage), (Some(u64::MAX), Some(true)));
+        assert!(asked.echo && asked.stream);
+        let ids = read_text(r#"{"prompt": [[2, 5], [2]]}"#, COMPLETION).unwrap().prompts;
+        assert_eq!(ids, [Prompt::Ids(vec![2, 5]), Prompt::Ids(vec![2])]);
+        let talk = read_text(
+            r#"{"messages": [{"role": "developer", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}"#,
+            CHAT,
+        );
+        assert_eq!(talk.unwrap().messages, [(Role::System, "Be brief.".into()), (Role::User, "ab".into())]);
+    }
+
+    #[test]
+    fn wrong_values_are_named_with_what_was_expected() {
+        for (body, text, param, part) in [
+            (COMPLETION, r#"{"temprature": 1}"#, "temprature", "temperature"),
+            (COMPLETION, r#"{"zzz": 1}"#, "zzz", "leave it out"),
+            (COMPLETION, r#"{"messages": []}"#, "messages", "not known"),
+            (COMPLETION, r#"{"temperature": -1}"#, "temperature", "from 0 to 100"),
+            (COMPLETION, r#"{"temperature": "1"}"#, "temperature", "\"1\""),
+            (COMPLETION, r#"{"max_tokens": 1.5}"#, "max_tokens", "1.5"),
+            (COMPLETION, r#"{"max_tokens": true}"#, "max_tokens", "whole number"),
+            (COMPLETION, r#"{"n": 1e300}"#, "n", "128"),
+            (COMPLETION, r#"{"stream": 1}"#, "stream", "true or false"),
+            (COMPLETION, r#"{"model": 5}"#, "model", "a text"),
+            (COMPLETION, r#"{"prompt": {}}"#, "prompt", "list"),
+            (COMPLETION, r#"{"prompt": []}"#, "prompt", "empty"),
+            (COMPLETION, r#"{"prompt": ["a", 5]}"#, "prompt", "place 1"),
+            (COMPLETION, r#"{"prompt": [-1]}"#, "prompt", "-1"),
+            (COMPLETION, r#"{"prompt": [[]]}"#, "prompt", "empty"),
+            (COMPLETION, r#"{"logit_bias": {"x": 1}}"#, "logit_bias", "\"x\""),
+            (COMPLETION, r#"{"logit_bias": {"5": 101}}"#, "logit_bias", "101"),
+            (COMPLETION, r#"{"stop": ["a", ""]}"#, "stop", "empty"),
+            (COMPLETION, r#"{"stop": 5}"#, "stop", "list"),
+            (COMPLETION, r#"{"suffix": "x"}"#, "suffix", "cannot look"),
+            (COMPLETION, r#"{"stream_options": {"x": 1}}"#, "stream_options", "\"x\""),
+            (CHAT, r#"{"tools": [{}]}"#, "tools", "no tools"),
+            (CHAT, r#"{"messages": [{"role": "tool", "content": "x"}]}"#, "messages", "\"tool\""),
+            (CHAT, r#"{"messages": [{"role": "user"}]}"#, "messages", "content"),
+            (
+                CHAT,
+                r#"{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}"#,
+                "messages",
+                "image_url",
+            ),
+            (CHAT, r#"{"messages": []}"#, "messages", "empty"),
+            (METASEQ, r#"{"lambda_decay": 0.9}"#, "lambda_decay", "top_p"),
+            (METASEQ, r#"{"alpha_presence_src": 1}"#, "alpha_presence_src", "repetition_penalty"),
+            (DETOKENIZE, r#"{"tokens": "x"}"#, "tokens", "list"),
+        ] {
+            let error = read_text(text, body).unwrap_err();
+            assert_eq!((error.status.as_u16(), error.param.as_deref()), (400, Some(param)), "{text}");
+            assert!(error.message.contains(part), "{text}: {}", error.message);
+        }
+        let missing = read(&Map::new(), COMPLETION, &["prompt"]).unwrap_err();
+        assert_eq!((missing.code, missing.param.as_deref()), ("missing_field", Some("prompt")));
+    }
+}

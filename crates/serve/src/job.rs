@@ -1,0 +1,234 @@
+//! The prompts of one request on their way: queue, engine, events; and their end whenever nobody waits for them.
+
+use crate::app::{App, Phase};
+use crate::error::ApiError;
+use crate::metrics::ModelMetrics;
+use crate::models::Live;
+use crate::record::Record;
+use crate::turn::Turn;
+use ferropt_engine::{Event, Request};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
+
+/// What comes of a prompt: its number in the request, and what.
+type Message = Result<(usize, Event), ApiError>;
+
+/// Prompts being computed. Dropping it frees whatever they have, at once.
+pub(crate) struct Job {
+    live: Arc<Live>,
+    events: mpsc::UnboundedReceiver<Message>,
+    /// Prompts that are not complete.
+    left: usize,
+    submitted: Arc<Submitted>,
+    feeder: AbortHandle,
+    deadline: Instant,
+    limit: Duration,
+    phase: watch::Receiver<Phase>,
+    record: Arc<Record>,
+}
+
+/// Numbers of what the engine has of a job; none is added after the end.
+struct Submitted(Mutex<Option<Vec<u64>>>);
+
+impl Job {
+    /// Lines up for an engine.
+    ///
+    /// # Errors
+    /// 429 when more would wait than may.
+    pub(crate) fn start(
+        app: &App,
+        live: Arc<Live>,
+        client: &Arc<str>,
+        record: Arc<Record>,
+        requests: Vec<Request>,
+    ) -> Result<Job, ApiError> {
+        let texts = requests.iter().map(|r| r.parameters.beams.unwrap_or(1).max(r.parameters.computed()));
+        let turns = live.gate.line_up(client, texts).map_err(|full| {
+            let message = format!(
+                "{} prompts are waiting for the model, and {} more would be over the limit of {}; try again later",
+                full.waiting,
+                requests.len(),
+                app.limits.queue
+            );
+            ApiError::too_many("queue_full", live.gate.seconds_to_wait(), message)
+        })?;
+        let (sender, events) = mpsc::unbounded_channel();
+        let submitted = Arc::new(Submitted(Mutex::new(Some(Vec::new()))));
+        let left = requests.len();
+        let feeder = Feeder {
+            live: live.clone(),
+            sender,
+            submitted: submitted.clone(),
+            record: record.clone(),
+            patience: app.limits.queue_time,
+        };
+        let feeder = tokio::spawn(feeder.feed(requests.into_iter().zip(turns).collect())).abort_handle();
+        Ok(Job {
+            live,
+            events,
+            left,
+            submitted,
+            feeder,
+            deadline: record.started + app.limits.request_time,
+            limit: app.limits.request_time,
+            phase: app.phase.subscribe(),
+            record,
+        })
+    }
+
+    /// Waits for the next event; none after the end of the last prompt.
+    ///
+    /// # Errors
+    /// When the engine fails, time is over, or the server ends. Nothing comes after an error.
+    pub(crate) async fn next(&mut self) -> Option<Message> {
+        if self.left == 0 {
+            return None;
+        }
+        let message = tokio::select! {
+            biased;
+            message = self.events.recv() => {
+                message.unwrap_or_else(|| Err(ApiError::internal("the engine has ended")))
+            }
+            _ = self.phase.wait_for(|phase| *phase == Phase::Ending) => {
+                Err(ApiError::unavailable("server_stopped", 5, "the server was stopped before the text was complete"))
+            }
+            _ = tokio::time::sleep_until(self.deadline.into()) => {
+                let seconds = self.limit.as_secs_f64();
+                let message = format!("the request was not complete after {seconds} s, which is the limit");
+                Err(ApiError::unavailable("request_time", 5, message))
+            }
+        };
+        match &message {
+            Ok((_, Event::Done(_))) => self.left -= 1,
+            Ok((_, Event::Failed(why))) => {
+                self.left = 0;
+                return Some(Err(ApiError::internal(format!("the engine failed: {why}"))));
+            }
+            Ok(_) => {}
+            Err(_) => self.left = 0,
+        }
+        Some(message)
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        self.feeder.abort();
+        let numbers = self.submitted.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        for number in numbers.into_iter().flatten() {
+            self.live.engine.cancel(number);
+        }
+        if self.left > 0 {
+            self.live.metrics.cancelled.inc();
+        } else {
+            self.record.complete();
+        }
+    }
+}
+
+/// Hands prompts to the engine as their turns come.
+struct Feeder {
+    live: Arc<Live>,
+    sender: mpsc::UnboundedSender<Message>,
+    submitted: Arc<Submitted>,
+    record: Arc<Record>,
+    patience: Duration,
+}
+
+impl Feeder {
+    async fn feed(self, prompts: Vec<(Request, Turn)>) {
+        for (index, (request, mut turn)) in prompts.into_iter().enumerate() {
+            // Those behind the first wait for their own kind too, so only the request's time limits them.
+            if index > 0 {
+                turn.comes().await;
+            } else if tokio::time::timeout(self.patience, turn.comes()).await.is_err() {
+                let message = format!(
+                    "the request waited {} s for its turn, which is the limit",
+                    self.patience.as_secs_f64()
+                );
+                let error = ApiError::unavailable("queue_time", self.live.gate.seconds_to_wait(), message);
+                // If nobody is there, nobody has to be told.
+                let _ = self.sender.send(Err(error));
+                return;
+            } else {
+                self.live.metrics.queued.observe(self.record.note_time("queue_seconds").as_secs_f64());
+            }
+            self.submit(index, request, turn);
+        }
+    }
+
+    fn submit(&self, index: usize, request: Request, turn: Turn) {
+        let mut submitted = self.submitted.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(numbers) = submitted.as_mut() else { return };
+        let sender = self.sender.clone();
+        let mut meter = Meter::new(&self.live, &self.record, turn, &request);
+        let sink = move |event: Event| {
+            meter.count(&event);
+            sender.send(Ok((index, event))).is_ok()
+        };
+        match self.live.engine.submit_to(request, sink) {
+            Ok(number) => numbers.push(number),
+            // It was checked before, but the engine has the last word.
+            Err(refusal) => {
+                let error = ApiError::field(refusal.parameter, refusal.message);
+                let _ = self.sender.send(Err(error));
+            }
+        }
+    }
+}
+
+/// Counts what the engine does for a prompt. It has the turn, which ends when the engine lets go of both.
+struct Meter {
+    turn: Turn,
+    metrics: ModelMetrics,
+    /// Not kept alive, so that the log is not written by the engine's thread.
+    record: Weak<Record>,
+    /// When each text had its last token.
+    last: Vec<Option<Instant>>,
+    charged: usize,
+}
+
+impl Meter {
+    fn new(live: &Live, record: &Arc<Record>, turn: Turn, request: &Request) -> Meter {
+        turn.charge(request.prompt.len());
+        live.metrics.prompt_tokens.inc_by(request.prompt.len() as u64);
+        Meter {
+            turn,
+            metrics: live.metrics.clone(),
+            record: Arc::downgrade(record),
+            last: vec![None; request.parameters.n],
+            charged: 0,
+        }
+    }
+
+    fn count(&mut self, event: &Event) {
+        match event {
+            Event::Text { choice, piece } => {
+                let (now, tokens) = (Instant::now(), piece.tokens.len());
+                match self.last.get_mut(*choice).and_then(|last| last.replace(now)) {
+                    Some(last) => (0..tokens).for_each(|_| {
+                        self.metrics.between_tokens.observe((now - last).as_secs_f64() / tokens as f64);
+                    }),
+                    None => {
+                        if let Some(record) = self.record.upgrade() {
+                            let time = record.note_time("first_token_seconds");
+                            self.metrics.first_token.observe(time.as_secs_f64());
+                        }
+                    }
+                }
+                self.charge(tokens);
+            }
+            // Texts that were not given back were computed, too.
+            Event::Done(usage) => self.charge(usage.generated.saturating_sub(self.charged)),
+            Event::Prompt(_) | Event::End { .. } | Event::Failed(_) => {}
+        }
+    }
+
+    fn charge(&mut self, tokens: usize) {
+        self.charged += tokens;
+        self.turn.charge(tokens);
+        self.metrics.generated_tokens.inc_by(tokens as u64);
+    }
+}

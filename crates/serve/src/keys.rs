@@ -1,0 +1,265 @@
+//! API keys: only their hashes are kept, and how long a comparison takes tells nothing.
+//!
+//! A key is 256 random bits, so its plain SHA-256 can be neither inverted nor guessed; a slow hash, as for passwords that
+//! people choose, would only cost time. A file has a line for each key:
+//!
+//! ```text
+//! # name   SHA-256 of the key, in hexadecimal                                limits, if there are any
+//! alice    9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08  at-once=8 per-minute=600
+//! ```
+
+use crate::error::ApiError;
+use anyhow::{Context, Result, bail, ensure};
+use sha2::{Digest, Sha256};
+use std::collections::VecDeque;
+use std::fs;
+use std::io::Read;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// All keys that are let in. Without any, everybody is.
+#[derive(Debug, Default)]
+pub struct Keys {
+    keys: Vec<Arc<Key>>,
+}
+
+/// One of them.
+#[derive(Debug)]
+pub(crate) struct Key {
+    pub(crate) name: Arc<str>,
+    hash: [u8; 32],
+    /// Requests at one time, and in a minute.
+    at_once: Option<usize>,
+    per_minute: Option<usize>,
+    used: Mutex<Used>,
+}
+
+#[derive(Debug, Default)]
+struct Used {
+    now: usize,
+    /// When the requests of the last minute came.
+    last_minute: VecDeque<Instant>,
+}
+
+/// A request under a key's limits; it is over when this is dropped.
+pub(crate) struct Use(Arc<Key>);
+
+impl Keys {
+    /// Reads a file of keys.
+    ///
+    /// # Errors
+    /// When it cannot be read or has no keys; a line that is wrong is named.
+    pub fn read(path: &Path) -> Result<Keys> {
+        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let parse = || -> Result<Keys> {
+            let mut keys: Vec<Arc<Key>> = Vec::new();
+            for (number, line) in (1..).zip(text.lines()) {
+                let line = line.split('#').next().unwrap_or("").trim();
+                if line.is_empty() {
+                    continue;
+                }
+                let key = Key::parse(line).with_context(|| format!("line {number}"))?;
+                let same = keys.iter().any(|other| other.name == key.name || other.hash == key.hash);
+                ensure!(!same, "line {number}: the name or the key {:?} was there before", key.name);
+                keys.push(Arc::new(key));
+            }
+            ensure!(
+                !keys.is_empty(),
+                "it has no keys, so nobody could use the server; add one: ferropt serve key NAME >> {}",
+                path.display()
+            );
+            Ok(Keys { keys })
+        };
+        parse().with_context(|| format!("cannot use the keys in {}", path.display()))
+    }
+
+    /// Whether everybody is let in.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+
+    /// The key of an `Authorization` header. All keys are compared, to the last byte, whatever the header is.
+    ///
+    /// # Errors
+    /// 401 when it is none of them.
+    pub(crate) fn find(&self, header: Option<&[u8]>) -> Result<Arc<Key>, ApiError> {
+        let token = header.and_then(bearer);
+        let hash: [u8; 32] = Sha256::digest(token.unwrap_or(b"")).into();
+        let mut found = None;
+        for key in &self.keys {
+            if same(&key.hash, &hash) {
+                found = Some(key);
+            }
+        }
+        found.filter(|_| token.is_some()).cloned().ok_or_else(|| {
+            ApiError::no_key(match token {
+                Some(_) => "the API key is not known here",
+                None => "there is no API key; send one as a header, Authorization: Bearer KEY",
+            })
+        })
+    }
+}
+
+/// What comes behind `Bearer`, a word that may be written in any case (RFC 9110, 11.1).
+fn bearer(header: &[u8]) -> Option<&[u8]> {
+    let (scheme, token) = header.split_at_checked(7)?;
+    scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
+}
+
+/// Compares in a time that does not depend on where they differ.
+fn same(a: &[u8; 32], b: &[u8; 32]) -> bool {
+    let difference = a.iter().zip(b).fold(0, |all, (a, b)| all | (a ^ b));
+    std::hint::black_box(difference) == 0
+}
+
+impl Key {
+    fn parse(line: &str) -> Result<Key> {
+        let mut words = line.split_whitespace();
+        let (Some(name), Some(hash)) = (words.next(), words.next()) else {
+            bail!("expected a name and the key's SHA-256, as `ferropt serve key NAME` prints them")
+        };
+        let hash = unhex(hash).with_context(|| {
+            format!("{hash:?} is no SHA-256 of 64 hexadecimal digits; `ferropt serve key NAME` makes one")
+        })?;
+        let (mut at_once, mut per_minute) = (None, None);
+        for word in words {
+            let (limit, value) = word.split_once('=').unwrap_or((word, ""));
+            let place = match limit {
+                "at-once" => &mut at_once,
+                "per-minute" => &mut per_minute,
+                _ => bail!("{word:?} is no limit; there is at-once=N and per-minute=N"),
+            };
+            let value = value.parse().ok().filter(|value| *value > 0);
+            *place = Some(value.with_context(|| format!("{word:?}: expected a number from 1 up"))?);
+        }
+        Ok(Key { name: name.into(), hash, at_once, per_minute, used: Mutex::default() })
+    }
+
+    /// Begins a request.
+    ///
+    /// # Errors
+    /// 429 when that is one more than the key allows.
+    pub(crate) fn begin(self: &Arc<Self>, now: Instant) -> Result<Use, ApiError> {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(most) = self.at_once.filter(|most| used.now >= *most) {
+            let message = format!("this key allows {most} requests at once, and so many are under way");
+            return Err(ApiError::too_many("key_at_once", 1, message));
+        }
+        if let Some(most) = self.per_minute {
+            const MINUTE: Duration = Duration::from_secs(60);
+            while used.last_minute.pop_front_if(|then| now.duration_since(*then) >= MINUTE).is_some() {}
+            if let Some(oldest) = used.last_minute.front().filter(|_| used.last_minute.len() >= most) {
+                let left = MINUTE.saturating_sub(now.duration_since(*oldest)).as_secs() + 1;
+                let message = format!("this key allows {most} requests a minute, and so many were made");
+                return Err(ApiError::too_many("key_per_minute", left, message));
+            }
+            used.last_minute.push_back(now);
+        }
+        used.now += 1;
+        Ok(Use(self.clone()))
+    }
+}
+
+impl Drop for Use {
+    fn drop(&mut self) {
+        self.0.used.lock().unwrap_or_else(PoisonError::into_inner).now -= 1;
+    }
+}
+
+/// A new key, and the line of the file that lets it in.
+///
+/// # Errors
+/// When the name has spaces, or the system gives no random numbers.
+pub fn new_key(name: &str) -> Result<(String, String)> {
+    ensure!(
+        !name.is_empty() && !name.contains(|c: char| c.is_whitespace() || c == '#'),
+        "{name:?} is no name for a key: it may have no spaces and no #"
+    );
+    let mut random = [0; 32];
+    fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut random))
+        .context("the system gives no random numbers: /dev/urandom cannot be read")?;
+    let key = format!("fo-{}", hex(&random));
+    let line = format!("{name} {}", hex(&Sha256::digest(&key)));
+    Ok((key, line))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
+}
+
+fn unhex(text: &str) -> Option<[u8; 32]> {
+    let mut bytes = [0; 32];
+    if text.len() != 64 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return None;
+    }
+    for (i, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&text[2 * i..2 * i + 2], 16).ok()?;
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Keys> {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("keys");
+        fs::write(&file, text).unwrap();
+        Keys::read(&file)
+    }
+
+    #[test]
+    fn keys_are_made_read_and_found() {
+        let (alice, line) = new_key("alice").unwrap();
+        let (bob, other) = new_key("bob").unwrap();
+        assert_ne!(alice, bob);
+        assert!(!line.contains(&alice[3..]));
+        let keys = read(&format!("# all of them\n{line} at-once=2\n\n{other} # a comment\n")).unwrap();
+        let find = |header: &str| keys.find(Some(header.as_bytes())).map(|key| key.name.to_string());
+        assert_eq!(find(&format!("Bearer {alice}")).unwrap(), "alice");
+        assert_eq!(find(&format!("bearer  {bob} ")).unwrap(), "bob");
+        for wrong in
+            [format!("Basic {alice}"), format!("Bearer {}", &alice[..60]), "Bearer ".into(), "é".into()]
+        {
+            assert_eq!(find(&wrong).unwrap_err().status, 401, "{wrong}");
+        }
+        assert_eq!(keys.find(None).unwrap_err().status, 401);
+    }
+
+    #[test]
+    fn limits_hold() {
+        let (_, line) = new_key("a").unwrap();
+        let keys = read(&format!("{line} at-once=2 per-minute=4")).unwrap();
+        let (key, start) = (&keys.keys[0], Instant::now());
+        let at = |seconds| key.begin(start + Duration::from_secs(seconds));
+        let (first, second) = (at(0).unwrap(), at(1).unwrap());
+        assert_eq!(at(2).err().unwrap().code, "key_at_once");
+        drop(first);
+        let third = at(3).unwrap();
+        drop((second, third));
+        drop(at(4).unwrap());
+        let refused = at(5).err().unwrap();
+        assert_eq!((refused.code, refused.retry_after), ("key_per_minute", Some(56)));
+        drop(at(61).unwrap());
+    }
+
+    #[test]
+    fn wrong_lines_are_named() {
+        let (_, line) = new_key("a").unwrap();
+        for (text, part) in [
+            ("", "no keys"),
+            ("alice\n", "line 1"),
+            ("\nalice 1234\n", "line 2"),
+            (&format!("{line} at-once=0"), "at-once=0"),
+            (&format!("{line} fast=1"), "fast=1"),
+            (&format!("{line}\n{line}"), "line 2"),
+        ] {
+            let error = format!("{:#}", read(text).unwrap_err());
+            assert!(error.contains(part), "{text:?}: {error}");
+        }
+        assert!(new_key("a b").is_err());
+    }
+}

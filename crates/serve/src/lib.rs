@@ -1,0 +1,134 @@
+//! `ferropt serve`: OpenAI's and metaseq's APIs in front of the engine.
+//!
+//! A request's way: a connection (`listen`), who asks and which route (`service`, `routes`), its body (`body`, `fields`),
+//! what the engine shall compute (`prepare`), its turn (`queue`, `turn`), the engine's events (`job`), and the answer
+//! (`answer`, `layout`). `record` writes a line of the log when it is over.
+//!
+//! Every field of a body stands once, in `fields`, and every route once, in `routes`: what is read, what is refused, and the
+//! OpenAPI page (`openapi`) come from these two tables. A file for browsers is another line of the second.
+
+mod answer;
+mod app;
+mod asked;
+mod body;
+mod cors;
+mod error;
+mod fields;
+mod job;
+mod keys;
+mod layout;
+mod listen;
+mod metrics;
+mod models;
+mod openapi;
+mod operate;
+mod prepare;
+mod queue;
+mod record;
+mod routes;
+mod service;
+mod shapes;
+mod texts;
+mod turn;
+
+pub use app::Limits;
+pub use keys::{Keys, new_key};
+pub use models::ModelSource;
+pub use record::Log;
+
+use anyhow::{Context, Result};
+use app::{App, Phase};
+use models::{Models, State};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+use tokio::net::TcpListener;
+use tokio::runtime::{Builder, Runtime};
+use tokio::task::JoinHandle;
+
+/// What is served, where, and to whom.
+pub struct Options {
+    /// Where to listen; port 0 takes a free one.
+    pub address: SocketAddr,
+    /// Models, of which the first is used by requests that name none.
+    pub models: Vec<ModelSource>,
+    /// Other names of models.
+    pub aliases: Vec<(String, String)>,
+    /// Who may use it; everybody when there are none.
+    pub keys: Keys,
+    /// Origins of web pages that may use it.
+    pub cors: Vec<String>,
+    /// What a request, a client and the server may take.
+    pub limits: Limits,
+    /// A line for each request.
+    pub log: Log,
+}
+
+/// A server at work, on threads of its own.
+pub struct Server {
+    app: Arc<App>,
+    runtime: Runtime,
+    accepting: JoinHandle<()>,
+    address: SocketAddr,
+}
+
+/// Threads for connections; the rest belongs to the engines.
+const THREADS: usize = 2;
+
+impl Server {
+    /// Listens, and opens the models in the background.
+    ///
+    /// # Errors
+    /// When the address cannot be listened on, or names of models contradict each other.
+    pub fn start(options: Options) -> Result<Server> {
+        let Options { address, models, aliases, keys, cors, limits, log } = options;
+        let names = models.iter().map(|model| model.name.clone()).collect();
+        let app = Arc::new(App::new(Models::new(names, aliases)?, keys, cors, limits, log));
+        let runtime =
+            Builder::new_multi_thread().worker_threads(THREADS).thread_name("http").enable_all().build();
+        let runtime = runtime.context("cannot start the threads for connections")?;
+        let listener = runtime.block_on(TcpListener::bind(address)).with_context(|| {
+            format!("cannot listen on {address}; is another program there? --port 0 takes a free one")
+        })?;
+        let address = listener.local_addr().context("the system does not say on which port it listens")?;
+        app.log.line("listening", serde_json::json!({ "address": address.to_string() }));
+        let accepting = runtime.spawn(listen::accept(listener, app.clone()));
+        let opening = app.clone();
+        let open = move || models.into_iter().for_each(|model| service::open(&opening, model));
+        thread::Builder::new().name("open models".into()).spawn(open).context("cannot start a thread")?;
+        Ok(Server { app, runtime, accepting, address })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What is wrong with the models, if none can be used and none is being opened.
+    pub fn failure(&self) -> Option<String> {
+        let failed = self.app.models.states().map(|(name, state)| match state {
+            State::Failed(error) => Some(format!("{name}: {error}")),
+            State::Loading | State::Ready(_) => None,
+        });
+        failed.collect::<Option<Vec<String>>>().map(|errors| errors.join("\n"))
+    }
+
+    /// Takes no new requests, completes those that it has, for `within` at most, and ends. Returns how many were not
+    /// completed.
+    pub fn stop(self, within: Duration) -> usize {
+        let deadline = Instant::now() + within;
+        self.app.phase.send_replace(Phase::Draining);
+        self.app.log.line("stopping", serde_json::json!({ "requests": self.app.in_flight() }));
+        while self.app.in_flight() > 0 && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(10));
+        }
+        let left = self.app.in_flight();
+        self.app.phase.send_replace(Phase::Ending);
+        // It does not panic, and its own time is limited.
+        let _ = self.runtime.block_on(self.accepting);
+        self.app.log.line("stopped", serde_json::json!({ "not_completed": left }));
+        self.runtime.shutdown_timeout(Duration::from_secs(1));
+        left
+    }
+}

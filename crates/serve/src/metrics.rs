@@ -1,0 +1,168 @@
+//! What Prometheus reads.
+
+use crate::models::{Models, State};
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::{Family, MetricConstructor};
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+use std::sync::atomic::Ordering;
+
+/// Names and values.
+type Labels = Vec<(&'static str, String)>;
+type Counters = Family<Labels, Counter>;
+type Gauges = Family<Labels, Gauge>;
+type Histograms = Family<Labels, Histogram, Buckets>;
+
+/// Upper bounds in seconds.
+#[derive(Clone, Copy)]
+struct Buckets(&'static [f64]);
+
+impl MetricConstructor<Histogram> for Buckets {
+    fn new_metric(&self) -> Histogram {
+        Histogram::new(self.0.iter().copied())
+    }
+}
+
+/// From a step of a small model to a long wait.
+const WAITS: Buckets = Buckets(&[
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
+]);
+/// Between two tokens.
+const STEPS: Buckets = Buckets(&[
+    0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0,
+]);
+
+/// All metrics of a server.
+pub(crate) struct Metrics {
+    registry: Registry,
+    requests: Counters,
+    refusals: Counters,
+    seconds: Histograms,
+    first_token: Histograms,
+    between_tokens: Histograms,
+    queued: Histograms,
+    prompt_tokens: Counters,
+    generated_tokens: Counters,
+    cancelled: Counters,
+    ready: Gauges,
+    waiting: Gauges,
+    running: Gauges,
+    pages: Gauges,
+    total_pages: Gauges,
+    reused: Counters,
+    preemptions: Counters,
+    in_flight: Gauge,
+}
+
+/// Those of one model, to be counted without looking anything up.
+#[derive(Clone)]
+pub(crate) struct ModelMetrics {
+    /// Seconds from a request's arrival to its first token.
+    pub(crate) first_token: Histogram,
+    /// Seconds from one token of a text to the next.
+    pub(crate) between_tokens: Histogram,
+    /// Seconds in the queue.
+    pub(crate) queued: Histogram,
+    pub(crate) prompt_tokens: Counter,
+    pub(crate) generated_tokens: Counter,
+    /// Requests that were given up before their end.
+    pub(crate) cancelled: Counter,
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Metrics {
+        let mut registry = Registry::with_prefix("ferropt");
+        let counters = |registry: &mut Registry, name: &str, help: &str| {
+            let family = Counters::default();
+            registry.register(name, help, family.clone());
+            family
+        };
+        let gauges = |registry: &mut Registry, name: &str, help: &str| {
+            let family = Gauges::default();
+            registry.register(name, help, family.clone());
+            family
+        };
+        let histograms = |registry: &mut Registry, name: &str, help: &str, buckets| {
+            let family = Histograms::new_with_constructor(buckets);
+            registry.register_with_unit(name, help, Unit::Seconds, family.clone());
+            family
+        };
+        let r = &mut registry;
+        let in_flight = Gauge::default();
+        r.register("requests_in_flight", "Requests whose answer is not complete", in_flight.clone());
+        Metrics {
+            requests: counters(r, "requests", "Answers, by route and status"),
+            refusals: counters(r, "refusals", "Requests that were refused or failed, by the error's code"),
+            seconds: histograms(r, "request", "From a request to the end of its answer, by route", WAITS),
+            first_token: histograms(r, "time_to_first_token", "From a request to its first token", WAITS),
+            between_tokens: histograms(r, "inter_token", "From one token of a text to the next", STEPS),
+            queued: histograms(r, "queue", "Waiting for a turn", WAITS),
+            prompt_tokens: counters(r, "prompt_tokens", "Tokens of prompts"),
+            generated_tokens: counters(r, "generated_tokens", "Tokens generated"),
+            cancelled: counters(r, "cancelled", "Requests that were given up before their end"),
+            ready: gauges(r, "model_ready", "Whether the model can be used"),
+            waiting: gauges(r, "queue_length", "Texts that wait for a turn"),
+            running: gauges(r, "running", "Texts that are being computed"),
+            pages: gauges(r, "cache_pages_used", "Pages of the cache in use"),
+            total_pages: gauges(r, "cache_pages", "Pages of the cache"),
+            reused: counters(r, "reused_tokens", "Tokens of prompts that an earlier text had"),
+            preemptions: counters(r, "preemptions", "Times that a text lost its place in the cache"),
+            in_flight,
+            registry,
+        }
+    }
+
+    /// Those of one model.
+    pub(crate) fn of_model(&self, name: &str) -> ModelMetrics {
+        let labels = model(name);
+        ModelMetrics {
+            first_token: self.first_token.get_or_create(&labels).clone(),
+            between_tokens: self.between_tokens.get_or_create(&labels).clone(),
+            queued: self.queued.get_or_create(&labels).clone(),
+            prompt_tokens: self.prompt_tokens.get_or_create(&labels).clone(),
+            generated_tokens: self.generated_tokens.get_or_create(&labels).clone(),
+            cancelled: self.cancelled.get_or_create(&labels).clone(),
+        }
+    }
+
+    /// Counts an answer; `code` is that of its error.
+    pub(crate) fn answered(&self, route: &str, status: u16, seconds: f64, code: Option<&str>) {
+        let route = ("route", route.to_string());
+        self.seconds.get_or_create(&vec![route.clone()]).observe(seconds);
+        self.requests.get_or_create(&vec![route, ("status", status.to_string())]).inc();
+        if let Some(code) = code {
+            self.refusals.get_or_create(&vec![("code", code.to_string())]).inc();
+        }
+    }
+
+    /// All of them as text.
+    pub(crate) fn text(&self, models: &Models, in_flight: usize) -> String {
+        self.in_flight.set(in_flight as i64);
+        for (name, state) in models.states() {
+            let labels = model(name);
+            let State::Ready(live) = state else {
+                self.ready.get_or_create(&labels).set(0);
+                continue;
+            };
+            let load = live.engine.load();
+            self.ready.get_or_create(&labels).set(1);
+            self.waiting.get_or_create(&labels).set(live.gate.waiting() as i64);
+            self.running.get_or_create(&labels).set((load.running + load.waiting) as i64);
+            self.pages.get_or_create(&labels).set(load.pages as i64);
+            self.total_pages.get_or_create(&labels).set(load.total_pages as i64);
+            // The engine counts these itself.
+            self.reused.get_or_create(&labels).inner().store(load.reused_tokens, Ordering::Relaxed);
+            self.preemptions.get_or_create(&labels).inner().store(load.preemptions, Ordering::Relaxed);
+        }
+        let mut text = String::new();
+        // A String takes everything.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+}
+
+fn model(name: &str) -> Labels {
+    vec![("model", name.to_string())]
+}

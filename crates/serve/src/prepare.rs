@@ -1,0 +1,120 @@
+//! From what was asked for to what the engine computes.
+
+use crate::asked::{Asked, Prompt, Role};
+use crate::error::ApiError;
+use crate::models::Live;
+use ferropt_engine::{Conversation, Parameters, Refusal, Request, Speaker};
+
+/// Texts of one request at most, over all prompts.
+const MOST_TEXTS: usize = 1024;
+/// Bytes of text from which tokenising would make others wait.
+const LONG: usize = 1 << 16;
+
+/// What the engine shall compute, with as many texts for each.
+///
+/// # Errors
+/// 400 for what the model or the engine cannot do.
+pub(crate) fn requests(
+    live: &Live,
+    asked: &mut Asked,
+    random: impl Fn() -> u64,
+) -> Result<Vec<Request>, ApiError> {
+    if !asked.messages.is_empty() {
+        converse(asked);
+    }
+    let p = &mut asked.parameters;
+    p.temperature = asked.temperature.unwrap_or(if p.beams.is_some() { 0.0 } else { 1.0 });
+    let (prompts, computed) = (asked.prompts.len(), p.computed().max(p.beams.unwrap_or(1)));
+    if prompts * computed > MOST_TEXTS {
+        let message = format!(
+            "{prompts} prompts with {computed} texts each are {} texts, which is more than {MOST_TEXTS} in one request",
+            prompts * computed
+        );
+        return Err(ApiError::field("prompt", message));
+    }
+    let bytes: usize = asked.prompts.iter().map(Prompt::bytes).sum();
+    let work = || {
+        let one = |prompt: &Prompt| one(live, asked, prompt, asked.seed.unwrap_or_else(&random));
+        asked.prompts.iter().map(one).collect()
+    };
+    if bytes > LONG { tokio::task::block_in_place(work) } else { work() }
+}
+
+fn one(live: &Live, asked: &Asked, prompt: &Prompt, seed: u64) -> Result<Request, ApiError> {
+    // A text's `</s>` is not what was asked for, so it is not given back.
+    let (ids, from) = match prompt {
+        Prompt::Text(text) => (tokens(live, text, true)?, 1),
+        Prompt::Ids(ids) => (ids.clone(), 0),
+    };
+    let echo = (asked.echo && from < ids.len()).then_some(from);
+    let parameters = Parameters { seed, echo, ..asked.parameters.clone() };
+    let request = Request { prompt: ids, parameters };
+    request
+        .check(&live.engine.capacity())
+        .map_err(|refusal| refused(&refusal, request.prompt.len(), live))?;
+    Ok(request)
+}
+
+/// Tokens of a text, with `</s>` in front or not.
+///
+/// # Errors
+/// 400 when it is so long that no model's positions could hold it, which is found without tokenising.
+pub(crate) fn tokens(live: &Live, text: &str, special: bool) -> Result<Vec<u32>, ApiError> {
+    let positions = live.engine.capacity().positions;
+    let most = positions * live.longest_token;
+    if text.len() > most {
+        let message = format!(
+            "a text of {} bytes has more tokens than the model has positions, which are {positions}; shorten it",
+            text.len()
+        );
+        return Err(too_long(message));
+    }
+    let tokenizer = live.tokenizer();
+    let tokens = if special { tokenizer.encode_prompt(text) } else { tokenizer.encode(text) };
+    tokens.map_err(|error| ApiError::field("prompt", format!("{error:#}")))
+}
+
+fn too_long(message: String) -> ApiError {
+    ApiError { code: "context_length_exceeded", ..ApiError::field("prompt", message) }
+}
+
+fn refused(refusal: &Refusal, prompt: usize, live: &Live) -> ApiError {
+    match refusal.parameter {
+        "prompt" if prompt > live.engine.capacity().positions => too_long(refusal.message.clone()),
+        "log_probs" => ApiError::field("logprobs", refusal.message.clone()),
+        parameter => ApiError::field(parameter, refusal.message.clone()),
+    }
+}
+
+/// Makes one prompt of a conversation, as `ferropt chat` does.
+fn converse(asked: &mut Asked) {
+    let said = |role| asked.messages.iter().filter(move |(own, _)| *own == role);
+    let system: Vec<&str> = said(Role::System).map(|(_, text)| text.trim()).collect();
+    let mut conversation = Conversation::default();
+    if !system.is_empty() {
+        conversation.system = system.join("\n");
+    }
+    let turns = asked.messages.iter().filter_map(|(role, text)| match role {
+        Role::System => None,
+        Role::User => Some((Speaker::User, text.as_str())),
+        Role::Assistant => Some((Speaker::Assistant, text.as_str())),
+    });
+    asked.prompts = vec![Prompt::Text(conversation.prompt(turns))];
+    // Searches go without stop strings.
+    if asked.parameters.beams.is_none() {
+        asked.parameters.stop.push(conversation.stop());
+    }
+    asked.parameters.log_probs = match asked.chat_log_probs {
+        true => Some(asked.parameters.log_probs.unwrap_or(0)),
+        false => None,
+    };
+}
+
+impl Prompt {
+    fn bytes(&self) -> usize {
+        match self {
+            Prompt::Text(text) => text.len(),
+            Prompt::Ids(_) => 0,
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! From an HTTP request to a handler and back: who asks, which route, what is logged.
+
+use crate::app::App;
+use crate::cors;
+use crate::error::ApiError;
+use crate::models::State as ModelState;
+use crate::record::Record;
+use crate::routes::{Call, ROUTES, Route};
+use axum::Router;
+use axum::body::Body;
+use axum::extract::RawPathParams;
+use axum::http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts};
+use axum::routing::any;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Peer(pub(crate) SocketAddr);
+
+/// All routes of the table, and the answer to everything else.
+pub(crate) fn router(app: &Arc<App>) -> Router {
+    let mut router = Router::new();
+    let mut paths: Vec<&str> = ROUTES.iter().map(|route| route.path).collect();
+    paths.sort_unstable();
+    paths.dedup();
+    for path in paths {
+        let app = app.clone();
+        router = router.route(path, any(move |request| answer(app.clone(), Some(path), request)));
+    }
+    let app = app.clone();
+    router.fallback(move |request| answer(app.clone(), None, request))
+}
+
+/// Answers a request for a path of the table, or for one that is not there.
+async fn answer(app: Arc<App>, path: Option<&'static str>, request: Request<Body>) -> Response<Body> {
+    let origin = cors::allowed(&app.cors, request.headers()).cloned();
+    if let Some(origin) = &origin
+        && request.method() == Method::OPTIONS
+        && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
+    {
+        let mut response = Response::new(Body::empty());
+        *response.status_mut() = StatusCode::NO_CONTENT;
+        cors::permit(response.headers_mut(), origin);
+        return response;
+    }
+    let record = Arc::new(Record::new(app.clone(), path.unwrap_or("unknown"), request.method().as_str()));
+    let mut stays = false;
+    let mut response = match find(&app, path, &record, request).await {
+        Ok(call) => {
+            stays = call.route.generates();
+            call.route.handle(call).await
+        }
+        Err(error) => Err(error),
+    }
+    .unwrap_or_else(|error| {
+        stays = false;
+        record.error(error.code);
+        error.response()
+    });
+    record.status(response.status().as_u16());
+    // Where texts are generated, the job knows when all of them were.
+    if !stays {
+        record.complete();
+    }
+    if let Some(origin) = &origin {
+        cors::permit(response.headers_mut(), origin);
+    }
+    if let Ok(id) = HeaderValue::from_str(&record.id) {
+        response.headers_mut().insert("x-request-id", id);
+    }
+    response
+}
+
+/// Finds out who asks, then the route. Who may not ask learns nothing about routes.
+async fn find(
+    app: &Arc<App>,
+    path: Option<&'static str>,
+    record: &Arc<Record>,
+    request: Request<Body>,
+) -> Result<Call, ApiError> {
+    let there = || ROUTES.iter().filter(|route| Some(route.path) == path);
+    let (mut parts, body) = request.into_parts();
+    let client: Arc<str> = if app.keys.is_empty() || there().any(|route| route.open) {
+        address(&parts).into()
+    } else {
+        let key = app.keys.find(parts.headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes))?;
+        if there().any(Route::generates) {
+            record.is_under(key.begin(Instant::now())?);
+        }
+        key.name.clone()
+    };
+    record.note("client", &*client);
+    let method = if parts.method == Method::HEAD { "GET" } else { parts.method.as_str() };
+    let Some(route) = there().find(|route| route.method == method) else {
+        return Err(refuse(&parts, there()));
+    };
+    let name = parameter(&mut parts).await?;
+    let request = Request::from_parts(parts, body);
+    Ok(Call { app: app.clone(), route, record: record.clone(), client, name, request })
+}
+
+/// The address without the port, which is another one for each connection.
+fn address(parts: &Parts) -> String {
+    let ip = parts.extensions.get::<Peer>().map(|peer| peer.0.ip());
+    ip.map(|ip: IpAddr| ip.to_canonical().to_string()).unwrap_or_default()
+}
+
+fn refuse(parts: &Parts, there: impl Iterator<Item = &'static Route>) -> ApiError {
+    let (method, path) = (&parts.method, parts.uri.path());
+    let path: String = path.chars().take(100).collect();
+    let methods: Vec<&str> = there.map(|route| route.method).collect();
+    if methods.is_empty() {
+        let message = format!("there is no {path}; /openapi.json has all routes");
+        return ApiError::not_found("unknown_route", message);
+    }
+    let allow = methods.join(", ");
+    let message = format!("{path} does not know the method {method}; use {allow}");
+    ApiError::method(allow, message)
+}
+
+/// What stands for the braces in the path.
+async fn parameter(parts: &mut Parts) -> Result<Option<String>, ApiError> {
+    use axum::extract::FromRequestParts;
+    let parameters = RawPathParams::from_request_parts(parts, &()).await;
+    let parameters = parameters
+        .map_err(|_| ApiError::not_found("unknown_route", "the path is not UTF-8 when it is decoded"))?;
+    Ok(parameters.iter().next().map(|(_, value)| value.to_string()))
+}
+
+/// Opens a model and tells the log.
+pub(crate) fn open(app: &App, source: crate::ModelSource) {
+    let started = Instant::now();
+    let crate::ModelSource { name, open } = source;
+    let state = match open() {
+        Ok(model) => {
+            let metrics = app.metrics.of_model(&name);
+            for damage in &model.damaged {
+                let damage = format!("{damage:#}");
+                app.log
+                    .line("damaged_checkpoint", serde_json::json!({ "model": name, "passed_over": damage }));
+            }
+            let capacity = model.engine.capacity();
+            let line = serde_json::json!({
+                "model": name, "seconds": started.elapsed().as_secs_f64(), "weights": model.weights.name(),
+                "weight_bytes": model.weight_bytes, "step": model.step, "positions": capacity.positions,
+                "cache_pages": capacity.pages, "sequences": capacity.sequences,
+            });
+            app.log.line("model_ready", line);
+            let live = crate::models::Live::new(name.clone(), model.engine, app.limits.queue, metrics);
+            ModelState::Ready(Arc::new(live))
+        }
+        Err(error) => {
+            let error = format!("{error:#}");
+            app.log.line("model_failed", serde_json::json!({ "model": name, "error": error }));
+            ModelState::Failed(error)
+        }
+    };
+    app.models.set(&name, state);
+}

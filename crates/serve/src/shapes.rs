@@ -1,0 +1,179 @@
+//! Fields that are neither a number, a flag nor a text: their JSON schemas, and reading them.
+
+use crate::asked::{Asked, Prompt, Role};
+use crate::fields::whole;
+use serde_json::Value;
+
+pub(crate) const IDS: &str =
+    r#"{"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 4294967295}}"#;
+
+pub(crate) const PROMPT: &str = r#"{"anyOf": [
+    {"type": "string"},
+    {"type": "array", "minItems": 1, "items": {"type": "string"}},
+    {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": 4294967295}},
+    {"type": "array", "minItems": 1, "items": {"type": "array", "minItems": 1,
+        "items": {"type": "integer", "minimum": 0, "maximum": 4294967295}}}]}"#;
+
+pub(crate) const MESSAGES: &str = r#"{"type": "array", "minItems": 1, "items": {"type": "object",
+    "required": ["role", "content"], "properties": {
+        "role": {"enum": ["system", "developer", "user", "assistant"]},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object",
+            "required": ["type", "text"], "properties": {"type": {"enum": ["text"]}, "text": {"type": "string"}}}}]},
+        "name": {"type": ["string", "null"]}}}}"#;
+
+pub(crate) const STOP: &str = r#"{"anyOf": [{"type": ["string", "null"], "minLength": 1, "maxLength": 500},
+    {"type": "array", "maxItems": 60, "items": {"type": "string", "minLength": 1, "maxLength": 500}}]}"#;
+
+/// Most stop strings of a request; a conversation has one of its own.
+const STOPS: usize = 60;
+/// Characters of the longest: how much of each a text's end could be is looked at for every byte of the text.
+const STOP_LENGTH: usize = 500;
+
+pub(crate) const LOGIT_BIAS: &str = r#"{"type": ["object", "null"], "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}"#;
+
+pub(crate) const STREAM_OPTIONS: &str = r#"{"type": ["object", "null"], "additionalProperties": false, "properties": {
+    "include_usage": {"type": ["boolean", "null"]},
+    "include_obfuscation": {"type": ["boolean", "null"], "description": "Taken, and not used."}}}"#;
+
+/// One prompt or several.
+pub(crate) fn prompt(asked: &mut Asked, value: &Value) -> Result<(), String> {
+    const EXPECTED: &str = "expected a text, a list of token ids, or a list of texts or of such lists";
+    asked.prompts = match value {
+        Value::String(text) => vec![Prompt::Text(text.clone())],
+        Value::Array(list) => match list.first() {
+            None => return Err("the list is empty".into()),
+            Some(Value::Number(_)) => vec![Prompt::Ids(ids(value)?)],
+            Some(Value::String(_)) => {
+                let text = |(at, item): (usize, &Value)| match item {
+                    Value::String(text) => Ok(Prompt::Text(text.clone())),
+                    _ => Err(format!("what is at place {at} of the list is no text, but the first is")),
+                };
+                list.iter().enumerate().map(text).collect::<Result<_, _>>()?
+            }
+            Some(Value::Array(_)) => {
+                let one = |(at, item): (usize, &Value)| match ids(item) {
+                    Ok(ids) if ids.is_empty() => Err(format!("the list at place {at} is empty")),
+                    ids => ids.map(Prompt::Ids).map_err(|wrong| format!("at place {at}: {wrong}")),
+                };
+                list.iter().enumerate().map(one).collect::<Result<_, _>>()?
+            }
+            _ => return Err(EXPECTED.into()),
+        },
+        _ => return Err(EXPECTED.into()),
+    };
+    Ok(())
+}
+
+/// A list of token ids.
+pub(crate) fn ids(value: &Value) -> Result<Vec<u32>, String> {
+    let list = value.as_array().ok_or("expected a list of token ids")?;
+    let id = |item: &Value| whole(item).and_then(|id| u32::try_from(id).ok());
+    list.iter().map(|item| id(item).ok_or_else(|| format!("{} is no token id", short(item)))).collect()
+}
+
+/// The messages of a conversation.
+pub(crate) fn messages(asked: &mut Asked, value: &Value) -> Result<(), String> {
+    let list = value.as_array().ok_or("expected a list of messages")?;
+    if list.is_empty() {
+        return Err("the list is empty".into());
+    }
+    for (at, message) in list.iter().enumerate() {
+        let role = match message["role"].as_str() {
+            Some("system" | "developer") => Role::System,
+            Some("user") => Role::User,
+            Some("assistant") => Role::Assistant,
+            _ => {
+                let role = short(&message["role"]);
+                return Err(format!("message {at} has the role {role}; there is system, user and assistant"));
+            }
+        };
+        let content = match &message["content"] {
+            Value::String(text) => text.clone(),
+            Value::Array(parts) => parts.iter().map(part).collect::<Result<_, _>>()?,
+            _ => return Err(format!("message {at} has no content that is a text or a list of parts")),
+        };
+        asked.messages.push((role, content));
+    }
+    Ok(())
+}
+
+fn part(part: &Value) -> Result<&str, String> {
+    match (part["type"].as_str(), part["text"].as_str()) {
+        (Some("text"), Some(text)) => Ok(text),
+        (kind, _) => Err(format!("a part of the type {kind:?} is no text, and OPT knows text only")),
+    }
+}
+
+/// Strings at which a text ends.
+pub(crate) fn stop(asked: &mut Asked, value: &Value) -> Result<(), String> {
+    let list = match value {
+        Value::String(_) => std::slice::from_ref(value),
+        Value::Array(list) => list,
+        _ => return Err("expected a text or a list of texts".into()),
+    };
+    if list.len() > STOPS {
+        return Err(format!("{} strings are more than {STOPS}", list.len()));
+    }
+    for stop in list {
+        let stop = stop.as_str().ok_or_else(|| format!("{} is no text", short(stop)))?;
+        let length = stop.chars().count();
+        if stop.is_empty() {
+            return Err("a string is empty, so that every text would end at once; leave it out".into());
+        }
+        if length > STOP_LENGTH {
+            return Err(format!("a string of {length} characters is longer than {STOP_LENGTH}"));
+        }
+        asked.parameters.stop.push(stop.into());
+    }
+    Ok(())
+}
+
+/// Biases by token id.
+pub(crate) fn logit_bias(asked: &mut Asked, value: &Value) -> Result<(), String> {
+    let object = value.as_object().ok_or("expected an object of token ids and numbers")?;
+    for (id, bias) in object {
+        let number = id.parse().ok().filter(|_| id.bytes().all(|b| b.is_ascii_digit()));
+        let number = number.ok_or_else(|| format!("{} is no token id", short(&id.as_str().into())))?;
+        let bias = bias.as_f64().filter(|bias| (-100.0..=100.0).contains(bias));
+        let bias = bias.ok_or_else(|| {
+            format!("the bias of token {id} is {}, not a number from -100 to 100", short(&object[id]))
+        })?;
+        asked.parameters.logit_bias.push((number, bias as f32));
+    }
+    Ok(())
+}
+
+/// `include_usage`.
+pub(crate) fn stream_options(asked: &mut Asked, value: &Value) -> Result<(), String> {
+    let object = value.as_object().ok_or("expected an object")?;
+    for (name, value) in object {
+        match (name.as_str(), value) {
+            ("include_usage", Value::Bool(include)) => asked.include_usage = Some(*include),
+            ("include_obfuscation", Value::Bool(_) | Value::Null) | ("include_usage", Value::Null) => {}
+            ("include_usage" | "include_obfuscation", _) => {
+                return Err(format!("{name} is not true or false"));
+            }
+            _ => {
+                return Err(format!("{} is not known; there is include_usage", short(&name.as_str().into())));
+            }
+        }
+    }
+    asked.include_usage.get_or_insert(false);
+    Ok(())
+}
+
+/// 0 keeps no token but the likeliest.
+pub(crate) fn top_p(asked: &mut Asked, value: f64) {
+    // Above 0 as a double may be 0 as a float.
+    match value as f32 {
+        0.0 => asked.parameters.top_k = Some(1),
+        value => asked.parameters.top_p = value,
+    }
+}
+
+/// A value in an error message.
+fn short(value: &Value) -> String {
+    let text = value.to_string();
+    if text.chars().count() <= 60 { text } else { text.chars().take(60).chain("...".chars()).collect() }
+}

@@ -1,0 +1,139 @@
+//! Routes that generate and tokenise.
+
+use crate::answer::Answer;
+use crate::app::Phase;
+use crate::asked::{Asked, Prompt};
+use crate::body;
+use crate::error::{ApiError, json_response};
+use crate::fields::{self, CHAT, GENERATE, METASEQ};
+use crate::job::Job;
+use crate::layout::{Chat, Completion, Generate, Head, Layout};
+use crate::models::{Live, token_name, unix_seconds};
+use crate::prepare;
+use crate::routes::Call;
+use axum::body::Body;
+use axum::http::{Response, StatusCode};
+use serde_json::json;
+
+/// Tokens of a completion when nothing is said, as OpenAI's.
+const COMPLETION_TOKENS: usize = 16;
+
+/// Reads the body and finds the model.
+async fn begin(call: &mut Call) -> Result<(std::sync::Arc<Live>, Asked), ApiError> {
+    let request = std::mem::take(&mut call.request);
+    let object = body::object(request, &call.app.limits).await?;
+    let asked = fields::read(&object, call.route.body, call.route.required)?;
+    // metaseq never looked at the engine's name.
+    let engine = call.name.as_deref().filter(|name| call.app.models.has(name));
+    let live = call.app.models.find(asked.model.as_deref().or(engine))?;
+    call.record.note("model", live.name.as_str());
+    Ok((live, asked))
+}
+
+/// Continues texts.
+pub(crate) async fn generate(mut call: Call) -> Result<Response<Body>, ApiError> {
+    if *call.app.phase.borrow() > Phase::Serving {
+        return Err(ApiError::unavailable(
+            "server_stopping",
+            5,
+            "the server is stopping and takes no new requests",
+        ));
+    }
+    let (live, mut asked) = begin(&mut call).await?;
+    let body = call.route.body;
+    complete(&mut asked, body)?;
+    let (app, record) = (call.app, call.record);
+    let requests = prepare::requests(&live, &mut asked, || app.random())?;
+    let (prompts, n) = (requests.len(), asked.parameters.n);
+    record.note("texts_wanted", prompts * n);
+    record.note("stream", asked.stream);
+    if app.log.has_texts() {
+        let shown = |prompt: &Prompt| match prompt {
+            Prompt::Text(text) => text.clone(),
+            Prompt::Ids(ids) => live.tokenizer().decode(ids),
+        };
+        record.note("prompts", asked.prompts.iter().map(shown).collect::<Vec<_>>());
+    }
+    let job = Job::start(&app, live.clone(), &call.client, record.clone(), requests)?;
+    let include_usage = asked.include_usage.unwrap_or(body == GENERATE);
+    let prefix = if body == CHAT { "chatcmpl" } else { "cmpl" };
+    let head = Head {
+        id: format!("{prefix}-{}", record.id),
+        created: unix_seconds(),
+        model: asked.model.clone().unwrap_or_else(|| live.name.clone()),
+        include_usage: asked.stream && include_usage,
+    };
+    let answer = Answer {
+        job,
+        layout: layout(body, head, &live, &asked, prompts),
+        tokenizer: live.tokenizer().clone(),
+        record,
+        prompts,
+        n,
+        include_usage,
+        log_texts: app.log.has_texts(),
+    };
+    if asked.stream { answer.stream().await } else { answer.whole().await }
+}
+
+/// What a body of some kind means by saying nothing, and what it must not say.
+fn complete(asked: &mut Asked, body: u8) -> Result<(), ApiError> {
+    if asked.include_usage.is_some() && !asked.stream {
+        return Err(ApiError::field("stream_options", "stream_options needs stream = true"));
+    }
+    let p = &mut asked.parameters;
+    if body & (fields::COMPLETION | METASEQ) != 0 {
+        p.max_tokens.get_or_insert(COMPLETION_TOKENS.max(p.min_tokens));
+    }
+    if body == METASEQ {
+        p.log_probs.get_or_insert(0);
+        for prompt in &mut asked.prompts {
+            if let Prompt::Text(text) = prompt {
+                *text = text.replace("\r\n", "\n").replace('\r', "\n");
+            }
+        }
+    }
+    if body == CHAT && p.log_probs.is_some() && !asked.chat_log_probs {
+        return Err(ApiError::field("top_logprobs", "top_logprobs needs logprobs = true"));
+    }
+    Ok(())
+}
+
+fn layout(body: u8, head: Head, live: &Live, asked: &Asked, prompts: usize) -> Box<dyn Layout> {
+    let (tokenizer, p) = (live.tokenizer().clone(), &asked.parameters);
+    let texts = prompts * p.n;
+    match body {
+        CHAT => Box::new(Chat::new(head, tokenizer, texts, asked.chat_log_probs)),
+        GENERATE => Box::new(Generate::new(head, tokenizer, p.n, p.log_probs.is_some())),
+        _ => Box::new(Completion::new(head, tokenizer, texts, p.log_probs, body == METASEQ)),
+    }
+}
+
+/// Token ids of a text.
+pub(crate) async fn tokenize(mut call: Call) -> Result<Response<Body>, ApiError> {
+    let (live, asked) = begin(&mut call).await?;
+    let [Prompt::Text(text)] = asked.prompts.as_slice() else {
+        return Err(ApiError::field("prompt", "prompt: expected a text"));
+    };
+    let tokens = tokio::task::block_in_place(|| prepare::tokens(&live, text, asked.special))?;
+    let names = |ids: &[u32]| ids.iter().map(|id| token_name(live.tokenizer(), *id)).collect::<Vec<_>>();
+    let names = asked.token_names.then(|| names(&tokens));
+    let answer = json!({
+        "count": tokens.len(),
+        "max_model_len": live.engine.capacity().positions,
+        "tokens": tokens,
+        "token_strs": names,
+    });
+    Ok(json_response(StatusCode::OK, &answer))
+}
+
+/// Text of token ids.
+pub(crate) async fn detokenize(mut call: Call) -> Result<Response<Body>, ApiError> {
+    let (live, asked) = begin(&mut call).await?;
+    let known = live.engine.capacity().vocab;
+    if let Some(id) = asked.tokens.iter().find(|id| **id as usize >= known) {
+        let message = format!("tokens has the id {id}, but the vocabulary has {known} ids");
+        return Err(ApiError::field("tokens", message));
+    }
+    Ok(json_response(StatusCode::OK, &json!({ "prompt": live.tokenizer().decode(&asked.tokens) })))
+}

@@ -1,0 +1,266 @@
+//! Wrong, hostile and vanishing clients.
+
+use crate::client::until;
+use crate::{options, serve, stop};
+use ferropt_device::rng::{Purpose, Stream};
+use ferropt_serve::{Limits, Options};
+use serde_json::json;
+use std::time::Duration;
+
+#[test]
+fn refusals_name_the_field_the_value_and_the_limit() {
+    let (server, client) = serve(options());
+    let long = json!({ "prompt": "word ".repeat(2000) }).to_string();
+    let longer = json!({ "prompt": "x".repeat(1_000_000) }).to_string();
+    let many = json!({ "prompt": vec!["x"; 100], "n": 11 }).to_string();
+    for (path, body, status, code, param, part) in [
+        ("/v1/completions", "{", 400, "invalid_json", None, "line 1"),
+        ("/v1/completions", "[]", 400, "invalid_json", None, "object"),
+        ("/v1/completions", "{}", 400, "missing_field", Some("prompt"), "prompt"),
+        (
+            "/v1/completions",
+            r#"{"prompt": "x", "tmeperature": 1}"#,
+            400,
+            "unknown_field",
+            Some("tmeperature"),
+            "temperature",
+        ),
+        (
+            "/v1/completions",
+            r#"{"prompt": "x", "temperature": -1}"#,
+            400,
+            "invalid_value",
+            Some("temperature"),
+            "-1",
+        ),
+        ("/v1/completions", r#"{"prompt": [300]}"#, 400, "invalid_value", Some("prompt"), "300"),
+        (
+            "/v1/completions",
+            r#"{"prompt": "x", "best_of": 2, "n": 3}"#,
+            400,
+            "invalid_value",
+            Some("best_of"),
+            "n = 3",
+        ),
+        (
+            "/v1/completions",
+            r#"{"prompt": "x", "min_tokens": 5, "max_tokens": 2}"#,
+            400,
+            "invalid_value",
+            Some("min_tokens"),
+            "5",
+        ),
+        (
+            "/v1/completions",
+            r#"{"prompt": "x", "logit_bias": {"999": 1}}"#,
+            400,
+            "invalid_value",
+            Some("logit_bias"),
+            "999",
+        ),
+        (
+            "/v1/completions",
+            r#"{"prompt": "x", "stream_options": {}}"#,
+            400,
+            "invalid_value",
+            Some("stream_options"),
+            "stream",
+        ),
+        (
+            "/v1/completions",
+            r#"{"prompt": "x", "beams": 2, "top_k": 3}"#,
+            400,
+            "invalid_value",
+            Some("beams"),
+            "top_k",
+        ),
+        ("/v1/completions", &long, 400, "context_length_exceeded", Some("prompt"), "1024"),
+        ("/v1/completions", &longer, 400, "context_length_exceeded", Some("prompt"), "1000000"),
+        ("/v1/completions", &many, 400, "invalid_value", Some("prompt"), "1024"),
+        (
+            "/v1/completions",
+            r#"{"prompt": "x", "model": "gpt-4"}"#,
+            404,
+            "model_not_found",
+            Some("model"),
+            "gpt-4",
+        ),
+        (
+            "/v1/chat/completions",
+            r#"{"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}"#,
+            400,
+            "invalid_value",
+            Some("top_logprobs"),
+            "logprobs",
+        ),
+        ("/v1/chat/completions", r#"{"prompt": "x"}"#, 400, "missing_field", Some("messages"), "messages"),
+        (
+            "/completions",
+            r#"{"prompt": "x", "lambda_decay": 0.5}"#,
+            400,
+            "invalid_value",
+            Some("lambda_decay"),
+            "top_p",
+        ),
+        ("/detokenize", r#"{"tokens": [300]}"#, 400, "invalid_value", Some("tokens"), "300"),
+        ("/v1/nothing", "{}", 404, "unknown_route", None, "/v1/nothing"),
+    ] {
+        let answer = client.try_post(path, body);
+        let error = &answer.json()["error"];
+        assert_eq!(answer.status, status, "{error}");
+        assert_eq!((error["code"].as_str(), error["param"].as_str()), (Some(code), param), "{error}");
+        assert!(error["message"].as_str().unwrap().contains(part), "{part}: {error}");
+        assert_eq!(error["type"], "invalid_request_error");
+    }
+    let body = br#"{"prompt": "x"}"#;
+    for (method, path, headers, body, status, part) in [
+        ("GET", "/v1/completions", &[][..], &b""[..], 405, "POST"),
+        ("DELETE", "/v1/models/opt", &[], b"", 405, "GET"),
+        ("GET", "/v1/models/no/such/model", &[], b"", 404, "no/such/model"),
+        ("GET", "/%ff", &[], b"", 404, "%ff"),
+        ("GET", "/v1/models/%ff", &[], b"", 404, "UTF-8"),
+        ("POST", "/v1/completions", &[], body, 415, "Content-Type"),
+        ("POST", "/v1/completions", &[("Content-Type", "text/plain")], body, 415, "text/plain"),
+        (
+            "POST",
+            "/v1/completions",
+            &[("Content-Type", "application/json"), ("Content-Encoding", "gzip")],
+            body,
+            415,
+            "gzip",
+        ),
+        ("POST", "/v1/completions", &[("Content-Type", "application/json")], b"\xff\xfe", 400, "JSON"),
+    ] {
+        let answer = client.send(method, path, headers, body);
+        assert_eq!(answer.status, status, "{}", answer.text());
+        assert!(answer.json()["error"]["message"].as_str().unwrap().contains(part), "{}", answer.text());
+        assert_eq!(answer.header("allow").is_some(), status == 405);
+        assert!(answer.header("x-request-id").is_some());
+    }
+    stop(server);
+}
+
+#[test]
+fn malformed_http_and_json_are_never_the_servers_fault() {
+    let limits = Limits { body: 10_000, client_time: Duration::from_millis(300), ..Limits::default() };
+    let (server, client) = serve(Options { limits, ..options() });
+    let fails = |bytes: &[u8]| {
+        let answer = String::from_utf8_lossy(&client.raw(bytes)).into_owned();
+        assert!(!answer.starts_with("HTTP/1.1 5"), "{answer}");
+        answer
+    };
+    for bytes in [
+        &b""[..],
+        b"\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ] {
+        fails(bytes);
+    }
+    fails(&[&b"GET /"[..], &vec![b'a'; 100_000]].concat());
+    fails(&[&b"GET / HTTP/1.1\r\nx: "[..], &vec![b'a'; 200_000], b"\r\n\r\n"].concat());
+    let head =
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n";
+    // Slow headers, a slow body, and too much of it, announced or not.
+    fails(head.as_bytes());
+    let slow = fails(format!("{head}Content-Length: 50\r\n\r\n{{").as_bytes());
+    assert!(slow.starts_with("HTTP/1.1 408") && slow.contains("0.3 s"), "{slow}");
+    let announced = fails(format!("{head}Content-Length: 10001\r\n\r\n").as_bytes());
+    assert!(announced.starts_with("HTTP/1.1 413") && announced.contains("10000"), "{announced}");
+    let chunk = format!("3000\r\n{}\r\n", "x".repeat(0x3000));
+    let chunked = fails(format!("{head}Transfer-Encoding: chunked\r\n\r\n{chunk}").as_bytes());
+    assert!(chunked.starts_with("HTTP/1.1 413"), "{chunked}");
+    fails(format!("{head}Content-Length: 2000\r\n\r\n{}", "[".repeat(2000)).as_bytes());
+
+    // Bodies with anything done to them.
+    let good = r#"{"prompt": ["the cat", "x"], "max_tokens": 2, "n": 2, "logprobs": 3, "stop": ["a"], "stream": false,
+        "logit_bias": {"5": -1.5}, "temperature": 0.5, "seed": 12, "echo": true, "best_of": 2, "user": null}"#;
+    let (stream, cases) = (Stream::new(9, Purpose::Sampling, 0, 0), 400);
+    let spare =
+        [b'"', b'{', b'}', b'[', b']', b',', b':', b'-', b'9', b'e', b'.', 0, 0xff, b'\\', b' ', b't'];
+    for case in 0..cases {
+        let mut body = good.as_bytes().to_vec();
+        for change in 0..1 + case % 4 {
+            let word = |i| stream.word(case as u64, 4 * change + i) as usize;
+            let at = word(0) % body.len();
+            match word(1) % 3 {
+                0 => body[at] = spare[word(2) % spare.len()],
+                1 => body.insert(at, spare[word(2) % spare.len()]),
+                _ => drop(body.remove(at)),
+            }
+        }
+        let answer = client.send("POST", "/v1/completions", &[("Content-Type", "application/json")], &body);
+        assert!(
+            [200, 400, 404].contains(&answer.status),
+            "{}: {}",
+            String::from_utf8_lossy(&body),
+            answer.text()
+        );
+    }
+    stop(server);
+}
+
+#[test]
+fn clients_that_vanish_leave_nothing_behind() {
+    let (server, client) = serve(options());
+    let slow = json!({ "prompt": "the cat", "max_tokens": 1000, "ignore_eos": true, "stream": true, "n": 2 });
+    let whole = json!({ "prompt": ["the cat", "the dog"], "max_tokens": 1000, "ignore_eos": true });
+    for round in 0..15 {
+        // Some are computed, most wait; some are read from, some are not, some are no streams.
+        let mut connections: Vec<_> = (0..4).map(|_| client.begin("/v1/completions", &slow)).collect();
+        connections.push(client.begin("/v1/completions", &whole));
+        if round % 2 == 0 {
+            connections[0].until("data: {");
+        }
+    }
+    let free = || {
+        ["ferropt_cache_pages_used", "ferropt_running", "ferropt_queue_length", "ferropt_requests_in_flight"]
+            .iter()
+            .all(|metric| client.metric(metric) == 0.0)
+    };
+    until("everything is free", free);
+    assert!(client.metric("ferropt_cancelled_total") >= 60.0);
+    let answer =
+        client.post("/v1/completions", &json!({ "prompt": "the", "max_tokens": 3, "ignore_eos": true }));
+    assert_eq!(answer["usage"]["completion_tokens"], 3);
+    stop(server);
+}
+
+#[test]
+fn too_much_and_too_long_are_refused_in_time() {
+    let limits = Limits {
+        queue: 6,
+        queue_time: Duration::from_millis(300),
+        request_time: Duration::from_millis(1500),
+        ..Limits::default()
+    };
+    let models = vec![crate::source("opt", 1)];
+    let (server, client) = serve(Options { limits, models, ..options() });
+    let slow =
+        json!({ "prompt": "the cat", "max_tokens": 1000, "n": 64, "ignore_eos": true, "stream": true });
+    let mut first = client.begin("/v1/completions", &slow);
+    first.until("data: {");
+    // One waits too long for its turn.
+    let second = client.begin("/v1/completions", &json!({ "prompt": "x", "stream": true }));
+    until("it waits", || client.metric("ferropt_queue_length") == 1.0);
+    let full = client.try_post("/v1/completions", &json!({ "prompt": vec!["x"; 6] }).to_string());
+    assert_eq!((full.status, full.header("retry-after").is_some()), (429, true), "{}", full.text());
+    let error = full.json()["error"].clone();
+    assert_eq!(
+        (error["code"].as_str(), error["type"].as_str()),
+        (Some("queue_full"), Some("rate_limit_error"))
+    );
+    assert!(error["message"].as_str().unwrap().contains("limit of 6"), "{error}");
+    let second = second.rest();
+    assert_eq!((second.status, second.json()["error"]["code"].as_str()), (503, Some("queue_time")));
+    assert!(second.json()["error"]["message"].as_str().unwrap().contains("0.3 s"));
+    // And the first is over before it is complete, which its stream says.
+    let rest = first.rest_text();
+    assert!(rest.contains("request_time") && rest.contains("1.5 s") && rest.contains("[DONE]"), "{rest}");
+    until("it is free", || client.metric("ferropt_cache_pages_used") == 0.0);
+    stop(server);
+}

@@ -1,0 +1,235 @@
+//! What operators rely on: states, keys, fairness, the drain, metrics, the log.
+
+use crate::client::{Client, until};
+use crate::{Lines, model, options, serve, source, stop};
+use ferropt_serve::{Keys, Log, ModelSource, Options, Server, new_key};
+use serde_json::{Value, json};
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+fn words(max_tokens: usize) -> Value {
+    json!({ "prompt": "the cat", "max_tokens": max_tokens, "ignore_eos": true })
+}
+
+#[test]
+fn models_are_opened_in_the_background_and_one_that_fails_does_not_harm_the_others() {
+    let (go, wait) = channel::<()>();
+    let late = move || {
+        wait.recv()?;
+        Ok(model(1))
+    };
+    let lines = Lines::default();
+    let models = vec![
+        ModelSource { name: "late".into(), open: Box::new(late) },
+        ModelSource { name: "broken".into(), open: Box::new(|| anyhow::bail!("no such folder")) },
+        source("good/one", 1),
+    ];
+    let log = Log::new(lines.clone(), false);
+    let aliases = vec![("other".into(), "good/one".into())];
+    let server = Server::start(Options { models, aliases, log, ..options() }).unwrap();
+    let client = Client::new(server.address());
+    assert_eq!(client.get("/health").json(), json!({ "status": "ok" }));
+    let ready = client.get("/ready");
+    assert_eq!((ready.status, ready.json()), (503, json!({ "status": "loading" })));
+    let early = client.try_post("/v1/completions", r#"{"prompt": "x"}"#);
+    assert_eq!((early.status, early.json()["error"]["code"].as_str()), (503, Some("model_loading")));
+    assert!(early.header("retry-after").is_some());
+    go.send(()).unwrap();
+    client.until_ready();
+    let list = client.get("/v1/models").json();
+    let states: Vec<_> = list["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| (m["id"].as_str().unwrap(), m["status"].as_str().unwrap()))
+        .collect();
+    assert_eq!(states, [("late", "ready"), ("broken", "failed"), ("good/one", "ready"), ("other", "ready")]);
+    for name in ["good/one", "good%2Fone", "other"] {
+        assert_eq!(client.get(&format!("/v1/models/{name}")).json()["root"], "good/one");
+    }
+    for name in ["late", "good/one", "other"] {
+        let body = json!({ "prompt": "x", "model": name, "max_tokens": 1 });
+        assert_eq!(client.post("/v1/completions", &body)["model"], name);
+    }
+    let broken = client.try_post("/v1/completions", r#"{"prompt": "x", "model": "broken"}"#);
+    assert_eq!((broken.status, broken.json()["error"]["code"].as_str()), (503, Some("model_failed")));
+    assert!(!broken.text().contains("folder"), "what clients see names no files");
+    assert!(lines.text().contains("no such folder"));
+    assert_eq!(server.failure(), None);
+    stop(server);
+
+    let broken = ModelSource { name: "broken".into(), open: Box::new(|| anyhow::bail!("no such folder")) };
+    let server = Server::start(Options { models: vec![broken], aliases: vec![], ..options() }).unwrap();
+    until("it fails", || server.failure().is_some_and(|why| why.contains("broken: no such folder")));
+    assert_eq!(Client::new(server.address()).get("/ready").json()["status"], "failed");
+    stop(server);
+    for (models, aliases, part) in [
+        (vec![], vec![], "--model"),
+        (vec![source("a", 1), source("a", 1)], vec![], "\"a\""),
+        (vec![source("a", 1)], vec![("b".to_string(), "c".to_string())], "\"c\""),
+    ] {
+        let error = Server::start(Options { models, aliases, ..options() }).err().unwrap().to_string();
+        assert!(error.contains(part), "{error}");
+    }
+}
+
+#[test]
+fn keys_open_what_is_closed_and_nothing_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let (alice, line) = new_key("alice").unwrap();
+    let (bob, other) = new_key("bob").unwrap();
+    let file = folder.path().join("keys");
+    std::fs::write(&file, format!("{line}\n{other} at-once=1 per-minute=3\n")).unwrap();
+    let lines = Lines::default();
+    let keys = Keys::read(&file).unwrap();
+    let log = Log::new(lines.clone(), false);
+    let cors = vec!["https://example.org".into()];
+    let (server, nobody) = serve(Options { keys, log, cors, ..options() });
+    let (alice, bob) = (nobody.with_key(&alice), nobody.with_key(&bob));
+    for client in [&nobody, &nobody.with_key("fo-1234")] {
+        for path in
+            ["/v1/models", "/metrics", "/openapi.json", "/v1/completions", "/nothing", "/v1/models/opt"]
+        {
+            let answer = client.get(path);
+            assert_eq!((answer.status, answer.header("www-authenticate")), (401, Some("Bearer")), "{path}");
+            assert_eq!(answer.json()["error"]["code"], "invalid_api_key");
+        }
+    }
+    assert_eq!(alice.get("/v1/models").status, 200);
+    alice.post("/v1/completions", &words(3));
+    // One at a time, and three a minute.
+    let mut slow = bob.begin(
+        "/v1/completions",
+        &json!({ "prompt": "x", "max_tokens": 900, "stream": true, "ignore_eos": true }),
+    );
+    slow.until("data: {");
+    let busy = bob.try_post("/v1/completions", &words(1).to_string());
+    assert_eq!((busy.status, busy.json()["error"]["code"].as_str()), (429, Some("key_at_once")));
+    drop(slow);
+    until("it is over", || bob.try_post("/v1/completions", &words(1).to_string()).status == 200);
+    bob.post("/v1/completions", &words(1));
+    let often = bob.try_post("/v1/completions", &words(1).to_string());
+    assert_eq!((often.status, often.json()["error"]["code"].as_str()), (429, Some("key_per_minute")));
+    assert!(lines.text().contains("\"client\":\"alice\""));
+
+    // Web pages: only of the origin that was named.
+    let ask = |origin: &str| {
+        let headers = [("Origin", origin), ("Access-Control-Request-Method", "POST")];
+        nobody.send("OPTIONS", "/v1/completions", &headers, b"")
+    };
+    let named = ask("https://example.org");
+    assert_eq!(
+        (named.status, named.header("access-control-allow-origin")),
+        (204, Some("https://example.org"))
+    );
+    let other = ask("https://example.com");
+    assert_eq!((other.status, other.header("access-control-allow-origin")), (401, None));
+    let seen = alice.send("GET", "/v1/models", &[("Origin", "https://example.org")], b"");
+    assert_eq!(seen.header("access-control-allow-origin"), Some("https://example.org"));
+    stop(server);
+}
+
+#[test]
+fn a_client_with_many_requests_does_not_starve_another() {
+    let folder = tempfile::tempdir().unwrap();
+    let (greedy, line) = new_key("greedy").unwrap();
+    let (modest, other) = new_key("modest").unwrap();
+    let file = folder.path().join("keys");
+    std::fs::write(&file, format!("{line}\n{other}\n")).unwrap();
+    let models = vec![source("opt", 1)];
+    let (server, client) = serve(Options { keys: Keys::read(&file).unwrap(), models, ..options() });
+    let (greedy, modest) = (client.with_key(&greedy), client.with_key(&modest));
+    let _many: Vec<_> = (0..60).map(|_| greedy.begin("/v1/completions", &words(400))).collect();
+    until("they wait", || greedy.metric("ferropt_queue_length") > 50.0);
+    let begun = Instant::now();
+    modest.post("/v1/completions", &words(2));
+    let waited = begun.elapsed();
+    // At most the two that the engine has go first, not all sixty.
+    let waiting = greedy.metric("ferropt_queue_length");
+    assert!(waiting > 45.0, "{waiting} are left after {waited:?}");
+    drop(_many);
+    until("all are gone", || greedy.metric("ferropt_running") == 0.0);
+    stop(server);
+}
+
+#[test]
+fn the_drain_completes_what_was_taken_and_takes_nothing_new() {
+    let (server, client) = serve(options());
+    let long = json!({ "prompt": "the cat", "max_tokens": 600, "ignore_eos": true, "stream": true });
+    let mut streams: Vec<_> = (0..8).map(|_| client.begin("/v1/completions", &long)).collect();
+    // Four are computed, the others wait; all were taken.
+    streams[0].until("data: {");
+    until("they are there", || client.metric("ferropt_requests_in_flight") >= 8.0);
+    let stopping = std::thread::spawn(move || server.stop(Duration::from_secs(60)));
+    until("it stops", || client.get("/ready").json()["status"] == "stopping");
+    let late = client.try_post("/v1/completions", &words(1).to_string());
+    assert_eq!((late.status, late.json()["error"]["code"].as_str()), (503, Some("server_stopping")));
+    for stream in streams {
+        let text = stream.rest_text();
+        assert!(text.contains("\"finish_reason\":\"length\"") && text.contains("[DONE]"), "{text}");
+    }
+    assert_eq!(stopping.join().unwrap(), 0);
+    assert!(std::net::TcpStream::connect(client.address).is_err());
+
+    // Without time for it, streams are told.
+    let (server, client) = serve(options());
+    let mut stream = client.begin("/v1/completions", &long);
+    stream.until("data: {");
+    assert_eq!(server.stop(Duration::ZERO), 1);
+    let text = stream.rest_text();
+    assert!(text.contains("server_stopped") && text.contains("[DONE]"), "{text}");
+}
+
+#[test]
+fn metrics_count_and_the_log_has_no_texts_unless_it_shall() {
+    let lines = Lines::default();
+    let (server, client) = serve(Options { log: Log::new(lines.clone(), false), ..options() });
+    client.post("/v1/completions", &words(20));
+    client.stream(
+        "/v1/chat/completions",
+        &json!({ "messages": [{ "role": "user", "content": "the cat" }], "max_tokens": 9,
+        "ignore_eos": true, "stream": true }),
+    );
+    client.try_post("/v1/completions", "{}");
+    client.get("/v1/nothing");
+    until("all is counted", || client.metric("ferropt_generated_tokens_total{model=\"opt\"}") == 29.0);
+    for (metric, value) in [
+        ("ferropt_model_ready{model=\"opt\"}", 1.0),
+        ("ferropt_requests_total{route=\"/v1/completions\",status=\"200\"}", 1.0),
+        ("ferropt_requests_total{route=\"/v1/completions\",status=\"400\"}", 1.0),
+        ("ferropt_requests_total{route=\"unknown\",status=\"404\"}", 1.0),
+        ("ferropt_refusals_total{code=\"missing_field\"}", 1.0),
+        ("ferropt_time_to_first_token_seconds_count", 2.0),
+        ("ferropt_queue_seconds_count", 2.0),
+        ("ferropt_inter_token_seconds_count", 27.0),
+        ("ferropt_cache_pages_used", 0.0),
+    ] {
+        // A stream is counted when its connection is done with.
+        until(metric, || client.metric(metric) == value);
+    }
+    stop(server);
+    let text = lines.text();
+    assert!(!text.contains("the cat"), "{text}");
+    let logged: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let completion = logged.iter().find(|l| l["route"] == "/v1/completions" && l["status"] == 200).unwrap();
+    assert_eq!((&completion["generated_tokens"], &completion["model"]), (&json!(20), &json!("opt")));
+    assert_eq!(completion["client"], "127.0.0.1");
+    assert!(completion["first_token_seconds"].as_f64().unwrap() <= completion["seconds"].as_f64().unwrap());
+    let refused = logged.iter().find(|l| l["status"] == 400).unwrap();
+    assert_eq!(refused["error"], "missing_field");
+
+    let lines = Lines::default();
+    let (server, client) = serve(Options { log: Log::new(lines.clone(), true), ..options() });
+    let answer = client.post("/v1/completions", &words(5));
+    stop(server);
+    let line = lines
+        .text()
+        .lines()
+        .find(|line| line.contains("generated_tokens"))
+        .map(|l| serde_json::from_str(l).unwrap());
+    let line: Value = line.unwrap();
+    assert_eq!(
+        (&line["prompts"], &line["texts"]),
+        (&json!(["the cat"]), &json!([answer["choices"][0]["text"]]))
+    );
+}
