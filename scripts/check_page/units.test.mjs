@@ -6,7 +6,7 @@ import { asCurl, asPython, literal, quoted } from "../../crates/serve/web/comman
 import { DEFAULTS, WrongField, controlOf, readBias, readSettings, readStop } from "../../crates/serve/web/fields.js";
 import { buckets, grown, parse, quantile, rate, total } from "../../crates/serve/web/prometheus.js";
 import { EventParser, events } from "../../crates/serve/web/sse.js";
-import { addChat, addCompletion, emptyText, percent, shade, shown } from "../../crates/serve/web/texts.js";
+import { TextBuilder, percent, shade, shown } from "../../crates/serve/web/texts.js";
 import { point } from "../../crates/serve/web/watch.js";
 
 const STREAM = '\uFEFFdata: {"a":1}\r\n\r\n: still at work\n\nevent: x\ndata: two\ndata:lines\nid: 7\n\ndata\n\ndata: [DONE]\r\r';
@@ -152,43 +152,69 @@ test("controls become fields", async () => {
     assert.equal(controlOf("model"), null);
 });
 
-const event = (text, tokens, offsets, finish = null) => ({
+const event = (text, tokens, finish = null) => ({
     text,
     finish_reason: finish,
-    logprobs: { tokens, token_logprobs: tokens.map(() => -1), top_logprobs: tokens.map((name) => ({ [name]: -1, other: -0.5 })), text_offset: offsets },
+    logprobs: { tokens, token_logprobs: tokens.map(() => -1), top_logprobs: tokens.map((name) => ({ [name]: -1, other: -0.5 })), text_offset: [] },
 });
+const shownBy = ({ value }) => value.tokens.map(({ text }) => text);
 
 test("tokens show their part of the text", () => {
-    // A character beyond 16 bits, one in two tokens, and a stop string that ends the text within a token.
-    let text = emptyText();
-    text = addCompletion(text, event("a🦊", ["a", "🦊"], [0, 1]));
-    text = addCompletion(text, event("", ["bytes:\\xc3"], [2]));
-    assert.deepEqual(text.tokens.map(({ text }) => text), ["a", "🦊", ""]);
-    text = addCompletion(text, event("é", ["bytes:\\xa9"], [2]));
-    text = addCompletion(text, event(" en", [" end"], [3], "stop"));
-    assert.deepEqual(text.tokens.map(({ text }) => text), ["a", "🦊", "", "é", " en"]);
-    assert.equal(text.text, "a🦊é en");
-    assert.equal(text.finish, "stop");
-    assert.deepEqual(text.tokens[0].top.map(({ name }) => name), ["other", "a"]);
-    // Offsets may begin behind a prompt.
-    assert.equal(addCompletion(emptyText(), event("xy", ["x", "y"], [40, 41])).tokens[1].text, "y");
-    // Without log-probabilities there are no tokens.
-    assert.deepEqual(addCompletion(emptyText(), { text: "x", logprobs: null }), { text: "x", tokens: [], finish: null });
+    // A character beyond 16 bits, one in two tokens, a token that is no text, and a stop string that ends the text in one.
+    const text = new TextBuilder("completion");
+    text.add(event("a🦊", ["a", "🦊"]));
+    text.add(event("", ["bytes:\\xc3"]));
+    assert.deepEqual(shownBy(text), ["a", "🦊", ""]);
+    text.add(event("é", ["bytes:\\xa9", "<pad>"]));
+    text.add(event(" e", [" ending"]));
+    assert.deepEqual(shownBy(text), ["a", "🦊", "", "é", "", " e"]);
+    text.add(event("nd", []));
+    text.add(event("", [], "stop"));
+    assert.deepEqual(shownBy(text), ["a", "🦊", "", "é", "", " end"]);
+    assert.equal(text.value.text, "a🦊é end");
+    assert.equal(text.value.finish, "stop");
+    assert.deepEqual(text.value.tokens[0].top.map(({ name }) => name), ["other", "a"]);
+});
+
+test("bytes that are no characters, and an end within one", () => {
+    const text = new TextBuilder("completion");
+    text.add(event("�a", ["bytes:\\x80", "a"]));
+    text.add(event("", ["bytes:\\xe2\\x80"]));
+    assert.deepEqual(shownBy(text), ["�", "a", ""]);
+    text.add(event("�b", ["b"]));
+    text.add(event("", ["bytes:\\xe2"]));
+    text.add(event("�", [], "length"));
+    assert.deepEqual(shownBy(text), ["�", "a", "", "�b", "�"]);
+    assert.equal(shownBy(text).join(""), text.value.text);
+});
+
+test("without log-probabilities there are no tokens", () => {
+    const text = new TextBuilder("completion");
+    text.add({ text: "x", logprobs: null });
+    assert.deepEqual(text.value, { text: "x", tokens: [], finish: null });
 });
 
 test("a token that did not change stays the same object", () => {
-    const before = addCompletion(emptyText(), event("a b", ["a", " b"], [0, 1]));
-    const after = addCompletion(before, event(" c", [" c"], [3]));
-    assert.equal(after.tokens[0], before.tokens[0]);
-    assert.equal(after.tokens[1], before.tokens[1]);
+    const text = new TextBuilder("completion");
+    text.add(event("a b", ["a", " b"]));
+    const before = text.value;
+    text.add(event(" c", [" c"]));
+    assert.equal(text.value.tokens[0], before.tokens[0]);
+    assert.equal(text.value.tokens[1], before.tokens[1]);
 });
 
 test("replies of a conversation", () => {
-    const piece = { delta: { content: "Hi" }, logprobs: { content: [{ token: " Hi", logprob: -2, top_logprobs: [{ token: " Hi", logprob: -2 }] }] } };
-    const text = addChat(addChat(emptyText(), { delta: { role: "assistant", content: "" } }), piece);
-    assert.equal(text.text, "Hi");
-    assert.equal(text.tokens[0].name, " Hi");
-    assert.equal(addChat(text, { delta: {}, finish_reason: "length" }).finish, "length");
+    const text = new TextBuilder("chat");
+    const piece = (content, token) => ({ delta: { content }, logprobs: { content: [{ token, logprob: -2, top_logprobs: [{ token, logprob: -2 }] }] } });
+    text.add({ delta: { role: "assistant", content: "" } });
+    text.add(piece("", " "));
+    text.add(piece("Hi", " Hi"));
+    text.add(piece(" you", " you"));
+    assert.equal(text.value.text, "Hi you");
+    assert.deepEqual(shownBy(text), ["", "Hi", " you"]);
+    assert.equal(text.value.tokens[1].name, " Hi");
+    text.add({ delta: {}, finish_reason: "length" });
+    assert.equal(text.value.finish, "length");
 });
 
 test("probabilities in words", () => {

@@ -58,7 +58,7 @@ async function reply() {
         chat.set({ turns });
         if (result.outcome !== "done") back();
     }
-    report(result, () => again(), () => again());
+    report(result, again);
 }
 
 /** What was said last comes back to be changed, unless something else is being typed. */

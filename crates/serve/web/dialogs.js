@@ -44,9 +44,9 @@ export function CopyButton({ kind, fields }) {
     };
     const take = async () => setCopied(await copyAloud(text));
     return html`
-        <button type="button" class="quiet" onClick=${open}>Copy as…</button>
+        <button type="button" class="quiet" onClick=${open}>Code</button>
         ${body &&
-        html`<${Dialog} title="This request elsewhere" close=${() => setBody(null)}>
+        html`<${Dialog} title="This request as code" close=${() => setBody(null)}>
             <div class="segments" role="group" aria-label="Form">
                 ${Object.keys(FORMS).map((name) => html`<button type="button" key=${name} aria-pressed=${name === form ? "true" : "false"} onClick=${() => pick(name)}>${name}</button>`)}
             </div>

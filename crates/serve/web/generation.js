@@ -1,10 +1,9 @@
 // One request at a time: sent, waited for when the server is busy, streamed, stopped.
 import { Lost, Refused, stream } from "./api.js";
-import { addChat, addCompletion, emptyText } from "./texts.js";
+import { TextBuilder } from "./texts.js";
 import { Store } from "./store.js";
 
 const PATHS = { completion: "/v1/completions", chat: "/v1/chat/completions" };
-const ADD = { completion: addCompletion, chat: addChat };
 
 /** The page is drawn again at most so often while text arrives, in milliseconds. */
 const FRAME = 30;
@@ -61,7 +60,7 @@ export class Generation {
                 result.error = error;
             }
         }
-        for (const text of result.texts) text.finish ??= result.outcome;
+        result.texts = result.texts.map((text) => ({ ...text, finish: text.finish ?? result.outcome }));
         set({ phase: "idle", message: "" });
         if (this.#abort === abort) this.#abort = null;
         return result;
@@ -69,22 +68,24 @@ export class Generation {
 
     async #stream(kind, body, signal, result, changed, set) {
         let timer = null;
+        const builders = [];
         const show = () => {
             timer = null;
-            changed(result.texts.slice());
+            changed(result.texts);
         };
         result.times.sent = performance.now();
         try {
             for await (const event of stream(PATHS[kind], body, signal)) {
                 for (const choice of event.choices) {
                     const index = choice.index;
-                    while (result.texts.length <= index) result.texts.push(emptyText());
-                    result.texts[index] = ADD[kind](result.texts[index], choice);
+                    while (builders.length <= index) builders.push(new TextBuilder(kind));
+                    builders[index].add(choice);
                     if (choice.text || choice.delta?.content) {
                         result.times.last = performance.now();
                         result.times.first ||= result.times.last;
                     }
                 }
+                result.texts = builders.map(({ value }) => value);
                 result.usage = event.usage ?? result.usage;
                 set({ phase: "streaming" });
                 timer ??= setTimeout(show, FRAME);

@@ -57,7 +57,10 @@ export async function generate(kept = NOTHING) {
     const result = await generation.run("completion", body, (texts) => update({ texts }));
     update({ texts: result.texts, figures: figures(result) });
     if (result.texts.some(({ text }) => text)) remember({ ...run });
-    else playground.set({ runs, shown: Math.max(0, runs.length - 1) });
+    else {
+        playground.set({ runs: playground.value.runs.filter(({ id }) => id !== run.id) });
+        show(playground.value.shown);
+    }
     report(result, () => generate(kept), () => proceed(0));
 }
 
@@ -88,7 +91,7 @@ async function tokenId(text) {
     return tokens[0];
 }
 
-/** Tells where it belongs how a request went. `again` tries once more, `goOn` continues what is there. */
+/** Tells where it belongs how a request went. `again` tries once more, `goOn`, if it can be done, continues what is there. */
 export function report({ outcome, error, texts, times }, again, goOn) {
     if (outcome === "done") {
         const text = texts[0]?.text ?? "";
@@ -96,21 +99,26 @@ export function report({ outcome, error, texts, times }, again, goOn) {
     }
     if (outcome === "stopped") announce("Stopped.");
     if (!error) return;
-    // The page as a whole asks for a key.
-    if (error.status === 401) return void findModels();
+    // The page as a whole asks for a key, and tells that the server is not there.
+    if (error.status === 401 || outcome === "lost") findModels();
+    if (error.status === 401) return;
     const control = error instanceof Refused ? controlOf(error.param) : null;
     if (control) blame(control, sentence(error.message));
     else if (error.param === "prompt") playground.set({ wrong: sentence(error.message) });
     else {
         const actions = [{ label: "Try again", run: again }];
-        if (outcome === "lost" && times.first) actions.unshift({ label: "Go on from here", run: goOn });
+        if (goOn && outcome === "lost" && times.first) actions.unshift({ label: "Go on from here", run: goOn });
         const kept = outcome === "lost" && times.first ? " What had arrived is kept." : "";
         notice({ message: sentence(error.message) + kept, field: error.param, actions });
     }
     announce(`Error: ${error.message}`);
 }
 
-const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+/** A message of the API as a sentence. What begins with a field's name stays as it is. */
+function sentence(text) {
+    const begin = /^\w+(_| =|:)/.test(text) ? text.charAt(0) : text.charAt(0).toUpperCase();
+    return begin + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+}
 
 /** All tokens of a text, with those that were kept from an earlier version; none when some of them are not known. */
 export function tokensOf(run, choice) {

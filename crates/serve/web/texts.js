@@ -1,53 +1,66 @@
 // Texts as they arrive: their tokens, probabilities and ends. Nothing here touches the page.
 
-/** A text without anything in it. A token is `{ text, logprob, top: [{ name, logprob }] }`. */
+/** A text without anything in it. A token is `{ name, text, logprob, top: [{ name, logprob }] }`, where `text` is what of the text it shows. */
 export const emptyText = () => ({ text: "", tokens: [], finish: null });
 
-/**
- * Adds a choice of a completion's event to a text. What a token shows is cut from the text by the offsets, so that
- * characters of several tokens and stop strings come out right.
- */
-export function addCompletion(text, choice) {
-    const whole = text.text + (choice.text ?? "");
-    const tokens = text.tokens.slice();
-    const given = choice.logprobs;
-    given?.tokens?.forEach((name, i) => {
-        const top = Object.entries(given.top_logprobs?.[i] ?? {}).map(([name, logprob]) => ({ name, logprob }));
-        top.sort((a, b) => b.logprob - a.logprob);
-        tokens.push({ name, text: "", logprob: given.token_logprobs[i], top, offset: given.text_offset[i] });
-    });
-    if (tokens.length) cut(whole, tokens, Math.max(0, text.tokens.length - 1));
-    return { text: whole, tokens, finish: choice.finish_reason ?? text.finish };
-}
+/** Puts a text together from the events of a stream. */
+export class TextBuilder {
+    /** What is there so far; another object after each event. */
+    value = emptyText();
+    // Tokens may end within a character, which then belongs to the one that completes it.
+    #decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+    // Where each token's text ends.
+    #ends = [];
+    #chat;
 
-/** Sets what the tokens from `first` on show. */
-function cut(whole, tokens, first) {
-    // Offsets count characters, a JavaScript string counts pairs of bytes.
-    let [unit, character] = [0, 0];
-    const unitOf = (wanted) => {
-        for (; character < wanted && unit < whole.length; character += 1) unit += whole.codePointAt(unit) > 0xffff ? 2 : 1;
-        return unit;
-    };
-    const base = tokens[0].offset;
-    let begin = unitOf(tokens[first].offset - base);
-    for (let i = first; i < tokens.length; i += 1) {
-        const end = i + 1 < tokens.length ? unitOf(tokens[i + 1].offset - base) : whole.length;
-        const text = whole.slice(begin, end);
-        if (tokens[i].text !== text || tokens[i].begin !== begin) tokens[i] = { ...tokens[i], text, begin };
-        begin = end;
+    constructor(kind) {
+        this.#chat = kind === "chat";
+    }
+
+    /** Adds a choice of an event. */
+    add(choice) {
+        const { text, tokens, finish } = this.value;
+        const more = this.#chat ? chatTokens(choice) : completionTokens(choice);
+        const whole = text + ((this.#chat ? choice.delta?.content : choice.text) ?? "");
+        for (const { bytes } of more) {
+            let written = this.#decoder.decode(bytes, { stream: true });
+            const begin = this.#ends.at(-1) ?? 0;
+            // A reply begins behind the spaces.
+            if (this.#chat && begin === 0) written = written.trimStart();
+            this.#ends.push(begin + written.length);
+        }
+        const all = [...tokens, ...more.map(({ bytes, ...token }) => ({ ...token, text: "" }))];
+        const ended = choice.finish_reason ?? finish;
+        // The text may lag behind its tokens, or end within one at a stop string.
+        let first = tokens.length;
+        while (first > 0 && this.#ends[first - 1] >= text.length) first -= 1;
+        for (let i = first; i < all.length; i += 1) {
+            const end = ended && i + 1 === all.length ? whole.length : this.#ends[i];
+            const shown = whole.slice(this.#ends[i - 1] ?? 0, end);
+            if (all[i].text !== shown) all[i] = { ...all[i], text: shown };
+        }
+        this.value = { text: whole, tokens: all, finish: ended };
     }
 }
 
-/** Adds a choice of a conversation's event to a text. */
-export function addChat(text, choice) {
-    const whole = text.text + (choice.delta?.content ?? "");
-    const tokens = (choice.logprobs?.content ?? []).map(({ token, logprob, top_logprobs }) => ({
-        name: token,
-        text: token,
-        logprob,
-        top: (top_logprobs ?? []).map(({ token, logprob }) => ({ name: token, logprob })),
-    }));
-    return { text: whole, tokens: [...text.tokens, ...tokens], finish: choice.finish_reason ?? text.finish };
+function completionTokens({ logprobs }) {
+    return (logprobs?.tokens ?? []).map((name, i) => {
+        const top = Object.entries(logprobs.top_logprobs?.[i] ?? {}).map(([name, logprob]) => ({ name, logprob }));
+        top.sort((a, b) => b.logprob - a.logprob);
+        return { name, logprob: logprobs.token_logprobs[i], top, bytes: bytesOf(name) };
+    });
+}
+
+function chatTokens({ logprobs }) {
+    const named = ({ token, logprob }) => ({ name: token, logprob });
+    return (logprobs?.content ?? []).map((one) => ({ ...named(one), top: (one.top_logprobs ?? []).map(named), bytes: bytesOf(one.token) }));
+}
+
+/** What a token writes. */
+function bytesOf(name) {
+    if (isSpecial(name)) return new Uint8Array();
+    if (isPart(name)) return Uint8Array.from(name.slice("bytes:\\x".length).split("\\x"), (digits) => parseInt(digits, 16));
+    return new TextEncoder().encode(name);
 }
 
 /** Whether a token's name stands for bytes that are no whole characters. */

@@ -54,13 +54,13 @@ async function read() {
 
 const push = (one) => watch.set({ points: [...watch.value.points, one].slice(-KEPT) });
 
-/** Names of a point's values; those that a point lacks are null. */
-export const VALUES = ["generated", "prompt", "first50", "first95", "between50", "between95", "waiting", "running", "cache", "answers", "refusals"];
+/** Routes that generate. The others are asked by those who watch, among them this page. */
+const TEXTS = /completions|generate/;
 
 /** What is shown for the time between two readings. */
 export function point(before, after) {
     const seconds = after.at - before.at;
-    const growth = (name) => rate(total(before.samples, name) ?? 0, total(after.samples, name) ?? 0, seconds);
+    const growth = (name, pass) => rate(total(before.samples, name, pass) ?? 0, total(after.samples, name, pass) ?? 0, seconds);
     const times = (name) => grown(buckets(before.samples, name), buckets(after.samples, name));
     const [first, between] = [times("ferropt_time_to_first_token_seconds"), times("ferropt_inter_token_seconds")];
     const now = (name) => total(after.samples, name);
@@ -76,7 +76,7 @@ export function point(before, after) {
         waiting: now("ferropt_queue_length"),
         running: now("ferropt_running"),
         cache: pages ? (100 * now("ferropt_cache_pages_used")) / pages : null,
-        answers: growth("ferropt_requests_total"),
+        answers: growth("ferropt_requests_total", ({ route }) => TEXTS.test(route)),
         refusals: growth("ferropt_refusals_total"),
     };
 }
