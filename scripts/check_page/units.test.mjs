@@ -183,7 +183,8 @@ test("bytes that are no characters, and an end within one", () => {
     assert.deepEqual(shownBy(text), ["�", "a", ""]);
     text.add(event("�b", ["b"]));
     text.add(event("", ["bytes:\\xe2"]));
-    text.add(event("�", [], "length"));
+    text.add(event("�", []));
+    text.add(event("", [], "length"));
     assert.deepEqual(shownBy(text), ["�", "a", "", "�b", "�"]);
     assert.equal(shownBy(text).join(""), text.value.text);
 });

@@ -137,7 +137,7 @@ function Turn({ turn, busy, idle, edit, again }) {
     if (role === "user") {
         return html`
             <article class="card turn person">
-                <h3>You</h3>
+                <h2>You</h2>
                 <p class="plain">${text}</p>
                 <footer><button type="button" class="quiet" disabled=${!idle} onClick=${edit}>Edit</button></footer>
             </article>
@@ -145,7 +145,7 @@ function Turn({ turn, busy, idle, edit, again }) {
     }
     return html`
         <article class="card turn text">
-            <h3>Assistant</h3>
+            <h2>Assistant</h2>
             <${Tokens} tokens=${tokens ?? []} text=${text} label="Tokens of the reply" busy=${busy} />
             <footer>
                 <span class="ending">${finish ? [ending(finish), figures].filter(Boolean).join(" · ") : ""}</span>

@@ -71,7 +71,7 @@ export function Plot({ title, points, series, show, most }) {
     const summary = series.map(({ value, label }) => `${label} ${said(last[value])}`).join(", ");
     return html`
         <section class="card plot">
-            <h3>${title}${points[at] && html` <span class="hint">at ${clock(told.at)}</span>`}</h3>
+            <h2>${title}${points[at] && html` <span class="hint">at ${clock(told.at)}</span>`}</h2>
             <dl>
                 ${series.map(({ value, label, colour }) => html`<div key=${value}><dt><span class="key-line" style=${{ background: `var(--${colour})` }}></span>${label}</dt><dd>${said(told[value])}</dd></div>`)}
             </dl>

@@ -28,7 +28,7 @@ export function Status() {
             ${lost && html`<div class="notice bad"><p>The server's metrics cannot be read: ${lost.message}. Trying again every second.</p></div>`}
             <div class="plots">${PLOTS.map((plot) => html`<${Plot} key=${plot.title} points=${points} ...${plot} />`)}</div>
             <section class="card">
-                <h3 id="models-title">Models</h3>
+                <h2 id="models-title">Models</h2>
                 <div class="scrolls" tabindex="0" role="region" aria-labelledby="models-title">
                     <table>
                         <thead><tr><th scope="col">Name</th><th scope="col">State</th><th scope="col">Positions</th><th scope="col">Open since</th></tr></thead>

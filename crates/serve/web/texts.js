@@ -34,6 +34,8 @@ export class TextBuilder {
         // The text may lag behind its tokens, or end within one at a stop string.
         let first = tokens.length;
         while (first > 0 && this.#ends[first - 1] >= text.length) first -= 1;
+        // What was left of a character comes at the very end.
+        if (ended) first = Math.min(first, Math.max(0, all.length - 1));
         for (let i = first; i < all.length; i += 1) {
             const end = ended && i + 1 === all.length ? whole.length : this.#ends[i];
             const shown = whole.slice(this.#ends[i - 1] ?? 0, end);

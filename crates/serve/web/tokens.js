@@ -124,7 +124,7 @@ class Block extends Component {
             if (token.text.includes("\n")) classes.push("line-end");
             if (token.text === "") classes.push("part");
             return html`<span key=${place} id=${`${id}-${place}`} data-place=${place} class=${classes.join(" ").trim()} role="option" aria-selected=${place === active ? "true" : "false"}
-                aria-label=${`${spoken(token.name)}, ${percent(token.logprob)}`}>${token.text}</span>`;
+                aria-label=${`${token.text.trim() || spoken(token.name)}, ${percent(token.logprob)}`}>${token.text}</span>`;
         })}</span>`;
     }
 }
