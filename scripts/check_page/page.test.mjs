@@ -287,6 +287,8 @@ for (const [width, height, touch] of [[1280, 860, false], [360, 740, true]]) {
                 await fits(page, where);
             };
             await look("empty");
+            await page.evaluate(() => localStorage.setItem("ferropt.settings", JSON.stringify({ max_tokens: 24 })));
+            await page.reload();
             if (touch) {
                 await page.getByRole("button", { name: "Settings" }).tap();
                 await look("settings");

@@ -69,8 +69,8 @@ export function Tokens({ tokens, text, label, busy, branch, regenerate, goOn }) 
         // Whoever marks text to copy it wants nothing else.
         if (placeOf(event) !== undefined && window.getSelection().isCollapsed) show(Number(placeOf(event)), true);
     };
-    // Whoever goes into the alternatives does not leave.
-    const blur = (event) => open && !open.pinned && !list.current.parentElement.contains(event.relatedTarget) && close();
+    // Whoever goes into the alternatives does not leave. A list that is taken away has lost its place already.
+    const blur = (event) => open && !open.pinned && !event.currentTarget.parentElement?.contains(event.relatedTarget) && close();
     const back = () => {
         close();
         list.current.focus();
