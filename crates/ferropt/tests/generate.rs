@@ -1,10 +1,11 @@
-//! `ferropt generate`, `chat` and `score` with a run that this test trains.
+//! `ferropt generate`, `chat`, `score` and `serve` with a run that this test trains.
 
 mod lab;
 
 use lab::{Lab, ferropt, text};
 use serde_json::Value;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::process::{Output, Stdio};
 
 /// A run that has learnt some sentences.
@@ -133,6 +134,51 @@ fn generates_what_it_learnt() {
 }
 
 #[test]
+fn serves_what_it_learnt() {
+    let (lab, run) = trained();
+    let key = ferropt().args(["serve", "key", "someone"]).output().unwrap();
+    std::fs::write(lab.path("keys"), &key.stdout).unwrap();
+    let key = String::from_utf8_lossy(&key.stderr).trim().rsplit(' ').next().unwrap().to_string();
+    let keys = lab.path("keys").display().to_string();
+    let model = format!("cats={run}");
+    let args = ["serve", "--model", &model, "--alias", "moons=cats", "--port", "0", "--api-keys", &keys];
+    let mut server = ferropt().args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    BufReader::new(server.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    let address = line.split("http://").nth(1).unwrap().split(';').next().unwrap().to_string();
+    let ask = |method: &str, path: &str, body: &str| {
+        let mut stream = TcpStream::connect(&address).unwrap();
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {key}\r\n"
+        );
+        let kind = format!("Content-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        stream.write_all((head + &kind).as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    while !ask("GET", "/ready", "").contains("\"ready\"") {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let body = r#"{"prompt": "The cat ", "model": "moons", "max_tokens": 30, "temperature": 0}"#;
+    let answer = ask("POST", "/v1/completions", body);
+    let object: Value = serde_json::from_str(answer.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+    let made = printed(&with_input("generate", &run, &["--greedy", "--max-tokens", "30", "The cat "], ""));
+    let text = object["choices"][0]["text"].as_str().unwrap();
+    assert_eq!(format!("The cat {text}").trim_end(), made.trim_end());
+
+    let stopped = std::process::Command::new("kill").arg(server.id().to_string()).status().unwrap();
+    assert!(stopped.success());
+    let out = server.wait_with_output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let log = String::from_utf8_lossy(&out.stderr);
+    assert!(
+        log.contains("\"client\":\"someone\"") && log.contains("\"stopped\"") && !log.contains("The cat"),
+        "{log}"
+    );
+}
+
+#[test]
 fn refusals_say_what_to_do() {
     let lab = Lab::new();
     lab.train(&lab.config("run", 5), &[]);
@@ -166,6 +212,14 @@ fn refusals_say_what_to_do() {
         (&["score", "--model", &run, "--batch", "0", &lines], &["--batch"]),
         (&["chat", "--model", "/nowhere"], &["/nowhere"]),
         (&["chat", "--model", &run, "--top-k", "0"], &["--top-k"]),
+        (&["serve"], &["--model"]),
+        (&["serve", "--model", &run, "--alias", "a"], &["--alias a"]),
+        (&["serve", "--model", &run, "--alias", "a=b"], &["\"a\"", "\"b\"", "run"]),
+        (&["serve", "--model", &run, "--model", &run], &["\"run\"", "NAME=PATH"]),
+        (&["serve", "--model", &run, "--sequences", "0"], &["--sequences"]),
+        (&["serve", "--model", &run, "--api-keys", "/none"], &["/none"]),
+        (&["serve", "--model", &run, "--api-keys", &lines], &["lines.txt", "line 1", "ferropt serve key"]),
+        (&["serve", "key", "a b"], &["\"a b\""]),
     ] {
         let out = ferropt().args(args).stdin(Stdio::null()).output().unwrap();
         let said = String::from_utf8_lossy(&out.stderr);

@@ -96,7 +96,7 @@ impl Server {
         app.log.line("listening", serde_json::json!({ "address": address.to_string() }));
         let accepting = runtime.spawn(listen::accept(listener, app.clone()));
         let opening = app.clone();
-        let open = move || models.into_iter().for_each(|model| service::open(&opening, model));
+        let open = move || models.into_iter().for_each(|model| models::open(&opening, model));
         thread::Builder::new().name("open models".into()).spawn(open).context("cannot start a thread")?;
         Ok(Server { app, runtime, accepting, address })
     }

@@ -1,5 +1,6 @@
 //! Models by name, each with its engine, its queue and its state.
 
+use crate::app::App;
 use crate::error::ApiError;
 use crate::metrics::ModelMetrics;
 use crate::turn::Turnstile;
@@ -7,8 +8,9 @@ use anyhow::{Result, ensure};
 use ferropt_data::{SPECIALS, Tokenizer};
 use ferropt_engine::Handle;
 use ferropt_train::inference::Model;
+use serde_json::json;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// A model to serve.
 pub struct ModelSource {
@@ -60,6 +62,34 @@ impl Live {
     pub(crate) fn tokenizer(&self) -> &Arc<Tokenizer> {
         self.engine.tokenizer()
     }
+}
+
+/// Opens a model and tells the log.
+pub(crate) fn open(app: &App, source: ModelSource) {
+    let (ModelSource { name, open }, started) = (source, Instant::now());
+    let state = match open() {
+        Ok(model) => {
+            for damage in &model.damaged {
+                let damage = format!("{damage:#}");
+                app.log.line("damaged_checkpoint", json!({ "model": name, "passed_over": damage }));
+            }
+            let capacity = model.engine.capacity();
+            let line = json!({
+                "model": name, "seconds": started.elapsed().as_secs_f64(), "weights": model.weights.name(),
+                "weight_bytes": model.weight_bytes, "step": model.step, "positions": capacity.positions,
+                "cache_pages": capacity.pages, "sequences": capacity.sequences,
+            });
+            app.log.line("model_ready", line);
+            let metrics = app.metrics.of_model(&name);
+            State::Ready(Arc::new(Live::new(name.clone(), model.engine, app.limits.queue, metrics)))
+        }
+        Err(error) => {
+            let error = format!("{error:#}");
+            app.log.line("model_failed", json!({ "model": name, "error": error }));
+            State::Failed(error)
+        }
+    };
+    app.models.set(&name, state);
 }
 
 /// What a token is called: its text, the name of a special token, or `bytes:\xe2\x80` where it is no whole characters, as

@@ -50,7 +50,7 @@ impl Needs {
             Needs::Key => !route.open,
             Needs::Name => route.body != 0 || route.path.contains('{'),
             Needs::Turn => route.generates(),
-            Needs::Model => route.body != 0 || route.path.contains('{') || route.path == "/ready",
+            Needs::Model => route.body != 0 || ["/ready", "/tokenizer_info"].contains(&route.path),
         }
     }
 }
@@ -100,11 +100,10 @@ fn operation(route: &Route) -> Value {
         content.insert("application/json".into(), json!({ "schema": reference(route.answer) }));
     }
     if route.generates() {
-        let doc = "With `stream`: events whose data are JSON objects, and `[DONE]` at the end.";
-        content.insert(
-            "text/event-stream".into(),
-            json!({ "schema": { "type": "string", "description": doc } }),
-        );
+        // One event; the tools that read these pages take the schema as that of each.
+        let data = json!({ "type": "string", "description": "A JSON object; `[DONE]` after the last." });
+        let event = json!({ "type": "object", "required": ["data"], "properties": { "data": data } });
+        content.insert("text/event-stream".into(), json!({ "schema": event }));
     }
     responses.insert("200".into(), json!({ "description": "The answer.", "content": content }));
     let errors = ERRORS.iter().filter(|(_, _, needs)| needs.are_met(route));

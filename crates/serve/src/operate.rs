@@ -7,6 +7,7 @@ use crate::openapi;
 use crate::routes::Call;
 use axum::body::Body;
 use axum::http::{HeaderValue, Response, StatusCode, header};
+use ferropt_data::SPECIALS;
 use serde_json::{Value, json};
 
 /// The process answers.
@@ -45,6 +46,14 @@ pub(crate) async fn metrics(call: Call) -> Result<Response<Body>, ApiError> {
 /// The OpenAPI page.
 pub(crate) async fn description(_: Call) -> Result<Response<Body>, ApiError> {
     Ok(json_response(StatusCode::OK, &openapi::description()))
+}
+
+/// What programs that tokenise with this server ask for first.
+pub(crate) async fn tokenizer(call: Call) -> Result<Response<Body>, ApiError> {
+    call.app.models.find(None)?;
+    let [_, pad, end, unknown] = SPECIALS;
+    let answer = json!({ "bos_token": end, "eos_token": end, "pad_token": pad, "unk_token": unknown });
+    Ok(json_response(StatusCode::OK, &answer))
 }
 
 /// All models, and their other names.

@@ -26,7 +26,8 @@ static FILES: &[(&str, &[u8])] = &files![
 /// For each file, a tag that changes with it.
 static TAGS: LazyLock<Vec<String>> = LazyLock::new(|| {
     let tag = |bytes: &[u8]| {
-        Sha256::digest(bytes)[..12].iter().fold(String::from("\""), |tag, byte| tag + &format!("{byte:02x}")) + "\""
+        Sha256::digest(bytes)[..12].iter().fold(String::from("\""), |tag, byte| tag + &format!("{byte:02x}"))
+            + "\""
     };
     FILES.iter().map(|(_, bytes)| tag(bytes)).collect()
 });
@@ -54,7 +55,8 @@ pub(crate) async fn file(call: Call) -> Result<Response<Body>, ApiError> {
         *response.status_mut() = StatusCode::NOT_MODIFIED;
     }
     let headers = response.headers_mut();
-    let mut set = |name: HeaderName, value: &'static str| headers.insert(name, HeaderValue::from_static(value));
+    let mut set =
+        |name: HeaderName, value: &'static str| headers.insert(name, HeaderValue::from_static(value));
     set(header::CONTENT_TYPE, media_type(name));
     // A browser asks each time whether its copy is still the right one, so that page and API are of the same version.
     set(header::CACHE_CONTROL, "no-cache");
@@ -70,7 +72,10 @@ pub(crate) async fn file(call: Call) -> Result<Response<Body>, ApiError> {
 /// Whether the client has what the tag stands for (RFC 9110, 13.1.2).
 fn is_known(headers: &HeaderMap, tag: &str) -> bool {
     let lists = headers.get_all(header::IF_NONE_MATCH).iter().filter_map(|list| list.to_str().ok());
-    lists.flat_map(|list| list.split(',')).map(str::trim).any(|own| own == "*" || own.trim_start_matches("W/") == tag)
+    lists
+        .flat_map(|list| list.split(','))
+        .map(str::trim)
+        .any(|own| own == "*" || own.trim_start_matches("W/") == tag)
 }
 
 fn media_type(name: &str) -> &'static str {

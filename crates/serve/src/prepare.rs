@@ -3,6 +3,7 @@
 use crate::asked::{Asked, Prompt, Role};
 use crate::error::ApiError;
 use crate::models::Live;
+use ferropt_data::Marks;
 use ferropt_engine::{Conversation, Parameters, Refusal, Request, Speaker};
 
 /// Texts of one request at most, over all prompts.
@@ -43,7 +44,7 @@ pub(crate) fn requests(
 fn one(live: &Live, asked: &Asked, prompt: &Prompt, seed: u64) -> Result<Request, ApiError> {
     // A text's `</s>` is not what was asked for, so it is not given back.
     let (ids, from) = match prompt {
-        Prompt::Text(text) => (tokens(live, text, true)?, 1),
+        Prompt::Text(text) => (tokens(live, text, Marks { in_front: true, in_text: false })?, 1),
         Prompt::Ids(ids) => (ids.clone(), 0),
     };
     let echo = (asked.echo && from < ids.len()).then_some(from);
@@ -55,11 +56,11 @@ fn one(live: &Live, asked: &Asked, prompt: &Prompt, seed: u64) -> Result<Request
     Ok(request)
 }
 
-/// Tokens of a text, with `</s>` in front or not.
+/// Tokens of a text, with special tokens in front or read in it, as wanted.
 ///
 /// # Errors
 /// 400 when it is so long that no model's positions could hold it, which is found without tokenising.
-pub(crate) fn tokens(live: &Live, text: &str, special: bool) -> Result<Vec<u32>, ApiError> {
+pub(crate) fn tokens(live: &Live, text: &str, marks: Marks) -> Result<Vec<u32>, ApiError> {
     let positions = live.engine.capacity().positions;
     let most = positions * live.longest_token;
     if text.len() > most {
@@ -69,8 +70,7 @@ pub(crate) fn tokens(live: &Live, text: &str, special: bool) -> Result<Vec<u32>,
         );
         return Err(too_long(message));
     }
-    let tokenizer = live.tokenizer();
-    let tokens = if special { tokenizer.encode_prompt(text) } else { tokenizer.encode(text) };
+    let tokens = live.tokenizer().encode_as(text, marks);
     tokens.map_err(|error| ApiError::field("prompt", format!("{error:#}")))
 }
 

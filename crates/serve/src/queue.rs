@@ -163,16 +163,17 @@ mod tests {
         queue.arrive("greedy", vec![(1, "g"); 20]).unwrap();
         assert_eq!(next(&mut queue), ["g"]);
         queue.charge("greedy", 500);
-        queue.arrive("modest", vec![(1, "m"); 3]).unwrap();
+        queue.arrive("modest", vec![(1, "m"); 4]).unwrap();
         // Level with the other, who came first; then they take turns by what they use.
         let mut order = vec![];
         for _ in 0..8 {
             queue.done(if order.last() == Some(&"m") { "modest" } else { "greedy" }, 1);
             let (waiter, _) = queue.next().unwrap();
-            queue.charge(if waiter == "m" { "modest" } else { "greedy" }, 100);
+            let (client, tokens) = if waiter == "m" { ("modest", 50) } else { ("greedy", 100) };
+            queue.charge(client, tokens);
             order.push(waiter);
         }
-        assert_eq!(order, ["g", "m", "m", "g", "m", "g", "g", "g"]);
+        assert_eq!(order, ["g", "m", "m", "g", "m", "m", "g", "g"]);
     }
 
     #[test]

@@ -44,6 +44,9 @@ impl Log {
     }
 }
 
+/// Routes whose requests are logged when they are refused only.
+const ASKED_OFTEN: [&str; 3] = ["/health", "/ready", "/metrics"];
+
 /// What is known of a request. When the last holder drops it, the request is over: it is logged and counted.
 pub(crate) struct Record {
     app: Arc<App>,
@@ -123,6 +126,10 @@ impl Drop for Record {
         // As nginx counts those who leave before there is a status.
         let status = notes.status.unwrap_or(499);
         self.app.metrics.answered(self.route, status, seconds, code);
+        // Probes ask every second or so, and would bury the rest.
+        if ASKED_OFTEN.contains(&self.route) && code.is_none() {
+            return;
+        }
         let mut line = json!({ "id": self.id, "route": self.route, "status": status, "seconds": seconds, "error": code });
         if let Some(line) = line.as_object_mut() {
             line.extend(notes.more);

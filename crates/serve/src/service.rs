@@ -3,12 +3,11 @@
 use crate::app::App;
 use crate::cors;
 use crate::error::ApiError;
-use crate::models::State as ModelState;
 use crate::record::Record;
 use crate::routes::{Call, ROUTES, Route};
 use axum::Router;
 use axum::body::Body;
-use axum::extract::RawPathParams;
+use axum::extract::{FromRequestParts, RawPathParams};
 use axum::http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts};
 use axum::routing::any;
 use std::net::{IpAddr, SocketAddr};
@@ -122,40 +121,8 @@ fn refuse(parts: &Parts, there: impl Iterator<Item = &'static Route>) -> ApiErro
 
 /// What stands for the braces in the path.
 async fn parameter(parts: &mut Parts) -> Result<Option<String>, ApiError> {
-    use axum::extract::FromRequestParts;
     let parameters = RawPathParams::from_request_parts(parts, &()).await;
     let parameters = parameters
         .map_err(|_| ApiError::not_found("unknown_route", "the path is not UTF-8 when it is decoded"))?;
     Ok(parameters.iter().next().map(|(_, value)| value.to_string()))
-}
-
-/// Opens a model and tells the log.
-pub(crate) fn open(app: &App, source: crate::ModelSource) {
-    let started = Instant::now();
-    let crate::ModelSource { name, open } = source;
-    let state = match open() {
-        Ok(model) => {
-            let metrics = app.metrics.of_model(&name);
-            for damage in &model.damaged {
-                let damage = format!("{damage:#}");
-                app.log
-                    .line("damaged_checkpoint", serde_json::json!({ "model": name, "passed_over": damage }));
-            }
-            let capacity = model.engine.capacity();
-            let line = serde_json::json!({
-                "model": name, "seconds": started.elapsed().as_secs_f64(), "weights": model.weights.name(),
-                "weight_bytes": model.weight_bytes, "step": model.step, "positions": capacity.positions,
-                "cache_pages": capacity.pages, "sequences": capacity.sequences,
-            });
-            app.log.line("model_ready", line);
-            let live = crate::models::Live::new(name.clone(), model.engine, app.limits.queue, metrics);
-            ModelState::Ready(Arc::new(live))
-        }
-        Err(error) => {
-            let error = format!("{error:#}");
-            app.log.line("model_failed", serde_json::json!({ "model": name, "error": error }));
-            ModelState::Failed(error)
-        }
-    };
-    app.models.set(&name, state);
 }

@@ -13,6 +13,7 @@ use crate::prepare;
 use crate::routes::Call;
 use axum::body::Body;
 use axum::http::{Response, StatusCode};
+use ferropt_data::Marks;
 use serde_json::json;
 
 /// Tokens of a completion when nothing is said, as OpenAI's.
@@ -115,7 +116,9 @@ pub(crate) async fn tokenize(mut call: Call) -> Result<Response<Body>, ApiError>
     let [Prompt::Text(text)] = asked.prompts.as_slice() else {
         return Err(ApiError::field("prompt", "prompt: expected a text"));
     };
-    let tokens = tokio::task::block_in_place(|| prepare::tokens(&live, text, asked.special))?;
+    // Other than in prompts, `</s>` in the text is the token, as Hugging Face's tokenizer reads it.
+    let marks = Marks { in_front: asked.special, in_text: true };
+    let tokens = tokio::task::block_in_place(|| prepare::tokens(&live, text, marks))?;
     let names = |ids: &[u32]| ids.iter().map(|id| token_name(live.tokenizer(), *id)).collect::<Vec<_>>();
     let names = asked.token_names.then(|| names(&tokens));
     let answer = json!({

@@ -20,7 +20,12 @@ fn files_come_with_a_tag_and_a_policy_and_need_no_key() {
         let answer = client.get(path);
         assert_eq!(answer.status, 200, "{path}");
         assert!(answer.header("content-type").unwrap().starts_with(kind), "{path}");
-        assert!(answer.header("content-security-policy").unwrap().starts_with("default-src 'none'; script-src 'self'"));
+        assert!(
+            answer
+                .header("content-security-policy")
+                .unwrap()
+                .starts_with("default-src 'none'; script-src 'self'")
+        );
         assert!(answer.body.len() > 100);
         let tag = answer.header("etag").unwrap();
         let again = client.send("GET", path, &[("If-None-Match", tag)], b"");
@@ -28,7 +33,9 @@ fn files_come_with_a_tag_and_a_policy_and_need_no_key() {
         let changed = client.send("GET", path, &[("If-None-Match", "\"another\"")], b"");
         assert_eq!((changed.status, &changed.body), (200, &answer.body), "{path}");
     }
-    for path in ["/page/", "/page/package.json", "/page/../Cargo.toml", "/page/%2e%2e/Cargo.toml", "/page/vendor/%ff"] {
+    for path in
+        ["/page/", "/page/package.json", "/page/../Cargo.toml", "/page/%2e%2e/Cargo.toml", "/page/vendor/%ff"]
+    {
         assert_eq!(client.get(path).status, 404, "{path}");
     }
     assert_eq!(client.send("POST", "/", &[("Content-Type", "application/json")], b"{}").status, 405);

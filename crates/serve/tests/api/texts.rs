@@ -250,11 +250,18 @@ fn generate_and_tokenise_tell_what_the_engine_knows() {
         .collect();
     assert_eq!(first, texts[0]["text"]);
 
-    let text = "the cat — naïve </s> 狐";
+    let text = "the cat — naïve 狐";
     let ids = crate::tokenizer().encode_prompt(text).unwrap();
     let tokens = client.post("/tokenize", &json!({ "prompt": text }));
     assert_eq!(tokens["tokens"], json!(ids));
     assert_eq!((&tokens["count"], &tokens["max_model_len"]), (&json!(ids.len()), &json!(crate::POSITIONS)));
+    let end = json!({ "prompt": "</s>", "add_special_tokens": false });
+    assert_eq!(client.post("/tokenize", &end)["tokens"], json!([2]));
+    assert_eq!(client.get("/tokenizer_info").json()["eos_token"], "</s>");
+    assert!(
+        client.post("/v1/completions", &json!({ "prompt": "</s>", "max_tokens": 0 }))["usage"]["prompt_tokens"]
+            != 2
+    );
     let bare = client.post(
         "/tokenize",
         &json!({ "prompt": "the", "add_special_tokens": false, "return_token_strs": true }),
