@@ -75,9 +75,9 @@ test("stop frees what the server held", async () => {
         await page.locator("#prompt").press("Control+Enter");
         await until("texts run", async () => (await count("ferropt_running")) > 0 && (await count("ferropt_cache_pages_used")) > pages + 30 && ((await textOf(page)) ?? "").length > 10);
         await finish(page, () => (end === "click" ? page.getByRole("button", { name: "Stop" }).click() : page.keyboard.press("Escape")));
-        await until("nothing runs", async () => (await count("ferropt_running")) === 0, 5);
+        await until("nothing runs", async () => (await count("ferropt_running")) === 0, 15);
         // What is left in the cache are the beginnings of prompts that the next request finds again.
-        await until("pages are free", async () => (await count("ferropt_cache_pages_used")) <= pages + 1, 5);
+        await until("pages are free", async () => (await count("ferropt_cache_pages_used")) <= pages + 1, 15);
         assert.match(await page.locator(".ending").first().textContent(), /stopped by you/);
         assert.ok((await textOf(page)).length > 10, "what there was stays");
     }

@@ -2,8 +2,8 @@
 import { html, useEffect, useRef, useState } from "./dom.js";
 import uPlot from "./vendor/uplot.js";
 
-/** Seconds on the axis. */
-const WINDOW = 300;
+/** Seconds on the axis, at least and at most. */
+const [LEAST, MOST] = [60, 300];
 const HEIGHT = 132;
 
 /**
@@ -35,7 +35,7 @@ export function Plot({ title, points, series, show, most }) {
                 legend: { show: false },
                 hooks: { setCursor: [(u) => setAt(u.cursor.idx ?? null)] },
                 cursor: { y: false, points: { size: 5 } },
-                padding: [6, 4, 0, 0],
+                padding: [6, 18, 0, 0],
                 scales: { y: { range: (_, __, max) => [0, Math.max(most, max ?? 0) * 1.08] } },
                 axes: [
                     { ...axis, space: 70, size: 22, values: (u, times) => times.map((at) => clock(at)) },
@@ -65,7 +65,8 @@ export function Plot({ title, points, series, show, most }) {
     useEffect(() => {
         const now = last.at ?? Date.now() / 1000;
         plot.current.setData([points.map(({ at }) => at), ...series.map(({ value }) => points.map((one) => one[value] ?? null))], false);
-        plot.current.setScale("x", { min: now - WINDOW, max: now });
+        const span = Math.min(MOST, Math.max(LEAST, now - (points[0]?.at ?? now)));
+        plot.current.setScale("x", { min: now - span, max: now });
     }, [points]);
 
     const summary = series.map(({ value, label }) => `${label} ${said(last[value])}`).join(", ");
