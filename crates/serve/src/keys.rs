@@ -14,14 +14,22 @@ use sha2::{Digest, Sha256};
 use std::collections::VecDeque;
 use std::fs;
 use std::io::Read;
-use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant, SystemTime};
 
-/// All keys that are let in. Without any, everybody is.
+/// All keys that are let in. Without a file, everybody is.
 #[derive(Debug, Default)]
 pub struct Keys {
+    file: Option<PathBuf>,
+    known: RwLock<Known>,
+}
+
+/// What the file said, and which version of it that was.
+#[derive(Debug, Default)]
+struct Known {
     keys: Vec<Arc<Key>>,
+    version: Option<(SystemTime, u64)>,
 }
 
 /// One of them.
@@ -51,32 +59,37 @@ impl Keys {
     /// # Errors
     /// When it cannot be read or has no keys; a line that is wrong is named.
     pub fn read(path: &Path) -> Result<Keys> {
-        let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let parse = || -> Result<Keys> {
-            let mut keys: Vec<Arc<Key>> = Vec::new();
-            for (number, line) in (1..).zip(text.lines()) {
-                let line = line.split('#').next().unwrap_or("").trim();
-                if line.is_empty() {
-                    continue;
-                }
-                let key = Key::parse(line).with_context(|| format!("line {number}"))?;
-                let same = keys.iter().any(|other| other.name == key.name || other.hash == key.hash);
-                ensure!(!same, "line {number}: the name or the key {:?} was there before", key.name);
-                keys.push(Arc::new(key));
+        let known = RwLock::new(Known { version: version(path), keys: parse(path)? });
+        Ok(Keys { file: Some(path.into()), known })
+    }
+
+    /// Reads the file again if it is another one than before. Keys that stay keep their counts. Returns how many there are
+    /// now, if anything was read.
+    ///
+    /// # Errors
+    /// As [`Keys::read`]; the keys stay as they were.
+    pub(crate) fn refresh(&self) -> Result<Option<usize>> {
+        let Some(file) = &self.file else { return Ok(None) };
+        let version = version(file);
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
+        if version == known.version {
+            return Ok(None);
+        }
+        // A wrong file is told of once.
+        known.version = version;
+        let mut keys = parse(file)?;
+        for key in &mut keys {
+            if let Some(old) = known.keys.iter().find(|old| old.is_like(key)) {
+                *key = old.clone();
             }
-            ensure!(
-                !keys.is_empty(),
-                "it has no keys, so nobody could use the server; add one: ferropt serve key NAME >> {}",
-                path.display()
-            );
-            Ok(Keys { keys })
-        };
-        parse().with_context(|| format!("cannot use the keys in {}", path.display()))
+        }
+        known.keys = keys;
+        Ok(Some(known.keys.len()))
     }
 
     /// Whether everybody is let in.
     pub(crate) fn is_empty(&self) -> bool {
-        self.keys.is_empty()
+        self.file.is_none()
     }
 
     /// The key of an `Authorization` header. All keys are compared, to the last byte, whatever the header is.
@@ -87,7 +100,8 @@ impl Keys {
         let token = header.and_then(bearer);
         let hash: [u8; 32] = Sha256::digest(token.unwrap_or(b"")).into();
         let mut found = None;
-        for key in &self.keys {
+        let known = self.known.read().unwrap_or_else(PoisonError::into_inner);
+        for key in &known.keys {
             if same(&key.hash, &hash) {
                 found = Some(key);
             }
@@ -99,6 +113,37 @@ impl Keys {
             })
         })
     }
+}
+
+/// When a file was changed, and its size; none if it is not there.
+fn version(path: &Path) -> Option<(SystemTime, u64)> {
+    let metadata = fs::metadata(path).ok()?;
+    Some((metadata.modified().ok()?, metadata.len()))
+}
+
+/// The keys of a file.
+fn parse(path: &Path) -> Result<Vec<Arc<Key>>> {
+    let text = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let parse = || -> Result<Vec<Arc<Key>>> {
+        let mut keys: Vec<Arc<Key>> = Vec::new();
+        for (number, line) in (1..).zip(text.lines()) {
+            let line = line.split('#').next().unwrap_or("").trim();
+            if line.is_empty() {
+                continue;
+            }
+            let key = Key::parse(line).with_context(|| format!("line {number}"))?;
+            let same = keys.iter().any(|other| other.name == key.name || other.hash == key.hash);
+            ensure!(!same, "line {number}: the name or the key {:?} was there before", key.name);
+            keys.push(Arc::new(key));
+        }
+        ensure!(
+            !keys.is_empty(),
+            "it has no keys, so nobody could use the server; add one: ferropt serve key NAME >> {}",
+            path.display()
+        );
+        Ok(keys)
+    };
+    parse().with_context(|| format!("cannot use the keys in {}", path.display()))
 }
 
 /// What comes behind `Bearer`, a word that may be written in any case (RFC 9110, 11.1).
@@ -114,6 +159,11 @@ fn same(a: &[u8; 32], b: &[u8; 32]) -> bool {
 }
 
 impl Key {
+    fn is_like(&self, other: &Key) -> bool {
+        let all = |key: &Key| (key.name.clone(), key.hash, key.at_once, key.per_minute);
+        all(self) == all(other)
+    }
+
     fn parse(line: &str) -> Result<Key> {
         let mut words = line.split_whitespace();
         let (Some(name), Some(hash)) = (words.next(), words.next()) else {
@@ -233,7 +283,7 @@ mod tests {
     fn limits_hold() {
         let (_, line) = new_key("a").unwrap();
         let keys = read(&format!("{line} at-once=2 per-minute=4")).unwrap();
-        let (key, start) = (&keys.keys[0], Instant::now());
+        let (key, start) = (&keys.known.read().unwrap().keys[0].clone(), Instant::now());
         let at = |seconds| key.begin(start + Duration::from_secs(seconds));
         let (first, second) = (at(0).unwrap(), at(1).unwrap());
         assert_eq!(at(2).err().unwrap().code, "key_at_once");
@@ -244,6 +294,32 @@ mod tests {
         let refused = at(5).err().unwrap();
         assert_eq!((refused.code, refused.retry_after), ("key_per_minute", Some(56)));
         drop(at(61).unwrap());
+    }
+
+    #[test]
+    fn the_file_is_read_again_when_it_changes() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("keys");
+        let ((alice, line), (bob, other)) = (new_key("alice").unwrap(), new_key("bob").unwrap());
+        fs::write(&file, format!("{line} at-once=1\n")).unwrap();
+        let keys = Keys::read(&file).unwrap();
+        let find = |key: &str| keys.find(Some(format!("Bearer {key}").as_bytes()));
+        assert_eq!(keys.refresh().unwrap(), None);
+        let under_way = find(&alice).unwrap().begin(Instant::now()).unwrap();
+        fs::write(&file, format!("{line} at-once=1\n{other}\n")).unwrap();
+        assert_eq!(keys.refresh().unwrap(), Some(2));
+        assert!(find(&bob).is_ok());
+        assert_eq!(find(&alice).unwrap().begin(Instant::now()).err().unwrap().code, "key_at_once");
+        drop(under_way);
+        // Wrong files are told of once, and change nothing; a key that is gone is let in no more.
+        fs::write(&file, "nonsense").unwrap();
+        assert!(keys.refresh().is_err());
+        assert!(keys.refresh().unwrap().is_none() && find(&bob).is_ok());
+        fs::remove_file(&file).unwrap();
+        assert!(keys.refresh().is_err() && find(&alice).is_ok());
+        fs::write(&file, other).unwrap();
+        assert_eq!(keys.refresh().unwrap(), Some(1));
+        assert!(find(&alice).is_err() && find(&bob).is_ok());
     }
 
     #[test]

@@ -40,6 +40,7 @@ pub use record::Log;
 use anyhow::{Context, Result};
 use app::{App, Phase};
 use models::{Models, State};
+use serde_json::json;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread;
@@ -93,7 +94,8 @@ impl Server {
             format!("cannot listen on {address}; is another program there? --port 0 takes a free one")
         })?;
         let address = listener.local_addr().context("the system does not say on which port it listens")?;
-        app.log.line("listening", serde_json::json!({ "address": address.to_string() }));
+        app.log.line("listening", json!({ "address": address.to_string() }));
+        runtime.spawn(watch_keys(app.clone()));
         let accepting = runtime.spawn(listen::accept(listener, app.clone()));
         let opening = app.clone();
         let open = move || models.into_iter().for_each(|model| models::open(&opening, model));
@@ -120,7 +122,7 @@ impl Server {
     pub fn stop(self, within: Duration) -> usize {
         let deadline = Instant::now() + within;
         self.app.phase.send_replace(Phase::Draining);
-        self.app.log.line("stopping", serde_json::json!({ "requests": self.app.in_flight() }));
+        self.app.log.line("stopping", json!({ "requests": self.app.in_flight() }));
         while self.app.in_flight() > 0 && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(10));
         }
@@ -128,8 +130,20 @@ impl Server {
         self.app.phase.send_replace(Phase::Ending);
         // It does not panic, and its own time is limited.
         let _ = self.runtime.block_on(self.accepting);
-        self.app.log.line("stopped", serde_json::json!({ "not_completed": left }));
+        self.app.log.line("stopped", json!({ "not_completed": left }));
         self.runtime.shutdown_timeout(Duration::from_secs(1));
         left
+    }
+}
+
+/// Takes over changes of the file of keys.
+async fn watch_keys(app: Arc<App>) {
+    loop {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        match app.keys.refresh() {
+            Ok(None) => {}
+            Ok(Some(count)) => app.log.line("keys_read", json!({ "keys": count })),
+            Err(error) => app.log.line("keys_failed", json!({ "error": format!("{error:#}") })),
+        }
     }
 }
