@@ -19,9 +19,23 @@ if (!existsSync(join(model, "model.safetensors"))) makeModel(model);
 
 /** Starts a server; `stop` ends it with a signal. */
 export async function serve(...options) {
-    const process = spawn(FERROPT, ["serve", "--model", `small=${model}`, "--alias", "other=small", "--port", "0", "--no-log", ...options], {
-        stdio: ["ignore", "pipe", "inherit"],
-    });
+    const process = spawn(
+        FERROPT,
+        [
+            "serve",
+            "--model",
+            `small=${model}`,
+            "--alias",
+            "other=small",
+            "--port",
+            "0",
+            "--no-log",
+            ...options,
+        ],
+        {
+            stdio: ["ignore", "pipe", "inherit"],
+        },
+    );
     const ended = new Promise((resolve) => process.once("exit", resolve));
     let url = null;
     for await (const line of createInterface({ input: process.stdout })) {
@@ -40,7 +54,11 @@ export async function serve(...options) {
 /** The sum of a metric over its labels. */
 async function metrics(url) {
     const text = await (await fetch(`${url}/metrics`)).text();
-    return (name) => text.split("\n").filter((line) => line.startsWith(name + "{") || line.startsWith(name + " ")).reduce((sum, line) => sum + Number(line.split(" ").at(-1)), 0);
+    return (name) =>
+        text
+            .split("\n")
+            .filter((line) => line.startsWith(name + "{") || line.startsWith(name + " "))
+            .reduce((sum, line) => sum + Number(line.split(" ").at(-1)), 0);
 }
 
 /** Waits until something is so. */
@@ -55,13 +73,26 @@ export async function until(what, is, seconds = 30) {
 
 /** A browser without a display, with a new profile, which talks to nobody but the server. */
 export async function launch() {
-    const args = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
+    const args = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ];
     return chromium.launch({ executablePath: CHROMIUM, args });
 }
 
 /** Opens the page in a browser of its own; whatever the browser complains about is an error of the test. */
 export async function visit(browser, url, options = {}, view = "complete") {
-    const context = await browser.newContext({ viewport: { width: 1280, height: 860 }, permissions: ["clipboard-read", "clipboard-write"], ...options });
+    const context = await browser.newContext({
+        viewport: { width: 1280, height: 860 },
+        permissions: ["clipboard-read", "clipboard-write"],
+        ...options,
+    });
     const page = await context.newPage();
     page.setDefaultTimeout(20_000);
     page.complaints = [];
@@ -74,7 +105,10 @@ export async function visit(browser, url, options = {}, view = "complete") {
 
 /** Closes the page, once it is sure that the browser had nothing to complain about but what is `expected`. */
 export async function leave(page, expected = /^$/) {
-    assert.deepEqual(page.complaints.filter((text) => !expected.test(text)), []);
+    assert.deepEqual(
+        page.complaints.filter((text) => !expected.test(text)),
+        [],
+    );
     await page.context().close();
 }
 
@@ -92,10 +126,16 @@ export async function set(page, values) {
 /** Does something that makes the page generate, and waits for the end of that. */
 export async function finish(page, action) {
     const texts = (request) => request.url().endsWith("/completions");
-    const ended = Promise.race(["requestfinished", "requestfailed"].map((event) => page.waitForEvent(event, { predicate: texts, timeout: 120_000 })));
+    const ended = Promise.race(
+        ["requestfinished", "requestfailed"].map((event) =>
+            page.waitForEvent(event, { predicate: texts, timeout: 120_000 }),
+        ),
+    );
     await action();
     await ended;
-    await page.locator('[role="status"]', { hasText: /^(Done|Stopped|Error)/ }).waitFor({ state: "attached" });
+    await page
+        .locator('[role="status"]', { hasText: /^(Done|Stopped|Error)/ })
+        .waitFor({ state: "attached" });
     await page.getByRole("button", { name: /^(Generate|Send)/ }).waitFor();
 }
 
@@ -112,13 +152,22 @@ export const textOf = (page) => page.locator(".output .list, .output .plain").fi
 export async function accessibility(page, where) {
     // The page's policy lets no script in, so it comes in beside it.
     await page.evaluate(readFileSync(axe, "utf8"));
-    const { violations } = await page.evaluate(() => window.axe.run(document, { runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"] }));
-    const found = violations.map(({ id, nodes }) => `${where}: ${id}: ${nodes.map(({ html, failureSummary }) => `${html.slice(0, 120)} ${failureSummary}`).join(" | ")}`);
+    const { violations } = await page.evaluate(() =>
+        window.axe.run(document, {
+            runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"],
+        }),
+    );
+    const found = violations.map(
+        ({ id, nodes }) =>
+            `${where}: ${id}: ${nodes.map(({ html, failureSummary }) => `${html.slice(0, 120)} ${failureSummary}`).join(" | ")}`,
+    );
     assert.deepEqual(found, []);
 }
 
 /** No part of the page is beyond its width. */
 export async function fits(page, where) {
-    const wide = await page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
+    const wide = await page.evaluate(
+        () => document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    );
     assert.equal(wide, 0, `${where}: ${wide} pixels to the side`);
 }

@@ -10,21 +10,46 @@ export function makeModel(folder) {
     mkdirSync(folder, { recursive: true });
     for (const name of ["vocab.json", "merges.txt"]) copyFileSync(join(TOKENIZER, name), join(folder, name));
     const vocab = Object.keys(JSON.parse(readFileSync(join(folder, "vocab.json"), "utf8"))).length;
-    writeFileSync(join(folder, "config.json"), JSON.stringify({
-        architectures: ["OPTForCausalLM"], model_type: "opt", activation_function: "relu", do_layer_norm_before: true,
-        hidden_size: WIDTH, word_embed_proj_dim: WIDTH, ffn_dim: 4 * WIDTH, num_hidden_layers: LAYERS, num_attention_heads: HEADS,
-        max_position_embeddings: POSITIONS, vocab_size: vocab, tie_word_embeddings: true, enable_bias: true,
-        layer_norm_elementwise_affine: true, _remove_final_layer_norm: false, dropout: 0, attention_dropout: 0, layerdrop: 0,
-        bos_token_id: 2, eos_token_id: 2, pad_token_id: 1, init_std: 0.02, torch_dtype: "bfloat16",
-    }));
+    writeFileSync(
+        join(folder, "config.json"),
+        JSON.stringify({
+            architectures: ["OPTForCausalLM"],
+            model_type: "opt",
+            activation_function: "relu",
+            do_layer_norm_before: true,
+            hidden_size: WIDTH,
+            word_embed_proj_dim: WIDTH,
+            ffn_dim: 4 * WIDTH,
+            num_hidden_layers: LAYERS,
+            num_attention_heads: HEADS,
+            max_position_embeddings: POSITIONS,
+            vocab_size: vocab,
+            tie_word_embeddings: true,
+            enable_bias: true,
+            layer_norm_elementwise_affine: true,
+            _remove_final_layer_norm: false,
+            dropout: 0,
+            attention_dropout: 0,
+            layerdrop: 0,
+            bos_token_id: 2,
+            eos_token_id: 2,
+            pad_token_id: 1,
+            init_std: 0.02,
+            torch_dtype: "bfloat16",
+        }),
+    );
     writeFileSync(join(folder, "model.safetensors"), safetensors(tensors(vocab)));
 }
 
 /** Names, shapes and standard deviations; those without one are 1 for weights and 0 for biases. */
 function tensors(vocab) {
     const C = WIDTH;
-    const list = [["embed_tokens.weight", [vocab, C], 0.14], ["embed_positions.weight", [POSITIONS + 2, C], 0.2]];
-    const pair = (name, shape, deviation) => list.push([`${name}.weight`, shape, deviation], [`${name}.bias`, [shape[0]]]);
+    const list = [
+        ["embed_tokens.weight", [vocab, C], 0.14],
+        ["embed_positions.weight", [POSITIONS + 2, C], 0.2],
+    ];
+    const pair = (name, shape, deviation) =>
+        list.push([`${name}.weight`, shape, deviation], [`${name}.bias`, [shape[0]]]);
     for (let layer = 0; layer < LAYERS; layer += 1) {
         for (const one of ["q", "k", "v", "out"]) pair(`layers.${layer}.self_attn.${one}_proj`, [C, C], 0.06);
         pair(`layers.${layer}.self_attn_layer_norm`, [C]);
@@ -53,7 +78,8 @@ function safetensors(tensors) {
     for (const { name, shape, deviation } of tensors) {
         const count = shape.reduce((a, b) => a * b);
         const constant = name.endsWith(".weight") ? 1 : 0;
-        for (let i = 0; i < count; i += 1) values[at + i] = bfloat16(deviation ? deviation * random() : constant);
+        for (let i = 0; i < count; i += 1)
+            values[at + i] = bfloat16(deviation ? deviation * random() : constant);
         at += count;
     }
     return Buffer.concat([length, text, Buffer.from(values.buffer)]);

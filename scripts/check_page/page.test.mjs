@@ -5,7 +5,20 @@ import { writeFileSync } from "node:fs";
 import { join } from "node:path";
 import test, { after, before } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
-import { accessibility, finish, fits, generate, launch, leave, scratch, serve, set, textOf, until, visit } from "./lab.mjs";
+import {
+    accessibility,
+    finish,
+    fits,
+    generate,
+    launch,
+    leave,
+    scratch,
+    serve,
+    set,
+    textOf,
+    until,
+    visit,
+} from "./lab.mjs";
 
 let browser, server;
 before(async () => {
@@ -21,7 +34,10 @@ const box = (page) => page.getByRole("dialog", { name: /Alternatives/ });
 test("a conversation", async () => {
     const page = await visit(browser, server.url, {}, "chat");
     const bodies = [];
-    page.on("request", (request) => request.url().endsWith("/v1/chat/completions") && bodies.push(request.postDataJSON()));
+    page.on(
+        "request",
+        (request) => request.url().endsWith("/v1/chat/completions") && bodies.push(request.postDataJSON()),
+    );
     await set(page, { max_tokens: 12, min_tokens: 12, seed: 2 });
     await page.getByText("How the conversation is introduced").click();
     await page.fill("#system", "Two people talk.");
@@ -30,7 +46,10 @@ test("a conversation", async () => {
     const reply = page.locator(".turn.text").last();
     const text = await reply.locator(".list").textContent();
     assert.ok(text.length > 0);
-    assert.deepEqual(bodies[0].messages, [{ role: "system", content: "Two people talk." }, { role: "user", content: "hello there" }]);
+    assert.deepEqual(bodies[0].messages, [
+        { role: "system", content: "Two people talk." },
+        { role: "user", content: "hello there" },
+    ]);
     await reply.locator(".token").nth(3).click();
     assert.ok((await box(page).locator("li").count()) >= 5);
     assert.equal(await box(page).getByRole("button").count(), 0, "a conversation has no branches");
@@ -58,29 +77,50 @@ test("a conversation", async () => {
 
 test("the status moves", async () => {
     const page = await visit(browser, server.url, {}, "status");
-    const value = (title, label) => page.locator(".plot", { hasText: title }).locator("dl > div", { hasText: label }).locator("dd").textContent();
+    const value = (title, label) =>
+        page
+            .locator(".plot", { hasText: title })
+            .locator("dl > div", { hasText: label })
+            .locator("dd")
+            .textContent();
     assert.match(await page.locator("tbody").textContent(), /small.*ready.*2048/);
     assert.match(await page.locator("tbody").textContent(), /other is small/);
     await page.locator(".plot canvas").first().waitFor();
-    const drawn = () => page.locator(".plot canvas").evaluateAll((all) => all.map((canvas) => canvas.toDataURL()));
+    const drawn = () =>
+        page.locator(".plot canvas").evaluateAll((all) => all.map((canvas) => canvas.toDataURL()));
     await sleep(1500);
     const idle = await drawn();
     assert.equal(idle.length, 6);
     assert.equal(await value("Texts", "running"), "0");
     const load = new AbortController();
     const body = JSON.stringify({ prompt: "the", max_tokens: 2000, n: 16, ignore_eos: true, stream: true });
-    const answer = await fetch(`${server.url}/v1/completions`, { method: "POST", headers: { "Content-Type": "application/json" }, body, signal: load.signal });
+    const answer = await fetch(`${server.url}/v1/completions`, {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body,
+        signal: load.signal,
+    });
     const read = (async () => {
         for await (const _ of answer.body);
     })().catch(() => {});
     await until("running", async () => (await value("Texts", "running")) === "16");
-    await until("tokens a second", async () => Number.parseFloat(await value("Tokens a second", "generated")) > 1);
-    await until("time to the first token", async () => /^[\d.]+ m?s$/.test(await value("Time to the first token", "median")));
-    await until("time between tokens", async () => /^[\d.]+ [mµ]?s$/.test(await value("Time between tokens", "95 % within")));
+    await until(
+        "tokens a second",
+        async () => Number.parseFloat(await value("Tokens a second", "generated")) > 1,
+    );
+    await until("time to the first token", async () =>
+        /^[\d.]+ m?s$/.test(await value("Time to the first token", "median")),
+    );
+    await until("time between tokens", async () =>
+        /^[\d.]+ [mµ]?s$/.test(await value("Time between tokens", "95 % within")),
+    );
     await until("cache", async () => Number.parseFloat(await value("Cache in use", "of all pages")) > 0);
     const busy = await drawn();
     busy.forEach((picture, i) => assert.notEqual(picture, idle[i], `plot ${i} stands still`));
-    assert.match(await page.locator(".plot", { hasText: "Texts" }).getByRole("img").getAttribute("aria-label"), /running 16/);
+    assert.match(
+        await page.locator(".plot", { hasText: "Texts" }).getByRole("img").getAttribute("aria-label"),
+        /running 16/,
+    );
     load.abort();
     await read;
     await until("nothing runs", async () => (await value("Texts", "running")) === "0");
@@ -125,8 +165,17 @@ test("a busy server is asked again when it says so", async () => {
     await page.route("**/v1/completions", async (route) => {
         times += 1;
         if (times > 2) return route.fallback();
-        const error = { message: "256 prompts wait for the model, which is the limit", type: "rate_limit_error", param: null, code: "queue_full" };
-        return route.fulfill({ status: 429, headers: { "Retry-After": times === 1 ? "1" : "600" }, json: { error } });
+        const error = {
+            message: "256 prompts wait for the model, which is the limit",
+            type: "rate_limit_error",
+            param: null,
+            code: "queue_full",
+        };
+        return route.fulfill({
+            status: 429,
+            headers: { "Retry-After": times === 1 ? "1" : "600" },
+            json: { error },
+        });
     });
     await set(page, { max_tokens: 4 });
     await page.fill("#prompt", "the");
@@ -186,7 +235,10 @@ test("a key is asked for, and is forgotten with the tab", async () => {
     await set(page, { max_tokens: 4 });
     await generate(page, "the");
     assert.ok((await textOf(page)).length > 0);
-    assert.equal(await page.evaluate(() => JSON.stringify(localStorage)).then((all) => all.includes(key)), false);
+    assert.equal(
+        await page.evaluate(() => JSON.stringify(localStorage)).then((all) => all.includes(key)),
+        false,
+    );
     await page.getByRole("button", { name: "Code", exact: true }).click();
     assert.match(await page.locator(".code").textContent(), /\$FERROPT_API_KEY/);
     assert.ok(!(await page.content()).includes(key));
@@ -210,11 +262,21 @@ function makeKey() {
 
 test("the keyboard alone is enough", async () => {
     const page = await visit(browser, server.url);
-    const focused = () => page.evaluate(() => {
-        const element = document.activeElement;
-        const visible = getComputedStyle(element).outlineStyle !== "none" || getComputedStyle(element.closest(".composer") ?? element).outlineStyle !== "none";
-        return { name: element.id || element.getAttribute("aria-label") || element.textContent.trim() || element.placeholder, visible };
-    });
+    const focused = () =>
+        page.evaluate(() => {
+            const element = document.activeElement;
+            const visible =
+                getComputedStyle(element).outlineStyle !== "none" ||
+                getComputedStyle(element.closest(".composer") ?? element).outlineStyle !== "none";
+            return {
+                name:
+                    element.id ||
+                    element.getAttribute("aria-label") ||
+                    element.textContent.trim() ||
+                    element.placeholder,
+                visible,
+            };
+        });
     const tabTo = async (name) => {
         for (let i = 0; i < 80; i += 1) {
             await page.keyboard.press("Tab");
@@ -258,7 +320,11 @@ test("the keyboard alone is enough", async () => {
     await page.getByRole("dialog", { name: "Help" }).waitFor();
     await page.keyboard.press("Escape");
     await page.getByRole("dialog", { name: "Help" }).waitFor({ state: "hidden" });
-    for (const [key, view] of [["2", "chat"], ["3", "status"], ["1", "complete"]]) {
+    for (const [key, view] of [
+        ["2", "chat"],
+        ["3", "status"],
+        ["1", "complete"],
+    ]) {
         await page.keyboard.press(`Alt+${key}`);
         await page.locator(`main.${view}`).waitFor();
     }
@@ -278,16 +344,26 @@ test("screen readers are told what happens", async () => {
     await leave(page);
 });
 
-for (const [width, height, touch] of [[1280, 860, false], [360, 740, true]]) {
+for (const [width, height, touch] of [
+    [1280, 860, false],
+    [360, 740, true],
+]) {
     for (const colorScheme of ["light", "dark"]) {
         test(`nothing is wrong for axe, and everything fits: ${width} pixels, ${colorScheme}`, async () => {
-            const page = await visit(browser, server.url, { viewport: { width, height }, colorScheme, hasTouch: touch, isMobile: touch });
+            const page = await visit(browser, server.url, {
+                viewport: { width, height },
+                colorScheme,
+                hasTouch: touch,
+                isMobile: touch,
+            });
             const look = async (where) => {
                 await accessibility(page, where);
                 await fits(page, where);
             };
             await look("empty");
-            await page.evaluate(() => localStorage.setItem("ferropt.settings", JSON.stringify({ max_tokens: 24 })));
+            await page.evaluate(() =>
+                localStorage.setItem("ferropt.settings", JSON.stringify({ max_tokens: 24 })),
+            );
             await page.reload();
             if (touch) {
                 await page.getByRole("button", { name: "Settings" }).tap();

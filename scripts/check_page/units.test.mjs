@@ -3,13 +3,21 @@ import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
 import test from "node:test";
 import { asCurl, asPython, literal, quoted } from "../../crates/serve/web/commands.js";
-import { DEFAULTS, WrongField, controlOf, readBias, readSettings, readStop } from "../../crates/serve/web/fields.js";
+import {
+    DEFAULTS,
+    WrongField,
+    controlOf,
+    readBias,
+    readSettings,
+    readStop,
+} from "../../crates/serve/web/fields.js";
 import { buckets, grown, parse, quantile, rate, total } from "../../crates/serve/web/prometheus.js";
 import { EventParser, events } from "../../crates/serve/web/sse.js";
 import { TextBuilder, percent, shade, shown } from "../../crates/serve/web/texts.js";
 import { point } from "../../crates/serve/web/watch.js";
 
-const STREAM = '\uFEFFdata: {"a":1}\r\n\r\n: still at work\n\nevent: x\ndata: two\ndata:lines\nid: 7\n\ndata\n\ndata: [DONE]\r\r';
+const STREAM =
+    '\uFEFFdata: {"a":1}\r\n\r\n: still at work\n\nevent: x\ndata: two\ndata:lines\nid: 7\n\ndata\n\ndata: [DONE]\r\r';
 
 test("events are the same in whatever pieces a stream comes", async () => {
     const expected = ['{"a":1}', "two\nlines", "", "[DONE]"];
@@ -17,7 +25,11 @@ test("events are the same in whatever pieces a stream comes", async () => {
         for (const second of [first, first + 1, first + 3]) {
             const parser = new EventParser();
             const pieces = [STREAM.slice(0, first), STREAM.slice(first, second), STREAM.slice(second), "\n"];
-            assert.deepEqual(pieces.flatMap((piece) => parser.push(piece)), expected, `cut at ${first} and ${second}`);
+            assert.deepEqual(
+                pieces.flatMap((piece) => parser.push(piece)),
+                expected,
+                `cut at ${first} and ${second}`,
+            );
         }
     }
     const bytes = new TextEncoder().encode("data: é狐🦊\n\n");
@@ -58,23 +70,71 @@ test("metrics are read", () => {
     const samples = parse(METRICS);
     assert.equal(samples.get("x_total")[0].labels.path, 'C:\\d"q"\nz}');
     assert.equal(total(samples, "x_total"), 24);
-    assert.equal(total(samples, "x_total", ({ model }) => model === "b"), 20);
+    assert.equal(
+        total(samples, "x_total", ({ model }) => model === "b"),
+        20,
+    );
     assert.equal(total(samples, "nothing"), null);
     assert.equal(total(samples, "most"), Infinity);
     assert.ok(Number.isNaN(total(samples, "odd")));
     assert.equal(samples.has("broken"), false);
-    assert.deepEqual(buckets(samples, "t"), [[0.1, 2], [1, 8], [Infinity, 10]]);
+    assert.deepEqual(buckets(samples, "t"), [
+        [0.1, 2],
+        [1, 8],
+        [Infinity, 10],
+    ]);
 });
 
 test("quantiles and rates", () => {
-    const counts = [[0.1, 2], [1, 8], [Infinity, 10]];
+    const counts = [
+        [0.1, 2],
+        [1, 8],
+        [Infinity, 10],
+    ];
     assert.equal(quantile(0.1, counts), 0.05);
     assert.ok(Math.abs(quantile(0.5, counts) - 0.55) < 1e-12);
     assert.equal(quantile(0.99, counts), 1);
-    assert.equal(quantile(0.5, [[1, 0], [Infinity, 0]]), null);
+    assert.equal(
+        quantile(0.5, [
+            [1, 0],
+            [Infinity, 0],
+        ]),
+        null,
+    );
     assert.equal(quantile(0.5, []), null);
-    assert.deepEqual(grown([[1, 3], [Infinity, 4]], [[1, 5], [Infinity, 9]]), [[1, 2], [Infinity, 5]]);
-    assert.deepEqual(grown([[1, 3], [Infinity, 4]], [[1, 1], [Infinity, 2]]), [[1, 1], [Infinity, 2]], "after a restart");
+    assert.deepEqual(
+        grown(
+            [
+                [1, 3],
+                [Infinity, 4],
+            ],
+            [
+                [1, 5],
+                [Infinity, 9],
+            ],
+        ),
+        [
+            [1, 2],
+            [Infinity, 5],
+        ],
+    );
+    assert.deepEqual(
+        grown(
+            [
+                [1, 3],
+                [Infinity, 4],
+            ],
+            [
+                [1, 1],
+                [Infinity, 2],
+            ],
+        ),
+        [
+            [1, 1],
+            [Infinity, 2],
+        ],
+        "after a restart",
+    );
     assert.equal(rate(10, 30, 4), 5);
     assert.equal(rate(10, 4, 4), 1, "after a restart");
     assert.equal(rate(null, 4, 4), null);
@@ -82,7 +142,8 @@ test("quantiles and rates", () => {
 });
 
 test("points of the curves", () => {
-    const page = (tokens, fast) => parse(`ferropt_generated_tokens_total{model="a"} ${tokens}
+    const page = (tokens, fast) =>
+        parse(`ferropt_generated_tokens_total{model="a"} ${tokens}
 ferropt_generated_tokens_total{model="b"} 5
 ferropt_cache_pages{model="a"} 50
 ferropt_cache_pages_used{model="a"} 10
@@ -99,7 +160,17 @@ ferropt_inter_token_seconds_bucket{model="a",le="+Inf"} ${fast}`);
 });
 
 // Everything that a shell or Python could take for something else.
-const NASTY = [`it's`, `"double" \\ back\\n`, "$HOME `id` $(id) !x", "line\nend\ttab", "é狐🦊 \u2028", "'; rm -rf x; '", "@file", "\u0001\u007f", ""];
+const NASTY = [
+    `it's`,
+    `"double" \\ back\\n`,
+    "$HOME `id` $(id) !x",
+    "line\nend\ttab",
+    "é狐🦊 \u2028",
+    "'; rm -rf x; '",
+    "@file",
+    "\u0001\u007f",
+    "",
+];
 
 test("a shell gives curl what was meant", () => {
     for (const text of NASTY) {
@@ -108,7 +179,12 @@ test("a shell gives curl what was meant", () => {
         const env = { ...process.env, FERROPT_API_KEY: "fo-'1" };
         const words = execFileSync("sh", ["-c", script], { encoding: "utf8", env }).split("\0");
         assert.equal(words[0], "http://127.0.0.1:8000/v1/completions");
-        assert.deepEqual(words.slice(1, 5), ["-H", "Content-Type: application/json", "-H", "Authorization: Bearer fo-'1"]);
+        assert.deepEqual(words.slice(1, 5), [
+            "-H",
+            "Content-Type: application/json",
+            "-H",
+            "Authorization: Bearer fo-'1",
+        ]);
         assert.deepEqual(JSON.parse(words[6]), body);
     }
     assert.equal(quoted("plain/word"), "plain/word");
@@ -116,7 +192,12 @@ test("a shell gives curl what was meant", () => {
 });
 
 test("Python reads what was meant", () => {
-    const value = { texts: NASTY, flags: [true, false, null], numbers: [1, -0.5, 1e-7, 1e21], nested: { "1": -100 } };
+    const value = {
+        texts: NASTY,
+        flags: [true, false, null],
+        numbers: [1, -0.5, 1e-7, 1e21],
+        nested: { 1: -100 },
+    };
     const program = "import ast, json, sys; print(json.dumps(ast.literal_eval(sys.stdin.read())))";
     const read = execFileSync("python3", ["-c", program], { input: literal(value), encoding: "utf8" });
     assert.deepEqual(JSON.parse(read), value);
@@ -126,7 +207,12 @@ test("the openai package gets its own fields as arguments, others beside them", 
     const program = asPython("http://h", "completion", { model: "m", prompt: "p", top_k: 4, seed: 1 }, false);
     assert.match(program, /\n    seed=1,\n    extra_body=\{"top_k": 4\},\n/);
     assert.match(program, /api_key="none"/);
-    const chat = asPython("http://h", "chat", { model: "m", messages: [], top_logprobs: 3, min_p: 0.1 }, true);
+    const chat = asPython(
+        "http://h",
+        "chat",
+        { model: "m", messages: [], top_logprobs: 3, min_p: 0.1 },
+        true,
+    );
     assert.match(chat, /chat\.completions\.create/);
     assert.match(chat, /top_logprobs=3/);
     assert.match(chat, /os\.environ\["FERROPT_API_KEY"\]/);
@@ -134,17 +220,47 @@ test("the openai package gets its own fields as arguments, others beside them", 
 });
 
 test("controls become fields", async () => {
-    const read = (changes, kind = "completion") => readSettings({ ...DEFAULTS, ...changes }, kind, async (text) => text.length);
+    const read = (changes, kind = "completion") =>
+        readSettings({ ...DEFAULTS, ...changes }, kind, async (text) => text.length);
     assert.deepEqual(await read({}), { max_tokens: 64, logprobs: 5 });
-    assert.deepEqual(await read({ logprobs: "", max_tokens: "8", top_p: "0.5", temperature: "1.0" }), { max_tokens: 8, top_p: 0.5 });
-    assert.deepEqual(await read({ greedy: true, top_p: 0.5, top_k: 4, logprobs: "" }), { max_tokens: 64, temperature: 0 });
-    assert.deepEqual(await read({ stop: "a\\nb\n\n c" }), { max_tokens: 64, logprobs: 5, stop: ["a\nb", " c"] });
-    assert.deepEqual(await read({ logit_bias: '5: -100\n" the" = 2.5' }), { max_tokens: 64, logprobs: 5, logit_bias: { 5: -100, 4: 2.5 } });
+    assert.deepEqual(await read({ logprobs: "", max_tokens: "8", top_p: "0.5", temperature: "1.0" }), {
+        max_tokens: 8,
+        top_p: 0.5,
+    });
+    assert.deepEqual(await read({ greedy: true, top_p: 0.5, top_k: 4, logprobs: "" }), {
+        max_tokens: 64,
+        temperature: 0,
+    });
+    assert.deepEqual(await read({ stop: "a\\nb\n\n c" }), {
+        max_tokens: 64,
+        logprobs: 5,
+        stop: ["a\nb", " c"],
+    });
+    assert.deepEqual(await read({ logit_bias: '5: -100\n" the" = 2.5' }), {
+        max_tokens: 64,
+        logprobs: 5,
+        logit_bias: { 5: -100, 4: 2.5 },
+    });
     assert.deepEqual(await read({}, "chat"), { max_tokens: 64, logprobs: true, top_logprobs: 5 });
     assert.deepEqual(await read({ length_penalty: 2 }), { max_tokens: 64, logprobs: 5 });
-    assert.deepEqual(await read({ length_penalty: 2, beams: 3 }), { max_tokens: 64, beams: 3, length_penalty: 2, logprobs: 5 });
-    for (const [changes, field] of [[{ top_p: "1.5" }, "top_p"], [{ max_tokens: "many" }, "max_tokens"], [{ n: "1.5" }, "n"], [{ logit_bias: "the: 1" }, "logit_bias"], [{ logit_bias: "5: 101" }, "logit_bias"]]) {
-        await assert.rejects(read(changes), (error) => error instanceof WrongField && error.field === field, field);
+    assert.deepEqual(await read({ length_penalty: 2, beams: 3 }), {
+        max_tokens: 64,
+        beams: 3,
+        length_penalty: 2,
+        logprobs: 5,
+    });
+    for (const [changes, field] of [
+        [{ top_p: "1.5" }, "top_p"],
+        [{ max_tokens: "many" }, "max_tokens"],
+        [{ n: "1.5" }, "n"],
+        [{ logit_bias: "the: 1" }, "logit_bias"],
+        [{ logit_bias: "5: 101" }, "logit_bias"],
+    ]) {
+        await assert.rejects(
+            read(changes),
+            (error) => error instanceof WrongField && error.field === field,
+            field,
+        );
     }
     assert.deepEqual(readStop("\\\\n"), ["\\n"]);
     assert.deepEqual(readBias(' "\\"" : 1'), [{ text: '"', bias: 1 }]);
@@ -155,7 +271,12 @@ test("controls become fields", async () => {
 const event = (text, tokens, finish = null) => ({
     text,
     finish_reason: finish,
-    logprobs: { tokens, token_logprobs: tokens.map(() => -1), top_logprobs: tokens.map((name) => ({ [name]: -1, other: -0.5 })), text_offset: [] },
+    logprobs: {
+        tokens,
+        token_logprobs: tokens.map(() => -1),
+        top_logprobs: tokens.map((name) => ({ [name]: -1, other: -0.5 })),
+        text_offset: [],
+    },
 });
 const shownBy = ({ value }) => value.tokens.map(({ text }) => text);
 
@@ -173,7 +294,10 @@ test("tokens show their part of the text", () => {
     assert.deepEqual(shownBy(text), ["a", "🦊", "", "é", "", " end"]);
     assert.equal(text.value.text, "a🦊é end");
     assert.equal(text.value.finish, "stop");
-    assert.deepEqual(text.value.tokens[0].top.map(({ name }) => name), ["other", "a"]);
+    assert.deepEqual(
+        text.value.tokens[0].top.map(({ name }) => name),
+        ["other", "a"],
+    );
 });
 
 test("bytes that are no characters, and an end within one", () => {
@@ -206,7 +330,10 @@ test("a token that did not change stays the same object", () => {
 
 test("replies of a conversation", () => {
     const text = new TextBuilder("chat");
-    const piece = (content, token) => ({ delta: { content }, logprobs: { content: [{ token, logprob: -2, top_logprobs: [{ token, logprob: -2 }] }] } });
+    const piece = (content, token) => ({
+        delta: { content },
+        logprobs: { content: [{ token, logprob: -2, top_logprobs: [{ token, logprob: -2 }] }] },
+    });
     text.add({ delta: { role: "assistant", content: "" } });
     text.add(piece("", " "));
     text.add(piece("Hi", " Hi"));
@@ -220,7 +347,13 @@ test("replies of a conversation", () => {
 
 test("probabilities in words", () => {
     assert.deepEqual([0, -0.5, -1, -2, -9, null].map(shade), [0, 1, 2, 3, 4, null]);
-    assert.deepEqual([0, Math.log(0.123), Math.log(0.01234), -20, null].map(percent), ["100 %", "12.3 %", "1.23 %", "<0.01 %", "unknown"]);
+    assert.deepEqual([0, Math.log(0.123), Math.log(0.01234), -20, null].map(percent), [
+        "100 %",
+        "12.3 %",
+        "1.23 %",
+        "<0.01 %",
+        "unknown",
+    ]);
     assert.equal(shown(" a\n"), "␣a↵");
     assert.equal(shown("bytes:\\xe2\\x80"), "e2 80");
 });

@@ -33,7 +33,13 @@ async function call(path, { body, signal } = {}) {
     let response;
     try {
         const method = body ? "POST" : "GET";
-        response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal, cache: "no-store" });
+        response = await fetch(path, {
+            method,
+            headers,
+            body: body && JSON.stringify(body),
+            signal,
+            cache: "no-store",
+        });
     } catch (error) {
         throw lost(error);
     }
@@ -45,7 +51,9 @@ async function call(path, { body, signal } = {}) {
 
 /** `fetch` says TypeError for everything that happens to a connection. */
 function lost(error) {
-    return error instanceof TypeError ? new Lost("the connection to the server was lost", { cause: error }) : error;
+    return error instanceof TypeError
+        ? new Lost("the connection to the server was lost", { cause: error })
+        : error;
 }
 
 export async function getJson(path, options) {
@@ -58,7 +66,10 @@ export async function getText(path, options) {
 
 /** The events of a streamed answer, parsed. It is `Lost` when it ends without saying so. */
 export async function* stream(path, body, signal) {
-    const response = await call(path, { body: { ...body, stream: true, stream_options: { include_usage: true } }, signal });
+    const response = await call(path, {
+        body: { ...body, stream: true, stream_options: { include_usage: true } },
+        signal,
+    });
     try {
         for await (const data of events(response.body)) {
             if (data === "[DONE]") return;

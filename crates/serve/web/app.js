@@ -36,7 +36,11 @@ function App() {
         const pressed = (event) => {
             if (event.defaultPrevented || document.querySelector("dialog[open]")) return;
             const typing = event.target.matches?.("input, textarea, select");
-            const view = event.altKey && !event.ctrlKey && !event.metaKey && Object.keys(VIEWS)[Number(event.code.replace("Digit", "")) - 1];
+            const view =
+                event.altKey &&
+                !event.ctrlKey &&
+                !event.metaKey &&
+                Object.keys(VIEWS)[Number(event.code.replace("Digit", "")) - 1];
             if (keys(event)) event.preventDefault();
             else if (view) {
                 event.preventDefault();
@@ -106,13 +110,16 @@ function Theme() {
 /** Whether the server can be reached at all. */
 function Reach() {
     const { state, list, chosen, error } = useStore(models);
-    if (state === "lost") return html`<div class="notice bad wide" role="alert"><p><b>The server does not answer</b> (${error.message}). It is asked again every two seconds.</p></div>`;
+    if (state === "lost")
+        return html`<div class="notice bad wide" role="alert"><p><b>The server does not answer</b> (${error.message}). It is asked again every two seconds.</p></div>`;
     if (state === "refused") {
         return html`<div class="notice wait wide"><p><b>The server wants an API key.</b> ${error.message}.</p><${KeyForm} /></div>`;
     }
     const status = list.find(({ id }) => id === chosen)?.status;
-    if (status === "failed") return html`<div class="notice bad wide"><p>The model <code>${chosen}</code> could not be loaded; the server's log says why.</p></div>`;
-    if (status === "loading") return html`<div class="notice wait wide"><p>The model <code>${chosen}</code> is being loaded.</p></div>`;
+    if (status === "failed")
+        return html`<div class="notice bad wide"><p>The model <code>${chosen}</code> could not be loaded; the server's log says why.</p></div>`;
+    if (status === "loading")
+        return html`<div class="notice wait wide"><p>The model <code>${chosen}</code> is being loaded.</p></div>`;
     return null;
 }
 

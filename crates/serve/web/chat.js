@@ -120,9 +120,11 @@ export function Chat() {
                 <label for="draft">Message</label>
                 <textarea id="draft" rows="2" value=${draft} placeholder="Say something" onInput=${(e) => chat.set({ draft: e.target.value })}></textarea>
                 <div class="bar">
-                    ${busy
-                        ? html`<button type="button" class="main stop" onClick=${() => generation.stop()}>Stop <kbd>Esc</kbd></button>`
-                        : html`<button type="button" class="main" disabled=${!chosen} onClick=${send}>Send <kbd>${isMac ? "⌘" : "Ctrl"} ↵</kbd></button>`}
+                    ${
+                        busy
+                            ? html`<button type="button" class="main stop" onClick=${() => generation.stop()}>Stop <kbd>Esc</kbd></button>`
+                            : html`<button type="button" class="main" disabled=${!chosen} onClick=${send}>Send <kbd>${isMac ? "⌘" : "Ctrl"} ↵</kbd></button>`
+                    }
                     <${CopyButton} kind="chat" fields=${(fields) => ({ messages: messages({ system, turns: draft ? [...turns, { role: "user", text: draft }] : turns }), ...only(fields) })} />
                     ${turns.length > 0 && html`<button type="button" class="quiet" disabled=${busy} onClick=${() => chat.set({ ...empty(), system })}>New conversation</button>`}
                     <${SideButtons} />

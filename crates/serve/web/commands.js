@@ -8,7 +8,8 @@ const KINDS = {
 
 /** Fields that the `openai` package has as arguments. Others go into its `extra_body`. */
 const ARGUMENTS = {
-    completion: "model prompt best_of echo frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop stream stream_options temperature top_p user",
+    completion:
+        "model prompt best_of echo frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop stream stream_options temperature top_p user",
     chat: "model messages frequency_penalty logit_bias logprobs max_completion_tokens max_tokens n presence_penalty seed stop stream stream_options temperature top_logprobs top_p user",
 };
 
@@ -33,7 +34,9 @@ export function quoted(text) {
 export function asPython(origin, kind, body, withKey) {
     const known = new Set(ARGUMENTS[kind].split(" "));
     const fields = Object.entries(body);
-    const lines = fields.filter(([name]) => known.has(name)).map(([name, value]) => `    ${name}=${literal(value)},`);
+    const lines = fields
+        .filter(([name]) => known.has(name))
+        .map(([name, value]) => `    ${name}=${literal(value)},`);
     const extra = fields.filter(([name]) => !known.has(name));
     if (extra.length) lines.push(`    extra_body=${literal(Object.fromEntries(extra))},`);
     const { call, show } = KINDS[kind];
@@ -56,7 +59,9 @@ export function literal(value) {
     if (value === false) return "False";
     if (Array.isArray(value)) return `[${value.map(literal).join(", ")}]`;
     if (typeof value === "object") {
-        return `{${Object.entries(value).map(([name, one]) => `${literal(name)}: ${literal(one)}`).join(", ")}}`;
+        return `{${Object.entries(value)
+            .map(([name, one]) => `${literal(name)}: ${literal(one)}`)
+            .join(", ")}}`;
     }
     // Escapes of JSON's strings mean the same in Python's.
     return JSON.stringify(value);

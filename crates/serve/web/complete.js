@@ -3,7 +3,20 @@ import { html, isMac, useEffect, useRef } from "./dom.js";
 import { CopyButton } from "./dialogs.js";
 import { models } from "./models.js";
 import { Notice, Waiting, copyAloud } from "./notices.js";
-import { adopt, branch, generate, generation, playground, proceed, regenerate, setPrompt, show, shownRun, textOf, tokensOf } from "./playground.js";
+import {
+    adopt,
+    branch,
+    generate,
+    generation,
+    playground,
+    proceed,
+    regenerate,
+    setPrompt,
+    show,
+    shownRun,
+    textOf,
+    tokensOf,
+} from "./playground.js";
 import { SideButtons } from "./side.js";
 import { useStore } from "./store.js";
 import { ending } from "./texts.js";
@@ -36,9 +49,11 @@ export function Complete() {
                 <${Growing} id="prompt" value=${prompt} onInput=${setPrompt} placeholder="Write something for the model to continue" wrong=${wrong} />
                 ${wrong && html`<p class="wrong" id="prompt-wrong">${wrong}</p>`}
                 <div class="bar">
-                    ${busy
-                        ? html`<button type="button" class="main stop" onClick=${() => generation.stop()}>Stop <kbd>Esc</kbd></button>`
-                        : html`<button type="button" class="main" disabled=${!chosen} onClick=${() => generate()}>Generate <kbd>${isMac ? "⌘" : "Ctrl"} ↵</kbd></button>`}
+                    ${
+                        busy
+                            ? html`<button type="button" class="main stop" onClick=${() => generation.stop()}>Stop <kbd>Esc</kbd></button>`
+                            : html`<button type="button" class="main" disabled=${!chosen} onClick=${() => generate()}>Generate <kbd>${isMac ? "⌘" : "Ctrl"} ↵</kbd></button>`
+                    }
                     <${CopyButton} kind="completion" fields=${(fields) => ({ prompt, ...fields })} />
                     <${SideButtons} />
                 </div>
@@ -62,7 +77,11 @@ function Growing({ id, value, onInput, placeholder, wrong }) {
 }
 
 function Empty() {
-    const examples = ["The first time I saw the sea,", "Question: Why is the sky blue?\nAnswer:", "def fibonacci(n):\n"];
+    const examples = [
+        "The first time I saw the sea,",
+        "Question: Why is the sky blue?\nAnswer:",
+        "def fibonacci(n):\n",
+    ];
     return html`
         <div class="empty">
             <p>The model continues whatever stands in the prompt. Each token of its text shows how likely it was; choose one to see the
@@ -77,12 +96,14 @@ function Output({ run, count, shown, busy }) {
         <section class="output" aria-label="Texts">
             <header>
                 <h2>${run.texts.length > 1 ? `${run.texts.length} texts` : "Text"}</h2>
-                ${count > 1 &&
-                html`<span class="pager">
+                ${
+                    count > 1 &&
+                    html`<span class="pager">
                     <button type="button" class="icon" aria-label="Previous version" disabled=${shown === 0 || busy} onClick=${() => show(shown - 1)}>‹</button>
                     <span>Version ${shown + 1} of ${count}</span>
                     <button type="button" class="icon" aria-label="Next version" disabled=${shown === count - 1 || busy} onClick=${() => show(shown + 1)}>›</button>
-                </span>`}
+                </span>`
+                }
                 <span class="figures">${busy ? "generating…" : run.figures}</span>
             </header>
             ${run.texts.map((_, choice) => html`<${Text} key=${choice} run=${run} choice=${choice} busy=${busy} />`)}

@@ -45,8 +45,9 @@ export function CopyButton({ kind, fields }) {
     const take = async () => setCopied(await copyAloud(text));
     return html`
         <button type="button" class="quiet" onClick=${open}>Code</button>
-        ${body &&
-        html`<${Dialog} title="This request as code" close=${() => setBody(null)}>
+        ${
+            body &&
+            html`<${Dialog} title="This request as code" close=${() => setBody(null)}>
             <div class="segments" role="group" aria-label="Form">
                 ${Object.keys(FORMS).map((name) => html`<button type="button" key=${name} aria-pressed=${name === form ? "true" : "false"} onClick=${() => pick(name)}>${name}</button>`)}
             </div>
@@ -55,7 +56,8 @@ export function CopyButton({ kind, fields }) {
                 ${key !== "" && form !== "JSON" && html`<p class="hint">The API key is read from the variable FERROPT_API_KEY.</p>`}
                 <button type="button" class="main" onClick=${take}>${copied ? "Copied" : "Copy"}</button>
             </div>
-        <//>`}
+        <//>`
+        }
     `;
 }
 

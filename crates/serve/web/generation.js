@@ -39,7 +39,13 @@ export class Generation {
         const abort = new AbortController();
         this.#abort = abort;
         const set = (changes) => this.#abort === abort && this.status.set(changes);
-        const result = { texts: [], usage: null, outcome: "done", error: null, times: { sent: 0, first: 0, last: 0 } };
+        const result = {
+            texts: [],
+            usage: null,
+            outcome: "done",
+            error: null,
+            times: { sent: 0, first: 0, last: 0 },
+        };
         try {
             for (let tries = 1; ; tries += 1) {
                 set({ phase: "sending" });
@@ -47,9 +53,16 @@ export class Generation {
                     await this.#stream(kind, body, abort.signal, result, changed, set);
                     break;
                 } catch (error) {
-                    const again = error instanceof Refused && error.retryAfter !== null && [429, 503].includes(error.status);
+                    const again =
+                        error instanceof Refused &&
+                        error.retryAfter !== null &&
+                        [429, 503].includes(error.status);
                     if (!again || result.texts.length || tries === TRIES) throw error;
-                    set({ phase: "waiting", message: error.message, retryAt: Date.now() + 1000 * error.retryAfter });
+                    set({
+                        phase: "waiting",
+                        message: error.message,
+                        retryAt: Date.now() + 1000 * error.retryAfter,
+                    });
                     await this.#wait(1000 * error.retryAfter, abort.signal);
                 }
             }
@@ -116,7 +129,8 @@ export function figures({ usage, times, texts, outcome }) {
     const tokens = usage?.completion_tokens ?? texts.reduce((sum, text) => sum + text.tokens.length, 0);
     if (tokens) parts.push(`${tokens} tokens`);
     const seconds = (times.last - times.first) / 1000;
-    if (tokens > 1 && seconds > 0.005) parts.push(`${((tokens - 1) / seconds).toFixed(tokens / seconds < 10 ? 1 : 0)} tokens/s`);
+    if (tokens > 1 && seconds > 0.005)
+        parts.push(`${((tokens - 1) / seconds).toFixed(tokens / seconds < 10 ? 1 : 0)} tokens/s`);
     if (times.first) parts.push(`first after ${duration((times.first - times.sent) / 1000)}`);
     if (outcome === "stopped") parts.push("stopped");
     if (outcome === "lost") parts.push("connection lost");

@@ -10,7 +10,12 @@ import { Store, keep, recall } from "./store.js";
 import { emptyText } from "./texts.js";
 
 /** `runs` are the versions of what follows the prompt, `shown` is the one that is looked at. `wrong` is about the prompt. */
-export const playground = new Store({ prompt: recall("sessionStorage", "prompt", ""), runs: [], shown: 0, wrong: null });
+export const playground = new Store({
+    prompt: recall("sessionStorage", "prompt", ""),
+    runs: [],
+    shown: 0,
+    wrong: null,
+});
 export const generation = new Generation();
 
 export function setPrompt(prompt) {
@@ -47,11 +52,23 @@ export async function generate(kept = NOTHING) {
     if (!body) return;
     // Versions of another prompt are in the history.
     const runs = playground.value.runs.filter((run) => run.prompt === prompt);
-    const run = { id: newId(), at: Date.now(), kind: "completion", model: body.model, prompt, kept, body, texts: [emptyText()], figures: "" };
+    const run = {
+        id: newId(),
+        at: Date.now(),
+        kind: "completion",
+        model: body.model,
+        prompt,
+        kept,
+        body,
+        texts: [emptyText()],
+        figures: "",
+    };
     playground.set({ runs: [...runs, run], shown: runs.length, wrong: null });
     const update = (changes) => {
         Object.assign(run, changes);
-        playground.set({ runs: playground.value.runs.map((other) => (other.id === run.id ? { ...run } : other)) });
+        playground.set({
+            runs: playground.value.runs.map((other) => (other.id === run.id ? { ...run } : other)),
+        });
     };
     announce("Generating.");
     const result = await generation.run("completion", body, (texts) => update({ texts }));
@@ -61,7 +78,11 @@ export async function generate(kept = NOTHING) {
         playground.set({ runs: playground.value.runs.filter(({ id }) => id !== run.id) });
         show(playground.value.shown);
     }
-    report(result, () => generate(kept), () => proceed(0));
+    report(
+        result,
+        () => generate(kept),
+        () => proceed(0),
+    );
 }
 
 /**
@@ -84,9 +105,14 @@ export async function readBody(kind, rest) {
 }
 
 async function tokenId(text) {
-    const { tokens } = await getJson("/tokenize", { body: { model: models.value.chosen, prompt: text, add_special_tokens: false } });
+    const { tokens } = await getJson("/tokenize", {
+        body: { model: models.value.chosen, prompt: text, add_special_tokens: false },
+    });
     if (tokens.length !== 1) {
-        throw new WrongField("logit_bias", `Logit bias: ${JSON.stringify(text)} is ${tokens.length} tokens (${tokens.join(", ")}), not one.`);
+        throw new WrongField(
+            "logit_bias",
+            `Logit bias: ${JSON.stringify(text)} is ${tokens.length} tokens (${tokens.join(", ")}), not one.`,
+        );
     }
     return tokens[0];
 }
@@ -107,7 +133,8 @@ export function report({ outcome, error, texts, times }, again, goOn) {
     else if (error.param === "prompt") playground.set({ wrong: sentence(error.message) });
     else {
         const actions = [{ label: "Try again", run: again }];
-        if (goOn && outcome === "lost" && times.first) actions.unshift({ label: "Go on from here", run: goOn });
+        if (goOn && outcome === "lost" && times.first)
+            actions.unshift({ label: "Go on from here", run: goOn });
         const kept = outcome === "lost" && times.first ? " What had arrived is kept." : "";
         notice({ message: sentence(error.message) + kept, field: error.param, actions });
     }
@@ -131,7 +158,9 @@ export const textOf = (run, choice) => run.kept.text + (run.texts[choice]?.text 
 
 /** What is before a token. */
 function before(run, choice, place) {
-    const tokens = tokensOf(run, choice).slice(0, place).map((token) => ({ ...token, kept: true }));
+    const tokens = tokensOf(run, choice)
+        .slice(0, place)
+        .map((token) => ({ ...token, kept: true }));
     return { text: tokens.map(({ text }) => text).join(""), tokens };
 }
 
@@ -139,7 +168,13 @@ function before(run, choice, place) {
 export function branch(run, choice, place, name) {
     const kept = before(run, choice, place);
     const { top } = tokensOf(run, choice)[place];
-    const token = { name, text: name, top, logprob: top.find((other) => other.name === name)?.logprob ?? null, kept: true };
+    const token = {
+        name,
+        text: name,
+        top,
+        logprob: top.find((other) => other.name === name)?.logprob ?? null,
+        kept: true,
+    };
     generate({ text: kept.text + name, tokens: [...kept.tokens, token] });
 }
 
@@ -149,7 +184,11 @@ export const regenerate = (run, choice, place) => generate(before(run, choice, p
 /** Continues a text: from a token, or from its end. */
 export function proceed(choice, place, run = shownRun()) {
     if (place !== undefined) generate(before(run, choice, place + 1));
-    else generate({ text: textOf(run, choice), tokens: tokensOf(run, choice).map((token) => ({ ...token, kept: true })) });
+    else
+        generate({
+            text: textOf(run, choice),
+            tokens: tokensOf(run, choice).map((token) => ({ ...token, kept: true })),
+        });
 }
 
 /** Makes a text a part of the prompt. */

@@ -27,7 +27,12 @@ export function Plot({ title, points, series, show, most }) {
             return getComputedStyle(probe.current).color;
         };
         const font = `11px ${getComputedStyle(box.current).fontFamily}`;
-        const axis = { stroke: colour("muted"), font, grid: { stroke: colour("grid"), width: 1 }, ticks: { show: false } };
+        const axis = {
+            stroke: colour("muted"),
+            font,
+            grid: { stroke: colour("grid"), width: 1 },
+            ticks: { show: false },
+        };
         plot.current = new uPlot(
             {
                 width: box.current.clientWidth,
@@ -41,12 +46,23 @@ export function Plot({ title, points, series, show, most }) {
                     { ...axis, space: 70, size: 22, values: (u, times) => times.map((at) => clock(at)) },
                     { ...axis, space: 34, size: 52, values: (_, values) => values.map(show) },
                 ],
-                series: [{}, ...series.map(({ label, colour: name }) => ({ label, stroke: colour(name), width: 1.5, points: { show: false }, spanGaps: false }))],
+                series: [
+                    {},
+                    ...series.map(({ label, colour: name }) => ({
+                        label,
+                        stroke: colour(name),
+                        width: 1.5,
+                        points: { show: false },
+                        spanGaps: false,
+                    })),
+                ],
             },
             [[], ...series.map(() => [])],
             box.current,
         );
-        const sized = new ResizeObserver(() => plot.current.setSize({ width: box.current.clientWidth, height: HEIGHT }));
+        const sized = new ResizeObserver(() =>
+            plot.current.setSize({ width: box.current.clientWidth, height: HEIGHT }),
+        );
         sized.observe(box.current);
         // Colours change with the style.
         const redraw = () => plot.current.redraw(false, true);
@@ -64,7 +80,13 @@ export function Plot({ title, points, series, show, most }) {
 
     useEffect(() => {
         const now = last.at ?? Date.now() / 1000;
-        plot.current.setData([points.map(({ at }) => at), ...series.map(({ value }) => points.map((one) => one[value] ?? null))], false);
+        plot.current.setData(
+            [
+                points.map(({ at }) => at),
+                ...series.map(({ value }) => points.map((one) => one[value] ?? null)),
+            ],
+            false,
+        );
         const span = Math.min(MOST, Math.max(LEAST, now - (points[0]?.at ?? now)));
         plot.current.setScale("x", { min: now - span, max: now });
     }, [points]);

@@ -28,7 +28,8 @@ function parseLine(line) {
     const labels = {};
     if (line[at] === "{") {
         at += 1;
-        for (let label; (label = match(LABEL, at)); at = LABEL.lastIndex) labels[label[1]] = unescape(label[2]);
+        for (let label; (label = match(LABEL, at)); at = LABEL.lastIndex)
+            labels[label[1]] = unescape(label[2]);
         if (line[at] !== "}") return null;
         at += 1;
     }

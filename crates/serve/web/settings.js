@@ -33,7 +33,8 @@ export function Settings({ chat }) {
     return html`
         <div class="settings">
             ${GROUPS.filter((group) => !chat || !group.completion).map(
-                (group) => html`<${Group} key=${group.title} group=${group} values=${values} wrong=${wrong} />`,
+                (group) =>
+                    html`<${Group} key=${group.title} group=${group} values=${values} wrong=${wrong} />`,
             )}
             <button type="button" class="quiet" disabled=${!changed} onClick=${() => change(DEFAULTS)}>Reset all</button>
         </div>
@@ -71,7 +72,13 @@ function Control({ field, value, wrong, off }) {
     const id = `set-${name}`;
     const set = (value) => change({ [name]: value });
     const described = `${id}-hint${wrong ? ` ${id}-wrong` : ""}`;
-    const common = { id, name, "aria-describedby": described, "aria-invalid": wrong ? "true" : undefined, disabled: off };
+    const common = {
+        id,
+        name,
+        "aria-describedby": described,
+        "aria-invalid": wrong ? "true" : undefined,
+        disabled: off,
+    };
     const help = html`<p class="hint" id="${id}-hint">${hint}</p>`;
     const error = wrong && html`<p class="wrong" id="${id}-wrong">${wrong}</p>`;
     if (kind === "flag") {
@@ -105,9 +112,11 @@ function Control({ field, value, wrong, off }) {
             <label for=${id}>${label}</label>
             <input type="text" ...${common} inputmode=${field.min < 0 ? "text" : field.whole ? "numeric" : "decimal"} autocomplete="off"
                 placeholder=${field.value === "" ? "none" : field.value} value=${value} onInput=${(e) => set(e.target.value.trim())} onKeyDown=${arrows} />
-            ${slider &&
-            html`<input type="range" min=${slider[0]} max=${slider[1]} step=${step} tabindex="-1" aria-hidden="true" disabled=${off}
-                value=${Number.isFinite(Number(value)) && value !== "" ? value : field.value} onInput=${(e) => set(e.target.valueAsNumber)} />`}
+            ${
+                slider &&
+                html`<input type="range" min=${slider[0]} max=${slider[1]} step=${step} tabindex="-1" aria-hidden="true" disabled=${off}
+                value=${Number.isFinite(Number(value)) && value !== "" ? value : field.value} onInput=${(e) => set(e.target.valueAsNumber)} />`
+            }
             ${help}${error}
         </div>
     `;

@@ -60,7 +60,12 @@ export function Side({ chat, open }) {
 function History({ open }) {
     const { entries } = useStore(history);
     const [sure, setSure] = useState(false);
-    const download = () => save(`ferropt-history-${new Date().toISOString().slice(0, 10)}.json`, `${JSON.stringify(entries, null, 1)}\n`, "application/json");
+    const download = () =>
+        save(
+            `ferropt-history-${new Date().toISOString().slice(0, 10)}.json`,
+            `${JSON.stringify(entries, null, 1)}\n`,
+            "application/json",
+        );
     const empty = () => {
         if (sure) {
             clear();
@@ -68,11 +73,13 @@ function History({ open }) {
         }
         setSure(!sure);
     };
-    if (!entries.length) return html`<p class="hint history-empty">What is generated is kept here, in this browser alone.</p>`;
+    if (!entries.length)
+        return html`<p class="hint history-empty">What is generated is kept here, in this browser alone.</p>`;
     return html`
         <div class="history">
             <ol>
-                ${entries.map((entry) => html`
+                ${entries.map(
+                    (entry) => html`
                     <li key=${entry.id}>
                         <button type="button" class="entry" onClick=${() => open(entry)}>
                             <span class="when">${when(entry.at)} · ${entry.kind === "chat" ? "chat" : "playground"} · ${entry.model}</span>
@@ -80,7 +87,8 @@ function History({ open }) {
                         </button>
                         <button type="button" class="icon" aria-label=${`Remove: ${title(entry)}`} onClick=${() => forget(entry.id)}>×</button>
                     </li>
-                `)}
+                `,
+                )}
             </ol>
             <div class="actions">
                 <button type="button" class="quiet" onClick=${download}>Export</button>
@@ -93,7 +101,10 @@ function History({ open }) {
 
 /** How an entry begins. */
 function title(entry) {
-    const text = entry.kind === "chat" ? entry.turns.map(({ text }) => text).join(" ") : entry.prompt + entry.kept.text + (entry.texts[0]?.text ?? "");
+    const text =
+        entry.kind === "chat"
+            ? entry.turns.map(({ text }) => text).join(" ")
+            : entry.prompt + entry.kept.text + (entry.texts[0]?.text ?? "");
     const line = text.replace(/\s+/g, " ").trim();
     return line.length > 120 ? `${line.slice(0, 119)}…` : line;
 }
@@ -102,5 +113,10 @@ function title(entry) {
 function when(at) {
     const date = new Date(at);
     const today = date.toDateString() === new Date().toDateString();
-    return date.toLocaleString(undefined, today ? { hour: "2-digit", minute: "2-digit" } : { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" });
+    return date.toLocaleString(
+        undefined,
+        today
+            ? { hour: "2-digit", minute: "2-digit" }
+            : { month: "short", day: "numeric", hour: "2-digit", minute: "2-digit" },
+    );
 }

@@ -6,15 +6,65 @@ import { Plot } from "./plot.js";
 import { useStore } from "./store.js";
 import { look, watch } from "./watch.js";
 
-const rounded = (value) => (value >= 100 || Number.isInteger(value) ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toFixed(2));
+const rounded = (value) =>
+    value >= 100 || Number.isInteger(value)
+        ? value.toFixed(0)
+        : value >= 10
+          ? value.toFixed(1)
+          : value.toFixed(2);
 
 const PLOTS = [
-    { title: "Tokens a second", show: rounded, most: 1, series: [{ value: "generated", label: "generated", colour: "line-1" }, { value: "prompt", label: "of prompts", colour: "line-2" }] },
-    { title: "Time to the first token", show: duration, most: 0.01, series: [{ value: "first50", label: "median", colour: "line-1" }, { value: "first95", label: "95 % within", colour: "line-2" }] },
-    { title: "Time between tokens", show: duration, most: 0.01, series: [{ value: "between50", label: "median", colour: "line-1" }, { value: "between95", label: "95 % within", colour: "line-2" }] },
-    { title: "Texts", show: rounded, most: 4, series: [{ value: "running", label: "running", colour: "line-1" }, { value: "waiting", label: "in the queue", colour: "line-2" }] },
-    { title: "Cache in use", show: (value) => `${rounded(value)} %`, most: 10, series: [{ value: "cache", label: "of all pages", colour: "line-1" }] },
-    { title: "Requests a second", show: rounded, most: 1, series: [{ value: "answers", label: "answered", colour: "line-1" }, { value: "refusals", label: "refused or failed", colour: "line-3" }] },
+    {
+        title: "Tokens a second",
+        show: rounded,
+        most: 1,
+        series: [
+            { value: "generated", label: "generated", colour: "line-1" },
+            { value: "prompt", label: "of prompts", colour: "line-2" },
+        ],
+    },
+    {
+        title: "Time to the first token",
+        show: duration,
+        most: 0.01,
+        series: [
+            { value: "first50", label: "median", colour: "line-1" },
+            { value: "first95", label: "95 % within", colour: "line-2" },
+        ],
+    },
+    {
+        title: "Time between tokens",
+        show: duration,
+        most: 0.01,
+        series: [
+            { value: "between50", label: "median", colour: "line-1" },
+            { value: "between95", label: "95 % within", colour: "line-2" },
+        ],
+    },
+    {
+        title: "Texts",
+        show: rounded,
+        most: 4,
+        series: [
+            { value: "running", label: "running", colour: "line-1" },
+            { value: "waiting", label: "in the queue", colour: "line-2" },
+        ],
+    },
+    {
+        title: "Cache in use",
+        show: (value) => `${rounded(value)} %`,
+        most: 10,
+        series: [{ value: "cache", label: "of all pages", colour: "line-1" }],
+    },
+    {
+        title: "Requests a second",
+        show: rounded,
+        most: 1,
+        series: [
+            { value: "answers", label: "answered", colour: "line-1" },
+            { value: "refusals", label: "refused or failed", colour: "line-3" },
+        ],
+    },
 ];
 
 export function Status() {

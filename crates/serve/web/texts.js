@@ -47,7 +47,10 @@ export class TextBuilder {
 
 function completionTokens({ logprobs }) {
     return (logprobs?.tokens ?? []).map((name, i) => {
-        const top = Object.entries(logprobs.top_logprobs?.[i] ?? {}).map(([name, logprob]) => ({ name, logprob }));
+        const top = Object.entries(logprobs.top_logprobs?.[i] ?? {}).map(([name, logprob]) => ({
+            name,
+            logprob,
+        }));
         top.sort((a, b) => b.logprob - a.logprob);
         return { name, logprob: logprobs.token_logprobs[i], top, bytes: bytesOf(name) };
     });
@@ -55,13 +58,18 @@ function completionTokens({ logprobs }) {
 
 function chatTokens({ logprobs }) {
     const named = ({ token, logprob }) => ({ name: token, logprob });
-    return (logprobs?.content ?? []).map((one) => ({ ...named(one), top: (one.top_logprobs ?? []).map(named), bytes: bytesOf(one.token) }));
+    return (logprobs?.content ?? []).map((one) => ({
+        ...named(one),
+        top: (one.top_logprobs ?? []).map(named),
+        bytes: bytesOf(one.token),
+    }));
 }
 
 /** What a token writes. */
 function bytesOf(name) {
     if (isSpecial(name)) return new Uint8Array();
-    if (isPart(name)) return Uint8Array.from(name.slice("bytes:\\x".length).split("\\x"), (digits) => parseInt(digits, 16));
+    if (isPart(name))
+        return Uint8Array.from(name.slice("bytes:\\x".length).split("\\x"), (digits) => parseInt(digits, 16));
     return new TextEncoder().encode(name);
 }
 
@@ -105,5 +113,13 @@ export function percent(logprob) {
 
 /** Why a text ended, in words. */
 export function ending(finish) {
-    return { stop: "ended by itself or at a stop string", length: "reached the most tokens", stopped: "stopped by you", lost: "connection lost", failed: "failed" }[finish] ?? finish;
+    return (
+        {
+            stop: "ended by itself or at a stop string",
+            length: "reached the most tokens",
+            stopped: "stopped by you",
+            lost: "connection lost",
+            failed: "failed",
+        }[finish] ?? finish
+    );
 }

@@ -40,7 +40,14 @@ export function Tokens({ tokens, text, label, busy, branch, regenerate, goOn }) 
     const at = Math.min(active, tokens.length - 1);
     const placeOf = (event) => event.target.closest?.("[data-place]")?.dataset.place;
     const key = (event) => {
-        const moves = { ArrowRight: at + 1, ArrowLeft: at - 1, ArrowDown: below(list.current, at, 1), ArrowUp: below(list.current, at, -1), Home: 0, End: tokens.length - 1 };
+        const moves = {
+            ArrowRight: at + 1,
+            ArrowLeft: at - 1,
+            ArrowDown: below(list.current, at, 1),
+            ArrowUp: below(list.current, at, -1),
+            Home: 0,
+            End: tokens.length - 1,
+        };
         if (event.key in moves && !event.altKey && !event.ctrlKey && !event.metaKey) {
             event.preventDefault();
             const next = Math.max(0, Math.min(tokens.length - 1, moves[event.key]));
@@ -67,17 +74,21 @@ export function Tokens({ tokens, text, label, busy, branch, regenerate, goOn }) 
     const stay = () => clearTimeout(timer.current);
     const click = (event) => {
         // Whoever marks text to copy it wants nothing else.
-        if (placeOf(event) !== undefined && window.getSelection().isCollapsed) show(Number(placeOf(event)), true);
+        if (placeOf(event) !== undefined && window.getSelection().isCollapsed)
+            show(Number(placeOf(event)), true);
     };
     // Whoever goes into the alternatives does not leave. A list that is taken away has lost its place already.
-    const blur = (event) => open && !open.pinned && !event.currentTarget.parentElement?.contains(event.relatedTarget) && close();
+    const blur = (event) =>
+        open && !open.pinned && !event.currentTarget.parentElement?.contains(event.relatedTarget) && close();
     const back = () => {
         close();
         list.current.focus();
     };
     const blocks = [];
     for (let first = 0; first < tokens.length; first += BLOCK) {
-        blocks.push(html`<${Block} key=${first} id=${id} first=${first} tokens=${tokens.slice(first, first + BLOCK)} active=${at >= first && at < first + BLOCK ? at : -1} />`);
+        blocks.push(
+            html`<${Block} key=${first} id=${id} first=${first} tokens=${tokens.slice(first, first + BLOCK)} active=${at >= first && at < first + BLOCK ? at : -1} />`,
+        );
     }
     return html`
         <div class="tokens">
@@ -86,10 +97,12 @@ export function Tokens({ tokens, text, label, busy, branch, regenerate, goOn }) 
                 onClick=${click} onFocus=${(e) => e.target.matches(":focus-visible") && !open && show(at, false)} onBlur=${blur}>
                 ${blocks}
             </div>
-            ${open &&
-            open.place < tokens.length &&
-            html`<${Alternatives} key=${open.place} token=${tokens[open.place]} place=${open.place} pinned=${open.pinned} anchor=${() => list.current.querySelector(`[data-place="${open.place}"]`)}
-                busy=${busy} branch=${branch} regenerate=${regenerate} goOn=${goOn} back=${back} onEnter=${stay} onLeave=${leave} />`}
+            ${
+                open &&
+                open.place < tokens.length &&
+                html`<${Alternatives} key=${open.place} token=${tokens[open.place]} place=${open.place} pinned=${open.pinned} anchor=${() => list.current.querySelector(`[data-place="${open.place}"]`)}
+                busy=${busy} branch=${branch} regenerate=${regenerate} goOn=${goOn} back=${back} onEnter=${stay} onLeave=${leave} />`
+            }
         </div>
     `;
 }
@@ -102,7 +115,9 @@ function below(list, at, lines) {
     let [best, near] = [at, Infinity];
     for (let i = at + lines; i >= 0 && i < spans.length; i += lines) {
         const other = spans[i].getBoundingClientRect();
-        const rows = Math.round(((other.top - box.top) * lines) / Math.max(1, parseFloat(getComputedStyle(list).lineHeight)));
+        const rows = Math.round(
+            ((other.top - box.top) * lines) / Math.max(1, parseFloat(getComputedStyle(list).lineHeight)),
+        );
         if (rows > 1) break;
         const away = Math.abs(other.left - box.left);
         if (rows === 1 && away < near) [best, near] = [i, away];
@@ -114,13 +129,22 @@ function below(list, at, lines) {
 class Block extends Component {
     shouldComponentUpdate({ tokens, active }) {
         const old = this.props.tokens;
-        return active !== this.props.active || tokens.length !== old.length || tokens.some((token, i) => token !== old[i]);
+        return (
+            active !== this.props.active ||
+            tokens.length !== old.length ||
+            tokens.some((token, i) => token !== old[i])
+        );
     }
 
     render({ id, first, tokens, active }) {
         return html`<span role="presentation">${tokens.map((token, i) => {
             const [place, tint] = [first + i, shade(token.logprob)];
-            const classes = ["token", tint === null ? "" : `shade-${tint}`, place === active ? "active" : "", token.kept ? "kept" : ""];
+            const classes = [
+                "token",
+                tint === null ? "" : `shade-${tint}`,
+                place === active ? "active" : "",
+                token.kept ? "kept" : "",
+            ];
             if (token.text.includes("\n")) classes.push("line-end");
             if (token.text === "") classes.push("part");
             return html`<span key=${place} id=${`${id}-${place}`} data-place=${place} class=${classes.join(" ").trim()} role="option" aria-selected=${place === active ? "true" : "false"}
@@ -136,7 +160,19 @@ function spoken(name) {
     return name;
 }
 
-function Alternatives({ token, place, pinned, anchor, busy, branch, regenerate, goOn, back, onEnter, onLeave }) {
+function Alternatives({
+    token,
+    place,
+    pinned,
+    anchor,
+    busy,
+    branch,
+    regenerate,
+    goOn,
+    back,
+    onEnter,
+    onLeave,
+}) {
     const box = useRef(null);
     const [spot, setSpot] = useState(null);
     useLayoutEffect(() => {
@@ -146,7 +182,10 @@ function Alternatives({ token, place, pinned, anchor, busy, branch, regenerate, 
         const width = box.current.offsetWidth;
         // Within the text's width, and on a narrow screen within the screen.
         const most = Math.min(around.width, document.documentElement.clientWidth - around.left - 8) - width;
-        setSpot({ left: `${Math.max(0, Math.min(word.left - around.left - 8, most))}px`, top: `${word.bottom - around.top + 2}px` });
+        setSpot({
+            left: `${Math.max(0, Math.min(word.left - around.left - 8, most))}px`,
+            top: `${word.bottom - around.top + 2}px`,
+        });
     }, [token]);
     useEffect(() => {
         if (!pinned) return;
@@ -162,7 +201,9 @@ function Alternatives({ token, place, pinned, anchor, busy, branch, regenerate, 
             back();
         } else if (step && buttons.length) {
             event.preventDefault();
-            buttons[(buttons.indexOf(document.activeElement) + step + buttons.length) % buttons.length].focus();
+            buttons[
+                (buttons.indexOf(document.activeElement) + step + buttons.length) % buttons.length
+            ].focus();
         }
     };
     const rank = token.top.findIndex(({ name }) => name === token.name);
@@ -184,15 +225,19 @@ function Alternatives({ token, place, pinned, anchor, busy, branch, regenerate, 
                     const inside = html`${bar}<span class="name">${shown(name)}</span><span class="share">${percent(logprob)}</span>`;
                     const usable = branch && !busy && !chosen && !isPart(name) && !isSpecial(name);
                     return html`<li key=${name} class=${chosen ? "is-chosen" : ""}>${
-                        usable ? html`<button type="button" title="Go on from here with this token" onClick=${act(() => branch(place, name))}>${inside}</button>` : html`<div>${inside}</div>`
+                        usable
+                            ? html`<button type="button" title="Go on from here with this token" onClick=${act(() => branch(place, name))}>${inside}</button>`
+                            : html`<div>${inside}</div>`
                     }</li>`;
                 })}
             </ol>
-            ${branch &&
-            html`<div class="actions">
+            ${
+                branch &&
+                html`<div class="actions">
                 <button type="button" class="quiet" disabled=${busy} onClick=${act(() => regenerate(place))}>Again from here</button>
                 <button type="button" class="quiet" disabled=${busy} onClick=${act(() => goOn(place))}>Go on behind it</button>
-            </div>`}
+            </div>`
+            }
         </div>
     `;
 }

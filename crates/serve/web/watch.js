@@ -47,7 +47,9 @@ async function read() {
         push({ at: (last.at + reading.at) / 2 });
     }
     readings = [...readings.slice(-SPAN), reading];
-    const ready = new Map((samples.get("ferropt_model_ready") ?? []).map(({ labels, value }) => [labels.model, value === 1]));
+    const ready = new Map(
+        (samples.get("ferropt_model_ready") ?? []).map(({ labels, value }) => [labels.model, value === 1]),
+    );
     watch.set({ ready, lost: null });
     push(point(readings[0], reading));
 }
@@ -60,9 +62,13 @@ const TEXTS = /completions|generate/;
 /** What is shown for the time between two readings. */
 export function point(before, after) {
     const seconds = after.at - before.at;
-    const growth = (name, pass) => rate(total(before.samples, name, pass) ?? 0, total(after.samples, name, pass) ?? 0, seconds);
+    const growth = (name, pass) =>
+        rate(total(before.samples, name, pass) ?? 0, total(after.samples, name, pass) ?? 0, seconds);
     const times = (name) => grown(buckets(before.samples, name), buckets(after.samples, name));
-    const [first, between] = [times("ferropt_time_to_first_token_seconds"), times("ferropt_inter_token_seconds")];
+    const [first, between] = [
+        times("ferropt_time_to_first_token_seconds"),
+        times("ferropt_inter_token_seconds"),
+    ];
     const now = (name) => total(after.samples, name);
     const pages = now("ferropt_cache_pages");
     return {
