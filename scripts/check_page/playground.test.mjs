@@ -409,8 +409,14 @@ test("what a model writes stays text", async () => {
             "<script>window.evil=1</script>",
             "<svg/onload=evil=1>",
         ];
+        const logprobs = (name) => ({
+            tokens: [name],
+            token_logprobs: [-1],
+            top_logprobs: [{ [name]: -1, "<b onmouseover=evil=1>": -2 }],
+            text_offset: [0],
+        });
         const chunk = (name) =>
-            `data: ${JSON.stringify({ choices: [{ index: 0, text: name, logprobs: { tokens: [name], token_logprobs: [-1], top_logprobs: [{ [name]: -1, "<b onmouseover=evil=1>": -2 }], text_offset: [0] }, finish_reason: null }] })}\n\n`;
+            `data: ${JSON.stringify({ choices: [{ index: 0, text: name, logprobs: logprobs(name), finish_reason: null }] })}\n\n`;
         route.fulfill({
             contentType: "text/event-stream",
             body: `${pieces.map(chunk).join("")}data: [DONE]\n\n`,

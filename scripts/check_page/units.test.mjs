@@ -175,7 +175,8 @@ const NASTY = [
 test("a shell gives curl what was meant", () => {
     for (const text of NASTY) {
         const body = { model: "m", prompt: text, stop: ["'", text || "x"], temperature: 0.5 };
-        const script = `curl() { for word; do printf '%s\\0' "$word"; done; }\n${asCurl("http://127.0.0.1:8000", "completion", body, true)}`;
+        const command = asCurl("http://127.0.0.1:8000", "completion", body, true);
+        const script = `curl() { for word; do printf '%s\\0' "$word"; done; }\n${command}`;
         const env = { ...process.env, FERROPT_API_KEY: "fo-'1" };
         const words = execFileSync("sh", ["-c", script], { encoding: "utf8", env }).split("\0");
         assert.equal(words[0], "http://127.0.0.1:8000/v1/completions");

@@ -3,7 +3,7 @@ import { access } from "./api.js";
 import * as chat from "./chat.js";
 import * as complete from "./complete.js";
 import { HelpDialog, KeyDialog } from "./dialogs.js";
-import { html, render, useEffect, useState } from "./dom.js";
+import { Button, html, render, useEffect, useState } from "./dom.js";
 import { choose, findModels, models } from "./models.js";
 import { Announcer, KeyForm, notice } from "./notices.js";
 import * as playground from "./playground.js";
@@ -50,13 +50,17 @@ function App() {
         document.addEventListener("keydown", pressed);
         return () => document.removeEventListener("keydown", pressed);
     }, [name]);
+    const skip = (event) => {
+        event.preventDefault();
+        document.getElementById("main").focus();
+    };
     const open = (entry) => {
         const isChat = entry.kind === "chat";
         (isChat ? chat : playground).open(entry);
         location.hash = isChat ? "chat" : "complete";
     };
     return html`
-        <a class="skip" href="#main" onClick=${(e) => (e.preventDefault(), document.getElementById("main").focus())}>To the content</a>
+        <a class="skip" href="#main" onClick=${skip}>To the content</a>
         <${Header} name=${name} setDialog=${setDialog} />
         <${Reach} />
         <main id="main" tabindex="-1" class=${name}>
@@ -78,16 +82,20 @@ function Header({ name, setDialog }) {
         <header class="top">
             <a class="brand" href="#complete"><img src="/page/icon.svg" alt="" width="20" height="20" /> Ferropt</a>
             <nav aria-label="Views">
-                ${Object.entries(VIEWS).map(([id, { title }]) => html`<a key=${id} href=${`#${id}`} aria-current=${id === name ? "page" : undefined}>${title}</a>`)}
+                ${Object.entries(VIEWS).map(([id, { title }]) => {
+                    const current = id === name ? "page" : undefined;
+                    return html`<a key=${id} href=${`#${id}`} aria-current=${current}>${title}</a>`;
+                })}
             </nav>
             <div class="tools">
                 <label class="unseen" for="model">Model</label>
                 <select id="model" value=${chosen} disabled=${!list.length} onChange=${(e) => choose(e.target.value)}>
-                    ${list.length ? list.map((model) => html`<option key=${model.id} value=${model.id}>${label(model)}</option>`) : html`<option value="">no model</option>`}
+                    ${!list.length && html`<option value="">no model</option>`}
+                    ${list.map((model) => html`<option key=${model.id} value=${model.id}>${label(model)}</option>`)}
                 </select>
-                <button type="button" class="quiet" onClick=${() => setDialog("key")}>${key ? "Key set" : "Key"}</button>
+                <${Button} onClick=${() => setDialog("key")}>${key ? "Key set" : "Key"}<//>
                 <${Theme} />
-                <button type="button" class="icon" aria-label="Help" title="Help" onClick=${() => setDialog("help")}>?</button>
+                <${Button} kind="icon" aria-label="Help" title="Help" onClick=${() => setDialog("help")}>?<//>
             </div>
         </header>
     `;
@@ -104,20 +112,34 @@ function Theme() {
         setTheme(next);
     };
     const [sign, label] = { light: ["☀", "Light"], dark: ["☾", "Dark"] }[theme] ?? ["◐", "As the system"];
-    return html`<button type="button" class="icon" aria-label=${`Colours: ${label}`} title=${`Colours: ${label}`} onClick=${turn}>${sign}</button>`;
+    const name = `Colours: ${label}`;
+    return html`<${Button} kind="icon" aria-label=${name} title=${name} onClick=${turn}>${sign}<//>`;
 }
 
 /** Whether the server can be reached at all. */
 function Reach() {
     const { state, list, chosen, error } = useStore(models);
     if (state === "lost")
-        return html`<div class="notice bad wide" role="alert"><p><b>The server does not answer</b> (${error.message}). It is asked again every two seconds.</p></div>`;
+        return html`
+            <div class="notice bad wide" role="alert">
+                <p><b>The server does not answer</b> (${error.message}). It is asked again every two seconds.</p>
+            </div>
+        `;
     if (state === "refused") {
-        return html`<div class="notice wait wide"><p><b>The server wants an API key.</b> ${error.message}.</p><${KeyForm} /></div>`;
+        return html`
+            <div class="notice wait wide">
+                <p><b>The server wants an API key.</b> ${error.message}.</p>
+                <${KeyForm} />
+            </div>
+        `;
     }
     const status = list.find(({ id }) => id === chosen)?.status;
     if (status === "failed")
-        return html`<div class="notice bad wide"><p>The model <code>${chosen}</code> could not be loaded; the server's log says why.</p></div>`;
+        return html`
+            <div class="notice bad wide">
+                <p>The model <code>${chosen}</code> could not be loaded; the server's log says why.</p>
+            </div>
+        `;
     if (status === "loading")
         return html`<div class="notice wait wide"><p>The model <code>${chosen}</code> is being loaded.</p></div>`;
     return null;

@@ -1,6 +1,6 @@
 // Conversations, through the server's template for base models.
 import { CopyButton } from "./dialogs.js";
-import { html, isMac, useEffect, useRef } from "./dom.js";
+import { Button, CTRL, html, useEffect, useRef } from "./dom.js";
 import { Generation, figures } from "./generation.js";
 import { newId, remember } from "./history.js";
 import { models } from "./models.js";
@@ -29,6 +29,9 @@ const messages = ({ system, turns }) => [
 
 /** Fields of the controls that a conversation has; it goes on with one text. */
 const only = ({ n, best_of, beams, length_penalty, ...fields }) => fields;
+
+/** The server's own introduction of a conversation. */
+const INTRODUCTION = "A conversation between a person and a helpful assistant.";
 
 /** Says what was typed. */
 function send() {
@@ -103,30 +106,43 @@ export function Chat() {
     const busy = phase !== "idle";
     const end = useRef(null);
     useEffect(() => end.current?.scrollIntoView({ block: "nearest" }), [turns.length]);
+    // What is being typed is a part of the request.
+    const said = { system, turns: draft ? [...turns, { role: "user", text: draft }] : turns };
     const isLast = (i) => i === turns.length - 1;
     return html`
         <section class="work chat" aria-label="Conversation">
             <details class="card system" open=${system !== ""}>
                 <summary>How the conversation is introduced</summary>
                 <label for="system" class="unseen">Introduction</label>
-                <textarea id="system" rows="2" value=${system} placeholder="A conversation between a person and a helpful assistant." onInput=${(e) => chat.set({ system: e.target.value })}></textarea>
-                <p class="hint">OPT is no chat model: the conversation is written as a text, with a name in front of each turn, which the model continues.</p>
+                <textarea id="system" rows="2" value=${system} placeholder=${INTRODUCTION}
+                    onInput=${(e) => chat.set({ system: e.target.value })}></textarea>
+                <p class="hint">OPT is no chat model: the conversation is written as a text, with a name in front of each
+                    turn, which the model continues.</p>
             </details>
-            ${turns.map((turn, i) => html`<${Turn} key=${i} turn=${turn} busy=${busy && isLast(i)} idle=${!busy} edit=${() => edit(i)} again=${isLast(i) && again} />`)}
+            ${turns.map(
+                (turn, i) => html`
+                <${Turn} key=${i} turn=${turn} busy=${busy && isLast(i)} idle=${!busy} edit=${() => edit(i)}
+                    again=${isLast(i) && again} />
+            `,
+            )}
             ${turns.some(({ tokens }) => tokens?.length) && html`<${Legend} />`}
             <${Waiting} generation=${generation} />
             <${Notice} />
             <div class="card composer" ref=${end}>
                 <label for="draft">Message</label>
-                <textarea id="draft" rows="2" value=${draft} placeholder="Say something" onInput=${(e) => chat.set({ draft: e.target.value })}></textarea>
+                <textarea id="draft" rows="2" value=${draft} placeholder="Say something"
+                    onInput=${(e) => chat.set({ draft: e.target.value })}></textarea>
                 <div class="bar">
                     ${
                         busy
-                            ? html`<button type="button" class="main stop" onClick=${() => generation.stop()}>Stop <kbd>Esc</kbd></button>`
-                            : html`<button type="button" class="main" disabled=${!chosen} onClick=${send}>Send <kbd>${isMac ? "⌘" : "Ctrl"} ↵</kbd></button>`
+                            ? html`<${Button} kind="main stop" onClick=${() => generation.stop()}>Stop <kbd>Esc</kbd><//>`
+                            : html`<${Button} kind="main" disabled=${!chosen} onClick=${send}>Send <kbd>${CTRL} ↵</kbd><//>`
                     }
-                    <${CopyButton} kind="chat" fields=${(fields) => ({ messages: messages({ system, turns: draft ? [...turns, { role: "user", text: draft }] : turns }), ...only(fields) })} />
-                    ${turns.length > 0 && html`<button type="button" class="quiet" disabled=${busy} onClick=${() => chat.set({ ...empty(), system })}>New conversation</button>`}
+                    <${CopyButton} kind="chat" fields=${(fields) => ({ messages: messages(said), ...only(fields) })} />
+                    ${
+                        turns.length > 0 &&
+                        html`<${Button} disabled=${busy} onClick=${() => chat.set({ ...empty(), system })}>New conversation<//>`
+                    }
                     <${SideButtons} />
                 </div>
             </div>
@@ -141,7 +157,7 @@ function Turn({ turn, busy, idle, edit, again }) {
             <article class="card turn person">
                 <h2>You</h2>
                 <p class="plain">${text}</p>
-                <footer><button type="button" class="quiet" disabled=${!idle} onClick=${edit}>Edit</button></footer>
+                <footer><${Button} disabled=${!idle} onClick=${edit}>Edit<//></footer>
             </article>
         `;
     }
@@ -151,8 +167,8 @@ function Turn({ turn, busy, idle, edit, again }) {
             <${Tokens} tokens=${tokens ?? []} text=${text} label="Tokens of the reply" busy=${busy} />
             <footer>
                 <span class="ending">${finish ? [ending(finish), figures].filter(Boolean).join(" · ") : ""}</span>
-                ${again && html`<button type="button" class="quiet" disabled=${!idle} onClick=${again}>Regenerate</button>`}
-                <button type="button" class="quiet" onClick=${() => copyAloud(text)}>Copy text</button>
+                ${again && html`<${Button} disabled=${!idle} onClick=${again}>Regenerate<//>`}
+                <${Button} onClick=${() => copyAloud(text)}>Copy text<//>
             </footer>
         </article>
     `;

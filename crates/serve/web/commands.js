@@ -9,8 +9,11 @@ const KINDS = {
 /** Fields that the `openai` package has as arguments. Others go into its `extra_body`. */
 const ARGUMENTS = {
     completion:
-        "model prompt best_of echo frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop stream stream_options temperature top_p user",
-    chat: "model messages frequency_penalty logit_bias logprobs max_completion_tokens max_tokens n presence_penalty seed stop stream stream_options temperature top_logprobs top_p user",
+        "model prompt best_of echo frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop " +
+        "stream stream_options temperature top_p user",
+    chat:
+        "model messages frequency_penalty logit_bias logprobs max_completion_tokens max_tokens n presence_penalty " +
+        "seed stop stream stream_options temperature top_logprobs top_p user",
 };
 
 /** The request's body. */

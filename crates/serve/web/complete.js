@@ -1,5 +1,5 @@
 // The playground's view.
-import { html, isMac, useEffect, useRef } from "./dom.js";
+import { Button, CTRL, html, useEffect, useRef } from "./dom.js";
 import { CopyButton } from "./dialogs.js";
 import { models } from "./models.js";
 import { Notice, Waiting, copyAloud } from "./notices.js";
@@ -42,17 +42,21 @@ export function Complete() {
     const { chosen } = useStore(models);
     const busy = phase !== "idle";
     const run = runs[shown];
+    const last = shown === runs.length - 1;
     return html`
         <section class="work" aria-label="Playground">
             <div class=${`card composer${wrong ? " is-wrong" : ""}`}>
                 <label for="prompt">Prompt</label>
-                <${Growing} id="prompt" value=${prompt} onInput=${setPrompt} placeholder="Write something for the model to continue" wrong=${wrong} />
+                <${Growing} id="prompt" value=${prompt} onInput=${setPrompt} wrong=${wrong}
+                    placeholder="Write something for the model to continue" />
                 ${wrong && html`<p class="wrong" id="prompt-wrong">${wrong}</p>`}
                 <div class="bar">
                     ${
                         busy
-                            ? html`<button type="button" class="main stop" onClick=${() => generation.stop()}>Stop <kbd>Esc</kbd></button>`
-                            : html`<button type="button" class="main" disabled=${!chosen} onClick=${() => generate()}>Generate <kbd>${isMac ? "⌘" : "Ctrl"} ↵</kbd></button>`
+                            ? html`<${Button} kind="main stop" onClick=${() => generation.stop()}>Stop <kbd>Esc</kbd><//>`
+                            : html`<${Button} kind="main" disabled=${!chosen} onClick=${() => generate()}>
+                                  Generate <kbd>${CTRL} ↵</kbd>
+                              <//>`
                     }
                     <${CopyButton} kind="completion" fields=${(fields) => ({ prompt, ...fields })} />
                     <${SideButtons} />
@@ -60,7 +64,8 @@ export function Complete() {
             </div>
             <${Waiting} generation=${generation} />
             <${Notice} />
-            ${run ? html`<${Output} key=${run.id} run=${run} count=${runs.length} shown=${shown} busy=${busy && shown === runs.length - 1} />` : html`<${Empty} />`}
+            ${!run && html`<${Empty} />`}
+            ${run && html`<${Output} key=${run.id} run=${run} count=${runs.length} shown=${shown} busy=${busy && last} />`}
         </section>
     `;
 }
@@ -72,11 +77,16 @@ function Growing({ id, value, onInput, placeholder, wrong }) {
         area.current.style.height = "auto";
         area.current.style.height = `${area.current.scrollHeight + 2}px`;
     }, [value]);
-    return html`<textarea ref=${area} id=${id} rows="3" value=${value} placeholder=${placeholder} aria-invalid=${wrong ? "true" : undefined}
+    return html`<textarea ref=${area} id=${id} rows="3" value=${value} placeholder=${placeholder}
+        aria-invalid=${wrong ? "true" : undefined}
         aria-describedby=${wrong ? `${id}-wrong` : undefined} onInput=${(e) => onInput(e.target.value)}></textarea>`;
 }
 
 function Empty() {
+    const take = (text) => {
+        setPrompt(text);
+        document.getElementById("prompt").focus();
+    };
     const examples = [
         "The first time I saw the sea,",
         "Question: Why is the sky blue?\nAnswer:",
@@ -84,9 +94,11 @@ function Empty() {
     ];
     return html`
         <div class="empty">
-            <p>The model continues whatever stands in the prompt. Each token of its text shows how likely it was; choose one to see the
-                alternatives and to go on from there with another.</p>
-            <ul>${examples.map((text) => html`<li key=${text}><button type="button" class="quiet" onClick=${() => (setPrompt(text), document.getElementById("prompt").focus())}>${text.trim()}</button></li>`)}</ul>
+            <p>The model continues whatever stands in the prompt. Each token of its text shows how likely it was; choose
+                one to see the alternatives and to go on from there with another.</p>
+            <ul>
+                ${examples.map((text) => html`<li key=${text}><${Button} onClick=${() => take(text)}>${text.trim()}<//></li>`)}
+            </ul>
         </div>
     `;
 }
@@ -99,9 +111,11 @@ function Output({ run, count, shown, busy }) {
                 ${
                     count > 1 &&
                     html`<span class="pager">
-                    <button type="button" class="icon" aria-label="Previous version" disabled=${shown === 0 || busy} onClick=${() => show(shown - 1)}>‹</button>
+                    <${Button} kind="icon" aria-label="Previous version" disabled=${shown === 0 || busy}
+                        onClick=${() => show(shown - 1)}>‹<//>
                     <span>Version ${shown + 1} of ${count}</span>
-                    <button type="button" class="icon" aria-label="Next version" disabled=${shown === count - 1 || busy} onClick=${() => show(shown + 1)}>›</button>
+                    <${Button} kind="icon" aria-label="Next version" disabled=${shown === count - 1 || busy}
+                        onClick=${() => show(shown + 1)}>›<//>
                 </span>`
                 }
                 <span class="figures">${busy ? "generating…" : run.figures}</span>
@@ -121,13 +135,14 @@ function Text({ run, choice, busy }) {
         <article class="card text">
             ${several && html`<h3>Text ${choice + 1}</h3>`}
             <${Tokens} tokens=${tokensOf(run, choice)} text=${text} label=${label} busy=${busy && finish === null}
-                branch=${(place, name) => branch(run, choice, place, name)} regenerate=${(place) => regenerate(run, choice, place)} goOn=${(place) => proceed(choice, place, run)} />
+                branch=${(place, name) => branch(run, choice, place, name)}
+                regenerate=${(place) => regenerate(run, choice, place)} goOn=${(place) => proceed(choice, place, run)} />
             <footer>
-                <span class="ending">${finish === null ? "" : text === "" ? "The text is empty: it " + ending(finish) : ending(finish)}</span>
-                <button type="button" class="quiet" disabled=${busy} onClick=${() => generate(run.kept)}>Regenerate</button>
-                <button type="button" class="quiet" disabled=${busy || text === ""} onClick=${() => proceed(choice, undefined, run)}>Continue</button>
-                <button type="button" class="quiet" disabled=${busy || text === ""} onClick=${() => adopt(choice, run)}>Use as prompt</button>
-                <button type="button" class="quiet" disabled=${text === ""} onClick=${() => copyAloud(text)}>Copy text</button>
+                <span class="ending">${finish && text === "" ? "empty: " : ""}${finish && ending(finish)}</span>
+                <${Button} disabled=${busy} onClick=${() => generate(run.kept)}>Regenerate<//>
+                <${Button} disabled=${busy || text === ""} onClick=${() => proceed(choice, undefined, run)}>Continue<//>
+                <${Button} disabled=${busy || text === ""} onClick=${() => adopt(choice, run)}>Use as prompt<//>
+                <${Button} disabled=${text === ""} onClick=${() => copyAloud(text)}>Copy text<//>
             </footer>
         </article>
     `;

@@ -1,7 +1,7 @@
 // Dialogs: a request as a command, the API key, help.
 import { access, setKey } from "./api.js";
 import { asCurl, asJson, asPython } from "./commands.js";
-import { html, isMac, useEffect, useRef, useState } from "./dom.js";
+import { Button, CTRL, html, useEffect, useRef, useState } from "./dom.js";
 import { KeyForm, copyAloud } from "./notices.js";
 import { readBody } from "./playground.js";
 import { useStore } from "./store.js";
@@ -17,7 +17,7 @@ export function Dialog({ title, close, children }) {
             <div class="sheet">
                 <header>
                     <h2 id="dialog-title">${title}</h2>
-                    <button type="button" class="icon" aria-label="Close" onClick=${() => box.current.close()}>×</button>
+                    <${Button} kind="icon" aria-label="Close" onClick=${() => box.current.close()}>×<//>
                 </header>
                 ${children}
             </div>
@@ -44,17 +44,24 @@ export function CopyButton({ kind, fields }) {
     };
     const take = async () => setCopied(await copyAloud(text));
     return html`
-        <button type="button" class="quiet" onClick=${open}>Code</button>
+        <${Button} onClick=${open}>Code<//>
         ${
             body &&
             html`<${Dialog} title="This request as code" close=${() => setBody(null)}>
             <div class="segments" role="group" aria-label="Form">
-                ${Object.keys(FORMS).map((name) => html`<button type="button" key=${name} aria-pressed=${name === form ? "true" : "false"} onClick=${() => pick(name)}>${name}</button>`)}
+                ${Object.keys(FORMS).map((name) => {
+                    const pressed = name === form ? "true" : "false";
+                    return html`<${Button} kind="" key=${name} aria-pressed=${pressed} onClick=${() => pick(name)}>${name}<//>`;
+                })}
             </div>
             <pre class="code" tabindex="0" aria-label=${`The request as ${form}`}>${text}</pre>
             <div class="actions">
-                ${key !== "" && form !== "JSON" && html`<p class="hint">The API key is read from the variable FERROPT_API_KEY.</p>`}
-                <button type="button" class="main" onClick=${take}>${copied ? "Copied" : "Copy"}</button>
+                ${
+                    key !== "" &&
+                    form !== "JSON" &&
+                    html`<p class="hint">The API key is read from the variable FERROPT_API_KEY.</p>`
+                }
+                <${Button} kind="main" onClick=${take}>${copied ? "Copied" : "Copy"}<//>
             </div>
         <//>`
         }
@@ -68,13 +75,12 @@ export function KeyDialog({ close }) {
         <${Dialog} title="API key" close=${close}>
             <p>The key goes with every request. It is kept until this tab is closed, and nowhere else.</p>
             <${KeyForm} done=${close}>
-                ${key && html`<button type="button" class="quiet" onClick=${() => (setKey(""), close())}>Forget the key in use</button>`}
+                ${key && html`<${Button} onClick=${() => (setKey(""), close())}>Forget the key in use<//>`}
             <//>
         <//>
     `;
 }
 
-const CTRL = isMac ? "⌘" : "Ctrl";
 const SHORTCUTS = [
     [[CTRL, "Enter"], "Generate; in a conversation, send"],
     [[CTRL, "Shift", "Enter"], "Continue the text that is there"],
@@ -90,16 +96,20 @@ export function HelpDialog({ close }) {
         <${Dialog} title="Help" close=${close}>
             <h3>Keys</h3>
             <dl class="shortcuts">
-                ${SHORTCUTS.map(([keys, what]) => html`<div key=${what}><dt>${keys.map((key) => html`<kbd key=${key}>${key}</kbd>`)}</dt><dd>${what}</dd></div>`)}
+                ${SHORTCUTS.map(
+                    ([keys, what]) => html`
+                    <div key=${what}><dt>${keys.map((key) => html`<kbd key=${key}>${key}</kbd>`)}</dt><dd>${what}</dd></div>
+                `,
+                )}
             </dl>
             <h3>Reading a text</h3>
-            <p>The darker a token's background, the less likely the model thought it, before temperature and penalties. Point at a token, tap on
-                it or go to it with the keys to see what else could have stood there. Choosing an alternative makes a new version that
-                goes on from it; the old one stays, a step back.</p>
+            <p>The darker a token's background, the less likely the model thought it, before temperature and penalties.
+                Point at a token, tap on it or go to it with the keys to see what else could have stood there. Choosing an
+                alternative makes a new version that goes on from it; the old one stays, a step back.</p>
             <p>A text that is read by a screen reader is plain when “Alternatives” under “More” is empty.</p>
             <h3>What is kept</h3>
-            <p>History and settings stay in this browser. The API key is forgotten with the tab. The page loads nothing from anywhere but
-                this server, whose API is described at <a href="/openapi.json">/openapi.json</a>.</p>
+            <p>History and settings stay in this browser. The API key is forgotten with the tab. The page loads nothing from
+                anywhere but this server, whose API is described at <a href="/openapi.json">/openapi.json</a>.</p>
         <//>
     `;
 }

@@ -8,8 +8,12 @@ export { Component, Fragment, render } from "./vendor/preact.js";
 /** Elements from a template: html`<p class=${name}>${text}</p>`. */
 export const html = htm.bind(h);
 
-/** Whether it is a Mac's keyboard, whose Ctrl is called otherwise. */
-export const isMac = /Mac|iPhone|iPad/.test(navigator.platform);
+/** A button, which sends no form; `kind` is its class in the style. */
+export const Button = ({ kind = "quiet", children, ...rest }) =>
+    html`<button type="button" class=${kind} ...${rest}>${children}</button>`;
+
+/** What is called Ctrl on most keyboards. */
+export const CTRL = /Mac|iPhone|iPad/.test(navigator.platform) ? "⌘" : "Ctrl";
 
 /** Copies a text; returns whether that was possible. */
 export async function copy(text) {

@@ -232,7 +232,8 @@ export function readBias(lines) {
             if (!match || !(bias >= -100 && bias <= 100)) {
                 throw new WrongField(
                     "logit_bias",
-                    `Logit bias: “${line.trim()}” is not a token and a number from -100 to 100, such as 50118: -100 or " the": -5.`,
+                    `Logit bias: “${line.trim()}” is not a token and a number from -100 to 100, ` +
+                        `such as 50118: -100 or " the": -5.`,
                 );
             }
             if (match[1] !== undefined) return { id: match[1], bias };

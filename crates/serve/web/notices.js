@@ -1,5 +1,5 @@
 // What went wrong, above the texts, and what screen readers are told.
-import { copy, html, useEffect, useState } from "./dom.js";
+import { Button, copy, html, useEffect, useState } from "./dom.js";
 import { setKey } from "./api.js";
 import { Store, useStore } from "./store.js";
 
@@ -35,8 +35,8 @@ export function Notice() {
         <div class="notice bad">
             <p>${current.field && html`<code>${current.field}</code> `}${current.message}</p>
             <div class="actions">
-                ${current.actions?.map(({ label, run: action }) => html`<button type="button" class="quiet" onClick=${run(action)}>${label}</button>`)}
-                <button type="button" class="quiet" onClick=${() => notice(null)}>Dismiss</button>
+                ${current.actions?.map(({ label, run: action }) => html`<${Button} onClick=${run(action)}>${label}<//>`)}
+                <${Button} onClick=${() => notice(null)}>Dismiss<//>
             </div>
         </div>
     `;
@@ -59,8 +59,8 @@ export function Waiting({ generation }) {
         <div class="notice wait">
             <p><b>The server is busy.</b> ${message}. Trying again in ${seconds} s.</p>
             <div class="actions">
-                <button type="button" class="quiet" onClick=${() => generation.tryNow()}>Try now</button>
-                <button type="button" class="quiet" onClick=${() => generation.stop()}>Cancel</button>
+                <${Button} onClick=${() => generation.tryNow()}>Try now<//>
+                <${Button} onClick=${() => generation.stop()}>Cancel<//>
             </div>
         </div>
     `;

@@ -96,7 +96,10 @@ export function Plot({ title, points, series, show, most }) {
         <section class="card plot">
             <h2>${title}${points[at] && html` <span class="hint">at ${clock(told.at)}</span>`}</h2>
             <dl>
-                ${series.map(({ value, label, colour }) => html`<div key=${value}><dt><span class="key-line" style=${{ background: `var(--${colour})` }}></span>${label}</dt><dd>${said(told[value])}</dd></div>`)}
+                ${series.map(({ value, label, colour }) => {
+                    const line = html`<span class="key-line" style=${{ background: `var(--${colour})` }}></span>`;
+                    return html`<div key=${value}><dt>${line}${label}</dt><dd>${said(told[value])}</dd></div>`;
+                })}
             </dl>
             <div ref=${box} class="canvas" role="img" aria-label=${`${title}: ${summary}`}></div>
             <span ref=${probe} hidden></span>

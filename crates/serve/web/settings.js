@@ -1,5 +1,5 @@
 // The panel of controls.
-import { html, useEffect, useRef } from "./dom.js";
+import { Button, html, useEffect, useRef } from "./dom.js";
 import { DEFAULTS, FIELDS, GROUPS } from "./fields.js";
 import { Store, keep, recall, useStore } from "./store.js";
 
@@ -36,7 +36,7 @@ export function Settings({ chat }) {
                 (group) =>
                     html`<${Group} key=${group.title} group=${group} values=${values} wrong=${wrong} />`,
             )}
-            <button type="button" class="quiet" disabled=${!changed} onClick=${() => change(DEFAULTS)}>Reset all</button>
+            <${Button} disabled=${!changed} onClick=${() => change(DEFAULTS)}>Reset all<//>
         </div>
     `;
 }
@@ -53,7 +53,10 @@ function Group({ group, values, wrong }) {
     const changed = group.fields.filter((field) => isChanged(field, values)).length;
     return html`
         <details ref=${details} open=${group.open || changed > 0}>
-            <summary>${group.title}${changed > 0 && html`<span class="count" title="${changed} changed">${changed}</span>`}</summary>
+            <summary>
+                ${group.title}
+                ${changed > 0 && html`<span class="count" title=${`${changed} changed`}>${changed}</span>`}
+            </summary>
             ${group.fields.map(
                 (field) => html`<${Control}
                     key=${field.name}
@@ -84,7 +87,9 @@ function Control({ field, value, wrong, off }) {
     if (kind === "flag") {
         return html`
             <div class="control flag">
-                <label for=${id}><input type="checkbox" ...${common} checked=${value} onChange=${(e) => set(e.target.checked)} /> ${label}</label>
+                <label for=${id}>
+                    <input type="checkbox" ...${common} checked=${value} onChange=${(e) => set(e.target.checked)} /> ${label}
+                </label>
                 ${help}${error}
             </div>
         `;
@@ -93,7 +98,8 @@ function Control({ field, value, wrong, off }) {
         return html`
             <div class="control">
                 <label for=${id}>${label}</label>
-                <textarea ...${common} rows=${field.rows} spellcheck=${false} value=${value} onInput=${(e) => set(e.target.value)}></textarea>
+                <textarea ...${common} rows=${field.rows} spellcheck=${false} value=${value}
+                    onInput=${(e) => set(e.target.value)}></textarea>
                 ${help}${error}
             </div>
         `;
@@ -110,12 +116,14 @@ function Control({ field, value, wrong, off }) {
     return html`
         <div class="control number">
             <label for=${id}>${label}</label>
-            <input type="text" ...${common} inputmode=${field.min < 0 ? "text" : field.whole ? "numeric" : "decimal"} autocomplete="off"
-                placeholder=${field.value === "" ? "none" : field.value} value=${value} onInput=${(e) => set(e.target.value.trim())} onKeyDown=${arrows} />
+            <input type="text" ...${common} inputmode=${field.min < 0 ? "text" : field.whole ? "numeric" : "decimal"}
+                autocomplete="off" placeholder=${field.value === "" ? "none" : field.value} value=${value}
+                onInput=${(e) => set(e.target.value.trim())} onKeyDown=${arrows} />
             ${
                 slider &&
-                html`<input type="range" min=${slider[0]} max=${slider[1]} step=${step} tabindex="-1" aria-hidden="true" disabled=${off}
-                value=${Number.isFinite(Number(value)) && value !== "" ? value : field.value} onInput=${(e) => set(e.target.valueAsNumber)} />`
+                html`<input type="range" min=${slider[0]} max=${slider[1]} step=${step} tabindex="-1" aria-hidden="true" 
+                    disabled=${off} value=${Number.isFinite(Number(value)) && value !== "" ? value : field.value}
+                    onInput=${(e) => set(e.target.valueAsNumber)} />`
             }
             ${help}${error}
         </div>

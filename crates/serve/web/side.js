@@ -1,5 +1,5 @@
 // Beside the work: the controls and the history. On a narrow screen they come over the page when they are asked for.
-import { html, save, useEffect, useRef, useState } from "./dom.js";
+import { Button, html, save, useEffect, useRef, useState } from "./dom.js";
 import { clear, forget, history } from "./history.js";
 import { announce } from "./notices.js";
 import { Settings, settings } from "./settings.js";
@@ -13,8 +13,8 @@ export function SideButtons() {
     const open = (tab) => () => side.set({ tab, over: true });
     return html`
         <span class="side-buttons">
-            <button type="button" class="quiet" onClick=${open("settings")}>Settings</button>
-            <button type="button" class="quiet" onClick=${open("history")}>History</button>
+            <${Button} onClick=${open("settings")}>Settings<//>
+            <${Button} onClick=${open("history")}>History<//>
         </span>
     `;
 }
@@ -49,8 +49,11 @@ export function Side({ chat, open }) {
         ${over && html`<div class="shade" onClick=${close}></div>`}
         <aside ref=${box} class=${over ? "side over" : "side"} aria-label="Settings and history" onKeyDown=${key}>
             <div class="segments" role="group" aria-label="Shown beside the text">
-                ${Object.entries(names).map(([name, label]) => html`<button type="button" key=${name} aria-pressed=${name === tab ? "true" : "false"} onClick=${() => side.set({ tab: name })}>${label}</button>`)}
-                <button type="button" class="icon close" aria-label="Close" onClick=${close}>×</button>
+                ${Object.entries(names).map(([name, label]) => {
+                    const [pressed, pick] = [name === tab ? "true" : "false", () => side.set({ tab: name })];
+                    return html`<${Button} kind="" key=${name} aria-pressed=${pressed} onClick=${pick}>${label}<//>`;
+                })}
+                <${Button} kind="icon close" aria-label="Close" onClick=${close}>×<//>
             </div>
             ${tab === "settings" ? html`<${Settings} chat=${chat} />` : html`<${History} open=${taken} />`}
         </aside>
@@ -73,6 +76,7 @@ function History({ open }) {
         }
         setSure(!sure);
     };
+    const kinds = { completion: "playground", chat: "chat" };
     if (!entries.length)
         return html`<p class="hint history-empty">What is generated is kept here, in this browser alone.</p>`;
     return html`
@@ -82,17 +86,19 @@ function History({ open }) {
                     (entry) => html`
                     <li key=${entry.id}>
                         <button type="button" class="entry" onClick=${() => open(entry)}>
-                            <span class="when">${when(entry.at)} · ${entry.kind === "chat" ? "chat" : "playground"} · ${entry.model}</span>
+                            <span class="when">${[when(entry.at), kinds[entry.kind], entry.model].join(" · ")}</span>
                             <span class="begin">${title(entry)}</span>
                         </button>
-                        <button type="button" class="icon" aria-label=${`Remove: ${title(entry)}`} onClick=${() => forget(entry.id)}>×</button>
+                        <${Button} kind="icon" aria-label=${`Remove: ${title(entry)}`} onClick=${() => forget(entry.id)}>×<//>
                     </li>
                 `,
                 )}
             </ol>
             <div class="actions">
-                <button type="button" class="quiet" onClick=${download}>Export</button>
-                <button type="button" class="quiet" onClick=${empty} onBlur=${() => setSure(false)}>${sure ? "Really clear all" : "Clear"}</button>
+                <${Button} onClick=${download}>Export<//>
+                <${Button} onClick=${empty} onBlur=${() => setSure(false)}>
+                    ${sure ? "Really clear all" : "Clear"}
+                <//>
             </div>
             <p class="hint">Kept in this browser alone.</p>
         </div>

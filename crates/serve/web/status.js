@@ -67,6 +67,8 @@ const PLOTS = [
     },
 ];
 
+const COLUMNS = ["Name", "State", "Positions", "Open since"];
+
 export function Status() {
     const { points, ready, lost } = useStore(watch);
     const { list } = useStore(models);
@@ -75,13 +77,20 @@ export function Status() {
     useEffect(() => void findModels(), [JSON.stringify([...ready])]);
     return html`
         <section class="status" aria-label="Status">
-            ${lost && html`<div class="notice bad"><p>The server's metrics cannot be read: ${lost.message}. Trying again every second.</p></div>`}
+            ${
+                lost &&
+                html`<div class="notice bad">
+                <p>The server's metrics cannot be read: ${lost.message}. Trying again every second.</p>
+            </div>`
+            }
             <div class="plots">${PLOTS.map((plot) => html`<${Plot} key=${plot.title} points=${points} ...${plot} />`)}</div>
             <section class="card">
                 <h2 id="models-title">Models</h2>
                 <div class="scrolls" tabindex="0" role="region" aria-labelledby="models-title">
                     <table>
-                        <thead><tr><th scope="col">Name</th><th scope="col">State</th><th scope="col">Positions</th><th scope="col">Open since</th></tr></thead>
+                        <thead>
+                            <tr>${COLUMNS.map((name) => html`<th key=${name} scope="col">${name}</th>`)}</tr>
+                        </thead>
                         <tbody>${list.map((model) => html`<${Model} key=${model.id} model=${model} />`)}</tbody>
                     </table>
                 </div>

@@ -1,6 +1,9 @@
 // Texts as they arrive: their tokens, probabilities and ends. Nothing here touches the page.
 
-/** A text without anything in it. A token is `{ name, text, logprob, top: [{ name, logprob }] }`, where `text` is what of the text it shows. */
+/**
+ * A text without anything in it. A token is `{ name, text, logprob, top: [{ name, logprob }] }`, where `text` is the part of
+ * the text that it shows.
+ */
 export const emptyText = () => ({ text: "", tokens: [], finish: null });
 
 /** Puts a text together from the events of a stream. */

@@ -1,5 +1,5 @@
 // A text whose tokens can be looked at: coloured by probability, with the alternatives at each place.
-import { Component, html, useEffect, useLayoutEffect, useMemo, useRef, useState } from "./dom.js";
+import { Button, Component, html, useEffect, useLayoutEffect, useMemo, useRef, useState } from "./dom.js";
 import { SHADES, isPart, isSpecial, percent, shade, shown } from "./texts.js";
 
 /** Tokens that are drawn, or left alone, together. */
@@ -38,6 +38,7 @@ export function Tokens({ tokens, text, label, busy, branch, regenerate, goOn }) 
 
     if (!tokens.length) return html`<p class=${`plain${busy ? " writing" : ""}`}>${text}</p>`;
     const at = Math.min(active, tokens.length - 1);
+    const spanOf = (place) => list.current.querySelector(`[data-place="${place}"]`);
     const placeOf = (event) => event.target.closest?.("[data-place]")?.dataset.place;
     const key = (event) => {
         const moves = {
@@ -51,7 +52,7 @@ export function Tokens({ tokens, text, label, busy, branch, regenerate, goOn }) 
         if (event.key in moves && !event.altKey && !event.ctrlKey && !event.metaKey) {
             event.preventDefault();
             const next = Math.max(0, Math.min(tokens.length - 1, moves[event.key]));
-            list.current.querySelector(`[data-place="${next}"]`).scrollIntoView({ block: "nearest" });
+            spanOf(next).scrollIntoView({ block: "nearest" });
             show(next, false);
         } else if ((event.key === "Enter" || event.key === " ") && !event.ctrlKey && !event.metaKey) {
             event.preventDefault();
@@ -77,6 +78,7 @@ export function Tokens({ tokens, text, label, busy, branch, regenerate, goOn }) 
         if (placeOf(event) !== undefined && window.getSelection().isCollapsed)
             show(Number(placeOf(event)), true);
     };
+    const focus = (event) => event.target.matches(":focus-visible") && !open && show(at, false);
     // Whoever goes into the alternatives does not leave. A list that is taken away has lost its place already.
     const blur = (event) =>
         open && !open.pinned && !event.currentTarget.parentElement?.contains(event.relatedTarget) && close();
@@ -87,21 +89,23 @@ export function Tokens({ tokens, text, label, busy, branch, regenerate, goOn }) 
     const blocks = [];
     for (let first = 0; first < tokens.length; first += BLOCK) {
         blocks.push(
-            html`<${Block} key=${first} id=${id} first=${first} tokens=${tokens.slice(first, first + BLOCK)} active=${at >= first && at < first + BLOCK ? at : -1} />`,
+            html`<${Block} key=${first} id=${id} first=${first} tokens=${tokens.slice(first, first + BLOCK)}
+                active=${at >= first && at < first + BLOCK ? at : -1} />`,
         );
     }
     return html`
         <div class="tokens">
             <div ref=${list} class=${`list${busy ? " writing" : ""}`} role="listbox" tabindex="0"
-                aria-label=${label} aria-activedescendant=${`${id}-${at}`} onKeyDown=${key} onPointerOver=${over} onPointerLeave=${leave}
-                onClick=${click} onFocus=${(e) => e.target.matches(":focus-visible") && !open && show(at, false)} onBlur=${blur}>
+                aria-label=${label} aria-activedescendant=${`${id}-${at}`} onKeyDown=${key} onPointerOver=${over}
+                onPointerLeave=${leave} onClick=${click} onFocus=${focus} onBlur=${blur}>
                 ${blocks}
             </div>
             ${
                 open &&
                 open.place < tokens.length &&
-                html`<${Alternatives} key=${open.place} token=${tokens[open.place]} place=${open.place} pinned=${open.pinned} anchor=${() => list.current.querySelector(`[data-place="${open.place}"]`)}
-                busy=${busy} branch=${branch} regenerate=${regenerate} goOn=${goOn} back=${back} onEnter=${stay} onLeave=${leave} />`
+                html`<${Alternatives} key=${open.place} token=${tokens[open.place]} place=${open.place} pinned=${open.pinned}
+                    anchor=${() => spanOf(open.place)} busy=${busy} branch=${branch} regenerate=${regenerate} goOn=${goOn}
+                    back=${back} onEnter=${stay} onLeave=${leave} />`
             }
         </div>
     `;
@@ -147,7 +151,8 @@ class Block extends Component {
             ];
             if (token.text.includes("\n")) classes.push("line-end");
             if (token.text === "") classes.push("part");
-            return html`<span key=${place} id=${`${id}-${place}`} data-place=${place} class=${classes.join(" ").trim()} role="option" aria-selected=${place === active ? "true" : "false"}
+            return html`<span key=${place} id=${`${id}-${place}`} data-place=${place} class=${classes.join(" ").trim()}
+                role="option" aria-selected=${place === active ? "true" : "false"}
                 aria-label=${`${token.text.trim() || spoken(token.name)}, ${percent(token.logprob)}`}>${token.text}</span>`;
         })}</span>`;
     }
@@ -214,7 +219,8 @@ function Alternatives({
         action();
     };
     return html`
-        <div ref=${box} class="alternatives" role="dialog" aria-label=${`Alternatives to ${spoken(token.name)}`} tabindex="-1" style=${spot ?? { visibility: "hidden" }}
+        <div ref=${box} class="alternatives" role="dialog" aria-label=${`Alternatives to ${spoken(token.name)}`}
+            tabindex="-1" style=${spot ?? { visibility: "hidden" }}
             onKeyDown=${key} onPointerEnter=${onEnter} onPointerLeave=${onLeave}>
             <p class="chosen"><b>${shown(token.name)}</b> <span>${percent(token.logprob)}</span></p>
             <p class="facts">${facts.join(" · ")}</p>
@@ -222,11 +228,13 @@ function Alternatives({
                 ${token.top.map(({ name, logprob }) => {
                     const chosen = name === token.name;
                     const bar = html`<span class="bar" style=${{ width: `${Math.max(1, 100 * Math.exp(logprob))}%` }}></span>`;
-                    const inside = html`${bar}<span class="name">${shown(name)}</span><span class="share">${percent(logprob)}</span>`;
+                    const share = html`<span class="share">${percent(logprob)}</span>`;
+                    const inside = html`${bar}<span class="name">${shown(name)}</span>${share}`;
                     const usable = branch && !busy && !chosen && !isPart(name) && !isSpecial(name);
                     return html`<li key=${name} class=${chosen ? "is-chosen" : ""}>${
                         usable
-                            ? html`<button type="button" title="Go on from here with this token" onClick=${act(() => branch(place, name))}>${inside}</button>`
+                            ? html`<${Button} kind="" title="Go on from here with this token"
+                                  onClick=${act(() => branch(place, name))}>${inside}<//>`
                             : html`<div>${inside}</div>`
                     }</li>`;
                 })}
@@ -234,8 +242,8 @@ function Alternatives({
             ${
                 branch &&
                 html`<div class="actions">
-                <button type="button" class="quiet" disabled=${busy} onClick=${act(() => regenerate(place))}>Again from here</button>
-                <button type="button" class="quiet" disabled=${busy} onClick=${act(() => goOn(place))}>Go on behind it</button>
+                <${Button} disabled=${busy} onClick=${act(() => regenerate(place))}>Again from here<//>
+                <${Button} disabled=${busy} onClick=${act(() => goOn(place))}>Go on behind it<//>
             </div>`
             }
         </div>
@@ -244,5 +252,6 @@ function Alternatives({
 
 /** What the shades mean. */
 export function Legend() {
-    return html`<p class="legend"><span>Probability</span>${SHADES.map(({ label }, i) => html`<span key=${i} class="token shade-${i}">${label}</span>`)}</p>`;
+    const one = ({ label }, i) => html`<span key=${i} class=${`token shade-${i}`}>${label}</span>`;
+    return html`<p class="legend"><span>Probability</span>${SHADES.map(one)}</p>`;
 }
