@@ -57,6 +57,9 @@ pub(crate) struct Args {
     /// Seconds that a client may take to send a request, or to take in what is sent to it
     #[arg(long, value_name = "S", default_value_t = Limits::default().client_time.as_secs())]
     client_seconds: u64,
+    /// Texts of a request: prompts times `n`, `best_of` or `beams`
+    #[arg(long, value_name = "N", default_value_t = Limits::default().texts)]
+    max_texts: usize,
     /// Bytes of a request's body
     #[arg(long, value_name = "BYTES", default_value_t = Limits::default().body)]
     max_body: usize,
@@ -148,6 +151,7 @@ impl Args {
                 queue_time: Duration::from_secs(self.queue_seconds),
                 request_time: Duration::from_secs(self.timeout_seconds),
                 client_time: Duration::from_secs(self.client_seconds),
+                texts: self.max_texts,
                 body: self.max_body,
                 connections: self.connections,
             },

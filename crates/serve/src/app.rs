@@ -19,6 +19,8 @@ pub struct Limits {
     pub queue_time: Duration,
     /// How long a request may take, waiting included.
     pub request_time: Duration,
+    /// Texts of a request, over all of its prompts.
+    pub texts: usize,
     /// Bytes of a request's body.
     pub body: usize,
     /// How long a client may take to send headers, to send a body, or to take in what is sent to it.
@@ -34,6 +36,7 @@ impl Default for Limits {
             queue: 256,
             queue_time: Duration::from_secs(60),
             request_time: Duration::from_secs(600),
+            texts: 1024,
             body: 4 << 20,
             client_time: Duration::from_secs(30),
             connections: 1024,

@@ -148,7 +148,7 @@ impl Feeder {
                     "the request waited {} s for its turn, which is the limit",
                     self.patience.as_secs_f64()
                 );
-                let error = ApiError::unavailable("queue_time", self.live.gate.seconds_to_wait(), message);
+                let error = ApiError::too_many("queue_time", self.live.gate.seconds_to_wait(), message);
                 // If nobody is there, nobody has to be told.
                 let _ = self.sender.send(Err(error));
                 return;

@@ -28,7 +28,7 @@ const ERRORS: [(&str, &str, Needs); 10] = [
     ("405", "The route does not know the method.", Needs::Nothing),
     ("429", "Too much at a time; Retry-After says when to try again.", Needs::Turn),
     ("500", "The engine failed.", Needs::Turn),
-    ("503", "The model or the server is not there now, or the time was over.", Needs::Model),
+    ("503", "The model or the server is not there now, or the request took too long.", Needs::Model),
 ];
 
 /// What a route must have to answer with an error.

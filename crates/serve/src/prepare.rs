@@ -1,23 +1,23 @@
 //! From what was asked for to what the engine computes.
 
+use crate::app::Limits;
 use crate::asked::{Asked, Prompt, Role};
 use crate::error::ApiError;
 use crate::models::Live;
 use ferropt_data::Marks;
 use ferropt_engine::{Conversation, Parameters, Refusal, Request, Speaker};
 
-/// Texts of one request at most, over all prompts.
-const MOST_TEXTS: usize = 1024;
 /// Bytes of text from which tokenising would make others wait.
 const LONG: usize = 1 << 16;
 
-/// What the engine shall compute, with as many texts for each.
+/// What the engine shall compute.
 ///
 /// # Errors
 /// 400 for what the model or the engine cannot do.
 pub(crate) fn requests(
     live: &Live,
     asked: &mut Asked,
+    limits: &Limits,
     random: impl Fn() -> u64,
 ) -> Result<Vec<Request>, ApiError> {
     if !asked.messages.is_empty() {
@@ -26,11 +26,18 @@ pub(crate) fn requests(
     let p = &mut asked.parameters;
     p.temperature = asked.temperature.unwrap_or(if p.beams.is_some() { 0.0 } else { 1.0 });
     let (prompts, computed) = (asked.prompts.len(), p.computed().max(p.beams.unwrap_or(1)));
-    if prompts * computed > MOST_TEXTS {
+    if prompts * computed > limits.texts {
         let message = format!(
-            "{prompts} prompts with {computed} texts each are {} texts, which is more than {MOST_TEXTS} in one request",
-            prompts * computed
+            "{prompts} prompts with {computed} texts each are {} texts, which is more than {} in one request",
+            prompts * computed,
+            limits.texts
         );
+        return Err(ApiError::field("prompt", message));
+    }
+    // These would be refused however short the queue is.
+    let most = limits.queue.max(1);
+    if prompts > most {
+        let message = format!("{prompts} prompts in one request are more than may wait, which are {most}");
         return Err(ApiError::field("prompt", message));
     }
     let bytes: usize = asked.prompts.iter().map(Prompt::bytes).sum();

@@ -44,7 +44,7 @@ pub(crate) async fn generate(mut call: Call) -> Result<Response<Body>, ApiError>
     let body = call.route.body;
     complete(&mut asked, body)?;
     let (app, record) = (call.app, call.record);
-    let requests = prepare::requests(&live, &mut asked, || app.random())?;
+    let requests = prepare::requests(&live, &mut asked, &app.limits, || app.random())?;
     let (prompts, n) = (requests.len(), asked.parameters.n);
     record.note("texts_wanted", prompts * n);
     record.note("stream", asked.stream);

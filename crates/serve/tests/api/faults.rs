@@ -12,6 +12,7 @@ fn refusals_name_the_field_the_value_and_the_limit() {
     let (server, client) = serve(options());
     let long = json!({ "prompt": "word ".repeat(2000) }).to_string();
     let longer = json!({ "prompt": "x".repeat(1_000_000) }).to_string();
+    let more = json!({ "prompt": vec!["x"; 257] }).to_string();
     let many = json!({ "prompt": vec!["x"; 100], "n": 11 }).to_string();
     for (path, body, status, code, param, part) in [
         ("/v1/completions", "{", 400, "invalid_json", None, "line 1"),
@@ -77,6 +78,7 @@ fn refusals_name_the_field_the_value_and_the_limit() {
         ("/v1/completions", &long, 400, "context_length_exceeded", Some("prompt"), "1024"),
         ("/v1/completions", &longer, 400, "context_length_exceeded", Some("prompt"), "1000000"),
         ("/v1/completions", &many, 400, "invalid_value", Some("prompt"), "1024"),
+        ("/v1/completions", &more, 400, "invalid_value", Some("prompt"), "257"),
         (
             "/v1/completions",
             r#"{"prompt": "x", "model": "gpt-4"}"#,
@@ -274,7 +276,7 @@ fn too_much_and_too_long_are_refused_in_time() {
     );
     assert!(error["message"].as_str().unwrap().contains("limit of 6"), "{error}");
     let second = second.rest();
-    assert_eq!((second.status, second.json()["error"]["code"].as_str()), (503, Some("queue_time")));
+    assert_eq!((second.status, second.json()["error"]["code"].as_str()), (429, Some("queue_time")));
     assert!(second.json()["error"]["message"].as_str().unwrap().contains("1.5 s"));
     // And the first is over before it is complete, which its stream says.
     let rest = first.rest_text();
