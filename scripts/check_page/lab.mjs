@@ -19,23 +19,9 @@ if (!existsSync(join(model, "model.safetensors"))) makeModel(model);
 
 /** Starts a server; `stop` ends it with a signal. */
 export async function serve(...options) {
-    const process = spawn(
-        FERROPT,
-        [
-            "serve",
-            "--model",
-            `small=${model}`,
-            "--alias",
-            "other=small",
-            "--port",
-            "0",
-            "--no-log",
-            ...options,
-        ],
-        {
-            stdio: ["ignore", "pipe", "inherit"],
-        },
-    );
+    const always = ["--model", `small=${model}`, "--alias", "other=small", "--port", "0", "--no-log"];
+    const stdio = ["ignore", "pipe", "inherit"];
+    const process = spawn(FERROPT, ["serve", ...always, ...options], { stdio });
     const ended = new Promise((resolve) => process.once("exit", resolve));
     let url = null;
     for await (const line of createInterface({ input: process.stdout })) {

@@ -192,6 +192,8 @@ test("an alternative is gone on from, and the version before stays", async () =>
     assert.equal(await page.locator(".token.kept").count(), place + 1);
     await page.getByRole("button", { name: "Previous version" }).click();
     assert.equal(await textOf(page), before);
+    // What is being written meanwhile is no part of the text that is there.
+    await page.fill("#prompt", "something else");
     assert.match(await page.locator(".pager").textContent(), /Version 1 of 2/);
     // Regenerate from a token, continue, and take the text into the prompt.
     await token(page, 2).click();

@@ -139,7 +139,7 @@ function Text({ run, choice, busy }) {
                 regenerate=${(place) => regenerate(run, choice, place)} goOn=${(place) => proceed(choice, place, run)} />
             <footer>
                 <span class="ending">${finish && text === "" ? "empty: " : ""}${finish && ending(finish)}</span>
-                <${Button} disabled=${busy} onClick=${() => generate(run.kept)}>Regenerate<//>
+                <${Button} disabled=${busy} onClick=${() => generate(run.kept, run.prompt)}>Regenerate<//>
                 <${Button} disabled=${busy || text === ""} onClick=${() => proceed(choice, undefined, run)}>Continue<//>
                 <${Button} disabled=${busy || text === ""} onClick=${() => adopt(choice, run)}>Use as prompt<//>
                 <${Button} disabled=${text === ""} onClick=${() => copyAloud(text)}>Copy text<//>

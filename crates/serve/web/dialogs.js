@@ -7,7 +7,7 @@ import { readBody } from "./playground.js";
 import { useStore } from "./store.js";
 
 /** A dialog over the page. The browser keeps the focus in it, and gives it back when it is closed. */
-export function Dialog({ title, close, children }) {
+function Dialog({ title, close, children }) {
     const box = useRef(null);
     useEffect(() => box.current.showModal(), []);
     // Its own area is that of its content, so what is outside of it is the backdrop.

@@ -2,8 +2,8 @@
 import { h } from "./vendor/preact.js";
 import htm from "./vendor/htm.js";
 
-export { useCallback, useEffect, useLayoutEffect, useMemo, useRef, useState } from "./vendor/preact-hooks.js";
-export { Component, Fragment, render } from "./vendor/preact.js";
+export { useEffect, useLayoutEffect, useMemo, useRef, useState } from "./vendor/preact-hooks.js";
+export { Component, render } from "./vendor/preact.js";
 
 /** Elements from a template: html`<p class=${name}>${text}</p>`. */
 export const html = htm.bind(h);

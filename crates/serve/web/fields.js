@@ -201,7 +201,7 @@ export class WrongField extends Error {
 }
 
 /** A number that was typed, or null for nothing. */
-export function readNumber({ name, label, min, max, whole }, value) {
+function readNumber({ name, label, min, max, whole }, value) {
     if (value === "" || value === null || value === undefined) return null;
     const read = Number(value);
     const kind = whole ? "a whole number" : "a number";

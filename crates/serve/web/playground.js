@@ -40,9 +40,11 @@ export function open(run) {
 /** What is not text yet: nothing was kept. */
 const NOTHING = { text: "", tokens: [] };
 
-/** Continues the prompt, and of an earlier version what is `kept`. */
-export async function generate(kept = NOTHING) {
-    const { prompt } = playground.value;
+/**
+ * Continues the prompt that is written, or that of an earlier version, which may be another one by now, with what of that
+ * version's text is `kept`.
+ */
+export async function generate(kept = NOTHING, prompt = playground.value.prompt) {
     if (prompt + kept.text === "") {
         playground.set({ wrong: "Write something for the model to continue." });
         document.getElementById("prompt")?.focus();
@@ -80,7 +82,7 @@ export async function generate(kept = NOTHING) {
     }
     report(
         result,
-        () => generate(kept),
+        () => generate(kept, prompt),
         () => proceed(0),
     );
 }
@@ -175,20 +177,19 @@ export function branch(run, choice, place, name) {
         logprob: top.find((other) => other.name === name)?.logprob ?? null,
         kept: true,
     };
-    generate({ text: kept.text + name, tokens: [...kept.tokens, token] });
+    generate({ text: kept.text + name, tokens: [...kept.tokens, token] }, run.prompt);
 }
 
 /** Goes on from a token, which is chosen anew. */
-export const regenerate = (run, choice, place) => generate(before(run, choice, place));
+export const regenerate = (run, choice, place) => generate(before(run, choice, place), run.prompt);
 
 /** Continues a text: from a token, or from its end. */
 export function proceed(choice, place, run = shownRun()) {
-    if (place !== undefined) generate(before(run, choice, place + 1));
-    else
-        generate({
-            text: textOf(run, choice),
-            tokens: tokensOf(run, choice).map((token) => ({ ...token, kept: true })),
-        });
+    const whole = {
+        text: textOf(run, choice),
+        tokens: tokensOf(run, choice).map((token) => ({ ...token, kept: true })),
+    };
+    generate(place === undefined ? whole : before(run, choice, place + 1), run.prompt);
 }
 
 /** Makes a text a part of the prompt. */

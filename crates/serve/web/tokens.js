@@ -4,7 +4,7 @@ import { SHADES, isPart, isSpecial, percent, shade, shown } from "./texts.js";
 
 /** Tokens that are drawn, or left alone, together. */
 const BLOCK = 64;
-/** A pointer that rests on a token so long means it; one that left comes back within the second, in milliseconds. */
+/** Milliseconds: a pointer that rests on a token so long means it, and one that left for longer does not come back. */
 const REST = 90;
 const LEAVE = 220;
 
