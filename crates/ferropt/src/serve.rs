@@ -97,6 +97,9 @@ Examples:
 
 Every limit is documented with its default in docs/serving.md; /openapi.json describes all routes and fields.";
 
+/// A step has a row for each text at least, and memory for all rows.
+const MOST_SEQUENCES: usize = 4096;
+
 pub(crate) fn run(args: Args) -> Result<()> {
     if let Some(Command::Key { name }) = &args.command {
         let (key, line) = new_key(name)?;
@@ -133,7 +136,18 @@ pub(crate) fn run(args: Args) -> Result<()> {
 
 impl Args {
     fn options(&self, keys: Keys) -> Result<Options> {
-        ensure!(self.sequences > 0, "--sequences: 0 texts at a time would never end; use 1 or more");
+        ensure!(
+            (1..=MOST_SEQUENCES).contains(&self.sequences),
+            "--sequences: {} texts at a time are not from 1 to {MOST_SEQUENCES}",
+            self.sequences
+        );
+        for (name, seconds) in [
+            ("queue", self.queue_seconds),
+            ("timeout", self.timeout_seconds),
+            ("client", self.client_seconds),
+        ] {
+            ensure!(seconds > 0, "--{name}-seconds: in 0 s nothing could be done; use 1 or more");
+        }
         let pair = |alias: &String| {
             let pair = alias.split_once('=').map(|(alias, name)| (alias.to_string(), name.to_string()));
             pair.with_context(|| {

@@ -216,7 +216,8 @@ fn refusals_say_what_to_do() {
         (&["serve", "--model", &run, "--alias", "a"], &["--alias a"]),
         (&["serve", "--model", &run, "--alias", "a=b"], &["\"a\"", "\"b\"", "run"]),
         (&["serve", "--model", &run, "--model", &run], &["\"run\"", "NAME=PATH"]),
-        (&["serve", "--model", &run, "--sequences", "0"], &["--sequences"]),
+        (&["serve", "--model", &run, "--sequences", "0"], &["--sequences", "4096"]),
+        (&["serve", "--model", &run, "--client-seconds", "0"], &["--client-seconds"]),
         (&["serve", "--model", &run, "--api-keys", "/none"], &["/none"]),
         (&["serve", "--model", &run, "--api-keys", &lines], &["lines.txt", "line 1", "ferropt serve key"]),
         (&["serve", "key", "a b"], &["\"a b\""]),
@@ -227,4 +228,13 @@ fn refusals_say_what_to_do() {
         assert!(parts.iter().all(|p| said.contains(p)), "{args:?} should mention {parts:?}: {said}");
         assert!(out.stdout.is_empty(), "{args:?}: {}", text(&out));
     }
+    // It listens before the models are opened, and ends when none can be.
+    let long = u64::MAX.to_string();
+    let args = ["serve", "--model", "/nowhere", "--port", "0", "--timeout-seconds", &long, "--no-log"];
+    let out = ferropt().args(args).output().unwrap();
+    assert!(
+        !out.status.success() && String::from_utf8_lossy(&out.stderr).contains("/nowhere"),
+        "{}",
+        text(&out)
+    );
 }

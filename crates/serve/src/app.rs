@@ -44,6 +44,21 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    /// No time is longer than this: a deadline must be a moment that the system can tell.
+    pub(crate) const LONGEST: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+    /// With times that can be waited for.
+    pub(crate) fn possible(self) -> Limits {
+        Limits {
+            queue_time: self.queue_time.min(Self::LONGEST),
+            request_time: self.request_time.min(Self::LONGEST),
+            client_time: self.client_time.min(Self::LONGEST),
+            ..self
+        }
+    }
+}
+
 /// How far the server's life has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Phase {

@@ -86,7 +86,7 @@ impl Server {
     pub fn start(options: Options) -> Result<Server> {
         let Options { address, models, aliases, keys, cors, limits, log } = options;
         let names = models.iter().map(|model| model.name.clone()).collect();
-        let app = Arc::new(App::new(Models::new(names, aliases)?, keys, cors, limits, log));
+        let app = Arc::new(App::new(Models::new(names, aliases)?, keys, cors, limits.possible(), log));
         let runtime =
             Builder::new_multi_thread().worker_threads(THREADS).thread_name("http").enable_all().build();
         let runtime = runtime.context("cannot start the threads for connections")?;
@@ -120,7 +120,7 @@ impl Server {
     /// Takes no new requests, completes those that it has, for `within` at most, and ends. Returns how many were not
     /// completed.
     pub fn stop(self, within: Duration) -> usize {
-        let deadline = Instant::now() + within;
+        let deadline = Instant::now() + within.min(Limits::LONGEST);
         self.app.phase.send_replace(Phase::Draining);
         self.app.log.line("stopping", json!({ "requests": self.app.in_flight() }));
         while self.app.in_flight() > 0 && Instant::now() < deadline {
