@@ -61,7 +61,7 @@ test("a browser keeps the files while they stay the same, and may load nothing e
 
 test("text appears as it is made", async () => {
     const page = await visit(browser, server.url);
-    await set(page, { max_tokens: 500, seed: 3, ignore_eos: true });
+    await set(page, { max_tokens: 300, seed: 3, ignore_eos: true });
     const seen = new Set();
     let ended = false;
     const all = generate(page, "the cat").finally(() => (ended = true));
@@ -71,14 +71,14 @@ test("text appears as it is made", async () => {
     }
     await all;
     assert.ok(seen.size > 5, `the text was seen with ${[...seen]} tokens`);
-    assert.equal(await page.locator(".list .token").count(), 500);
+    assert.equal(await page.locator(".list .token").count(), 300);
     assert.match(
         await page.locator(".figures").textContent(),
-        /^500 tokens · \d+ tokens\/s · first after \d/,
+        /^300 tokens · \d+ tokens\/s · first after \d/,
     );
     assert.match(await page.locator(".ending").textContent(), /reached the most tokens/);
     // What tokens show is the text, to the last character, although many of them are parts of characters.
-    const { choices } = await ask({ prompt: "the cat", max_tokens: 500, seed: 3, ignore_eos: true });
+    const { choices } = await ask({ prompt: "the cat", max_tokens: 300, seed: 3, ignore_eos: true });
     assert.equal(await textOf(page), choices[0].text);
     await leave(page);
 });
