@@ -213,7 +213,8 @@ function Alternatives({
     };
     const rank = token.top.findIndex(({ name }) => name === token.name);
     const facts = [`log-probability ${token.logprob?.toFixed(2) ?? "unknown"}`];
-    if (rank >= 0) facts.push(`rank ${rank + 1}`);
+    // The last one may be there only because it was chosen.
+    if (rank === 0 || (rank > 0 && rank < token.top.length - 1)) facts.push(`rank ${rank + 1}`);
     const act = (action) => () => {
         back();
         action();
