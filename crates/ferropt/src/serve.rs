@@ -35,7 +35,7 @@ pub(crate) struct Args {
     /// Only for those with a key in this file, see `ferropt serve key`
     #[arg(long, value_name = "FILE")]
     api_keys: Option<PathBuf>,
-    /// Let web pages of this origin use the API, such as https://example.org; may be repeated
+    /// Let web pages of this origin use the API, such as `https://example.org`; may be repeated
     #[arg(long, value_name = "ORIGIN")]
     cors: Vec<String>,
     /// Texts of a model that are computed together. Results do not depend on it
