@@ -22,6 +22,7 @@ mod metrics;
 mod models;
 mod openapi;
 mod operate;
+mod page;
 mod prepare;
 mod queue;
 mod record;

@@ -1,7 +1,7 @@
 //! The OpenAPI page: made of the table of routes, the table of fields, and the schemas of answers.
 
 use crate::fields::{self, CHAT, COMPLETION, DETOKENIZE, GENERATE, METASEQ, TOKENIZE};
-use crate::routes::{ROUTES, Route};
+use crate::routes::{PAGE, ROUTES, Route};
 use serde_json::{Map, Value, json};
 
 /// JSON schemas of what is answered, by name.
@@ -63,7 +63,7 @@ pub(crate) fn description() -> Value {
         schemas.insert(name.into(), request(body));
     }
     let mut paths = Map::new();
-    for route in ROUTES {
+    for route in ROUTES.iter().filter(|route| route.answer != PAGE) {
         let path = route.path.replace("{*", "{");
         paths.entry(path).or_insert_with(|| json!({}))[route.method.to_lowercase()] = operation(route);
     }
@@ -157,7 +157,8 @@ mod tests {
             let path = reference.strip_prefix('#').unwrap();
             assert!(page.pointer(path).is_some(), "{reference}");
         }
-        for route in ROUTES {
+        assert!(page["paths"].get("/").is_none(), "the web page is no part of the API");
+        for route in ROUTES.iter().filter(|route| route.answer != PAGE) {
             let operation = &page["paths"][route.path.replace("{*", "{")][route.method.to_lowercase()];
             assert_eq!(operation["summary"], route.summary);
             assert_eq!(operation["requestBody"].is_object(), route.body != 0, "{}", route.path);

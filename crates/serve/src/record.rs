@@ -45,7 +45,7 @@ impl Log {
 }
 
 /// Routes whose requests are logged when they are refused only.
-const ASKED_OFTEN: [&str; 3] = ["/health", "/ready", "/metrics"];
+const ASKED_OFTEN: [&str; 5] = ["/health", "/ready", "/metrics", "/", "/page/{*file}"];
 
 /// What is known of a request. When the last holder drops it, the request is over: it is logged and counted.
 pub(crate) struct Record {
@@ -126,7 +126,7 @@ impl Drop for Record {
         // As nginx counts those who leave before there is a status.
         let status = notes.status.unwrap_or(499);
         self.app.metrics.answered(self.route, status, seconds, code);
-        // Probes ask every second or so, and would bury the rest.
+        // Probes ask every second or so, and the web page is many files; they would bury the rest.
         if ASKED_OFTEN.contains(&self.route) && code.is_none() {
             return;
         }

@@ -4,7 +4,7 @@ use crate::app::App;
 use crate::error::ApiError;
 use crate::fields::{CHAT, COMPLETION, DETOKENIZE, GENERATE, METASEQ, TOKENIZE};
 use crate::record::Record;
-use crate::{operate, texts};
+use crate::{operate, page, texts};
 use axum::body::Body;
 use axum::http::{Request, Response};
 use std::pin::Pin;
@@ -75,6 +75,9 @@ const fn post(
     Route { method: "POST", path, body, required, answer, summary, open: false, handler }
 }
 
+/// What answers with files for browsers, and is no part of the API.
+pub(crate) const PAGE: &str = "text/html";
+
 const METASEQ_SUMMARY: &str =
     "metaseq's completions. The engine in the path is a model's name, or else says nothing.";
 
@@ -109,6 +112,8 @@ pub(crate) static ROUTES: &[Route] = &[
         |call| Box::pin(operate::ready(call)),
         "Whether it can take requests: a model is ready, and none is being loaded."),
     get("/metrics", "text/plain", false, |call| Box::pin(operate::metrics(call)), "Prometheus metrics."),
+    get("/", PAGE, true, |call| Box::pin(page::file(call)), "The web page."),
+    get("/page/{*file}", PAGE, true, |call| Box::pin(page::file(call)), "A file of the web page."),
     get("/openapi.json", "Description", false,
         |call| Box::pin(operate::description(call)), "This description."),
 ];

@@ -4,6 +4,7 @@
 mod client;
 mod faults;
 mod operation;
+mod page;
 mod schema;
 mod texts;
 
