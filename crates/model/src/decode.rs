@@ -124,10 +124,19 @@ impl<D: Device> Decoder<D> {
     ) -> Result<Self> {
         config.check()?;
         let table = config.parameters().into_iter().enumerate();
-        let mut r = Reader { device, format, table, read, matrices };
+        let reader = Reader { device, format, table, read, matrices };
+        Self::assemble(config, reader, |r| (0..config.layers).map(|_| r.layer()).collect())
+    }
+
+    /// Reads a model from its first parameter on; `layers` reads those of the layers, or passes over them.
+    fn assemble<'a, 'r>(
+        config: &Config,
+        mut r: Reader<'a, 'r, D>,
+        layers: impl FnOnce(&mut Reader<'a, 'r, D>) -> Result<Vec<Layer<D>>>,
+    ) -> Result<Self> {
         let (tokens, positions) = (r.packed()?, r.plain()?);
         let project_in = if config.has_projections() { Some(r.packed()?) } else { None };
-        let layers = (0..config.layers).map(|_| r.layer()).collect::<Result<_>>()?;
+        let layers = layers(&mut r)?;
         let final_norm = if config.post_norm { None } else { Some(r.norm()?) };
         let projections = match project_in {
             Some(project_in) => Some((project_in, r.packed()?)),

@@ -110,10 +110,7 @@ impl Model {
     /// When there is no model, or it is damaged or of no OPT, or has no tokenizer; the message names the file.
     pub fn open(path: impl AsRef<Path>, opening: &Opening) -> Result<Model> {
         let (path, began) = (path.as_ref(), Instant::now());
-        // What weights were made of was verified before they were.
-        let known = |files: &[PathBuf]| opening.cache.as_ref().is_some_and(|cache| cache.knows(files));
-        let whole = Whole::ChecksumsOnce(&known);
-        let named = models::open(path, opening.checkpoint, opening.preset.as_deref(), whole)?;
+        let named = named(path, opening.checkpoint, opening)?;
         let source = &named.source;
         let load = || -> Result<Model> {
             let format = weights(&named, opening.weights)?;
@@ -148,6 +145,12 @@ impl Model {
         let model = start(device, decoder, None, tokenizer, opening, weights)?;
         Ok(Model { load_seconds: began.elapsed().as_secs_f64(), ..model })
     }
+}
+
+/// What `path` names, its checksums compared once: files that weights were kept of have been verified before.
+fn named(path: &Path, step: Option<u64>, opening: &Opening) -> Result<Named> {
+    let known = |files: &[PathBuf]| opening.cache.as_ref().is_some_and(|cache| cache.knows(files));
+    models::open(path, step, opening.preset.as_deref(), Whole::ChecksumsOnce(&known))
 }
 
 /// The tokenizer that was asked for, or the one beside the weights.
@@ -218,19 +221,19 @@ fn draft(
     tokenizer: &Tokenizer,
 ) -> Result<Decoder<CpuDevice>> {
     let load = || {
-        let named = models::open(path, None, opening.preset.as_deref(), Whole::Checksums)?;
-        let own = tokenizer_of(&named.source, opening)?;
-        ensure!(
-            own.fingerprint() == tokenizer.fingerprint(),
-            "its tokenizer, of {} tokens, is not that of the model, of {}, so its ids mean something else; use a draft that \
-             was trained with the same tokenizer",
-            own.vocab_size(),
-            tokenizer.vocab_size()
-        );
-        let format = match named.source.quantisation() {
-            Some(_) => weights(&named, None)?,
-            None => WeightFormat::Int8,
-        };
+        let named = named(path, None, opening)?;
+        if opening.tokenizer.is_none() {
+            let own = beside_weights(&named.source)?;
+            ensure!(
+                own.fingerprint() == tokenizer.fingerprint(),
+                "its tokenizer, of {} tokens, is not that of the model, of {}, so its ids mean something else; use a draft \
+                 that was trained with the same tokenizer",
+                own.vocab_size(),
+                tokenizer.vocab_size()
+            );
+        }
+        let asked = named.source.quantisation().is_none().then_some(WeightFormat::Int8);
+        let format = weights(&named, asked)?;
         let (cache, wanted) = (opening.cache.as_ref(), AtomicBool::new(true));
         let (decoder, _) = decoder_of(device, &named, format, cache, &wanted)?;
         Ok(decoder)

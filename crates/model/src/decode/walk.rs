@@ -351,18 +351,11 @@ fn frame<D: Device>(
     format: WeightFormat,
     read: &ReadRows<'_>,
 ) -> Result<Decoder<D>> {
-    let table = config.parameters();
-    let mut r = reader(device, config, format, read, 0);
-    let (tokens, positions) = (r.packed()?, r.plain()?);
-    let project_in = if config.has_projections() { Some(r.packed()?) } else { None };
-    let tail = usize::from(config.has_projections()) + if config.post_norm { 0 } else { 2 };
-    let mut r = reader(device, config, format, read, table.len() - tail);
-    let final_norm = if config.post_norm { None } else { Some(r.norm()?) };
-    let projections = match project_in {
-        Some(project_in) => Some((project_in, r.packed()?)),
-        None => None,
-    };
-    Ok(Decoder { config: config.clone(), tokens, positions, projections, layers: Vec::new(), final_norm })
+    let of_layers = config.parameters().iter().filter(|p| p.names[0].contains(".layers.")).count();
+    Decoder::assemble(config, reader(device, config, format, read, 0), |r| {
+        r.table.by_ref().take(of_layers).for_each(drop);
+        Ok(Vec::new())
+    })
 }
 
 /// Texts in batches of at most `rows` tokens.
