@@ -2,6 +2,7 @@
 
 use crate::activations::{ActivationTable, Allocator, Recompute};
 use crate::config::{Config, POSITION_OFFSET};
+use crate::inspect::{self, Observer, Role, Written, compute, tell, wide};
 use crate::layer::Layers;
 use crate::weights::{Model, Weights};
 use anyhow::{Result, ensure};
@@ -128,10 +129,40 @@ impl<D: Device, E: Element> Backprop<D, E> {
         scale: f32,
         store: Store,
     ) -> Result<f64> {
+        self.pass(device, model, batch, pass, scale, store, None)
+    }
+
+    /// [`Backprop::train`], overwriting the gradients, and every tensor is shown to `observer` in the order in which they
+    /// are computed: a layer's activations when its forward pass is done, gradients when its backward pass is.
+    ///
+    /// # Errors
+    /// As [`Backprop::train`].
+    pub fn inspect(
+        &mut self,
+        device: &D,
+        model: &Model<D, E>,
+        batch: Batch<'_>,
+        pass: Pass,
+        scale: f32,
+        observer: &mut dyn FnMut(Written<'_, D, E>),
+    ) -> Result<f64> {
+        self.pass(device, model, batch, pass, scale, Store::Overwrite, Some(observer))
+    }
+
+    fn pass(
+        &mut self,
+        device: &D,
+        model: &Model<D, E>,
+        batch: Batch<'_>,
+        pass: Pass,
+        scale: f32,
+        store: Store,
+        mut observer: Observer<'_, D, E>,
+    ) -> Result<f64> {
         self.load(device, batch)?;
         let pass = Some(pass);
-        self.forward(device, &model.weights, pass);
-        self.backward(device, &model.weights, pass, scale, store);
+        self.forward(device, &model.weights, pass, &mut observer);
+        self.backward(device, &model.weights, pass, scale, store, &mut observer);
         Ok(self.sum_of_losses(device))
     }
 
@@ -141,7 +172,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
     /// When the batch does not fit the options or the vocabulary.
     pub fn score(&mut self, device: &D, model: &Model<D, E>, batch: Batch<'_>) -> Result<f64> {
         self.load(device, batch)?;
-        self.forward(device, &model.weights, None);
+        self.forward(device, &model.weights, None, &mut None);
         let head = match &self.projections {
             Some(p) => &p.projected,
             None => &self.layers.hidden,
@@ -156,7 +187,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
     /// When the batch does not fit the options or the vocabulary, or memory for the logits is short.
     pub fn logits(&mut self, device: &D, model: &Model<D, E>, batch: Batch<'_>) -> Result<Vec<f32>> {
         self.load(device, batch)?;
-        self.forward(device, &model.weights, None);
+        self.forward(device, &model.weights, None, &mut None);
         let s = self.loss_shape();
         let shape = LinearShape { m: s.rows, n: s.vocab, k: s.width };
         let head = match &self.projections {
@@ -218,11 +249,19 @@ impl<D: Device, E: Element> Backprop<D, E> {
     }
 
     /// Up to what the LM head reads: `projected`, or `hidden` where there are no projections.
-    fn forward(&mut self, device: &D, w: &Weights<D, E>, pass: Option<Pass>) {
+    fn forward(
+        &mut self,
+        device: &D,
+        w: &Weights<D, E>,
+        pass: Option<Pass>,
+        observer: &mut Observer<'_, D, E>,
+    ) {
         let (rows, c) = (self.rows(), self.config.width);
         self.embed(device, w);
+        tell(observer, || vec![wide(Role::Activation, "stream", c, &self.layers.stream[0])]);
         for (l, layer) in w.layers.iter().enumerate() {
             self.layers.forward(device, layer, l, pass);
+            tell(observer, || self.layers.written_forward(l));
         }
         if let (Some((mean, rstd)), Some(norm)) = (&mut self.final_norm, &w.final_norm) {
             let (x, y) = (&self.layers.stream[self.config.layers], &mut self.layers.hidden);
@@ -232,6 +271,12 @@ impl<D: Device, E: Element> Backprop<D, E> {
         if let (Some(p), Some(weight)) = (&mut self.projections, &w.project_out) {
             device.linear(shape, &self.layers.hidden, weight, None, Activation::Identity, &mut p.projected);
         }
+        tell(observer, || {
+            let width = self.config.embedding_width;
+            let projected = self.projections.iter().map(|p| ("projected", width, &p.projected));
+            let list = [("hidden", c, &self.layers.hidden)].into_iter().chain(projected);
+            list.map(|(name, width, values)| compute(Role::Activation, name, width, values)).collect()
+        });
     }
 
     /// Tokens and positions to `stream[0]`.
@@ -253,12 +298,29 @@ impl<D: Device, E: Element> Backprop<D, E> {
     }
 
     /// Gradients of `scale * sum(losses)` after [`Backprop::forward`] with the same `pass`.
-    fn backward(&mut self, device: &D, w: &Weights<D, E>, pass: Option<Pass>, scale: f32, store: Store) {
+    fn backward(
+        &mut self,
+        device: &D,
+        w: &Weights<D, E>,
+        pass: Option<Pass>,
+        scale: f32,
+        store: Store,
+        observer: &mut Observer<'_, D, E>,
+    ) {
+        let (c, width) = (self.config.width, self.config.embedding_width);
         self.backward_head(device, w, scale, store);
+        tell(observer, || {
+            let mut list = vec![wide(Role::Activation, "losses", 1, &self.losses)];
+            list.extend(inspect::head(&self.gradients, c, width));
+            list.push(wide(Role::Gradient, "stream", c, &self.layers.gradients.d_stream));
+            list
+        });
         for l in (0..self.config.layers).rev() {
             self.layers.backward(device, &w.layers[l], &mut self.gradients.layers[l], l, pass, store);
+            tell(observer, || self.layers.written_backward(&self.gradients.layers[l], l));
         }
         self.backward_embed(device, w, store);
+        tell(observer, || inspect::ends(&self.gradients, c, width));
     }
 
     /// From the losses to the gradient of the last layer's output: `d_stream`, or with post-norm `d_normed` and a

@@ -17,26 +17,26 @@ pub(crate) struct Layers<D: Device, E: Element> {
     pub(crate) normed1: Copies<D::Buf<E>>,
     mean1: Copies<D::Buf<f32>>,
     rstd1: Copies<D::Buf<f32>>,
-    qkv: Copies<D::Buf<E>>,
-    attended: Copies<D::Buf<E>>,
+    pub(crate) qkv: Copies<D::Buf<E>>,
+    pub(crate) attended: Copies<D::Buf<E>>,
     lse: Copies<D::Buf<f32>>,
-    mid: Copies<D::Buf<f32>>,
-    normed2: Copies<D::Buf<E>>,
+    pub(crate) mid: Copies<D::Buf<f32>>,
+    pub(crate) normed2: Copies<D::Buf<E>>,
     mean2: Copies<D::Buf<f32>>,
     rstd2: Copies<D::Buf<f32>>,
-    relu: Copies<D::Buf<E>>,
+    pub(crate) relu: Copies<D::Buf<E>>,
     /// Behind the last layer: what the LM head, or the projection before it, reads.
     pub(crate) hidden: D::Buf<E>,
     doc_start: D::Buf<u32>,
-    post: Option<PostNorm<D>>,
+    pub(crate) post: Option<PostNorm<D>>,
     pub(crate) gradients: Gradients<D, E>,
     sizes: Sizes,
 }
 
 /// What only post-norm layers have.
-struct PostNorm<D: Device> {
+pub(crate) struct PostNorm<D: Device> {
     between: D::Buf<f32>,
-    sum2: Copies<D::Buf<f32>>,
+    pub(crate) sum2: Copies<D::Buf<f32>>,
     d_stream_before: D::Buf<f32>,
 }
 
@@ -45,11 +45,11 @@ pub(crate) struct Gradients<D: Device, E: Element> {
     /// Of the residual stream; with post-norm the gradient of a layer's output is this plus `d_normed`.
     pub(crate) d_stream: D::Buf<f32>,
     pub(crate) d_branch: D::Buf<E>,
-    d_relu: D::Buf<E>,
+    pub(crate) d_relu: D::Buf<E>,
     /// Of a layer norm's output: what a block reads.
     pub(crate) d_normed: D::Buf<E>,
-    d_attended: D::Buf<E>,
-    d_qkv: D::Buf<E>,
+    pub(crate) d_attended: D::Buf<E>,
+    pub(crate) d_qkv: D::Buf<E>,
 }
 
 /// Numbers that every operation asks for.
@@ -142,6 +142,21 @@ impl<D: Device, E: Element> Layers<D, E> {
             },
             sizes: Sizes::new(config, options),
         })
+    }
+
+    /// L.
+    pub(crate) fn count(&self) -> usize {
+        self.sizes.layers
+    }
+
+    /// C.
+    pub(crate) fn width(&self) -> usize {
+        self.sizes.width
+    }
+
+    /// F.
+    pub(crate) fn feed_forward(&self) -> usize {
+        self.sizes.fc1.n
     }
 
     /// Where documents start, `[B, T]`; used if attention stops there.
