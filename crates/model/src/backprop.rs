@@ -3,6 +3,7 @@
 use crate::activations::{ActivationTable, Allocator, Recompute};
 use crate::config::Config;
 use crate::ends::Ends;
+use crate::inspect::{Observer, Written, tell};
 use crate::layer::Layers;
 use crate::part::{Held, Part, Place};
 use crate::units::{Totals, Units};
@@ -122,12 +123,42 @@ impl<D: Device, E: Element> Backprop<D, E> {
         scale: f32,
         store: Store,
     ) -> Result<f64> {
+        self.pass(device, model, batch, pass, scale, store, None)
+    }
+
+    /// [`Backprop::train`], overwriting the gradients, and every tensor is shown to `observer` in the order in which they
+    /// are computed: a layer's activations when its forward pass is done, gradients when its backward pass is.
+    ///
+    /// # Errors
+    /// As [`Backprop::train`].
+    pub fn inspect(
+        &mut self,
+        device: &D,
+        model: &Model<D, E>,
+        batch: Batch<'_>,
+        pass: Pass,
+        scale: f32,
+        observer: &mut dyn FnMut(Written<'_, D, E>),
+    ) -> Result<f64> {
+        self.pass(device, model, batch, pass, scale, Store::Overwrite, Some(observer))
+    }
+
+    fn pass(
+        &mut self,
+        device: &D,
+        model: &Model<D, E>,
+        batch: Batch<'_>,
+        pass: Pass,
+        scale: f32,
+        store: Store,
+        mut observer: Observer<'_, D, E>,
+    ) -> Result<f64> {
         if store == Store::Overwrite {
             self.units.forget();
         }
         self.ends.load(device, batch, &mut self.layers)?;
-        self.forward(device, &model.weights, Some(pass))?;
-        self.backward(device, &model.weights, Some(pass), scale, store)?;
+        self.forward(device, &model.weights, Some(pass), &mut observer)?;
+        self.backward(device, &model.weights, Some(pass), scale, store, &mut observer)?;
         Ok(self.ends.sum_of_losses(device))
     }
 
@@ -158,7 +189,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
     pub fn score(&mut self, device: &D, model: &Model<D, E>, batch: Batch<'_>) -> Result<f64> {
         self.units.forget();
         self.ends.load(device, batch, &mut self.layers)?;
-        self.forward(device, &model.weights, None)?;
+        self.forward(device, &model.weights, None, &mut None)?;
         self.ends.losses(device, self.units.ends(device, &model.weights)?, &mut self.layers)?;
         Ok(self.ends.sum_of_losses(device))
     }
@@ -170,20 +201,29 @@ impl<D: Device, E: Element> Backprop<D, E> {
     pub fn logits(&mut self, device: &D, model: &Model<D, E>, batch: Batch<'_>) -> Result<Vec<f32>> {
         self.units.forget();
         self.ends.load(device, batch, &mut self.layers)?;
-        self.forward(device, &model.weights, None)?;
+        self.forward(device, &model.weights, None, &mut None)?;
         self.ends.logits(device, self.units.ends(device, &model.weights)?, &self.layers)
     }
 
     /// Up to what the LM head reads.
-    fn forward(&mut self, device: &D, w: &Weights<D, E>, pass: Option<Pass>) -> Result<()> {
+    fn forward(
+        &mut self,
+        device: &D,
+        w: &Weights<D, E>,
+        pass: Option<Pass>,
+        observer: &mut Observer<'_, D, E>,
+    ) -> Result<()> {
         let (units, layers) = (&mut self.units, &mut self.layers);
         units.ask(device, w, 0, None)?;
         self.ends.embed(device, units.ends(device, w)?, layers)?;
+        tell(observer, || layers.written_first());
         for l in 0..w.layers.len() {
             units.ask(device, w, l, Some(l + 1))?;
             layers.forward(device, units.layer(w, l)?, l, pass)?;
+            tell(observer, || layers.written_forward(l));
         }
         self.ends.leave(device, units.ends(device, w)?, layers);
+        tell(observer, || self.ends.written_forward(layers));
         Ok(())
     }
 
@@ -195,18 +235,22 @@ impl<D: Device, E: Element> Backprop<D, E> {
         pass: Option<Pass>,
         scale: f32,
         store: Store,
+        observer: &mut Observer<'_, D, E>,
     ) -> Result<()> {
         let Backprop { units, totals, layers, ends, gradients, .. } = self;
         let (g, ends_store) = totals.ends(device, gradients, store)?;
         ends.backward_head(device, units.ends(device, w)?, g, layers, scale, ends_store)?;
+        tell(observer, || ends.written_head(g, layers));
         for l in (0..w.layers.len()).rev() {
             units.ask(device, w, l, l.checked_sub(1))?;
             let (g, store) = totals.layer(device, gradients, l, store)?;
             layers.backward(device, units.layer(w, l)?, g, l, pass, store)?;
+            tell(observer, || layers.written_backward(g, l));
             totals.layer_done(device)?;
         }
         let (g, ends_store) = totals.ends(device, gradients, store)?;
         ends.backward_embed(device, units.ends(device, w)?, g, layers, ends_store)?;
+        tell(observer, || ends.written_backward(g));
         totals.ends_done(device)
     }
 }

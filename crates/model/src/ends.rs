@@ -17,22 +17,22 @@ pub(crate) struct Ends<D: Device, E: Element> {
     tokens: D::Buf<u32>,
     positions: D::Buf<u32>,
     targets: D::Buf<u32>,
-    losses: D::Buf<f32>,
+    pub(crate) losses: D::Buf<f32>,
     /// Statistics of the last layer norm; none with `post_norm`.
     final_norm: Option<(D::Buf<f32>, D::Buf<f32>)>,
     /// Token rows and position rows, where they are not added up at once.
     apart: Option<(D::Buf<E>, D::Buf<f32>)>,
-    projections: Option<Projections<D, E>>,
+    pub(crate) projections: Option<Projections<D, E>>,
     /// Between parts, at the width of the embeddings where that is not the model's.
     narrow: Option<Exchange<D, E>>,
     parts: Group,
-    config: Config,
+    pub(crate) config: Config,
     options: Options,
 }
 
 /// Activations of the products between the embeddings' width and the model's.
-struct Projections<D: Device, E: Element> {
-    projected: D::Buf<E>,
+pub(crate) struct Projections<D: Device, E: Element> {
+    pub(crate) projected: D::Buf<E>,
     d_embedded: D::Buf<E>,
 }
 

@@ -19,28 +19,28 @@ pub(crate) struct Layers<D: Device, E: Element> {
     pub(crate) normed1: Copies<D::Buf<E>>,
     mean1: Copies<D::Buf<f32>>,
     rstd1: Copies<D::Buf<f32>>,
-    qkv: Copies<D::Buf<E>>,
-    attended: Copies<D::Buf<E>>,
+    pub(crate) qkv: Copies<D::Buf<E>>,
+    pub(crate) attended: Copies<D::Buf<E>>,
     lse: Copies<D::Buf<f32>>,
-    mid: Copies<D::Buf<f32>>,
-    normed2: Copies<D::Buf<E>>,
+    pub(crate) mid: Copies<D::Buf<f32>>,
+    pub(crate) normed2: Copies<D::Buf<E>>,
     mean2: Copies<D::Buf<f32>>,
     rstd2: Copies<D::Buf<f32>>,
-    relu: Copies<D::Buf<E>>,
+    pub(crate) relu: Copies<D::Buf<E>>,
     /// Behind the last layer: what the LM head, or the projection before it, reads.
     pub(crate) hidden: D::Buf<E>,
     doc_start: D::Buf<u32>,
-    post: Option<PostNorm<D>>,
+    pub(crate) post: Option<PostNorm<D>>,
     pub(crate) gradients: Gradients<D, E>,
     /// Between the parts of a tensor-parallel model; none of a model in one part.
     pub(crate) exchange: Option<Exchange<D, E>>,
-    sizes: Sizes,
+    pub(crate) sizes: Sizes,
 }
 
 /// What only post-norm layers have.
-struct PostNorm<D: Device> {
+pub(crate) struct PostNorm<D: Device> {
     between: D::Buf<f32>,
-    sum2: Copies<D::Buf<f32>>,
+    pub(crate) sum2: Copies<D::Buf<f32>>,
     d_stream_before: D::Buf<f32>,
 }
 
@@ -49,31 +49,31 @@ pub(crate) struct Gradients<D: Device, E: Element> {
     /// Of the residual stream; with post-norm the gradient of a layer's output is this plus `d_normed`.
     pub(crate) d_stream: D::Buf<f32>,
     pub(crate) d_branch: D::Buf<E>,
-    d_relu: D::Buf<E>,
+    pub(crate) d_relu: D::Buf<E>,
     /// Of a layer norm's output: what a block reads.
     pub(crate) d_normed: D::Buf<E>,
-    d_attended: D::Buf<E>,
-    d_qkv: D::Buf<E>,
+    pub(crate) d_attended: D::Buf<E>,
+    pub(crate) d_qkv: D::Buf<E>,
 }
 
 /// Numbers that every operation asks for.
 #[derive(Clone, Copy)]
-struct Sizes {
-    layers: usize,
+pub(crate) struct Sizes {
+    pub(crate) layers: usize,
     /// Rows between blocks: of this part.
     rows: usize,
     /// Number of the first of them in the micro-batch.
     first_row: usize,
-    width: usize,
+    pub(crate) width: usize,
     attention: AttentionShape,
     recompute: Recompute,
     stop_at_documents: bool,
     dropout: f64,
     attention_dropout: f64,
-    qkv: LinearShape,
-    out: LinearShape,
-    fc1: LinearShape,
-    fc2: LinearShape,
+    pub(crate) qkv: LinearShape,
+    pub(crate) out: LinearShape,
+    pub(crate) fc1: LinearShape,
+    pub(crate) fc2: LinearShape,
 }
 
 impl Sizes {

@@ -17,6 +17,7 @@ mod exchange;
 pub mod formats;
 mod gptq;
 mod initial;
+mod inspect;
 mod layer;
 mod parameters;
 mod part;
@@ -31,6 +32,8 @@ pub use config::{Config, ForwardFlops, PRESETS, Preset};
 pub use decode::{Cache, Decoder, Logits, Matrices, Memory, ReadCodes, ReadRows, Walk, WithError};
 pub use gptq::Calibration;
 pub use initial::{initial_rows, initial_shard, initial_values};
+
+pub use inspect::{Role, Values, Written};
 pub use parameters::{Initial, Parameter, Split};
 pub use part::{Held, Part, Place};
 pub use ready::{Places, Ready};

@@ -8,6 +8,8 @@ use ferropt_model::{
     Recompute, Tensor, initial_values,
 };
 
+#[path = "model/inspect.rs"]
+mod inspect;
 #[path = "model/quantised.rs"]
 mod quantised;
 
