@@ -40,6 +40,10 @@ pub trait Buffer<T: Element>: Send + Sync {
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
+    /// The memory itself, where the processor reaches it.
+    fn host(&self) -> Option<&[T]>;
+    /// The memory itself, to be changed.
+    fn host_mut(&mut self) -> Option<&mut [T]>;
 }
 
 /// Function applied to the output of [`Device::linear`] after the bias.
