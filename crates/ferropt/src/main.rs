@@ -4,6 +4,7 @@ mod bench;
 mod cache;
 mod chat;
 mod checkpoint;
+mod exit;
 mod generate;
 mod info;
 mod model;
@@ -78,7 +79,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             report(&error);
-            ExitCode::FAILURE
+            exit::code(&error)
         }
     }
 }

@@ -16,6 +16,7 @@ fn sections() -> Vec<(&'static str, &'static [&'static str])> {
         ("schedule", fields_of::<ScheduleSection>()),
         ("run", fields_of::<RunSection>()),
         ("checkpoint", fields_of::<CheckpointSection>()),
+        ("recovery", fields_of::<RecoverySection>()),
         ("validation", fields_of::<ValidationSection>()),
         ("log", fields_of::<LogSection>()),
         ("energy", fields_of::<EnergySection>()),

@@ -5,7 +5,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// Keys and sections that may change between two parts of a run. Data is compared by content, not by path.
-const FREE: [&str; 15] = [
+const FREE: [&str; 16] = [
     "run.dir",
     "run.steps",
     "run.tokens",
@@ -18,6 +18,7 @@ const FREE: [&str; 15] = [
     "data.cache",
     "data.validation",
     "checkpoint",
+    "recovery",
     "validation",
     "log",
     "energy",

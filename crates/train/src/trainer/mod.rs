@@ -7,6 +7,8 @@
 
 mod compatible;
 mod data;
+mod history;
+mod recover;
 mod run;
 mod state;
 
@@ -73,8 +75,8 @@ pub struct Outcome {
 /// SIGINT and SIGTERM request that too from here on.
 ///
 /// # Errors
-/// Whatever is wrong with the configuration, the data or the run folder, before any work starts; a loss that is not
-/// finite; a last checkpoint that cannot be written. What was saved stays good in all cases.
+/// Whatever is wrong with the configuration, the data or the run folder, before any work starts; [`GaveUp`](crate::recovery::GaveUp) when training
+/// goes wrong again and again; a last checkpoint that cannot be written. What was saved stays good in all cases.
 pub fn train(config: Config, stop: &Stop, hook: Hook<'_>) -> Result<Outcome> {
     let resolved = config.resolve()?;
     let device = open_device(resolved.config.run.threads)?;

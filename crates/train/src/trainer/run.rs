@@ -4,11 +4,13 @@ use super::data::Data;
 use super::{Ending, Event, Hook, Outcome, compatible, state, write_whole};
 use crate::checkpoint::{DEFAULT_SHARD_BYTES, Event as Saving, Retention, Store, Writer, human_bytes};
 use crate::config::Resolved;
+use crate::logbook::Logbook;
 use crate::optimizer::{Optimizer, gradient_norm};
 use crate::planner::{Flops, Plan};
+use crate::recovery::{Guard, State, Verdict};
 use crate::signals::Stop;
 use crate::telemetry::{Energy, Meter, Record, Telemetry, Training, Validation};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use ferropt_data::Batch;
 use ferropt_device::{Device, Element, Store as Put};
 use ferropt_model::{Backprop, Model, Pass};
@@ -16,23 +18,26 @@ use std::time::{Duration, Instant};
 
 /// A run: model, optimiser, data and outputs.
 pub(super) struct Trainer<'h, D: Device, E: Element> {
-    device: D,
-    resolved: Resolved,
-    data: Data,
-    model: Model<D, E>,
-    backprop: Backprop<D, E>,
-    optimizer: Optimizer<D>,
-    telemetry: Telemetry,
+    pub(super) device: D,
+    pub(super) resolved: Resolved,
+    pub(super) data: Data,
+    pub(super) model: Model<D, E>,
+    pub(super) backprop: Backprop<D, E>,
+    pub(super) optimizer: Optimizer<D>,
+    /// Says which batch comes next, and whether its gradient is taken.
+    pub(super) guard: Guard,
+    pub(super) telemetry: Telemetry,
+    pub(super) book: Logbook,
     meter: Meter,
-    writer: Writer,
+    pub(super) writer: Writer,
     /// Work of one token, and the measured peak in FLOP/s to compare it with.
     flops: Flops,
     peak: f64,
     batch: Batch,
     /// Steps done.
-    step: u64,
+    pub(super) step: u64,
     /// Steps done when the last snapshot was taken.
-    saved: Option<u64>,
+    pub(super) saved: Option<u64>,
     /// Set once: a full disk would repeat it at every step.
     metrics_lost: bool,
     hook: Hook<'h>,
@@ -67,11 +72,14 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let mut model = Model::zeros(&device, &resolved.model)?;
         let mut optimizer = Optimizer::new(&device, &model, resolved.optimizer)?;
         let backprop = Backprop::new(&device, &resolved.model, resolved.options())?;
-        let (mut step, mut energy) = (0, Energy::default());
+        let (mut step, mut energy, mut remembered) = (0, Energy::default(), State::after(0));
         match &found {
             Some(found) => {
-                energy = state::load(&found.checkpoint, &data.identity, &device, &mut model, &mut optimizer)
-                    .with_context(|| format!("cannot resume from {}", found.checkpoint.path().display()))?;
+                (energy, remembered) =
+                    state::load(&found.checkpoint, &data.identity, &device, &mut model, &mut optimizer)
+                        .with_context(|| {
+                            format!("cannot resume from {}", found.checkpoint.path().display())
+                        })?;
                 step = found.checkpoint.manifest().run.step;
             }
             None => optimizer.initialise(&device, &mut model, resolved.config.run.seed),
@@ -89,7 +97,11 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         if step > 0 {
             progress.line(&format!("continuing after step {step}"));
         }
+        let damaged = found.iter().flat_map(|f| &f.damaged);
+        let book = super::history::open(&resolved, resumed, damaged)?;
         Ok(Trainer {
+            guard: Guard::new(resolved.recovery, remembered),
+            book,
             writer: Writer::start(store, retention, DEFAULT_SHARD_BYTES)?,
             flops: plan.flops_per_token,
             peak: plan.time.peak_flops,
@@ -112,8 +124,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
     /// Runs until the last step, the time limit, or a request to stop, then saves.
     ///
     /// # Errors
-    /// A loss or gradient that is not finite (before it touches the weights), or a last checkpoint that cannot be
-    /// written.
+    /// Training that goes wrong again and again, or a last checkpoint that cannot be written.
     pub(super) fn run(mut self, stop: &Stop) -> Result<Outcome> {
         let ending = self.work(stop);
         // Whatever happened, a checkpoint that is under way is finished.
@@ -128,6 +139,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             }
         }
         self.telemetry.progress().finish();
+        let end = ending.as_ref().and_then(|ending| last_save.as_ref().map(|()| *ending));
+        super::history::close(&mut self.book, self.step, end);
         let ending = ending?;
         last_save?;
         Ok(Outcome {
@@ -152,7 +165,9 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             if limit.is_some_and(|limit| started.elapsed() >= limit) {
                 break Ending::OutOfTime;
             }
-            self.advance()?;
+            if !self.advance()? {
+                continue;
+            }
             if self.step.is_multiple_of(self.resolved.validation_every) || self.step == self.resolved.steps {
                 self.validate()?;
             }
@@ -160,7 +175,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
                 self.save()?;
             }
             for event in self.writer.poll() {
-                tell(&self.telemetry, &event);
+                self.saving(&event);
             }
         };
         if self.saved != Some(self.step) {
@@ -169,11 +184,11 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         Ok(ending)
     }
 
-    /// One optimiser step.
-    fn advance(&mut self) -> Result<()> {
+    /// One optimiser step; false if it was not taken, whereupon the next one is to be tried.
+    fn advance(&mut self) -> Result<bool> {
         let started = Instant::now();
         let (r, step) = (&self.resolved, self.step + 1);
-        let first = self.step * r.sequences as u64;
+        let first = self.guard.batch() * r.sequences as u64;
         // Every position of a training sample is a target, so the mean is over all tokens of the step.
         let scale = 1.0 / r.batch_tokens() as f32;
         let mut sum = 0.0;
@@ -187,10 +202,13 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let loss = sum / r.batch_tokens() as f64;
         let gradients = &self.backprop.gradients;
         let grad_norm = gradient_norm(&self.device, gradients);
-        if !loss.is_finite() || !grad_norm.is_finite() {
-            self.refuse(step, loss, grad_norm)?;
+        match self.guard.judge(step, loss, grad_norm) {
+            Verdict::Accept => {}
+            verdict => return self.recover(verdict).map(|()| false),
         }
-        let lr = r.schedule.lr(step);
+        let (lr_factor, clip_factor) = self.guard.factors(step);
+        let lr = r.schedule.lr(step) * lr_factor;
+        self.optimizer.set_clip(r.optimizer.clip * clip_factor);
         self.optimizer.step(&self.device, &mut self.model, gradients, step, lr, grad_norm);
         self.step = step;
         let tokens_per_second = r.batch_tokens() as f64 / started.elapsed().as_secs_f64();
@@ -212,23 +230,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         } else {
             self.telemetry.progress().step(step);
         }
-        Ok(())
-    }
-
-    /// Stops a run that has diverged; the weights are still those of the last good step, and nothing is saved.
-    fn refuse(&self, step: u64, loss: f64, grad_norm: f64) -> Result<()> {
-        let back = match self.saved {
-            Some(saved) => {
-                format!("The checkpoint of step {saved} is good, and the same command continues from it")
-            }
-            None => "No checkpoint was written yet; the same command starts anew".into(),
-        };
-        bail!(
-            "the run diverged in step {step}: loss {loss}, gradient norm {grad_norm}. {back}, to the same end: lower \
-             optimizer.lr ({} at the peak), lengthen schedule.warmup or lower optimizer.clip ({}), in another run.dir",
-            self.resolved.schedule.peak,
-            self.resolved.config.optimizer.clip
-        )
+        Ok(true)
     }
 
     /// Scores the held-out sets.
@@ -266,7 +268,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
     }
 
     /// Hands a snapshot to the background, once what was recorded up to here is on disk.
-    fn save(&mut self) -> Result<()> {
+    pub(super) fn save(&mut self) -> Result<()> {
         if let Err(error) = self.telemetry.sync() {
             self.telemetry.progress().line(&format!("warning: {error:#}"));
         }
@@ -275,6 +277,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             resolved: &self.resolved,
             data: &self.data,
             energy: self.meter.read(),
+            guard: &self.guard,
         };
         self.writer.save(|| state::snapshot(place, &self.device, &self.model, &self.optimizer))?;
         self.saved = Some(self.step);
@@ -282,7 +285,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
     }
 
     /// Keeps a record; a full disk does not stop the training.
-    fn record(&mut self, record: Record) {
+    pub(super) fn record(&mut self, record: Record) {
         if let Err(error) = self.telemetry.record(&record)
             && !std::mem::replace(&mut self.metrics_lost, true)
         {
@@ -292,12 +295,12 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
 }
 
 /// A loader's batch, as the model takes it.
-fn view(batch: &Batch) -> ferropt_model::Batch<'_> {
+pub(super) fn view(batch: &Batch) -> ferropt_model::Batch<'_> {
     ferropt_model::Batch { tokens: &batch.tokens, targets: &batch.targets, doc_start: &batch.doc_start }
 }
 
 /// Shows what happened to a checkpoint.
-fn tell(telemetry: &Telemetry, event: &Saving) {
+pub(super) fn tell(telemetry: &Telemetry, event: &Saving) {
     let line = match event {
         Saving::Saved { step, bytes, took, .. } => {
             format!(
