@@ -1,12 +1,9 @@
 //! Exit statuses, which schedulers and supervisors act on; `docs/cluster.md` lists them.
 
+use ferropt_train::launch::{GAVE_UP, WRONG};
 use ferropt_train::recovery::GaveUp;
-use std::process::ExitCode;
 
-/// Training went wrong again and again; starting again would not help.
-pub(crate) const GAVE_UP: u8 = 3;
-
-/// The status that says how it ended: 1, or one that says more.
-pub(crate) fn code(error: &anyhow::Error) -> ExitCode {
-    if error.chain().any(|cause| cause.is::<GaveUp>()) { ExitCode::from(GAVE_UP) } else { ExitCode::FAILURE }
+/// The status for an error.
+pub(crate) fn status(error: &anyhow::Error) -> u8 {
+    if error.chain().any(|cause| cause.is::<GaveUp>()) { GAVE_UP } else { WRONG }
 }

@@ -22,8 +22,8 @@ fn events(lab: &Lab, run: &str) -> Vec<String> {
 /// Loss on the held-out set at the end.
 fn quality(lab: &Lab, run: &str) -> f64 {
     let lines = std::fs::read_to_string(lab.path(run).join("metrics.jsonl")).unwrap();
-    let values = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    values.filter(|v| v["kind"] == "validation").next_back().unwrap()["loss"].as_f64().unwrap()
+    let mut values = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    values.rfind(|v| v["kind"] == "validation").unwrap()["loss"].as_f64().unwrap()
 }
 
 /// More text, so that a run does not come round to what it knows, and a document of one rare byte, repeated.

@@ -4,6 +4,7 @@ pub mod bench;
 pub mod checkpoint;
 pub mod config;
 pub mod inference;
+pub mod launch;
 pub mod logbook;
 pub mod models;
 pub mod optimizer;

@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 #[derive(Clone, Debug, Default)]
 pub struct Stop {
     requested: Arc<AtomicBool>,
+    /// Whether it was SIGTERM that asked.
+    terminated: Arc<AtomicBool>,
     /// Whether signals make the request already.
     by_signals: Arc<AtomicBool>,
 }
@@ -24,6 +26,7 @@ impl Stop {
         if self.by_signals.swap(true, Ordering::Relaxed) {
             return Ok(());
         }
+        flag::register(SIGTERM, self.terminated.clone()).context("cannot install the handler of SIGTERM")?;
         for signal in [SIGINT, SIGTERM] {
             // In this order: the first signal finds the flag down, so that only the second exits.
             flag::register_conditional_shutdown(signal, 128 + signal, self.requested.clone())
@@ -41,6 +44,11 @@ impl Stop {
     /// Whether somebody asked.
     pub fn requested(&self) -> bool {
         self.requested.load(Ordering::Relaxed)
+    }
+
+    /// Whether SIGTERM asked: a scheduler that wants the machine, rather than a person at the keyboard.
+    pub fn terminated(&self) -> bool {
+        self.terminated.load(Ordering::Relaxed)
     }
 }
 

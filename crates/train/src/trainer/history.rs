@@ -8,7 +8,7 @@ use anyhow::{Error, Result};
 use serde_json::json;
 
 /// Events that end a start.
-const ENDS: [&str; 3] = ["ended", "failed", "gave-up"];
+const ENDS: [&str; 4] = ["ended", "failed", "gave-up", "rank-lost"];
 
 /// Opens the logbook of a run that is resumed after step `resumed`, or begun, and enters how it starts and what was found.
 ///
