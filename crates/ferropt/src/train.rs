@@ -143,7 +143,7 @@ fn launch(args: &Args, resolved: &Resolved) -> anyhow::Result<u8> {
         hang: Duration::from_secs(args.hang),
     };
     let stop = Stop::default();
-    stop.on_signals()?;
+    stop.on_signals_of_a_job()?;
     if !args.supervise {
         let Some(failure) = group.run(&stop)? else { return Ok(0) };
         eprintln!("{}", group.describe(&failure));

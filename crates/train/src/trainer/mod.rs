@@ -82,7 +82,7 @@ pub fn train(config: Config, stop: &Stop, hook: Hook<'_>) -> Result<Outcome> {
     let device = open_device(resolved.config.run.threads)?;
     let plan = Plan::new(&resolved, &device);
     hook(Event::Planned { resolved: &resolved, plan: &plan });
-    stop.on_signals()?;
+    stop.on_signals_of_a_job()?;
     let Some(data) = Data::open(&resolved, stop)? else { return Ok(stopped_early(&resolved)) };
     match resolved.config.run.precision {
         Precision::F32 => Trainer::<_, f32>::new(device, resolved, data, &plan, hook)?.run(stop),
