@@ -84,8 +84,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<u8> {
         return Ok(0);
     }
     if args.ranks.is_some() || args.supervise {
-        let resolved = config.resolve().with_context(named)?;
-        return launch(&args, &resolved);
+        let resolved = config.clone().resolve_for(args.ranks.unwrap_or(1)).with_context(named)?;
+        return launch(&args, &config, &resolved);
     }
     let stop = Stop::default();
     let outcome = trainer::train(config, &stop, &mut |event| {
@@ -95,7 +95,12 @@ pub(crate) fn run(args: Args) -> anyhow::Result<u8> {
         }
     })?;
     let (run, step) = (outcome.run.display(), outcome.step);
-    let status = if outcome.ending == Ending::Stopped && stop.terminated() { AGAIN } else { 0 };
+    // On this rank, or on another that has told this one.
+    let again = outcome.ending == Ending::Stopped && (stop.terminated() || !stop.requested());
+    let status = if again { AGAIN } else { 0 };
+    if outcome.rank > 0 {
+        return Ok(status);
+    }
     let Some(curves) = outcome.curves else {
         println!("stopped while the data was being read; the same command continues");
         return Ok(status);
@@ -117,7 +122,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<u8> {
 }
 
 /// Trains in processes of their own.
-fn launch(args: &Args, resolved: &Resolved) -> anyhow::Result<u8> {
+fn launch(args: &Args, config: &Config, resolved: &Resolved) -> anyhow::Result<u8> {
     anyhow::ensure!(args.ranks != Some(0), "--ranks 0 trains nothing; give 1 or more");
     if let (Some(ranks), Ok(rank)) = (args.ranks, std::env::var("RANK")) {
         anyhow::bail!(
@@ -154,6 +159,7 @@ fn launch(args: &Args, resolved: &Resolved) -> anyhow::Result<u8> {
         restarts: args.restarts,
         min_ranks: args.min_ranks.or(args.ranks).unwrap_or(1),
         backoff: Duration::from_secs(1),
+        fits: Box::new(|ranks| config.clone().resolve_for(ranks).is_ok()),
     };
     launch::supervise(group, &how, &stop, &mut |line| eprintln!("supervisor: {line}"))
 }

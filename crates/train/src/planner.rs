@@ -5,7 +5,7 @@ use crate::checkpoint::human_bytes;
 use crate::config::{Precision, Resolved};
 use crate::optimizer::Settings;
 use ferropt_device::{AttentionShape, DType, Device, Element, bf16};
-use ferropt_model::{ActivationTable, Config, Options, Parameter, Recompute};
+use ferropt_model::{ActivationTable, Config, Held, Options, Parameter, Part, Recompute};
 use serde::Serialize;
 use std::fmt;
 
@@ -55,6 +55,8 @@ pub struct Memory {
     pub weights: u64,
     /// Low halves of bf16 weights that make them f32 masters.
     pub masters: u64,
+    /// Layers and ends that are whole at a time, and their gradients, where ranks share them out.
+    pub units: u64,
     /// Gradients, f32.
     pub gradients: u64,
     /// Moments of the optimiser, f32.
@@ -125,7 +127,13 @@ impl Plan {
                 steps: resolved.steps,
                 tokens,
             },
-            memory: Memory::of::<D, E>(&resolved.model, &options, &resolved.optimizer, device),
+            memory: Memory::of::<D, E>(
+                &resolved.model,
+                resolved.part(),
+                &options,
+                &resolved.optimizer,
+                device,
+            ),
             flops_per_token: flops,
             time: Time {
                 peak_flops: peak,
@@ -165,42 +173,65 @@ impl Flops {
 }
 
 impl Memory {
-    /// Bytes of a run that trains `model` with compute type `E`.
+    /// Bytes of a rank that holds `part` of `model` and trains it with compute type `E`.
     pub fn of<D: Device, E: Element>(
         model: &Config,
+        part: Part,
         options: &Options,
         optimizer: &Settings,
         device: &D,
     ) -> Memory {
-        let table = model.parameters();
+        let table = model.held(part);
         let sum = |bytes: &dyn Fn(&Parameter) -> usize| {
-            table.iter().map(|p| (p.elements() * bytes(p)) as u64).sum::<u64>()
+            table.iter().map(|h| (h.shard_len * bytes(&h.parameter)) as u64).sum::<u64>()
         };
         let of_matrices = |bytes: usize| sum(&|p| if p.is_matrix() { bytes } else { 0 });
+        let (parts, shards) = (part.tensor.of, part.shard.of);
         let (f32, compute) = (DType::F32.size(), E::DTYPE.size());
         let splits = optimizer.splits(E::DTYPE);
         let weights = sum(&|p| if p.is_matrix() { compute } else { f32 });
         let masters = if splits { of_matrices(DType::I16.size()) } else { 0 };
         let moments = optimizer.moments() as u64 * sum(&|_| f32);
         let rows = options.batch * options.seq;
-        let widest = model.feed_forward.max(3 * model.width);
+        let widest = (model.feed_forward / parts).max(3 * model.width / parts).max(model.width);
         let attention = AttentionShape {
             batch: options.batch,
             seq: options.seq,
-            heads: model.heads,
+            heads: model.heads / parts,
             width: model.head_width(),
+            among: (0, model.heads),
+        };
+        // Two layers and the ends are whole at a time, with gradients: `ferropt_model`'s units.
+        let whole = |bytes: &dyn Fn(&Parameter) -> usize| {
+            let times = |h: &Held| match h.parameter.layer() {
+                None => 1,
+                Some(0) => 2,
+                Some(_) => 0,
+            };
+            table.iter().map(|h| (times(h) * h.shard_len * shards * bytes(&h.parameter)) as u64).sum::<u64>()
+        };
+        let units = match shards {
+            1 => 0,
+            _ => whole(&|p| f32 + if p.is_matrix() { compute } else { f32 }),
         };
         let mut memory = Memory {
             weights,
+            units,
             masters,
             gradients: sum(&|_| f32),
             moments,
-            activations: ActivationTable::training(model, options.batch, options.seq, options.recompute)
-                .bytes(E::DTYPE),
+            activations: ActivationTable::training(
+                model,
+                options.batch,
+                options.seq,
+                options.recompute,
+                parts,
+            )
+            .bytes(E::DTYPE),
             workspace: device.workspace_bytes::<E>(
                 rows,
                 widest,
-                model.vocab,
+                model.vocab / parts,
                 model.embedding_width,
                 attention,
             ) as u64,
@@ -212,10 +243,11 @@ impl Memory {
         memory
     }
 
-    fn parts(&self) -> [(&'static str, u64); 7] {
+    fn parts(&self) -> [(&'static str, u64); 8] {
         [
             ("weights", self.weights),
             ("master halves", self.masters),
+            ("whole units", self.units),
             ("gradients", self.gradients),
             ("moments", self.moments),
             ("activations", self.activations),
@@ -296,9 +328,11 @@ fn duration(seconds: f64) -> String {
 mod tests {
     use super::*;
     use crate::checkpoint::Data;
+    use crate::collect::Collector;
     use crate::optimizer::{Optimizer, Rule};
     use ferropt_device::cpu::{CpuDevice, CpuOptions};
     use ferropt_device::{Buffer, bf16};
+    use ferropt_mesh::Mesh;
     use ferropt_model::{Backprop, Model, Tensor, Weights};
 
     const OPTIONS: Options =
@@ -324,14 +358,14 @@ mod tests {
     /// counted from, and the workspace is checked where the device is.
     fn check<E: Element>(config: &Config, settings: Settings) {
         let device = CpuDevice::new(CpuOptions::default()).unwrap();
-        let plan = Memory::of::<_, E>(config, &OPTIONS, &settings, &device);
+        let plan = Memory::of::<_, E>(config, Part::WHOLE, &OPTIONS, &settings, &device);
         let model = Model::<_, E>::zeros(&device, config).unwrap();
         let optimizer = Optimizer::new(&device, &model, settings).unwrap();
         let backprop = Backprop::<_, E>::new(&device, config, OPTIONS).unwrap();
         assert_eq!(plan.weights, bytes(&model.weights));
         assert_eq!(plan.gradients, bytes(&backprop.gradients));
         assert_eq!((plan.masters, plan.moments), optimizer.bytes());
-        let saved = optimizer.save(&device, &model);
+        let saved = optimizer.save(&device, &model, &Collector::new(Mesh::solo(), model.held(), 1)).unwrap();
         let size = |data: &Data| data.len() * data.dtype().bitsize() / 8;
         let saved: usize = saved.iter().flat_map(|g| &g.tensors).map(|t| size(&t.data)).sum();
         assert_eq!(plan.checkpoint, saved as u64);

@@ -35,6 +35,8 @@ pub struct Config {
     pub schedule: ScheduleSection,
     /// `[run]`
     pub run: RunSection,
+    /// `[parallel]`
+    pub parallel: ParallelSection,
     /// `[checkpoint]`
     pub checkpoint: CheckpointSection,
     /// `[recovery]`
@@ -181,6 +183,19 @@ section! {
         recompute: Recompute = Recompute::None,
         /// Threads; all available unless given. Same bits for any number.
         threads: Option<usize> = None,
+    }
+}
+
+section! {
+    /// How the ranks of a run share out its work. What is computed does not depend on it, but for rounding.
+    ParallelSection {
+        /// Ranks that divide the matrices of every layer, and the rows between them: tensor and sequence parallelism.
+        tensor: usize = 1,
+        /// Ranks that share out weights, gradients and the optimiser's state (FSDP); all that are left unless given. With
+        /// fewer, there are several replicas; with 1, every rank has all of it.
+        shard: Option<usize> = None,
+        /// Seconds without a word from another rank after which the run ends, to be started again.
+        timeout: f64 = 120.0,
     }
 }
 

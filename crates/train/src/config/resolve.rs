@@ -5,7 +5,8 @@ use crate::optimizer::{Rule, Settings};
 use crate::recovery::Policy;
 use crate::schedule::{Kind, Schedule};
 use anyhow::{anyhow, bail, ensure};
-use ferropt_model::{Config as Model, Options};
+use ferropt_mesh::Axes;
+use ferropt_model::{Config as Model, Options, Part, Place};
 
 /// Tokens that one forward and backward pass takes at a time unless the user says otherwise: enough rows for the
 /// matrix kernels to run at their peak, few enough for the activations of the small models to stay modest.
@@ -73,8 +74,10 @@ pub struct Resolved {
     pub seq: usize,
     /// Sequences per step.
     pub sequences: usize,
-    /// Sequences per forward and backward pass.
+    /// Sequences per forward and backward pass of a rank.
     pub micro_batch: usize,
+    /// How the ranks are arranged.
+    pub axes: Axes,
     /// Last step of the run.
     pub steps: u64,
     /// Learning rate by step.
@@ -92,9 +95,20 @@ pub struct Resolved {
 }
 
 impl Resolved {
-    /// Forward and backward passes per step.
+    /// Ranks, or groups of them, that have sequences of their own.
+    pub fn data_ranks(&self) -> usize {
+        self.axes.shard * self.axes.replicate
+    }
+
+    /// Forward and backward passes per step, of each rank.
     pub fn accumulation(&self) -> usize {
-        self.sequences / self.micro_batch
+        self.sequences / (self.micro_batch * self.data_ranks())
+    }
+
+    /// What the first rank holds of the model, which is as much as any.
+    pub fn part(&self) -> Part {
+        let first = |of| Place { rank: 0, of };
+        Part { tensor: first(self.axes.tensor), shard: first(self.axes.shard) }
     }
 
     /// One pass, as the model is told.
@@ -125,11 +139,19 @@ impl Resolved {
 }
 
 impl Config {
-    /// Refuses contradictions, fills defaults in and works out what follows.
+    /// Refuses contradictions, fills defaults in and works out what follows, for a run of one rank.
     ///
     /// # Errors
     /// Names the keys, their values, and what to change.
-    pub fn resolve(mut self) -> anyhow::Result<Resolved> {
+    pub fn resolve(self) -> anyhow::Result<Resolved> {
+        self.resolve_for(1)
+    }
+
+    /// [`Config::resolve`], for a run of so many ranks.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn resolve_for(mut self, ranks: usize) -> anyhow::Result<Resolved> {
         let model = self.resolve_model()?;
         self.check_data()?;
         let seq = *self.data.seq.get_or_insert(model.positions);
@@ -139,7 +161,8 @@ impl Config {
             "data.seq = {seq} is longer than the {} positions of the model; lower data.seq or raise model.positions",
             model.positions
         );
-        let (sequences, micro_batch) = self.resolve_batch(seq)?;
+        let axes = self.resolve_parallel(ranks)?;
+        let (sequences, micro_batch) = self.resolve_batch(seq, axes.shard * axes.replicate)?;
         let batch_tokens = (sequences * seq) as u64;
         let steps = self.resolve_length(batch_tokens)?;
         let schedule = self.resolve_schedule(steps, batch_tokens)?;
@@ -152,6 +175,7 @@ impl Config {
             seq,
             sequences,
             micro_batch,
+            axes,
             steps,
             schedule,
             optimizer,
@@ -236,8 +260,34 @@ impl Config {
         Ok(())
     }
 
-    /// Sequences per step and per pass.
-    fn resolve_batch(&mut self, seq: usize) -> anyhow::Result<(usize, usize)> {
+    /// How the ranks are arranged.
+    fn resolve_parallel(&self, ranks: usize) -> anyhow::Result<Axes> {
+        let p = &self.parallel;
+        ensure!(
+            p.tensor > 0 && ranks.is_multiple_of(p.tensor),
+            "parallel.tensor = {} does not divide the {ranks} ranks of the run; set it to one of their divisors, or start \
+             another number of ranks",
+            p.tensor
+        );
+        let left = ranks / p.tensor;
+        let shard = p.shard.unwrap_or(left);
+        ensure!(
+            shard > 0 && left.is_multiple_of(shard),
+            "parallel.shard = {shard} does not divide the {left} ranks that parallel.tensor = {} leaves of {ranks}; remove it \
+             to share out everything among them",
+            p.tensor
+        );
+        // A day, far below what durations can hold.
+        ensure!(
+            p.timeout > 0.0 && p.timeout <= 86_400.0,
+            "parallel.timeout = {}, but it is above 0 and at most 86400 seconds, a day",
+            p.timeout
+        );
+        Ok(Axes { tensor: p.tensor, shard, replicate: left / shard, pipeline: 1 })
+    }
+
+    /// Sequences per step, and per pass of each of the `data_ranks`.
+    fn resolve_batch(&mut self, seq: usize, data_ranks: usize) -> anyhow::Result<(usize, usize)> {
         let published = self.published().map(|p| p.batch_tokens);
         let default = published.unwrap_or(SMALL_BATCH).next_multiple_of(seq as u64);
         let tokens = self.batch.tokens.get_or_insert(Count(default)).0;
@@ -249,12 +299,20 @@ impl Config {
             (tokens / t + 1) * t
         );
         let sequences = usize::try_from(tokens / t)?;
-        let derived = micro_batch(sequences, seq);
+        ensure!(
+            sequences.is_multiple_of(data_ranks),
+            "the {sequences} sequences of a step (batch.tokens = {tokens}, data.seq = {seq}) cannot be dealt to {data_ranks} \
+             ranks; set batch.tokens to a multiple of {} or start another number of ranks",
+            data_ranks * seq
+        );
+        let derived = micro_batch(sequences / data_ranks, seq);
         let micro_batch = *self.batch.micro_batch.get_or_insert(derived);
         ensure!(
-            micro_batch > 0 && sequences.is_multiple_of(micro_batch),
-            "batch.micro_batch = {micro_batch} does not divide the {sequences} sequences of a step (batch.tokens = \
-             {tokens}, data.seq = {seq}); remove it, or use for example {derived}"
+            micro_batch > 0 && (sequences / data_ranks).is_multiple_of(micro_batch),
+            "batch.micro_batch = {micro_batch} does not divide the {} sequences of a step (batch.tokens = \
+             {tokens}, data.seq = {seq}){}; remove it, or use for example {derived}",
+            sequences / data_ranks,
+            if data_ranks > 1 { format!(" that each of {data_ranks} ranks has") } else { String::new() }
         );
         Ok((sequences, micro_batch))
     }

@@ -11,8 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// How to supervise.
-#[derive(Clone, Debug)]
-pub struct Supervision {
+pub struct Supervision<'f> {
     /// The run folder.
     pub run: PathBuf,
     /// Starts without progress, one after the other, after which it is no use.
@@ -21,6 +20,8 @@ pub struct Supervision {
     pub min_ranks: usize,
     /// Wait before the first start without progress; it doubles with each, up to a minute.
     pub backoff: Duration,
+    /// Whether so many ranks can share out the work.
+    pub fits: Box<dyn Fn(usize) -> bool + 'f>,
 }
 
 /// Longest wait before a start.
@@ -35,7 +36,7 @@ const EARLY: Duration = Duration::from_secs(60);
 ///
 /// # Errors
 /// As [`Group::run`].
-pub fn supervise(mut group: Group, how: &Supervision, stop: &Stop, say: &mut dyn FnMut(&str)) -> Result<u8> {
+pub fn supervise(mut group: Group, how: &Supervision<'_>, stop: &Stop, say: &mut dyn FnMut(&str)) -> Result<u8> {
     let mut idle = 0;
     loop {
         let (before, started) = (progress(&how.run), Instant::now());
@@ -47,7 +48,7 @@ pub fn supervise(mut group: Group, how: &Supervision, stop: &Stop, say: &mut dyn
         let now = progress(&how.run);
         idle = if now == before { idle + 1 } else { 0 };
         let early = now == before && started.elapsed() < EARLY;
-        let next = if idle >= 2 && early { fewer(&group, how.min_ranks) } else { None };
+        let next = if idle >= 2 && early { fewer(&group, how) } else { None };
         let text = format!(
             "{}. {}",
             group.describe(&failure).replace('\n', "\n  ").trim_end_matches('.'),
@@ -81,8 +82,8 @@ pub fn supervise(mut group: Group, how: &Supervision, stop: &Stop, say: &mut dyn
 }
 
 /// The next smaller number of ranks that may do.
-fn fewer(group: &Group, min_ranks: usize) -> Option<usize> {
-    group.ranks.map(|ranks| ranks - 1).filter(|&ranks| ranks >= min_ranks.max(1))
+fn fewer(group: &Group, how: &Supervision<'_>) -> Option<usize> {
+    (how.min_ranks.max(1)..group.ranks?).rev().find(|&ranks| (how.fits)(ranks))
 }
 
 /// What changes when the run gets on: its newest checkpoint that is there.

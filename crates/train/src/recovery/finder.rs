@@ -4,12 +4,16 @@ use anyhow::Result;
 use ferropt_data::Batch;
 use ferropt_device::{Buffer, Device, Element};
 use ferropt_model::{Backprop, Model, Pass, Role, Tensor, Values, Written};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Where the first number that is not finite was.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Finding {
+    /// Rank that found it.
+    pub rank: usize,
+    /// When it was computed: tensors are counted from the weights on. Of what several ranks find, the first is the cause.
+    pub order: usize,
     /// What kind of tensor.
     pub place: Place,
     /// Layer, where the tensor belongs to one.
@@ -29,7 +33,7 @@ pub struct Finding {
 }
 
 /// Kinds of tensors in which numbers go wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Place {
     /// A weight, before the step.
@@ -43,7 +47,7 @@ pub enum Place {
 }
 
 impl fmt::Display for Finding {
-    /// "layer 7, relu, row 113 of micro-batch 2 (sequence 1, position 49): NaN on the way forward".
+    /// "layer 7, relu, row 113 of micro-batch 2 (sequence 1, position 49): NaN on the way forward, on rank 0".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(layer) = self.layer {
             write!(f, "layer {layer}, ")?;
@@ -61,7 +65,7 @@ impl fmt::Display for Finding {
             Place::Backward => "in the gradient of the activation",
             Place::WeightGradient => "in the gradient of the weight",
         };
-        write!(f, ": {} {place}", self.value)
+        write!(f, ": {} {place}, on rank {}", self.value, self.rank)
     }
 }
 
@@ -81,12 +85,14 @@ pub fn find<D: Device, E: Element>(
     mut load: impl FnMut(usize, &mut Batch) -> Result<Pass>,
 ) -> Result<Option<Finding>> {
     let mut found = in_weights(device, model);
+    let mut order = 0;
     let mut batch = Batch::default();
     for micro_batch in 0..micro_batches {
         let pass = load(micro_batch, &mut batch)?;
         let mut look = |written: Written<'_, D, E>| {
+            order += 1;
             if found.is_none() {
-                found = in_tensor(device, &written, micro_batch, seq);
+                found = in_tensor(device, &written, micro_batch, seq).map(|found| Finding { order, ..found });
             }
         };
         let view = ferropt_model::Batch {
@@ -101,13 +107,19 @@ pub fn find<D: Device, E: Element>(
 
 fn in_weights<D: Device, E: Element>(device: &D, model: &Model<D, E>) -> Option<Finding> {
     let weights = model.weights.tensors();
-    weights.iter().zip(model.parameters()).find_map(|(weight, parameter)| {
+    weights.iter().zip(model.held()).find_map(|(weight, held)| {
         let (place, value) = match weight {
             Tensor::Matrix(buffer) => first(device, *buffer)?,
             Tensor::Vector(buffer) => first(device, *buffer)?,
         };
+        // From the place in what is held here to the place in the whole.
+        let mut pieces = held.pieces();
+        let place = pieces.find_map(|(at, start, len)| Some(start + place.checked_sub(at).filter(|n| *n < len)?))?;
+        let parameter = &held.parameter;
         let width = if parameter.is_matrix() { parameter.shape[1] } else { 1 };
         Some(Finding {
+            rank: 0,
+            order: 0,
             place: Place::Weight,
             layer: None,
             tensor: parameter.names.join(", "),
@@ -138,7 +150,8 @@ fn in_tensor<D: Device, E: Element>(
         Role::WeightGradient => Place::WeightGradient,
     };
     let (layer, tensor, value) = (written.layer, written.name.into(), value.to_string());
-    Some(Finding { place, layer, tensor, row, column, value, micro_batch: Some(micro_batch), token })
+    let micro_batch = Some(micro_batch);
+    Some(Finding { rank: 0, order: 0, place, layer, tensor, row, column, value, micro_batch, token })
 }
 
 /// The first element that is not finite.

@@ -5,6 +5,7 @@ use crate::config::Resolved;
 use crate::logbook::Logbook;
 use crate::recovery::GaveUp;
 use anyhow::{Error, Result};
+use ferropt_mesh::World;
 use serde_json::json;
 
 /// Events that end a start.
@@ -14,10 +15,11 @@ const ENDS: [&str; 4] = ["ended", "failed", "gave-up", "rank-lost"];
 ///
 /// # Errors
 /// When the logbook cannot be read or written.
-pub(super) fn open<'e>(
+pub(super) fn open(
     resolved: &Resolved,
+    world: &World,
     resumed: Option<u64>,
-    damaged: impl Iterator<Item = &'e Error>,
+    damaged: &[Error],
 ) -> Result<Logbook> {
     let mut book = Logbook::open(&resolved.config.run.dir)?;
     let step = resumed.unwrap_or(0);
@@ -36,12 +38,14 @@ pub(super) fn open<'e>(
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let (version, pid, steps) = (env!("CARGO_PKG_VERSION"), std::process::id(), resolved.steps);
     let event = if resumed.is_some() { "resumed" } else { "started" };
+    let ranks = world.size();
+    let many = if ranks > 1 { format!(", {ranks} ranks ({})", world.describe()) } else { String::new() };
     let text = format!(
-        "{} of {steps} steps, ferropt {version} on {host}, process {pid}, configuration {config}.",
+        "{} of {steps} steps, ferropt {version} on {host}, process {pid}{many}, configuration {config}.",
         resolved.model_name()
     );
     let figures = json!({
-        "version": version, "host": host, "pid": pid, "ranks": 1, "steps": steps, "config_crc32c": config,
+        "version": version, "host": host, "pid": pid, "ranks": ranks, "steps": steps, "config_crc32c": config,
     });
     book.add(step, event, &text, figures)?;
     Ok(book)

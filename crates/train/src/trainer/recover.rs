@@ -1,7 +1,7 @@
 //! What the loop does when its guard does not accept a step: it skips, goes back or gives up, keeps the batch for a look,
 //! and writes down what it did and why.
 
-use super::run::{Trainer, view};
+use super::run::{Trainer, described, found_by_first, view};
 use super::state;
 use crate::checkpoint::{Checkpoint, Event as Saving, Store};
 use crate::recovery::{Cause, Finding, GaveUp, State, Trouble, Verdict, find};
@@ -9,6 +9,7 @@ use crate::telemetry::{Record, Skipped};
 use anyhow::{Context, Result};
 use ferropt_data::Batch;
 use ferropt_device::{Device, Element};
+use ferropt_mesh::Label;
 use ferropt_model::Pass;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
@@ -24,24 +25,24 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
     pub(super) fn recover(&mut self, verdict: Verdict) -> Result<()> {
         match verdict {
             Verdict::Accept => Ok(()),
-            Verdict::Skip(cause) => {
-                self.skipped(&cause);
-                Ok(())
-            }
+            Verdict::Skip(cause) => self.skipped(&cause),
             Verdict::RollBack(trouble) => {
-                self.skipped(&trouble.cause);
+                self.skipped(&trouble.cause)?;
                 self.roll_back(&trouble)
             }
             Verdict::GiveUp(cause) => {
-                self.skipped(&cause);
+                self.skipped(&cause)?;
                 Err(self.give_up(&cause).into())
             }
         }
     }
 
     /// Tells of a step that was not taken, and keeps what shows why.
-    fn skipped(&mut self, cause: &Cause) {
-        let finding = if cause.not_finite() { self.find(cause) } else { None };
+    fn skipped(&mut self, cause: &Cause) -> Result<()> {
+        let finding = if cause.not_finite() { self.find(cause)? } else { None };
+        if self.telemetry.is_none() {
+            return Ok(());
+        }
         let kept = self.keep(cause, finding.as_ref());
         let Cause { step, batch, loss, grad_norm, .. } = *cause;
         let mut text = format!("Step {step} was not taken, batch {batch} is left out: {cause}.");
@@ -52,22 +53,30 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
             Ok(path) => drop(write!(text, " The batch is kept in {}.", path.display())),
             Err(error) => self.warn(&format!("the batch could not be kept: {error:#}")),
         }
-        self.telemetry.progress().line(&text);
+        self.say(&text);
         self.enter_once("skipped", &text, json!({ "cause": cause, "finding": finding }));
         self.record(Record::Skipped(Skipped { step, batch, loss, grad_norm }));
+        Ok(())
     }
 
-    /// Looks for the first number that is not finite; none if the passes fail, which the step's own did not.
-    fn find(&mut self, cause: &Cause) -> Option<Finding> {
+    /// Looks for the first number that is not finite, on all ranks.
+    fn find(&mut self, cause: &Cause) -> Result<Option<Finding>> {
         let r = &self.resolved;
+        let number = |part: usize| part * r.data_ranks() + self.mesh.data.rank();
         let size = (r.accumulation(), r.seq, 1.0 / r.batch_tokens() as f32);
         let load = |part: usize, batch: &mut Batch| -> Result<Pass> {
-            let first_sequence = (part * r.micro_batch) as u64;
+            let first_sequence = (number(part) * r.micro_batch) as u64;
             let first = cause.batch * r.sequences as u64 + first_sequence;
             self.data.train.batch(first, r.micro_batch, batch)?;
             Ok(Pass { seed: r.config.run.seed, step: cause.step, first_sequence })
         };
-        find(&self.device, &self.model, &mut self.backprop, size, load).unwrap_or_default()
+        let found = find(&self.device, &self.model, &mut self.backprop, size, load)?;
+        let rank = self.mesh.world.rank();
+        let mine = found.map(|f| Finding { rank, micro_batch: f.micro_batch.map(number), ..f });
+        let all = self.mesh.all.gather_bytes(Label::new("finding"), &serde_json::to_vec(&mine)?)?;
+        let all = all.iter().map(|bytes| serde_json::from_slice::<Option<Finding>>(bytes));
+        let all = all.collect::<Result<Vec<_>, _>>().context("a rank told something unknown")?;
+        Ok(all.into_iter().flatten().min_by_key(|finding| (finding.order, finding.rank)))
     }
 
     /// Writes the batch of a step, a sequence a line, and the finding to `trouble/step-N`. Returns the file of the batch, as
@@ -103,12 +112,11 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
 
     /// Goes back to a checkpoint from before the trouble, or to the beginning if there is none.
     fn roll_back(&mut self, trouble: &Trouble) -> Result<()> {
-        self.writer.settle()?;
-        for event in self.writer.poll() {
-            self.saving(&event);
-        }
+        self.settle()?;
         let from = self.step;
-        let (to, then) = match self.healthy(trouble)? {
+        let healthy = if self.writer.is_some() { self.healthy(trouble)? } else { None };
+        let healthy = found_by_first(&self.mesh, &self.resolved.config.run.dir, healthy)?;
+        let (to, then) = match healthy {
             Some(checkpoint) => {
                 let (device, model) = (&self.device, &mut self.model);
                 let (_, then) =
@@ -136,7 +144,7 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
             batches.start,
             batches.end - 1
         );
-        self.telemetry.progress().line(&text);
+        self.say(&text);
         let figures = json!({
             "rollback": number, "from": from, "to": to, "first": trouble.first, "left_out": batches, "lr_factor": lr,
             "clip_factor": clip, "cause": trouble.cause,
@@ -145,12 +153,23 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
         // The checkpoint gets what was learnt from the trouble, before anything of the old way is taken away: a run that is
         // killed in between meets the same trouble again, or goes on from here.
         self.save()?;
-        self.writer.settle()?;
+        self.settle()?;
+        let Some(telemetry) = &mut self.telemetry else { return Ok(()) };
         let run = &self.resolved.config.run.dir;
         let aside = run.join(format!("trouble/roll-back-{number}-metrics.jsonl"));
         fs::create_dir_all(run.join("trouble"))
             .with_context(|| format!("cannot make {}/trouble", run.display()))?;
-        self.telemetry.rewind(to, self.resolved.steps, &aside)
+        telemetry.rewind(to, self.resolved.steps, &aside)
+    }
+
+    /// Waits for a checkpoint that is under way.
+    fn settle(&mut self) -> Result<()> {
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        writer.settle()?;
+        for event in writer.poll() {
+            self.saving(&event);
+        }
+        Ok(())
     }
 
     /// The newest checkpoint from which this run has come that the trouble leaves trusted; else the oldest from before it.
@@ -187,7 +206,7 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
 
     /// Shows what happened to a checkpoint; a failure goes into the logbook.
     pub(super) fn saving(&mut self, event: &Saving) {
-        super::run::tell(&self.telemetry, event);
+        self.say(&described(event));
         if let Saving::Failed { step, error } = event {
             let text = format!("The checkpoint of step {step} could not be saved: {error:#}.");
             self.enter_once("checkpoint-failed", &text, json!({ "checkpoint": step }));
@@ -196,12 +215,13 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
 
     /// Writes into the logbook, unless a start before this one did; a full disk does not stop the training.
     pub(super) fn enter_once(&mut self, event: &str, text: &str, figures: Value) {
-        if let Err(error) = self.book.add_once(self.step, event, text, figures) {
+        let Some(book) = &mut self.book else { return };
+        if let Err(error) = book.add_once(self.step, event, text, figures) {
             self.warn(&format!("{error:#}"));
         }
     }
 
     fn warn(&self, text: &str) {
-        self.telemetry.progress().line(&format!("warning: {text}"));
+        self.say(&format!("warning: {text}"));
     }
 }

@@ -2,10 +2,13 @@
 
 use super::data::Data;
 use super::{Ending, Event, Hook, Outcome, compatible, state, write_whole};
-use crate::checkpoint::{DEFAULT_SHARD_BYTES, Event as Saving, Retention, Store, Writer, human_bytes};
+use crate::checkpoint::{
+    Checkpoint, DEFAULT_SHARD_BYTES, Event as Saving, Retention, Store, Writer, human_bytes,
+};
+use crate::collect::Collector;
 use crate::config::Resolved;
 use crate::logbook::Logbook;
-use crate::optimizer::{Optimizer, gradient_norm};
+use crate::optimizer::Optimizer;
 use crate::planner::{Flops, Plan};
 use crate::recovery::{Guard, State, Verdict};
 use crate::signals::Stop;
@@ -13,23 +16,27 @@ use crate::telemetry::{Energy, Meter, Record, Telemetry, Training, Validation};
 use anyhow::{Context, Result};
 use ferropt_data::Batch;
 use ferropt_device::{Device, Element, Store as Put};
-use ferropt_model::{Backprop, Model, Pass};
+use ferropt_mesh::{Label, Mesh};
+use ferropt_model::{Backprop, Model, Pass, part_of};
 use std::time::{Duration, Instant};
 
-/// A run: model, optimiser, data and outputs.
+/// A run: model, optimiser, data and outputs; of a run on many ranks, one of them.
 pub(super) struct Trainer<'h, D: Device, E: Element> {
     pub(super) device: D,
+    pub(super) mesh: Mesh,
     pub(super) resolved: Resolved,
     pub(super) data: Data,
     pub(super) model: Model<D, E>,
     pub(super) backprop: Backprop<D, E>,
     pub(super) optimizer: Optimizer<D>,
-    /// Says which batch comes next, and whether its gradient is taken.
+    /// Says which batch comes next, and whether its gradient is taken. All ranks see the same figures and have the same.
     pub(super) guard: Guard,
-    pub(super) telemetry: Telemetry,
-    pub(super) book: Logbook,
+    collector: Collector,
+    /// The first rank tells and writes.
+    pub(super) telemetry: Option<Telemetry>,
+    pub(super) book: Option<Logbook>,
+    pub(super) writer: Option<Writer>,
     meter: Meter,
-    pub(super) writer: Writer,
     /// Work of one token, and the measured peak in FLOP/s to compare it with.
     flops: Flops,
     peak: f64,
@@ -50,65 +57,72 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
     /// Names what is wrong with the run folder, or the keys that have changed since the run began.
     pub(super) fn new(
         device: D,
+        mesh: Mesh,
         resolved: Resolved,
         data: Data,
         plan: &Plan,
         hook: Hook<'h>,
     ) -> Result<Self> {
         let run = &resolved.config.run.dir;
-        std::fs::create_dir_all(run)
-            .with_context(|| format!("run.dir = \"{}\" cannot be made", run.display()))?;
-        let store = Store::open_for_writing(run)?;
-        let found = store.latest_whole()?;
+        let first = mesh.world.rank() == 0;
+        let (store, found, damaged) = if first {
+            std::fs::create_dir_all(run)
+                .with_context(|| format!("run.dir = \"{}\" cannot be made", run.display()))?;
+            let store = Store::open_for_writing(run)?;
+            match store.latest_whole()? {
+                Some(found) => (Some(store), Some(found.checkpoint), found.damaged),
+                None => (Some(store), None, Vec::new()),
+            }
+        } else {
+            (None, None, Vec::new())
+        };
+        let found = found_by_first(&mesh, run, found)?;
         if let Some(found) = &found {
-            compatible::check(
-                &found.checkpoint.manifest().run.config,
-                &serde_json::to_value(&resolved.config)?,
-            )
-            .with_context(|| format!("the run in {}", run.display()))?;
+            compatible::check(&found.manifest().run.config, &serde_json::to_value(&resolved.config)?)
+                .with_context(|| format!("the run in {}", run.display()))?;
         }
-        write_whole(&run.join("config.toml"), &resolved.config.to_toml()?)?;
+        if first {
+            write_whole(&run.join("config.toml"), &resolved.config.to_toml()?)?;
+        }
 
-        let mut model = Model::zeros(&device, &resolved.model)?;
+        let mut model = Model::part(&device, &resolved.model, part_of(&mesh))?;
         let mut optimizer = Optimizer::new(&device, &model, resolved.optimizer)?;
-        let backprop = Backprop::new(&device, &resolved.model, resolved.options())?;
+        let backprop = Backprop::on(&device, &resolved.model, resolved.options(), mesh.clone())?;
         let (mut step, mut energy, mut remembered) = (0, Energy::default(), State::after(0));
         match &found {
             Some(found) => {
-                (energy, remembered) =
-                    state::load(&found.checkpoint, &data.identity, &device, &mut model, &mut optimizer)
-                        .with_context(|| {
-                            format!("cannot resume from {}", found.checkpoint.path().display())
-                        })?;
-                step = found.checkpoint.manifest().run.step;
+                (energy, remembered) = state::load(found, &data.identity, &device, &mut model, &mut optimizer)
+                    .with_context(|| format!("cannot resume from {}", found.path().display()))?;
+                step = found.manifest().run.step;
             }
             None => optimizer.initialise(&device, &mut model, resolved.config.run.seed),
         }
         let resumed = found.is_some().then_some(step);
-        let telemetry = Telemetry::open(run, resumed, resolved.steps)?;
         let meter = Meter::start(energy, resolved.config.energy.watts);
         let retention =
             Retention { keep_last: resolved.config.checkpoint.keep_last, keep_every: resolved.keep_every };
-        let progress = telemetry.progress();
-        for damage in found.iter().flat_map(|f| &f.damaged) {
-            progress.line(&format!("passed over a damaged checkpoint: {damage:#}"));
-        }
-        progress.line(&format!("energy: {}", meter.describe()));
-        if step > 0 {
-            progress.line(&format!("continuing after step {step}"));
-        }
-        let damaged = found.iter().flat_map(|f| &f.damaged);
-        let book = super::history::open(&resolved, resumed, damaged)?;
-        Ok(Trainer {
+        let telemetry = if first { Some(Telemetry::open(run, resumed, resolved.steps)?) } else { None };
+        let writer = match store {
+            Some(store) => Some(Writer::start(store, retention, DEFAULT_SHARD_BYTES)?),
+            None => None,
+        };
+        let book = if first {
+            Some(super::history::open(&resolved, &mesh.world, resumed, &damaged)?)
+        } else {
+            None
+        };
+        let trainer = Trainer {
             guard: Guard::new(resolved.recovery, remembered),
             book,
-            writer: Writer::start(store, retention, DEFAULT_SHARD_BYTES)?,
+            collector: Collector::new(mesh.clone(), model.held(), 1),
+            writer,
             flops: plan.flops_per_token,
-            peak: plan.time.peak_flops,
+            peak: plan.time.peak_flops * mesh.world.size() as f64,
             batch: Batch::default(),
             saved: resumed,
             metrics_lost: false,
             device,
+            mesh,
             resolved,
             data,
             model,
@@ -118,36 +132,60 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             meter,
             step,
             hook,
-        })
+        };
+        for damage in damaged {
+            trainer.say(&format!("passed over a damaged checkpoint: {damage:#}"));
+        }
+        trainer.say(&format!("energy: {}", trainer.meter.describe()));
+        if step > 0 {
+            trainer.say(&format!("continuing after step {step}"));
+        }
+        Ok(trainer)
+    }
+
+    /// A line for people.
+    pub(super) fn say(&self, line: &str) {
+        if let Some(telemetry) = &self.telemetry {
+            telemetry.progress().line(line);
+        }
     }
 
     /// Runs until the last step, the time limit, or a request to stop, then saves.
     ///
     /// # Errors
-    /// Training that goes wrong again and again, or a last checkpoint that cannot be written.
+    /// Training that goes wrong again and again, a last checkpoint that cannot be written, or a rank that is lost.
     pub(super) fn run(mut self, stop: &Stop) -> Result<Outcome> {
         let ending = self.work(stop);
         // Whatever happened, a checkpoint that is under way is finished.
         let mut last_save = Ok(());
-        for event in self.writer.finish() {
+        for event in self.writer.take().into_iter().flat_map(Writer::finish) {
             match event {
                 Saving::Failed { step, error } => {
                     last_save =
                         Err(error.context(format!("the checkpoint of step {step} could not be saved")));
                 }
-                event => tell(&self.telemetry, &event),
+                event => self.say(&described(&event)),
             }
         }
-        self.telemetry.progress().finish();
-        let end = ending.as_ref().and_then(|ending| last_save.as_ref().map(|()| *ending));
-        super::history::close(&mut self.book, self.step, end);
+        if let Some(telemetry) = &self.telemetry {
+            telemetry.progress().finish();
+        }
+        if let Some(book) = &mut self.book {
+            let end = ending.as_ref().and_then(|ending| last_save.as_ref().map(|()| *ending));
+            super::history::close(book, self.step, end);
+        }
         let ending = ending?;
         last_save?;
+        let curves = match &self.telemetry {
+            Some(telemetry) => Some(telemetry.draw(&self.resolved.model_name())?),
+            None => None,
+        };
         Ok(Outcome {
             ending,
             step: self.step,
             tokens: self.step * self.resolved.batch_tokens(),
-            curves: Some(self.telemetry.draw(&self.resolved.model_name())?),
+            curves,
+            rank: self.mesh.world.rank(),
             run: self.resolved.config.run.dir,
         })
     }
@@ -159,11 +197,9 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             if self.step >= self.resolved.steps {
                 break if self.step == first { Ending::AlreadyComplete } else { Ending::Complete };
             }
-            if stop.requested() {
-                break Ending::Stopped;
-            }
-            if limit.is_some_and(|limit| started.elapsed() >= limit) {
-                break Ending::OutOfTime;
+            let late = limit.is_some_and(|limit| started.elapsed() >= limit);
+            if let Some(ending) = self.agree(stop.requested(), late)? {
+                break ending;
             }
             if !self.advance()? {
                 continue;
@@ -174,7 +210,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             if self.step.is_multiple_of(self.resolved.checkpoint_every) || self.step == self.resolved.steps {
                 self.save()?;
             }
-            for event in self.writer.poll() {
+            let events: Vec<Saving> = self.writer.as_mut().map(Writer::poll).unwrap_or_default();
+            for event in events {
                 self.saving(&event);
             }
         };
@@ -182,6 +219,14 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             self.save()?;
         }
         Ok(ending)
+    }
+
+    /// Whether any rank wants to end, so that all end after the same step.
+    fn agree(&self, stop: bool, late: bool) -> Result<Option<Ending>> {
+        let wish = [f64::from(stop), f64::from(late)];
+        let wishes = self.mesh.all.gather_f64(Label::new("end"), &wish)?;
+        let any = |which: usize| wishes.iter().any(|wish| wish.get(which) == Some(&1.0));
+        Ok(if any(0) { Some(Ending::Stopped) } else { any(1).then_some(Ending::OutOfTime) })
     }
 
     /// One optimiser step; false if it was not taken, whereupon the next one is to be tried.
@@ -192,16 +237,19 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         // Every position of a training sample is a target, so the mean is over all tokens of the step.
         let scale = 1.0 / r.batch_tokens() as f32;
         let mut sum = 0.0;
+        self.mesh.world.beat(Label::of("step", step as usize));
         for part in 0..r.accumulation() {
-            let first_sequence = (part * r.micro_batch) as u64;
+            // Micro-batches are dealt to the ranks in turn.
+            let number = part * r.data_ranks() + self.mesh.data.rank();
+            let first_sequence = (number * r.micro_batch) as u64;
             self.data.train.batch(first + first_sequence, r.micro_batch, &mut self.batch)?;
             let pass = Pass { seed: r.config.run.seed, step, first_sequence };
             let store = if part == 0 { Put::Overwrite } else { Put::Accumulate };
             sum += self.backprop.train(&self.device, &self.model, view(&self.batch), pass, scale, store)?;
         }
+        let grad_norm = self.backprop.sum(&self.device)?;
+        let [sum] = total(&self.mesh, [sum])?;
         let loss = sum / r.batch_tokens() as f64;
-        let gradients = &self.backprop.gradients;
-        let grad_norm = gradient_norm(&self.device, gradients);
         match self.guard.judge(step, loss, grad_norm) {
             Verdict::Accept => {}
             verdict => return self.recover(verdict).map(|()| false),
@@ -209,6 +257,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let (lr_factor, clip_factor) = self.guard.factors(step);
         let lr = r.schedule.lr(step) * lr_factor;
         self.optimizer.set_clip(r.optimizer.clip * clip_factor);
+        let gradients = &self.backprop.gradients;
         self.optimizer.step(&self.device, &mut self.model, gradients, step, lr, grad_norm);
         self.step = step;
         let tokens_per_second = r.batch_tokens() as f64 / started.elapsed().as_secs_f64();
@@ -224,11 +273,14 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             peak_share: Some(tokens_per_second * self.flops.hardware_causal / self.peak),
             energy: Some(self.meter.read()),
         };
-        (self.hook)(Event::Training(&training));
-        if step.is_multiple_of(r.config.log.every) || step == r.steps {
-            self.record(Record::Training(training));
-        } else {
-            self.telemetry.progress().step(step);
+        let recorded = step.is_multiple_of(r.config.log.every) || step == r.steps;
+        if let Some(telemetry) = &self.telemetry {
+            (self.hook)(Event::Training(&training));
+            if recorded {
+                self.record(Record::Training(training));
+            } else {
+                telemetry.progress().step(step);
+            }
         }
         Ok(true)
     }
@@ -241,24 +293,29 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             let limit = r.config.validation.max_tokens.map_or(u64::MAX, |n| n.0.div_ceil(r.seq as u64));
             let samples = loader.samples_per_epoch().min(limit.max(1));
             let (mut nats, mut targets, mut bytes) = (0.0, 0, 0);
-            let mut sample = 0;
-            while sample < samples {
-                // Samples past the end are padding, so that every pass has the size that memory is planned for.
-                loader.batch(sample, r.micro_batch, &mut self.batch)?;
+            // Dealt to the ranks in turn, so that all make as many passes. Samples past the end are padding, so that every
+            // pass has the size that memory is planned for.
+            let deal = (r.micro_batch * r.data_ranks()) as u64;
+            for first in (0..samples).step_by(deal as usize) {
+                let first = first + (self.mesh.data.rank() * r.micro_batch) as u64;
+                loader.batch(first, r.micro_batch, &mut self.batch)?;
                 nats += self.backprop.score(&self.device, &self.model, view(&self.batch))?;
                 targets += self.batch.target_count;
                 bytes += self.batch.text_bytes;
-                sample += r.micro_batch as u64;
             }
-            let loss = nats / targets as f64;
+            let [nats, targets, bytes] = total(&self.mesh, [nats, targets as f64, bytes as f64])?;
+            let loss = nats / targets;
             scores.push(Validation {
                 step: self.step,
                 tokens: self.step * r.batch_tokens(),
                 set: name.clone(),
                 loss,
                 perplexity: loss.exp(),
-                bits_per_byte: (bytes > 0).then(|| nats / std::f64::consts::LN_2 / bytes as f64),
+                bits_per_byte: (bytes > 0.0).then(|| nats / std::f64::consts::LN_2 / bytes),
             });
+        }
+        if self.telemetry.is_none() {
+            return Ok(());
         }
         for score in scores {
             (self.hook)(Event::Validation(&score));
@@ -269,8 +326,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
 
     /// Hands a snapshot to the background, once what was recorded up to here is on disk.
     pub(super) fn save(&mut self) -> Result<()> {
-        if let Err(error) = self.telemetry.sync() {
-            self.telemetry.progress().line(&format!("warning: {error:#}"));
+        if let Some(Err(error)) = self.telemetry.as_ref().map(Telemetry::sync) {
+            self.say(&format!("warning: {error:#}"));
         }
         let place = state::Place {
             step: self.step,
@@ -279,17 +336,21 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             energy: self.meter.read(),
             guard: &self.guard,
         };
-        self.writer.save(|| state::snapshot(place, &self.device, &self.model, &self.optimizer))?;
+        let snapshot = || state::snapshot(place, &self.device, &self.model, &self.optimizer, &self.collector);
+        match &mut self.writer {
+            Some(writer) => writer.save(snapshot)?,
+            None => drop(snapshot()?),
+        }
         self.saved = Some(self.step);
         Ok(())
     }
 
     /// Keeps a record; a full disk does not stop the training.
     pub(super) fn record(&mut self, record: Record) {
-        if let Err(error) = self.telemetry.record(&record)
+        if let Some(Err(error)) = self.telemetry.as_mut().map(|telemetry| telemetry.record(&record))
             && !std::mem::replace(&mut self.metrics_lost, true)
         {
-            self.telemetry.progress().line(&format!("warning: metrics are being lost: {error:#}"));
+            self.say(&format!("warning: metrics are being lost: {error:#}"));
         }
     }
 }
@@ -299,9 +360,35 @@ pub(super) fn view(batch: &Batch) -> ferropt_model::Batch<'_> {
     ferropt_model::Batch { tokens: &batch.tokens, targets: &batch.targets, doc_start: &batch.doc_start }
 }
 
-/// Shows what happened to a checkpoint.
-pub(super) fn tell(telemetry: &Telemetry, event: &Saving) {
-    let line = match event {
+/// The checkpoint that the first rank found, on all of them.
+pub(super) fn found_by_first(
+    mesh: &Mesh,
+    run: &std::path::Path,
+    found: Option<Checkpoint>,
+) -> Result<Option<Checkpoint>> {
+    let step = found.as_ref().map(|found| found.manifest().run.step);
+    let told = mesh.all.gather_bytes(Label::new("resume"), &serde_json::to_vec(&step)?)?;
+    let first = told.first().context("the first rank said nothing of checkpoints")?;
+    match serde_json::from_slice::<Option<u64>>(first)? {
+        Some(step) if found.is_none() => Store::open(run)?.load(step).map(Some),
+        _ => Ok(found),
+    }
+}
+
+/// Sums over all ranks that have sequences of their own, in the order of the ranks.
+fn total<const N: usize>(mesh: &Mesh, values: [f64; N]) -> Result<[f64; N]> {
+    let mut sums = [0.0; N];
+    for values in mesh.data.gather_f64(Label::new("total"), &values)? {
+        for (sum, value) in sums.iter_mut().zip(values) {
+            *sum += value;
+        }
+    }
+    Ok(sums)
+}
+
+/// What happened to a checkpoint, for people.
+pub(super) fn described(event: &Saving) -> String {
+    match event {
         Saving::Saved { step, bytes, took, .. } => {
             format!(
                 "saved step {step} ({}, {:.1} s in the background)",
@@ -315,6 +402,5 @@ pub(super) fn tell(telemetry: &Telemetry, event: &Saving) {
         Saving::NotPruned { step, error } => {
             format!("warning: step {step} was saved, but old checkpoints stay: {error:#}")
         }
-    };
-    telemetry.progress().line(&line);
+    }
 }
