@@ -1,11 +1,14 @@
 //! `ferropt train`: arguments and what is printed.
 
 use anyhow::Context;
-use ferropt_train::config::Config;
+use ferropt_train::config::{Config, Resolved};
+use ferropt_train::launch::{self, AGAIN, Group, Supervision};
 use ferropt_train::planner::grouped;
 use ferropt_train::signals::Stop;
 use ferropt_train::trainer::{self, Ending, Event};
+use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Arguments of `ferropt train`.
 #[derive(clap::Args)]
@@ -22,6 +25,24 @@ pub(crate) struct Args {
     /// With --dry-run: print the plan as JSON
     #[arg(long, requires = "dry_run")]
     json: bool,
+    /// Start so many processes on this machine, and end when one of them fails
+    #[arg(long, value_name = "N", conflicts_with = "dry_run")]
+    ranks: Option<usize>,
+    /// Start again from the last checkpoint when a process is lost, hangs or asks for it
+    #[arg(long, conflicts_with = "dry_run")]
+    supervise: bool,
+    /// With --supervise: starts in a row that may bring the run no further
+    #[arg(long, value_name = "N", default_value_t = 10, requires = "supervise")]
+    restarts: u32,
+    /// With --ranks and --supervise: go on with fewer processes, down to this many, when some cannot be started
+    #[arg(long, value_name = "N", requires = "supervise", requires = "ranks")]
+    min_ranks: Option<usize>,
+    /// With --ranks or --supervise: seconds that processes get to end before they are killed
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    grace: u64,
+    /// With --ranks or --supervise: seconds that a process may be stopped before it counts as hanging
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    hang: u64,
 }
 
 const EXAMPLES: &str = "\
@@ -30,8 +51,12 @@ Examples:
   ferropt train config.toml --dry-run
   ferropt train config.toml --set run.steps=5000 --set optimizer.lr=3e-4
   ferropt train config.toml --set schedule.warmup=\"375M tokens\"
+  ferropt train config.toml --ranks 4 --supervise
 
 Ctrl-C saves a checkpoint and stops; the same command then continues, with the same bits as if never stopped.
+
+Exit status: 0 done, or stopped as you asked; 1 something is wrong; 2 wrong usage; 3 training went wrong again and again;
+75 start me again (a process was lost, or SIGTERM came).
 
 The smallest configuration:
   [model]
@@ -44,7 +69,9 @@ The smallest configuration:
   dir = \"runs/first\"
   tokens = \"1B\"";
 
-pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+/// Trains, and returns the exit status.
+pub(crate) fn run(args: Args) -> anyhow::Result<u8> {
+    launch::end_with_launcher()?;
     let config = Config::load(&args.config, &args.set)?;
     let named = || format!("the configuration {} cannot be used", args.config.display());
     if args.dry_run {
@@ -54,18 +81,29 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         } else {
             println!("{}\n{plan}", resolved.config.to_toml()?);
         }
-        return Ok(());
+        return Ok(0);
     }
-    let outcome = trainer::train(config, &Stop::default(), &mut |event| {
+    if args.ranks.is_some() || args.supervise {
+        let resolved = config.clone().resolve_for(args.ranks.unwrap_or(1)).with_context(named)?;
+        return launch(&args, &config, &resolved);
+    }
+    let stop = Stop::default();
+    let outcome = trainer::train(config, &stop, &mut |event| {
         if let Event::Planned { resolved, plan } = event {
             // A configuration that does not turn into TOML is refused when the run folder is made.
             eprintln!("{}\n{plan}\n", resolved.config.to_toml().unwrap_or_default());
         }
     })?;
     let (run, step) = (outcome.run.display(), outcome.step);
+    // On this rank, or on another that has told this one.
+    let again = outcome.ending == Ending::Stopped && (stop.terminated() || !stop.requested());
+    let status = if again { AGAIN } else { 0 };
+    if outcome.rank > 0 {
+        return Ok(status);
+    }
     let Some(curves) = outcome.curves else {
         println!("stopped while the data was being read; the same command continues");
-        return Ok(());
+        return Ok(status);
     };
     match outcome.ending {
         Ending::Complete => println!("complete: {step} steps, {} tokens", grouped(outcome.tokens)),
@@ -80,5 +118,48 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         }
     }
     println!("run folder: {run}\nloss curves: {}", curves.display());
-    Ok(())
+    Ok(status)
+}
+
+/// Trains in processes of their own.
+fn launch(args: &Args, config: &Config, resolved: &Resolved) -> anyhow::Result<u8> {
+    anyhow::ensure!(args.ranks != Some(0), "--ranks 0 trains nothing; give 1 or more");
+    if let (Some(ranks), Ok(rank)) = (args.ranks, std::env::var("RANK")) {
+        anyhow::bail!(
+            "--ranks {ranks} starts all processes of a run, but RANK={rank} says that this is one of them; remove one of \
+             the two"
+        );
+    }
+    if let (Some(min), Some(ranks)) = (args.min_ranks, args.ranks) {
+        anyhow::ensure!((1..=ranks).contains(&min), "--min-ranks {min} is not between 1 and --ranks {ranks}");
+    }
+    let overrides = args.set.iter().flat_map(|set| [OsString::from("--set"), set.into()]);
+    let run = &resolved.config.run;
+    let group = Group {
+        program: std::env::current_exe().context("cannot find this program, to start it again")?,
+        arguments: [OsString::from("train"), args.config.clone().into()]
+            .into_iter()
+            .chain(overrides)
+            .collect(),
+        ranks: args.ranks,
+        threads: run.threads,
+        logs: run.dir.join("logs"),
+        grace: Duration::from_secs(args.grace),
+        hang: Duration::from_secs(args.hang),
+    };
+    let stop = Stop::default();
+    stop.on_signals_of_a_job()?;
+    if !args.supervise {
+        let Some(failure) = group.run(&stop)? else { return Ok(0) };
+        eprintln!("{}", group.describe(&failure));
+        return Ok(failure.end.status());
+    }
+    let how = Supervision {
+        run: run.dir.clone(),
+        restarts: args.restarts,
+        min_ranks: args.min_ranks.or(args.ranks).unwrap_or(1),
+        backoff: Duration::from_secs(1),
+        fits: Box::new(|ranks| config.clone().resolve_for(ranks).is_ok()),
+    };
+    launch::supervise(group, &how, &stop, &mut |line| eprintln!("supervisor: {line}"))
 }

@@ -50,7 +50,7 @@ fn sigterm_saves_and_the_same_command_continues_to_the_same_bits() {
     }
     Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
     let out = child.wait_with_output().unwrap();
-    assert!(out.status.success(), "{}", text(&out));
+    assert_eq!(out.status.code(), Some(75), "a scheduler may start it again: {}", text(&out));
     assert!(text(&out).contains("same command"), "says how to continue: {}", text(&out));
     let done = lab.metric("stopped", "loss").len() as u64;
     assert!((10..STEPS).contains(&done), "stopped after {done} steps");
@@ -106,16 +106,15 @@ fn refusals_name_the_key_the_value_and_the_fix() {
 }
 
 #[test]
-fn a_diverging_run_stops_without_saving_over_good_state() {
+fn a_run_that_diverges_whatever_is_tried_ends_without_saving_over_good_state() {
     let lab = Lab::new();
     let config = lab.config("run", 50);
-    let out =
-        train(&config, &["optimizer.kind=sgd", "optimizer.betas=", "optimizer.lr=1e30", "optimizer.clip=0"]);
-    let mut out = out;
-    let out = out.output().unwrap();
+    let wild = ["optimizer.kind=sgd", "optimizer.betas=", "optimizer.lr=1e30", "optimizer.clip=0"];
+    let out = train(&config, &wild).output().unwrap();
     let said = String::from_utf8_lossy(&out.stderr);
-    assert_eq!(out.status.code(), Some(1), "{said}");
-    assert!(said.contains("step") && said.contains("optimizer.lr"), "{said}");
+    assert_eq!(out.status.code(), Some(3), "{said}");
+    assert!(said.contains("3 roll-backs did not help") && said.contains("optimizer.lr"), "{said}");
+    lab.tensors("run", 0);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! that they depend neither on the transport nor on who is faster.
 
 use crate::label::{Label, Operation};
+use crate::lost::Lost;
 use crate::reactor::{Command, Finished, Job, Memory, Place};
 use crate::world::World;
 use anyhow::{Context, Result, anyhow, bail};
@@ -54,7 +55,7 @@ impl<B: 'static> Pending<B> {
             State::Waiting(done, finish) => {
                 let finished =
                     done.recv().map_err(|_| anyhow!("the thread that talks to the other ranks has died"))?;
-                finish(finished.map_err(|reason| anyhow!(reason))?)
+                finish(finished.map_err(Lost)?)
             }
         }
     }
@@ -299,7 +300,7 @@ impl Group {
         let finished = self.post(Operation::Gather, label, Box::new(bytes.to_vec()), sends, receives)?;
         let finished =
             finished.recv().map_err(|_| anyhow!("the thread that talks to the other ranks has died"))?;
-        let finished = finished.map_err(|reason| anyhow!(reason))?;
+        let finished = finished.map_err(Lost)?;
         let mut all = vec![bytes.to_vec(); self.size()];
         for (member, piece) in self.others().zip(&finished.pieces) {
             all[member] = piece.bytes().to_vec();

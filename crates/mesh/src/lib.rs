@@ -12,6 +12,7 @@ mod environment;
 mod frame;
 mod group;
 mod label;
+mod lost;
 mod mesh;
 mod mpi;
 mod reactor;
@@ -22,6 +23,7 @@ mod world;
 
 pub use group::{Group, Pending, SMALL_SUM};
 pub use label::{Label, Operation};
+pub use lost::Lost;
 pub use mesh::{Axes, Mesh};
 pub use trace::{Span, Trace};
 pub use world::{Join, Traffic, World};

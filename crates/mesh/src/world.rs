@@ -3,6 +3,7 @@
 use crate::environment::{Launch, launch};
 use crate::group::Group;
 use crate::label::{Label, Operation};
+use crate::lost::Lost;
 use crate::mpi::Mpi;
 use crate::reactor::{Command, Limits, Reactor};
 use crate::tcp::{Meeting, Tcp};
@@ -98,7 +99,10 @@ impl World {
             }),
             Launch::Tcp { rank, size, address, port, token } => {
                 let meeting = Meeting { rank, size, address, port, token, deadline: options.meeting };
-                World::start(options, move || Ok((rank, size, Box::new(Tcp::meet(&meeting)?))))
+                World::start(options, move || {
+                    let tcp = Tcp::meet(&meeting).map_err(|error| Lost(format!("{error:#}")))?;
+                    Ok((rank, size, Box::new(tcp)))
+                })
             }
         }
     }

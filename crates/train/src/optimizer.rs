@@ -117,11 +117,24 @@ impl<D: Device> Optimizer<D> {
         (low, kept.flatten().map(|kept| 4 * kept.len() as u64).sum())
     }
 
-    /// Gives every parameter its initial values, which follow from `seed`.
+    /// Largest gradient norm from the next step on; 0 for none.
+    pub fn set_clip(&mut self, clip: f64) {
+        self.settings.clip = clip;
+    }
+
+    /// Gives every parameter its initial values, which follow from `seed`, and forgets all steps.
     pub fn initialise<E: Element>(&mut self, device: &D, model: &mut Model<D, E>, seed: u64) {
         for index in 0..self.slots.len() {
             let values = initial_shard(&model.held()[index], seed);
             self.set(device, model, index, &values);
+            match &mut self.slots[index].memory {
+                Memory::Moments { m, v } => {
+                    device.fill(m, 0.0);
+                    device.fill(v, 0.0);
+                }
+                Memory::Momentum(momentum) => device.fill(momentum, 0.0),
+                Memory::None => {}
+            }
         }
     }
 

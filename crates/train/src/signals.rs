@@ -1,4 +1,4 @@
-//! Ctrl-C and SIGTERM: the first asks for a clean stop, the second ends the process at once.
+//! Ctrl-C and SIGTERM: the first asks for a clean stop, a second ends the process at once.
 
 use anyhow::{Context, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 #[derive(Clone, Debug, Default)]
 pub struct Stop {
     requested: Arc<AtomicBool>,
+    /// Whether it was SIGTERM that asked.
+    terminated: Arc<AtomicBool>,
     /// Whether signals make the request already.
     by_signals: Arc<AtomicBool>,
 }
@@ -21,16 +23,35 @@ impl Stop {
     /// # Errors
     /// When the system refuses a handler.
     pub fn on_signals(&self) -> Result<()> {
+        self.register(&[SIGINT, SIGTERM])
+    }
+
+    /// The same for a part of a job, where SIGTERM may come any number of times: a scheduler sends it to all processes, and a
+    /// launcher passes it on to them too. Only SIGINT, from a keyboard, is taken as impatience.
+    ///
+    /// # Errors
+    /// When the system refuses a handler.
+    pub fn on_signals_of_a_job(&self) -> Result<()> {
+        self.register(&[SIGINT])
+    }
+
+    /// `impatient` signals exit when the request was made before.
+    fn register(&self, impatient: &[i32]) -> Result<()> {
         if self.by_signals.swap(true, Ordering::Relaxed) {
             return Ok(());
         }
-        for signal in [SIGINT, SIGTERM] {
-            // In this order: the first signal finds the flag down, so that only the second exits.
-            flag::register_conditional_shutdown(signal, 128 + signal, self.requested.clone())
-                .and_then(|_| flag::register(signal, self.requested.clone()))
-                .context("cannot install the handlers of SIGINT and SIGTERM")?;
-        }
-        Ok(())
+        let register = || -> std::io::Result<()> {
+            for signal in impatient {
+                // In this order: the first signal finds the flag down, so that only the second exits.
+                flag::register_conditional_shutdown(*signal, 128 + signal, self.requested.clone())?;
+            }
+            flag::register(SIGTERM, self.terminated.clone())?;
+            for signal in [SIGINT, SIGTERM] {
+                flag::register(signal, self.requested.clone())?;
+            }
+            Ok(())
+        };
+        register().context("cannot install the handlers of SIGINT and SIGTERM")
     }
 
     /// Asks for the stop.
@@ -41,6 +62,11 @@ impl Stop {
     /// Whether somebody asked.
     pub fn requested(&self) -> bool {
         self.requested.load(Ordering::Relaxed)
+    }
+
+    /// Whether SIGTERM asked: a scheduler that wants the machine, rather than a person at the keyboard.
+    pub fn terminated(&self) -> bool {
+        self.terminated.load(Ordering::Relaxed)
     }
 }
 

@@ -351,3 +351,25 @@ fn impossible_snapshots_are_refused_with_their_names() {
     assert!(refused(|s| s.files[0].0 = "a/b".into()).contains("\"a/b\""));
     assert!(refused(|s| s.files[0].0 = "manifest.json".into()).contains("\"manifest.json\""));
 }
+
+#[test]
+fn what_was_saved_after_a_roll_back_is_newer_whatever_its_step() {
+    let run = tempfile::tempdir().unwrap();
+    let store = Store::open_for_writing(run.path()).unwrap();
+    let mut writer = Writer::start(store, Retention::ALL, DEFAULT_SHARD_BYTES).unwrap();
+    for (step, rollbacks) in [(100, 0), (200, 0), (300, 0), (100, 1)] {
+        let mut snapshot = snapshot(step, 10);
+        snapshot.run.rollbacks = rollbacks;
+        writer.save(|| Ok(snapshot)).unwrap();
+        writer.settle().unwrap();
+    }
+    writer.finish();
+    let store = Store::open(run.path()).unwrap();
+    let order: Vec<(u64, u64)> = store.list().unwrap().iter().map(|e| (e.rollbacks, e.step)).collect();
+    assert_eq!(order, [(0, 200), (0, 300), (1, 100)]);
+    let found = store.latest_whole().unwrap().unwrap();
+    assert_eq!((found.checkpoint.manifest().run.step, found.damaged.len()), (100, 0));
+    let found = store.latest_whole_of(|entry| entry.rollbacks == 0).unwrap().unwrap();
+    assert_eq!(found.checkpoint.manifest().run.step, 300);
+    assert!(store.latest_whole_of(|entry| entry.step > 300).unwrap().is_none());
+}

@@ -19,6 +19,10 @@ pub struct RunState {
     pub step: u64,
     /// Training tokens consumed.
     pub tokens: u64,
+    /// Times that the run was rolled back before. A checkpoint with more of them is the newer one, whatever the steps: a
+    /// roll-back leaves checkpoints of later steps behind, which are not to be resumed from.
+    #[serde(default)]
+    pub rollbacks: u64,
     /// Seed that all random streams of the run derive from.
     pub seed: u64,
     /// Model configuration.
@@ -168,6 +172,7 @@ mod tests {
         let mut manifest = Manifest::new(RunState {
             step: 7,
             tokens: u64::MAX,
+            rollbacks: 0,
             seed: u64::MAX - 1,
             model: json!({"layers": 2}),
             config: json!({"train": {"steps": 10}}),

@@ -37,6 +37,8 @@ pub(super) fn step_of(name: &str) -> Option<u64> {
 pub struct Entry {
     /// Step that its name says.
     pub step: u64,
+    /// Times that the run was rolled back before; of a damaged one, as often as of any.
+    pub rollbacks: u64,
     /// The directory.
     pub path: PathBuf,
     /// Why it is not whole: an unreadable manifest, a file that is missing or has another size.
@@ -131,19 +133,28 @@ impl Store {
         Ok(names.into_iter().filter_map(|name| name.into_string().ok()).collect())
     }
 
-    /// All checkpoint directories, oldest first, without reading their tensors.
+    /// All checkpoint directories, oldest first, without reading their tensors. What a roll-back left behind is older than
+    /// what was saved afterwards, whatever the steps.
     ///
     /// # Errors
     /// When the folder cannot be listed.
     pub fn list(&self) -> Result<Vec<Entry>> {
-        let mut steps: Vec<u64> = self.names()?.iter().filter_map(|name| step_of(name)).collect();
-        steps.sort_unstable();
+        let steps: Vec<u64> = self.names()?.iter().filter_map(|name| step_of(name)).collect();
         let entry = |step| {
             let path = self.root.join(directory(step));
-            let damage = load::survey(&path).err();
-            Entry { step, path, damage }
+            let (rollbacks, damage) = match load::survey(&path) {
+                Ok(manifest) => (manifest.run.rollbacks, None),
+                Err(error) => (0, Some(error)),
+            };
+            Entry { step, path, rollbacks, damage }
         };
-        Ok(steps.into_iter().map(entry).collect())
+        let mut entries: Vec<Entry> = steps.into_iter().map(entry).collect();
+        let most = entries.iter().map(|entry| entry.rollbacks).max().unwrap_or(0);
+        for damaged in entries.iter_mut().filter(|entry| entry.damage.is_some()) {
+            damaged.rollbacks = most;
+        }
+        entries.sort_by_key(|entry| (entry.rollbacks, entry.step));
+        Ok(entries)
     }
 
     /// The manifest of one checkpoint directory, after comparing the sizes of the files with it.
@@ -177,8 +188,16 @@ impl Store {
     /// # Errors
     /// When there are checkpoints and all are damaged: to begin again silently would be to lose the run.
     pub fn latest_whole(&self) -> Result<Option<Found>> {
+        self.latest_whole_of(|_| true)
+    }
+
+    /// [`Store::latest_whole`] of the checkpoints that are `wanted`.
+    ///
+    /// # Errors
+    /// When some are wanted and all those are damaged.
+    pub fn latest_whole_of(&self, wanted: impl Fn(&Entry) -> bool) -> Result<Option<Found>> {
         let mut damaged = Vec::new();
-        for entry in self.list()?.into_iter().rev() {
+        for entry in self.list()?.into_iter().rev().filter(wanted) {
             match entry.damage.map_or_else(|| Checkpoint::open(&entry.path), Err) {
                 Ok(checkpoint) => return Ok(Some(Found { checkpoint, damaged })),
                 Err(error) => damaged.push(error),

@@ -94,14 +94,23 @@ impl Writer {
     /// Only those of `snapshot`, or when the thread has died. What happens to the save itself is told by
     /// [`Writer::poll`] and [`Writer::finish`].
     pub fn save(&mut self, snapshot: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
+        self.settle()?;
+        let snapshot = snapshot()?;
+        self.writing = Some(snapshot.run.step);
+        self.snapshots.send(snapshot).map_err(|_| anyhow!("the thread that writes checkpoints has died"))
+    }
+
+    /// Waits until what was handed over is on disk, or has failed.
+    ///
+    /// # Errors
+    /// When the thread has died.
+    pub fn settle(&mut self) -> Result<()> {
         while self.writing.is_some() {
             let event =
                 self.events.recv().map_err(|_| anyhow!("the thread that writes checkpoints has died"))?;
             self.note(event);
         }
-        let snapshot = snapshot()?;
-        self.writing = Some(snapshot.run.step);
-        self.snapshots.send(snapshot).map_err(|_| anyhow!("the thread that writes checkpoints has died"))
+        Ok(())
     }
 
     /// What happened since the last call; never waits.

@@ -17,6 +17,7 @@ fn sections() -> Vec<(&'static str, &'static [&'static str])> {
         ("run", fields_of::<RunSection>()),
         ("parallel", fields_of::<ParallelSection>()),
         ("checkpoint", fields_of::<CheckpointSection>()),
+        ("recovery", fields_of::<RecoverySection>()),
         ("validation", fields_of::<ValidationSection>()),
         ("log", fields_of::<LogSection>()),
         ("energy", fields_of::<EnergySection>()),

@@ -39,6 +39,8 @@ pub struct Config {
     pub parallel: ParallelSection,
     /// `[checkpoint]`
     pub checkpoint: CheckpointSection,
+    /// `[recovery]`
+    pub recovery: RecoverySection,
     /// `[validation]`
     pub validation: ValidationSection,
     /// `[log]`
@@ -206,6 +208,32 @@ section! {
         keep_last: usize = 3,
         /// Keep those at multiples of this for ever.
         keep_every: Option<Span> = None,
+    }
+}
+
+section! {
+    /// What to do when training goes wrong.
+    RecoverySection {
+        /// Whether anything is done. If not, the first loss or gradient that is not finite ends the run.
+        enabled: bool = true,
+        /// Steps that make up the recent level of loss and gradient norm.
+        window: u64 = 128,
+        /// Robust standard deviations above the recent loss at which a step is skipped; 0 for never.
+        loss_threshold: f64 = 10.0,
+        /// The same for the gradient norm.
+        norm_threshold: f64 = 10.0,
+        /// Steps that may be skipped within `window` steps; one more rolls the run back.
+        max_skips: usize = 3,
+        /// Roll-backs before the run gives up; 0 for giving up instead.
+        max_rollbacks: usize = 3,
+        /// Steps before the first one that was skipped which a roll-back mistrusts too.
+        margin: u64 = 10,
+        /// Factor on the learning rate for each roll-back.
+        lr_factor: f64 = 0.8,
+        /// Factor on `optimizer.clip` for each roll-back.
+        clip_factor: f64 = 1.0,
+        /// How long the factors last, from the trouble on; for the rest of the run unless given.
+        cooldown: Option<Span> = None,
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::optimizer::{Rule, Settings};
+use crate::recovery::Policy;
 use crate::schedule::{Kind, Schedule};
 use anyhow::{anyhow, bail, ensure};
 use ferropt_mesh::Axes;
@@ -89,6 +90,8 @@ pub struct Resolved {
     pub keep_every: Option<u64>,
     /// Steps between validations.
     pub validation_every: u64,
+    /// What is done when training goes wrong.
+    pub recovery: Policy,
 }
 
 impl Resolved {
@@ -166,6 +169,7 @@ impl Config {
         let optimizer = self.resolve_optimizer()?;
         self.resolve_run()?;
         let keep_every = self.check_reports(batch_tokens)?;
+        let recovery = self.resolve_recovery(schedule.warmup, batch_tokens)?;
         Ok(Resolved {
             model,
             seq,
@@ -178,6 +182,7 @@ impl Config {
             checkpoint_every: self.checkpoint.every.steps(batch_tokens),
             keep_every,
             validation_every: self.validation.every.steps(batch_tokens),
+            recovery,
             config: self,
         })
     }
@@ -500,6 +505,43 @@ impl Config {
             "energy.watts = {watts}, but it is above 0; remove it for {DEFAULT_WATTS_PER_CORE} W"
         );
         Ok(keep_every)
+    }
+
+    fn resolve_recovery(&self, warmup: u64, batch_tokens: u64) -> anyhow::Result<Policy> {
+        let r = &self.recovery;
+        ensure!(
+            (16..=65_536).contains(&r.window),
+            "recovery.window = {}, but a recent level takes 16 to 65536 steps; use for example 128",
+            r.window
+        );
+        for (key, value) in [("loss_threshold", r.loss_threshold), ("norm_threshold", r.norm_threshold)] {
+            ensure!(
+                value == 0.0 || (value >= 3.0 && value.is_finite()),
+                "recovery.{key} = {value}, but it is 3 standard deviations or more, or 0 for no such check; below 3, \
+                 ordinary steps would be skipped"
+            );
+        }
+        for (key, value) in [("lr_factor", r.lr_factor), ("clip_factor", r.clip_factor)] {
+            ensure!(
+                value > 0.0 && value <= 1.0,
+                "recovery.{key} = {value}, but it is above 0 and at most 1, which changes nothing"
+            );
+        }
+        let cooldown = r.cooldown.map(|span| span.steps(batch_tokens));
+        ensure!(cooldown != Some(0), "recovery.cooldown is 0 steps; remove it for the rest of the run");
+        Ok(Policy {
+            enabled: r.enabled,
+            window: r.window as usize,
+            loss_threshold: r.loss_threshold,
+            norm_threshold: r.norm_threshold,
+            max_skips: r.max_skips,
+            max_rollbacks: r.max_rollbacks,
+            margin: r.margin,
+            lr_factor: r.lr_factor,
+            clip_factor: r.clip_factor,
+            cooldown,
+            warmup,
+        })
     }
 
     fn published(&self) -> Option<Published> {

@@ -165,8 +165,8 @@ fn split_masters_are_the_f32_run_to_the_bit_and_stochastic_ones_stay_near() {
 /// A checkpoint with these groups.
 fn written(folder: &std::path::Path, groups: Vec<Group>) -> Checkpoint {
     let null = serde_json::Value::Null;
-    let run =
-        RunState { step: 1, tokens: 0, seed: 0, model: null.clone(), config: null.clone(), loop_state: null };
+    let (model, config, loop_state) = (null.clone(), null.clone(), null);
+    let run = RunState { step: 1, tokens: 0, rollbacks: 0, seed: 0, model, config, loop_state };
     let store = Store::open_for_writing(folder).unwrap();
     let mut writer = Writer::start(store, Retention::ALL, DEFAULT_SHARD_BYTES).unwrap();
     writer.save(|| Ok(Snapshot { run, groups, files: Vec::new() })).unwrap();

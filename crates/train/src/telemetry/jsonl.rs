@@ -35,6 +35,18 @@ impl MetricLog {
         Ok(MetricLog { path: path.into(), file, length })
     }
 
+    /// Copies what comes after `step` in the log `path` to `aside`.
+    ///
+    /// # Errors
+    /// When a file cannot be read or written, or a line is no record.
+    pub fn copy_later(path: &Path, step: u64, aside: &Path) -> Result<()> {
+        let start =
+            parse(path)?.into_iter().find_map(|(start, record)| (record.step() > step).then_some(start));
+        let later =
+            start.map_or(String::new(), |start| content(path).unwrap_or_default()[start as usize..].into());
+        fs::write(aside, later).with_context(|| format!("cannot write {}", aside.display()))
+    }
+
     /// Adds a record.
     ///
     /// # Errors

@@ -21,7 +21,7 @@ pub use jsonl::MetricLog;
 pub use memory::peak_resident_bytes;
 pub use plot::{Plot, Scale, Series, Style, loss_curves};
 pub use progress::Progress;
-pub use record::{Record, Training, Validation};
+pub use record::{Record, Skipped, Training, Validation};
 pub use tensorboard::EventFile;
 
 use anyhow::{Context, Result};
@@ -60,6 +60,19 @@ impl Telemetry {
         self.progress.show(record);
         self.log.append(record)?;
         self.events.scalars(record.step(), &record.scalars())
+    }
+
+    /// Goes back to `step`, after which the run goes on: later records leave the log, to `aside` if they can be kept there,
+    /// and TensorBoard hides them.
+    ///
+    /// # Errors
+    /// When a file cannot be read or written.
+    pub fn rewind(&mut self, step: u64, steps: u64, aside: &Path) -> Result<()> {
+        let log = self.run.join("metrics.jsonl");
+        MetricLog::copy_later(&log, step, aside)?;
+        self.progress.finish();
+        *self = Telemetry::open(&self.run, Some(step), steps)?;
+        Ok(())
     }
 
     /// The terminal, for messages and for steps that are not recorded.

@@ -70,6 +70,8 @@ pub fn loss_curves(records: &[Record], title: &str) -> Plot {
     for record in records {
         match record {
             Record::Training(t) => training.push((t.step as f64, t.loss)),
+            // Its loss is none of the run's, and may be beyond any scale.
+            Record::Skipped(_) => {}
             Record::Validation(v) => {
                 let point = (v.step as f64, v.loss);
                 match sets.iter_mut().find(|(name, _)| *name == v.set) {

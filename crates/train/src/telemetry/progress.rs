@@ -44,6 +44,8 @@ impl Progress {
                 self.line(&training_line(training, self.steps, self.eta(training.step)));
             }
             Record::Validation(validation) => self.line(&validation_line(validation, self.steps)),
+            // Told with its reason by whoever decided it.
+            Record::Skipped(_) => {}
         }
     }
 

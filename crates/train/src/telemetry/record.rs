@@ -11,6 +11,8 @@ pub enum Record {
     Training(Training),
     /// An evaluation of one validation set.
     Validation(Validation),
+    /// A step that was not taken.
+    Skipped(Skipped),
 }
 
 /// A training step. Step, tokens, loss, learning rate and gradient norm are the same bits whenever the run is
@@ -49,6 +51,21 @@ pub struct Training {
     pub energy: Option<Energy>,
 }
 
+/// A step whose batch was left out: the weights are those before it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// Number that the step would have had.
+    pub step: u64,
+    /// Number of the batch in the order of the data.
+    pub batch: u64,
+    /// Its loss, nats per token.
+    #[serde(deserialize_with = "null_is_nan")]
+    pub loss: f64,
+    /// L2 norm of its gradient.
+    #[serde(deserialize_with = "null_is_nan")]
+    pub grad_norm: f64,
+}
+
 /// An evaluation of one validation set.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Validation {
@@ -80,6 +97,7 @@ impl Record {
         match self {
             Record::Training(training) => training.step,
             Record::Validation(validation) => validation.step,
+            Record::Skipped(skipped) => skipped.step,
         }
     }
 
@@ -100,6 +118,10 @@ impl Record {
                 scalars.extend(t.energy.map(|energy| ("energy/joules".to_string(), energy.joules)));
                 scalars
             }
+            Record::Skipped(s) => vec![
+                ("recovery/skipped_loss".to_string(), s.loss),
+                ("recovery/skipped_gradient_norm".to_string(), s.grad_norm),
+            ],
             Record::Validation(v) => {
                 let mut scalars = vec![
                     (format!("validation/{}/loss", v.set), v.loss),

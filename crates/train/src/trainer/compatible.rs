@@ -5,7 +5,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// Keys and sections that may change between two parts of a run. Data is compared by content, not by path.
-const FREE: [&str; 17] = [
+const FREE: [&str; 18] = [
     "run.dir",
     "run.steps",
     "run.tokens",
@@ -20,6 +20,7 @@ const FREE: [&str; 17] = [
     "data.cache",
     "data.validation",
     "checkpoint",
+    "recovery",
     "validation",
     "log",
     "energy",

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 pub(super) struct Data {
     /// Content of a `tokenizer.json`, for checkpoints.
     pub(super) tokenizer_json: Vec<u8>,
+    pub(super) tokenizer: Tokenizer,
     pub(super) train: Loader,
     /// Held-out sets in the order of their names.
     pub(super) validation: Vec<(String, Loader)>,
@@ -68,7 +69,8 @@ impl Data {
             documents: train.documents(),
             text_bytes: train.text_bytes(),
         };
-        Ok(Some(Data { tokenizer_json: tokenizer.to_json()?.into_bytes(), train, validation, identity }))
+        let tokenizer_json = tokenizer.to_json()?.into_bytes();
+        Ok(Some(Data { tokenizer_json, tokenizer, train, validation, identity }))
     }
 }
 

@@ -7,6 +7,8 @@
 
 mod compatible;
 mod data;
+mod history;
+mod recover;
 mod run;
 mod state;
 
@@ -79,8 +81,9 @@ pub struct Outcome {
 /// ([`World::join`]), it does its part.
 ///
 /// # Errors
-/// Whatever is wrong with the configuration, the data or the run folder, before any work starts; a loss that is not
-/// finite; a last checkpoint that cannot be written; a rank that is lost. What was saved stays good in all cases.
+/// Whatever is wrong with the configuration, the data or the run folder, before any work starts;
+/// [`GaveUp`](crate::recovery::GaveUp) when training goes wrong again and again; a last checkpoint that cannot be
+/// written; a rank that is lost. What was saved stays good in all cases.
 pub fn train(config: Config, stop: &Stop, hook: Hook<'_>) -> Result<Outcome> {
     let timeout = Duration::try_from_secs_f64(config.parallel.timeout).unwrap_or(Duration::MAX);
     train_in(World::join(Join { timeout, ..Join::default() })?, config, stop, hook)
@@ -97,7 +100,7 @@ pub fn train_in(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Re
     if world.rank() == 0 {
         hook(Event::Planned { resolved: &resolved, plan: &plan });
     }
-    stop.on_signals()?;
+    stop.on_signals_of_a_job()?;
     let mesh = Mesh::new(world, resolved.axes)?;
     let Some(data) = open_data(&mesh, &resolved, stop)? else { return Ok(stopped_early(&resolved, &mesh)) };
     match resolved.config.run.precision {

@@ -7,11 +7,13 @@ use crate::checkpoint::{
 };
 use crate::collect::Collector;
 use crate::config::Resolved;
+use crate::logbook::Logbook;
 use crate::optimizer::Optimizer;
 use crate::planner::{Flops, Plan};
+use crate::recovery::{Guard, State, Verdict};
 use crate::signals::Stop;
 use crate::telemetry::{Energy, Meter, Record, Telemetry, Training, Validation};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use ferropt_data::Batch;
 use ferropt_device::{Device, Element, Store as Put};
 use ferropt_mesh::{Label, Mesh};
@@ -20,26 +22,29 @@ use std::time::{Duration, Instant};
 
 /// A run: model, optimiser, data and outputs; of a run on many ranks, one of them.
 pub(super) struct Trainer<'h, D: Device, E: Element> {
-    device: D,
-    mesh: Mesh,
-    resolved: Resolved,
-    data: Data,
-    model: Model<D, E>,
-    backprop: Backprop<D, E>,
-    optimizer: Optimizer<D>,
+    pub(super) device: D,
+    pub(super) mesh: Mesh,
+    pub(super) resolved: Resolved,
+    pub(super) data: Data,
+    pub(super) model: Model<D, E>,
+    pub(super) backprop: Backprop<D, E>,
+    pub(super) optimizer: Optimizer<D>,
+    /// Says which batch comes next, and whether its gradient is taken. All ranks see the same figures and have the same.
+    pub(super) guard: Guard,
     collector: Collector,
     /// The first rank tells and writes.
-    telemetry: Option<Telemetry>,
-    writer: Option<Writer>,
+    pub(super) telemetry: Option<Telemetry>,
+    pub(super) book: Option<Logbook>,
+    pub(super) writer: Option<Writer>,
     meter: Meter,
     /// Work of one token, and the measured peak in FLOP/s to compare it with.
     flops: Flops,
     peak: f64,
     batch: Batch,
     /// Steps done.
-    step: u64,
+    pub(super) step: u64,
     /// Steps done when the last snapshot was taken.
-    saved: Option<u64>,
+    pub(super) saved: Option<u64>,
     /// Set once: a full disk would repeat it at every step.
     metrics_lost: bool,
     hook: Hook<'h>,
@@ -83,10 +88,10 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let mut model = Model::part(&device, &resolved.model, part_of(&mesh))?;
         let mut optimizer = Optimizer::new(&device, &model, resolved.optimizer)?;
         let backprop = Backprop::on(&device, &resolved.model, resolved.options(), mesh.clone())?;
-        let (mut step, mut energy) = (0, Energy::default());
+        let (mut step, mut energy, mut remembered) = (0, Energy::default(), State::after(0));
         match &found {
             Some(found) => {
-                energy = state::load(found, &data.identity, &device, &mut model, &mut optimizer)
+                (energy, remembered) = state::load(found, &data.identity, &device, &mut model, &mut optimizer)
                     .with_context(|| format!("cannot resume from {}", found.path().display()))?;
                 step = found.manifest().run.step;
             }
@@ -101,7 +106,14 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             Some(store) => Some(Writer::start(store, retention, DEFAULT_SHARD_BYTES)?),
             None => None,
         };
+        let book = if first {
+            Some(super::history::open(&resolved, &mesh.world, resumed, &damaged)?)
+        } else {
+            None
+        };
         let trainer = Trainer {
+            guard: Guard::new(resolved.recovery, remembered),
+            book,
             collector: Collector::new(mesh.clone(), model.held(), 1),
             writer,
             flops: plan.flops_per_token,
@@ -132,7 +144,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
     }
 
     /// A line for people.
-    fn say(&self, line: &str) {
+    pub(super) fn say(&self, line: &str) {
         if let Some(telemetry) = &self.telemetry {
             telemetry.progress().line(line);
         }
@@ -141,8 +153,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
     /// Runs until the last step, the time limit, or a request to stop, then saves.
     ///
     /// # Errors
-    /// A loss or gradient that is not finite (before it touches the weights), or a last checkpoint that cannot be
-    /// written.
+    /// Training that goes wrong again and again, a last checkpoint that cannot be written, or a rank that is lost.
     pub(super) fn run(mut self, stop: &Stop) -> Result<Outcome> {
         let ending = self.work(stop);
         // Whatever happened, a checkpoint that is under way is finished.
@@ -158,6 +169,10 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         }
         if let Some(telemetry) = &self.telemetry {
             telemetry.progress().finish();
+        }
+        if let Some(book) = &mut self.book {
+            let end = ending.as_ref().and_then(|ending| last_save.as_ref().map(|()| *ending));
+            super::history::close(book, self.step, end);
         }
         let ending = ending?;
         last_save?;
@@ -186,7 +201,9 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             if let Some(ending) = self.agree(stop.requested(), late)? {
                 break ending;
             }
-            self.advance()?;
+            if !self.advance()? {
+                continue;
+            }
             if self.step.is_multiple_of(self.resolved.validation_every) || self.step == self.resolved.steps {
                 self.validate()?;
             }
@@ -195,7 +212,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             }
             let events: Vec<Saving> = self.writer.as_mut().map(Writer::poll).unwrap_or_default();
             for event in events {
-                self.say(&described(&event));
+                self.saving(&event);
             }
         };
         if self.saved != Some(self.step) {
@@ -212,11 +229,11 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         Ok(if any(0) { Some(Ending::Stopped) } else { any(1).then_some(Ending::OutOfTime) })
     }
 
-    /// One optimiser step.
-    fn advance(&mut self) -> Result<()> {
+    /// One optimiser step; false if it was not taken, whereupon the next one is to be tried.
+    fn advance(&mut self) -> Result<bool> {
         let started = Instant::now();
         let (r, step) = (&self.resolved, self.step + 1);
-        let first = self.step * r.sequences as u64;
+        let first = self.guard.batch() * r.sequences as u64;
         // Every position of a training sample is a target, so the mean is over all tokens of the step.
         let scale = 1.0 / r.batch_tokens() as f32;
         let mut sum = 0.0;
@@ -233,10 +250,13 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let grad_norm = self.backprop.sum(&self.device)?;
         let [sum] = total(&self.mesh, [sum])?;
         let loss = sum / r.batch_tokens() as f64;
-        if !loss.is_finite() || !grad_norm.is_finite() {
-            self.refuse(step, loss, grad_norm)?;
+        match self.guard.judge(step, loss, grad_norm) {
+            Verdict::Accept => {}
+            verdict => return self.recover(verdict).map(|()| false),
         }
-        let lr = r.schedule.lr(step);
+        let (lr_factor, clip_factor) = self.guard.factors(step);
+        let lr = r.schedule.lr(step) * lr_factor;
+        self.optimizer.set_clip(r.optimizer.clip * clip_factor);
         let gradients = &self.backprop.gradients;
         self.optimizer.step(&self.device, &mut self.model, gradients, step, lr, grad_norm);
         self.step = step;
@@ -262,23 +282,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
                 telemetry.progress().step(step);
             }
         }
-        Ok(())
-    }
-
-    /// Stops a run that has diverged; the weights are still those of the last good step, and nothing is saved.
-    fn refuse(&self, step: u64, loss: f64, grad_norm: f64) -> Result<()> {
-        let back = match self.saved {
-            Some(saved) => {
-                format!("The checkpoint of step {saved} is good, and the same command continues from it")
-            }
-            None => "No checkpoint was written yet; the same command starts anew".into(),
-        };
-        bail!(
-            "the run diverged in step {step}: loss {loss}, gradient norm {grad_norm}. {back}, to the same end: lower \
-             optimizer.lr ({} at the peak), lengthen schedule.warmup or lower optimizer.clip ({}), in another run.dir",
-            self.resolved.schedule.peak,
-            self.resolved.config.optimizer.clip
-        )
+        Ok(true)
     }
 
     /// Scores the held-out sets.
@@ -321,7 +325,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
     }
 
     /// Hands a snapshot to the background, once what was recorded up to here is on disk.
-    fn save(&mut self) -> Result<()> {
+    pub(super) fn save(&mut self) -> Result<()> {
         if let Some(Err(error)) = self.telemetry.as_ref().map(Telemetry::sync) {
             self.say(&format!("warning: {error:#}"));
         }
@@ -330,6 +334,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             resolved: &self.resolved,
             data: &self.data,
             energy: self.meter.read(),
+            guard: &self.guard,
         };
         let snapshot = || state::snapshot(place, &self.device, &self.model, &self.optimizer, &self.collector);
         match &mut self.writer {
@@ -341,7 +346,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
     }
 
     /// Keeps a record; a full disk does not stop the training.
-    fn record(&mut self, record: Record) {
+    pub(super) fn record(&mut self, record: Record) {
         if let Some(Err(error)) = self.telemetry.as_mut().map(|telemetry| telemetry.record(&record))
             && !std::mem::replace(&mut self.metrics_lost, true)
         {
@@ -351,12 +356,12 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
 }
 
 /// A loader's batch, as the model takes it.
-fn view(batch: &Batch) -> ferropt_model::Batch<'_> {
+pub(super) fn view(batch: &Batch) -> ferropt_model::Batch<'_> {
     ferropt_model::Batch { tokens: &batch.tokens, targets: &batch.targets, doc_start: &batch.doc_start }
 }
 
 /// The checkpoint that the first rank found, on all of them.
-fn found_by_first(
+pub(super) fn found_by_first(
     mesh: &Mesh,
     run: &std::path::Path,
     found: Option<Checkpoint>,
@@ -382,7 +387,7 @@ fn total<const N: usize>(mesh: &Mesh, values: [f64; N]) -> Result<[f64; N]> {
 }
 
 /// What happened to a checkpoint, for people.
-fn described(event: &Saving) -> String {
+pub(super) fn described(event: &Saving) -> String {
     match event {
         Saving::Saved { step, bytes, took, .. } => {
             format!(

@@ -5,6 +5,7 @@ use crate::checkpoint::{Checkpoint, RunState, Snapshot};
 use crate::collect::Collector;
 use crate::config::Resolved;
 use crate::optimizer::Optimizer;
+use crate::recovery::{self, Guard};
 use crate::telemetry::Energy;
 use anyhow::{Context, Result, ensure};
 use ferropt_device::{Device, Element};
@@ -16,6 +17,8 @@ use serde::{Deserialize, Serialize};
 struct LoopState {
     data: Identity,
     energy: Energy,
+    /// Absent in checkpoints of programs that knew no recovery.
+    recovery: Option<recovery::State>,
 }
 
 /// Where a run stands.
@@ -24,6 +27,7 @@ pub(super) struct Place<'a> {
     pub(super) resolved: &'a Resolved,
     pub(super) data: &'a Data,
     pub(super) energy: Energy,
+    pub(super) guard: &'a Guard,
 }
 
 /// A copy of everything that the run needs to go on, and what other programs need to use the model.
@@ -34,21 +38,26 @@ pub(super) fn snapshot<D: Device, E: Element>(
     optimizer: &Optimizer<D>,
     collector: &Collector,
 ) -> Result<Snapshot> {
-    let Place { step, resolved, data, energy } = place;
+    let Place { step, resolved, data, energy, guard } = place;
     let run = RunState {
         step,
         tokens: step * resolved.batch_tokens(),
+        rollbacks: guard.rollbacks(),
         seed: resolved.config.run.seed,
         model: serde_json::to_value(&resolved.model)?,
         config: serde_json::to_value(&resolved.config)?,
-        loop_state: serde_json::to_value(LoopState { data: data.identity.clone(), energy })?,
+        loop_state: serde_json::to_value(LoopState {
+            data: data.identity.clone(),
+            energy,
+            recovery: Some(guard.state().clone()),
+        })?,
     };
     let config = serde_json::to_vec_pretty(&resolved.model.hugging_face())?;
     let files = vec![("config.json".into(), config), ("tokenizer.json".into(), data.tokenizer_json.clone())];
     Ok(Snapshot { run, groups: optimizer.save(device, model, collector)?, files })
 }
 
-/// Puts a checkpoint's state into place, and returns the energy that the run has used.
+/// Puts a checkpoint's state into place, and returns the energy that the run had used and what its guard remembered.
 ///
 /// # Errors
 /// When the run trained another model or on other data, or a tensor is missing; the message says which.
@@ -58,7 +67,7 @@ pub(super) fn load<D: Device, E: Element>(
     device: &D,
     model: &mut Model<D, E>,
     optimizer: &mut Optimizer<D>,
-) -> Result<Energy> {
+) -> Result<(Energy, recovery::State)> {
     let run = &checkpoint.manifest().run;
     let saved: ferropt_model::Config =
         serde_json::from_value(run.model.clone()).context("its manifest describes no OPT model")?;
@@ -67,5 +76,5 @@ pub(super) fn load<D: Device, E: Element>(
         .context("its manifest does not say where the loop stood")?;
     state.data.check(data)?;
     optimizer.load(device, model, checkpoint)?;
-    Ok(state.energy)
+    Ok((state.energy, state.recovery.unwrap_or_else(|| recovery::State::after(run.step))))
 }

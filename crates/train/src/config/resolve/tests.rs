@@ -132,6 +132,12 @@ fn refusals_name_the_key_the_value_and_the_fix() {
             &["run.precision = \"f32\"", "run.weights = \"split\""],
         ),
         (EXPLICIT, &["optimizer.lr=0"], &["optimizer.lr = 0"]),
+        (EXPLICIT, &["recovery.window=8"], &["recovery.window = 8", "128"]),
+        (EXPLICIT, &["recovery.loss_threshold=1"], &["recovery.loss_threshold = 1", "ordinary steps"]),
+        (EXPLICIT, &["recovery.norm_threshold=nan"], &["recovery.norm_threshold = NaN"]),
+        (EXPLICIT, &["recovery.lr_factor=1.5"], &["recovery.lr_factor = 1.5", "at most 1"]),
+        (EXPLICIT, &["recovery.clip_factor=0"], &["recovery.clip_factor = 0"]),
+        (EXPLICIT, &["recovery.cooldown=0"], &["recovery.cooldown", "remove it"]),
         (EXPLICIT, &["optimizer.lr=inf"], &["optimizer.lr = inf"]),
         (EXPLICIT, &["optimizer.momentum=0.9"], &["\"adamw\"", "optimizer.momentum = 0.9", "sgd"]),
         (

@@ -1,0 +1,207 @@
+//! Training that goes wrong, by real poison: text that makes the loss explode, weights that are none, a rate far too high.
+//! Each run ends as an undisturbed one does, or says why it gave up, with no person involved.
+
+mod lab;
+
+use lab::{Lab, text, train};
+use serde_json::Value;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Instant;
+
+/// Entries of a run's logbook.
+fn book(lab: &Lab, run: &str) -> Vec<Value> {
+    let lines = std::fs::read_to_string(lab.path(run).join("logbook.jsonl")).unwrap();
+    lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn events(lab: &Lab, run: &str) -> Vec<String> {
+    book(lab, run).iter().map(|entry| entry["event"].as_str().unwrap().to_string()).collect()
+}
+
+/// Loss on the held-out set at the end.
+fn quality(lab: &Lab, run: &str) -> f64 {
+    let lines = std::fs::read_to_string(lab.path(run).join("metrics.jsonl")).unwrap();
+    let mut values = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    values.rfind(|v| v["kind"] == "validation").unwrap()["loss"].as_f64().unwrap()
+}
+
+/// More text, so that a run does not come round to what it knows, and a document of one rare byte, repeated.
+fn poison(lab: &Lab) {
+    for i in 0..2 {
+        let story = std::fs::read_to_string(lab.path(&format!("texts/{i}.txt"))).unwrap();
+        std::fs::write(lab.path(&format!("texts/more-{i}.txt")), story.repeat(8)).unwrap();
+    }
+    std::fs::write(lab.path("texts/poison.txt"), "\u{1}".repeat(64 * 6)).unwrap();
+}
+
+/// Small batches, so that a poisoned sequence is half of one.
+const SMALL: [&str; 5] = [
+    "batch.tokens=128",
+    "schedule.warmup=20",
+    "optimizer.lr=3e-3",
+    "validation.every=1000",
+    "recovery.window=32",
+];
+
+#[test]
+fn poisoned_batches_are_left_out_and_the_quality_is_that_of_clean_text() {
+    let lab = Lab::new();
+    const STEPS: u64 = 600;
+    poison(&lab);
+    std::fs::rename(lab.path("texts/poison.txt"), lab.path("poison.txt")).unwrap();
+    lab.train(&lab.config("clean", STEPS), &SMALL);
+    std::fs::rename(lab.path("poison.txt"), lab.path("texts/poison.txt")).unwrap();
+    let out = lab.train(&lab.config("poisoned", STEPS), &SMALL);
+    let skipped: Vec<Value> =
+        book(&lab, "poisoned").into_iter().filter(|entry| entry["event"] == "skipped").collect();
+    assert!((1..20).contains(&skipped.len()), "{} skipped: {}", skipped.len(), text(&out));
+    // Each is a batch with the poison in it, kept for a look.
+    for entry in &skipped {
+        let (step, batch) =
+            (entry["cause"]["step"].as_u64().unwrap(), entry["cause"]["batch"].as_u64().unwrap());
+        let kept = lab.path(&format!("poisoned/trouble/step-{step:08}/batch-{batch:08}.jsonl"));
+        let kept = std::fs::read_to_string(kept).unwrap();
+        assert_eq!(kept.lines().count(), 2);
+        assert!(kept.contains("\\u0001\\u0001\\u0001"), "{kept}");
+        assert!(entry["text"].as_str().unwrap().contains("robust deviations above"), "{entry}");
+    }
+    let (clean, poisoned) = (quality(&lab, "clean"), quality(&lab, "poisoned"));
+    println!("held-out loss: clean {clean:.4}, poisoned {poisoned:.4}, {} batches left out", skipped.len());
+    assert!(poisoned < 1.05 * clean, "clean {clean}, poisoned {poisoned}");
+    assert_eq!(lab.metric("poisoned", "loss").len() as u64, STEPS, "each step is reported once");
+}
+
+/// Changes the first `count` values of a tensor in a checkpoint to `value`, with checksums that fit.
+fn spoil(run: &Path, step: u64, group: &str, tensor: &str, count: usize, value: f32) {
+    let folder = run.join(format!("checkpoints/step-{step:08}"));
+    let name = format!("{group}.safetensors");
+    let mut bytes = std::fs::read(folder.join(&name)).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let table: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+    let start = 8 + header + table[tensor]["data_offsets"][0].as_u64().unwrap() as usize;
+    for at in (start..).step_by(4).take(count) {
+        bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    }
+    std::fs::write(folder.join(&name), &bytes).unwrap();
+    let manifest = folder.join("manifest.json");
+    let mut content: Value = serde_json::from_slice(&std::fs::read(&manifest).unwrap()).unwrap();
+    content["files"][&name]["crc32c"] = format!("{:08x}", crc32c::crc32c(&bytes)).into();
+    content.as_object_mut().unwrap().remove("crc32c");
+    let mut sealed = serde_json::to_vec_pretty(&content).unwrap();
+    sealed.truncate(sealed.len() - 2);
+    let seal = format!(",\n  \"crc32c\": \"{:08x}\"\n}}\n", crc32c::crc32c(&sealed));
+    sealed.extend(seal.into_bytes());
+    std::fs::write(&manifest, sealed).unwrap();
+}
+
+/// Trains `whole` undisturbed, and `spoilt` with a checkpoint of step 200 that was changed. Returns the entries of the
+/// latter's logbook.
+fn with_spoilt_checkpoint(lab: &Lab, spoil: impl Fn(&Path)) -> Vec<Value> {
+    let set = ["checkpoint.keep_last=20", "schedule.total=300", "recovery.window=32", "recovery.cooldown=30"];
+    lab.train(&lab.config("whole", 300), &set);
+    lab.train(&lab.config("spoilt", 200), &set);
+    spoil(&lab.path("spoilt"));
+    let out = lab.train(&lab.config("spoilt", 300), &set);
+    let (whole, spoilt) = (quality(lab, "whole"), quality(lab, "spoilt"));
+    println!("held-out loss: whole {whole:.4}, spoilt {spoilt:.4}");
+    assert!(spoilt < 1.05 * whole, "whole {whole}, spoilt {spoilt}: {}", text(&out));
+    let losses = lab.metric("spoilt", "loss");
+    assert_eq!(losses.len(), 300);
+    assert!(losses.windows(2).all(|pair| pair[1].0 == pair[0].0 + 1), "metrics are in the order of steps");
+    book(lab, "spoilt")
+}
+
+/// Steps of the only roll-back.
+fn rolled_back(entries: &[Value]) -> (u64, u64) {
+    let mut found = entries.iter().filter(|entry| entry["event"] == "rolled-back");
+    let entry = found.next().expect("a roll-back");
+    assert!(found.next().is_none(), "one roll-back: {entries:?}");
+    (entry["from"].as_u64().unwrap(), entry["to"].as_u64().unwrap())
+}
+
+#[test]
+fn weights_that_are_not_numbers_are_named_and_an_older_checkpoint_is_taken() {
+    let lab = Lab::new();
+    let entries = with_spoilt_checkpoint(&lab, |run| {
+        spoil(run, 200, "model", "model.decoder.layers.1.fc1.weight", 1, f32::NAN);
+    });
+    let skipped = entries.iter().find(|entry| entry["event"] == "skipped").expect("a skipped step");
+    let said = skipped["text"].as_str().unwrap();
+    assert!(said.contains("layers.1.fc1.weight, row 0: NaN in the weights"), "{said}");
+    assert_eq!(rolled_back(&entries), (200, 190));
+    // The page for people tells the same.
+    let page = std::fs::read_to_string(lab.path("spoilt/logbook.md")).unwrap();
+    assert!(page.contains("**rolled back**") && page.contains("NaN in the weights"), "{page}");
+}
+
+#[test]
+fn a_loss_that_explodes_is_rolled_back_with_a_lower_rate() {
+    let lab = Lab::new();
+    // A first moment that is far too large makes the next updates enormous, as a burst of gradients does.
+    let entries = with_spoilt_checkpoint(&lab, |run| {
+        spoil(run, 200, "adam_m", "model.decoder.layers.0.fc1.weight", 128 * 32, 1.0);
+    });
+    let (from, to) = rolled_back(&entries);
+    assert!((201..205).contains(&from) && to == 190, "from {from} to {to}: {entries:?}");
+    let rates = (lab.metric("whole", "lr"), lab.metric("spoilt", "lr"));
+    for (step, factor) in [(190, 1.0), (191, 0.8), (230, 0.8), (240, 1.0)] {
+        let ratio = rates.1[step - 1].1 / rates.0[step - 1].1;
+        assert!((ratio - factor).abs() < 1e-12, "step {step}: {ratio} of the undisturbed rate");
+    }
+    let aside = std::fs::read_to_string(lab.path("spoilt/trouble/roll-back-1-metrics.jsonl")).unwrap();
+    assert!(aside.contains("\"step\":200"), "what was rolled back is kept: {aside}");
+}
+
+#[test]
+fn a_run_that_was_killed_in_its_troubles_ends_with_the_same_bits() {
+    let lab = Lab::new();
+    const STEPS: u64 = 400;
+    poison(&lab);
+    let set = [
+        &SMALL[..],
+        &["recovery.max_skips=0", "recovery.max_rollbacks=40", "recovery.margin=2", "log.every=10"],
+    ]
+    .concat();
+    let started = Instant::now();
+    lab.train(&lab.config("whole", STEPS), &set);
+    let longest = started.elapsed();
+    let whole = events(&lab, "whole");
+    assert!(whole.contains(&"rolled-back".into()) && whole.contains(&"skipped".into()), "{whole:?}");
+    let config = lab.config("killed", STEPS);
+    let mut kills = 0;
+    for round in 0..8u32 {
+        let mut child = train(&config, &set).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(longest.mul_f64(0.15 + 0.07 * f64::from(round * 7 % 5)));
+        if child.try_wait().unwrap().is_some() {
+            break;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        kills += 1;
+    }
+    lab.train(&config, &set);
+    println!("{kills} kills; {whole:?}");
+    assert!(lab.tensors("killed", STEPS) == lab.tensors("whole", STEPS), "after {kills} kills");
+    assert_eq!(lab.metric("killed", "loss"), lab.metric("whole", "loss"));
+    let told = |run: &str| {
+        let entries = book(&lab, run).into_iter();
+        let of_trouble = |e: &Value| ["skipped", "rolled-back"].contains(&e["event"].as_str().unwrap());
+        entries.filter(of_trouble).map(|e| e["text"].to_string()).collect::<Vec<_>>()
+    };
+    assert_eq!(told("killed"), told("whole"), "each trouble is told once");
+    if kills > 0 {
+        assert!(events(&lab, "killed").contains(&"was-killed".into()), "{:?}", events(&lab, "killed"));
+    }
+}
+
+#[test]
+fn switched_off_the_first_loss_that_is_not_finite_ends_the_run() {
+    let lab = Lab::new();
+    let wild = ["optimizer.kind=sgd", "optimizer.betas=", "optimizer.lr=1e30", "optimizer.clip=0"];
+    let off = [&wild[..], &["recovery.enabled=false"]].concat();
+    let out = train(&lab.config("run", 50), &off).output().unwrap();
+    assert_eq!(out.status.code(), Some(3), "{}", text(&out));
+    assert!(text(&out).contains("recovery.enabled = false"), "{}", text(&out));
+    assert_eq!(events(&lab, "run"), ["started", "skipped", "gave-up"]);
+}

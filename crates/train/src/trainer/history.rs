@@ -1,0 +1,66 @@
+//! Beginning and end of every start of a run, in its logbook.
+
+use super::Ending;
+use crate::config::Resolved;
+use crate::logbook::Logbook;
+use crate::recovery::GaveUp;
+use anyhow::{Error, Result};
+use ferropt_mesh::World;
+use serde_json::json;
+
+/// Events that end a start.
+const ENDS: [&str; 4] = ["ended", "failed", "gave-up", "rank-lost"];
+
+/// Opens the logbook of a run that is resumed after step `resumed`, or begun, and enters how it starts and what was found.
+///
+/// # Errors
+/// When the logbook cannot be read or written.
+pub(super) fn open(
+    resolved: &Resolved,
+    world: &World,
+    resumed: Option<u64>,
+    damaged: &[Error],
+) -> Result<Logbook> {
+    let mut book = Logbook::open(&resolved.config.run.dir)?;
+    let step = resumed.unwrap_or(0);
+    if let Some(last) = book.entries().last().filter(|last| !ENDS.contains(&&*last.event)) {
+        let text = format!(
+            "The start before this one ended without a word, after step {} or later: it was killed, or its machine was \
+             lost.",
+            last.step
+        );
+        book.add(step, "was-killed", &text, json!({}))?;
+    }
+    for damage in damaged {
+        book.add(step, "passed-over", &format!("A damaged checkpoint: {damage:#}."), json!({}))?;
+    }
+    let config = format!("{:08x}", crc32c::crc32c(resolved.config.to_toml()?.as_bytes()));
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let (version, pid, steps) = (env!("CARGO_PKG_VERSION"), std::process::id(), resolved.steps);
+    let event = if resumed.is_some() { "resumed" } else { "started" };
+    let ranks = world.size();
+    let many = if ranks > 1 { format!(", {ranks} ranks ({})", world.describe()) } else { String::new() };
+    let text = format!(
+        "{} of {steps} steps, ferropt {version} on {host}, process {pid}{many}, configuration {config}.",
+        resolved.model_name()
+    );
+    let figures = json!({
+        "version": version, "host": host, "pid": pid, "ranks": ranks, "steps": steps, "config_crc32c": config,
+    });
+    book.add(step, event, &text, figures)?;
+    Ok(book)
+}
+
+/// Enters how a start has ended, as far as the disk lets it.
+pub(super) fn close(book: &mut Logbook, step: u64, ending: Result<Ending, &Error>) {
+    let (event, text) = match ending {
+        Ok(Ending::Complete | Ending::AlreadyComplete) => ("ended", "All steps are done.".to_string()),
+        Ok(Ending::Stopped) => ("ended", "Somebody asked it to stop.".into()),
+        Ok(Ending::OutOfTime) => ("ended", "run.max_minutes are over.".into()),
+        // Its own entry is there.
+        Err(error) if error.chain().any(|cause| cause.is::<GaveUp>()) => return,
+        Err(error) => ("failed", format!("{error:#}.")),
+    };
+    // Whoever started the run is told of its ending anyway.
+    let _ = book.add(step, event, &text, json!({}));
+}
