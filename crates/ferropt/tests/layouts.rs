@@ -99,7 +99,7 @@ fn has_mpi() -> bool {
     found.is_ok_and(|status| status.success())
 }
 
-/// Trains on so many ranks.
+/// Trains on so many ranks, which send what they should.
 fn train(config: &Path, set: &[String], ranks: usize) {
     let set: Vec<&str> = set.iter().map(String::as_str).collect();
     let one = lab::train(config, &set);
@@ -135,6 +135,10 @@ fn train(config: &Path, set: &[String], ranks: usize) {
     };
     for (rank, out) in outputs.iter().enumerate() {
         assert!(out.status.success(), "{ranks} ranks, {set:?}: rank {rank} failed:\n{}", lab::text(out));
+    }
+    if ranks > 1 {
+        let told = lab::text(&outputs[0]);
+        assert!(told.contains("in a step, as planned"), "{ranks} ranks, {set:?}:\n{told}");
     }
 }
 
@@ -263,6 +267,33 @@ fn bf16_runs_on_many_ranks_stay_near() {
                 );
             }
         }
+    }
+}
+
+#[test]
+fn a_trace_shows_every_rank_computing_while_others_weights_come() {
+    let lab = Lab::new();
+    let mut set = common(false);
+    set.extend(layout([1, 2, 1], NONE, 4).set());
+    set.push("log.trace=2".into());
+    train(&lab.config("traced", 3), &set, 2);
+    let text = std::fs::read(lab.path("traced/trace.json")).unwrap();
+    let events: serde_json::Value = serde_json::from_slice(&text).unwrap();
+    let events = events.as_array().unwrap();
+    for rank in [0, 1] {
+        let times = |name: &str, phase: &str| -> Vec<f64> {
+            let is = |e: &&serde_json::Value| e["pid"] == rank && e["name"] == name && e["ph"] == phase;
+            events.iter().filter(is).map(|e| e["ts"].as_f64().unwrap()).collect()
+        };
+        // Two steps of three micro-batches of four sequences; layers 0 and 1 are still there when a pass begins.
+        assert_eq!(times("forward of layer 2", "X").len(), 6);
+        assert_eq!(times("optimiser", "X").len(), 2);
+        let (asked, computed) =
+            (times("all-gather of layer 1 (shard)", "b"), times("forward of layer 0", "X"));
+        assert!(
+            !asked.is_empty() && asked[0] <= computed[0],
+            "the next layer is asked for before this one computes"
+        );
     }
 }
 

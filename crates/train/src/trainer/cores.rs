@@ -39,7 +39,11 @@ mod tests {
         let ranks: Vec<_> = World::local(3)
             .unwrap()
             .into_iter()
-            .map(|world| std::thread::spawn(move || (threads(&world, None).unwrap(), threads(&world, Some(7)).unwrap())))
+            .map(|world| {
+                std::thread::spawn(move || {
+                    (threads(&world, None).unwrap(), threads(&world, Some(7)).unwrap())
+                })
+            })
             .collect();
         for rank in ranks {
             assert_eq!(rank.join().unwrap(), (Some((cores / 3).max(1)), Some(7)));

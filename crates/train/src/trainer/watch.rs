@@ -38,7 +38,9 @@ impl Watch {
         Some(if counted == planned {
             format!("each rank sends {bytes} in a step, as planned")
         } else {
-            format!("warning: each rank sends {bytes} in a step, but planned was {planned:?}, and counted {counted:?}")
+            format!(
+                "warning: each rank sends {bytes} in a step, but planned was {planned:?}, and counted {counted:?}"
+            )
         })
     }
 
