@@ -19,16 +19,17 @@ struct Layout {
     tensor: usize,
     shard: usize,
     replicate: usize,
+    pipeline: usize,
     recompute: &'static str,
     micro_batch: usize,
 }
 
 const fn layout(
-    [tensor, shard, replicate]: [usize; 3],
+    [tensor, shard, replicate, pipeline]: [usize; 4],
     recompute: &'static str,
     micro_batch: usize,
 ) -> Layout {
-    Layout { tensor, shard, replicate, recompute, micro_batch }
+    Layout { tensor, shard, replicate, pipeline, recompute, micro_batch }
 }
 
 const NONE: &str = "none";
@@ -36,49 +37,59 @@ const SELECTIVE: &str = "selective";
 const FULL: &str = "full";
 
 /// Of pre-norm models.
-const LAYOUTS: [Layout; 18] = [
-    layout([1, 2, 1], NONE, 4),
-    layout([1, 1, 2], SELECTIVE, 2),
-    layout([1, 4, 1], FULL, 1),
-    layout([1, 2, 2], NONE, 2),
-    layout([1, 1, 4], NONE, 1),
-    layout([1, 3, 1], NONE, 2),
-    layout([1, 8, 1], NONE, 1),
-    layout([1, 4, 2], SELECTIVE, 1),
-    layout([1, 2, 4], FULL, 1),
-    layout([2, 1, 1], NONE, 4),
-    layout([2, 1, 1], FULL, 8),
-    layout([2, 2, 1], SELECTIVE, 2),
-    layout([2, 1, 2], NONE, 1),
-    layout([2, 3, 1], FULL, 1),
-    layout([2, 2, 2], NONE, 2),
-    layout([2, 4, 1], FULL, 1),
-    layout([4, 1, 1], NONE, 8),
-    layout([4, 2, 1], SELECTIVE, 2),
+const LAYOUTS: [Layout; 24] = [
+    layout([1, 2, 1, 1], NONE, 4),
+    layout([1, 1, 2, 1], SELECTIVE, 2),
+    layout([1, 4, 1, 1], FULL, 1),
+    layout([1, 2, 2, 1], NONE, 2),
+    layout([1, 1, 4, 1], NONE, 1),
+    layout([1, 3, 1, 1], NONE, 2),
+    layout([1, 8, 1, 1], NONE, 1),
+    layout([1, 4, 2, 1], SELECTIVE, 1),
+    layout([1, 2, 4, 1], FULL, 1),
+    layout([2, 1, 1, 1], NONE, 4),
+    layout([2, 1, 1, 1], FULL, 8),
+    layout([2, 2, 1, 1], SELECTIVE, 2),
+    layout([2, 1, 2, 1], NONE, 1),
+    layout([2, 3, 1, 1], FULL, 1),
+    layout([2, 2, 2, 1], NONE, 2),
+    layout([2, 4, 1, 1], FULL, 1),
+    layout([4, 1, 1, 1], NONE, 8),
+    layout([4, 2, 1, 1], SELECTIVE, 2),
+    layout([1, 1, 1, 2], NONE, 4),
+    layout([1, 1, 1, 3], FULL, 2),
+    layout([1, 2, 1, 3], NONE, 2),
+    layout([2, 1, 1, 2], SELECTIVE, 2),
+    layout([2, 2, 1, 2], FULL, 1),
+    layout([1, 2, 2, 2], NONE, 1),
 ];
 
 /// Of post-norm models, whose embeddings are narrower, as 350m's.
-const POST_NORM: [Layout; 9] = [
-    layout([1, 2, 1], NONE, 4),
-    layout([1, 4, 1], FULL, 2),
-    layout([1, 2, 2], SELECTIVE, 1),
-    layout([2, 1, 1], NONE, 8),
-    layout([2, 1, 1], FULL, 2),
-    layout([2, 2, 1], SELECTIVE, 2),
-    layout([2, 2, 2], FULL, 1),
-    layout([4, 1, 1], NONE, 2),
-    layout([4, 2, 1], FULL, 1),
+const POST_NORM: [Layout; 12] = [
+    layout([1, 2, 1, 1], NONE, 4),
+    layout([1, 4, 1, 1], FULL, 2),
+    layout([1, 2, 2, 1], SELECTIVE, 1),
+    layout([2, 1, 1, 1], NONE, 8),
+    layout([2, 1, 1, 1], FULL, 2),
+    layout([2, 2, 1, 1], SELECTIVE, 2),
+    layout([2, 2, 2, 1], FULL, 1),
+    layout([4, 1, 1, 1], NONE, 2),
+    layout([4, 2, 1, 1], FULL, 1),
+    layout([1, 1, 1, 3], NONE, 4),
+    layout([2, 1, 1, 2], FULL, 2),
+    layout([1, 2, 1, 3], SELECTIVE, 1),
 ];
 
 impl Layout {
     fn ranks(self) -> usize {
-        self.tensor * self.shard * self.replicate
+        self.tensor * self.shard * self.replicate * self.pipeline
     }
 
     fn set(self) -> Vec<String> {
         vec![
             format!("parallel.tensor={}", self.tensor),
             format!("parallel.shard={}", self.shard),
+            format!("parallel.pipeline={}", self.pipeline),
             format!("run.recompute={}", self.recompute),
             format!("batch.micro_batch={}", self.micro_batch),
         ]
@@ -224,10 +235,11 @@ fn a_run_goes_on_in_another_layout() {
     let set = common(false);
     let one = run(&lab, "one", &set, None);
     let ways = [
-        (None, Some(layout([2, 2, 1], NONE, 2))),
-        (Some(layout([2, 2, 1], FULL, 2)), Some(layout([1, 3, 2], NONE, 4))),
-        (Some(layout([1, 2, 2], NONE, 2)), None),
-        (Some(layout([4, 1, 1], SELECTIVE, 8)), Some(layout([1, 8, 1], NONE, 3))),
+        (None, Some(layout([2, 2, 1, 1], NONE, 2))),
+        (Some(layout([2, 2, 1, 1], FULL, 2)), Some(layout([1, 3, 2, 1], NONE, 4))),
+        (Some(layout([1, 2, 2, 1], NONE, 2)), None),
+        (Some(layout([4, 1, 1, 1], SELECTIVE, 8)), Some(layout([1, 8, 1, 1], NONE, 3))),
+        (Some(layout([1, 2, 1, 3], NONE, 2)), Some(layout([2, 1, 1, 2], FULL, 4))),
     ];
     for (number, (first, then)) in ways.into_iter().enumerate() {
         let name = format!("many-{number}");
@@ -258,7 +270,8 @@ fn bf16_runs_on_many_ranks_stay_near() {
             lab.metric(&name, "loss")
         };
         let one = losses("one", None);
-        for (number, way) in [[1, 4, 1], [2, 2, 1], [2, 1, 2]].into_iter().enumerate() {
+        for (number, way) in [[1, 4, 1, 1], [2, 2, 1, 1], [2, 1, 2, 1], [1, 2, 1, 2]].into_iter().enumerate()
+        {
             let many = losses(&number.to_string(), Some(layout(way, NONE, 2)));
             for ((step, a), (_, b)) in one.iter().zip(&many) {
                 assert!(
@@ -274,7 +287,7 @@ fn bf16_runs_on_many_ranks_stay_near() {
 fn a_trace_shows_every_rank_computing_while_others_weights_come() {
     let lab = Lab::new();
     let mut set = common(false);
-    set.extend(layout([1, 2, 1], NONE, 4).set());
+    set.extend(layout([1, 2, 1, 1], NONE, 4).set());
     set.push("log.trace=2".into());
     train(&lab.config("traced", 3), &set, 2);
     let text = std::fs::read(lab.path("traced/trace.json")).unwrap();
@@ -303,6 +316,7 @@ fn layouts_that_do_not_fit_are_refused_before_any_work() {
     for (set, words) in [
         ("parallel.tensor=3", "parallel.tensor = 3 does not divide the 1 ranks"),
         ("parallel.shard=2", "parallel.shard = 2 does not divide the 1 ranks"),
+        ("parallel.pipeline=2", "parallel.pipeline = 2 does not divide the 1 ranks"),
         ("parallel.timeout=0", "parallel.timeout = 0"),
     ] {
         let out = lab::train(&lab.config("refused", 5), &[set]).output().unwrap();

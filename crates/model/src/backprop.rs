@@ -5,12 +5,13 @@ use crate::config::Config;
 use crate::ends::Ends;
 use crate::inspect::{Observer, Written, tell};
 use crate::layer::Layers;
-use crate::part::{Held, Part, Place};
+use crate::part::{Held, Part, Place, Stage};
 use crate::units::{Totals, Units};
 use crate::weights::{Model, Weights};
 use anyhow::{Result, ensure};
 use ferropt_device::{Device, Element, Store};
-use ferropt_mesh::{Group, Label, Mesh};
+use ferropt_mesh::{Group, Label, Mesh, Pending};
+use std::ops::Range;
 
 /// What a pass is given, row-major `[B, T]`.
 #[derive(Clone, Copy, Debug)]
@@ -47,17 +48,53 @@ pub struct Pass {
     pub first_sequence: u64,
 }
 
+/// A piece of a step's work in a stage: a pass of micro-batch number so and so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Task {
+    /// Its forward pass.
+    Forward(usize),
+    /// Its backward pass.
+    Backward(usize),
+}
+
+/// The order of a step's passes over so many micro-batches in a stage: one forward, one backward, once as many are under way
+/// as there are stages from this one on (1F1B; Narayanan et al., 2021).
+pub fn schedule(stage: Place, micro_batches: usize) -> Vec<Task> {
+    let ahead = (stage.of - 1 - stage.rank).min(micro_batches);
+    let mut tasks: Vec<Task> = (0..ahead).map(Task::Forward).collect();
+    for number in ahead..micro_batches {
+        tasks.extend([Task::Forward(number), Task::Backward(number - ahead)]);
+    }
+    tasks.extend((micro_batches - ahead..micro_batches).map(Task::Backward));
+    tasks
+}
+
 /// Activations and gradients of a model, or of this process's part of one.
 pub struct Backprop<D: Device, E: Element> {
     /// Gradients of the weights that are held, summed over micro-batches as the caller says, and with
     /// [`Backprop::sum`] over ranks.
     pub gradients: Weights<D, f32>,
-    layers: Layers<D, E>,
-    ends: Ends<D, E>,
+    /// Of the micro-batches that are under way at once.
+    flights: Vec<Flight<D, E>>,
     units: Units<D, E>,
     totals: Totals<D>,
     held: Vec<Held>,
+    stage: Stage,
+    /// The first and last stages, both of which have the embedding table.
+    tied: Option<Group>,
+    /// What was sent to the neighbouring stages and may not be there yet, and buffers for what is sent and received.
+    sent: Vec<Pending<D::Buf<f32>>>,
+    spare: Vec<D::Buf<f32>>,
+    /// Elements that go from a stage to the next.
+    boundary: usize,
     mesh: Mesh,
+}
+
+/// A micro-batch between its forward and backward pass.
+struct Flight<D: Device, E: Element> {
+    layers: Layers<D, E>,
+    ends: Ends<D, E>,
+    pass: Option<Pass>,
 }
 
 impl<D: Device, E: Element> Backprop<D, E> {
@@ -76,9 +113,9 @@ impl<D: Device, E: Element> Backprop<D, E> {
     /// memory is short.
     pub fn on(device: &D, config: &Config, options: Options, mesh: Mesh) -> Result<Self> {
         config.check()?;
-        let (part, parts) = (part_of(&mesh), mesh.tensor.size());
+        let (part, parts) = (part_of(&mesh, config.layers), mesh.tensor.size());
         part.check(config)?;
-        let Options { batch, seq, recompute, .. } = options;
+        let Options { batch, seq, .. } = options;
         ensure!(
             batch > 0 && (1..=config.positions).contains(&seq),
             "a micro-batch of {batch} sequences of {seq} tokens was asked for; there is at least one sequence, of 1 to {} \
@@ -91,29 +128,71 @@ impl<D: Device, E: Element> Backprop<D, E> {
              {} is no multiple of {parts}",
             batch * seq
         );
-        let table = ActivationTable::training(config, batch, seq, recompute, parts);
-        let make = &mut Allocator::new(device, table);
-        let held = config.held(part);
-        let this = Backprop {
+        let (held, stage) = (config.held(part), part.stage);
+        let under_way = stage.place.of - stage.place.rank;
+        let flight = |_| Flight::new(device, config, options, stage, &mesh.tensor);
+        let (size, first) = (mesh.pipeline.size(), mesh.pipeline.world_rank(0));
+        let tied = match size > 1 && (stage.is_first() || stage.is_last()) {
+            true => Some(mesh.world.group(&[first, mesh.pipeline.world_rank(size - 1)], "tied")?),
+            false => None,
+        };
+        Ok(Backprop {
             gradients: Weights::zeros(device, config, &held)?,
-            layers: Layers::new(make, config, options, &mesh.tensor)?,
-            ends: Ends::new(device, make, config, options, &mesh.tensor)?,
+            flights: (0..under_way).map(flight).collect::<Result<_>>()?,
             units: Units::new(device, config, &held, &mesh.shard)?,
             totals: Totals::new(device, config, &held, &mesh.shard)?,
             held,
+            stage,
+            tied,
+            sent: Vec::new(),
+            spare: Vec::new(),
+            boundary: batch * seq / parts * config.width,
             mesh,
-        };
-        #[cfg(test)]
-        assert!(make.left().is_empty(), "activations that nothing uses: {:?}", make.left());
-        Ok(this)
+        })
     }
 
-    /// Sum of the losses in nats, and the gradients of `scale` times that, with dropout. [`Store::Overwrite`] replaces
-    /// [`Backprop::gradients`], [`Store::Accumulate`] adds to them. The first micro-batch of a step overwrites, and the last
-    /// is followed by [`Backprop::sum`].
+    /// A step begins: the weights may have changed.
+    pub fn begin(&mut self) {
+        self.units.forget();
+    }
+
+    /// Forward pass of micro-batch number `number` of a step, with dropout. Passes come in the order of [`schedule`].
     ///
     /// # Errors
     /// When the batch does not fit the options or the vocabulary, or another rank is lost.
+    pub fn forward_pass(
+        &mut self,
+        device: &D,
+        model: &Model<D, E>,
+        number: usize,
+        batch: Batch<'_>,
+        pass: Pass,
+    ) -> Result<()> {
+        self.forward(device, &model.weights, number, batch, Some(pass), &mut None)
+    }
+
+    /// Backward pass of micro-batch number `number`, whose forward pass is done: sum of the losses in nats (0 in stages that
+    /// are not the last), and the gradients of `scale` times that. [`Store::Overwrite`] replaces [`Backprop::gradients`],
+    /// [`Store::Accumulate`] adds to them. The first micro-batch of a step overwrites, and the last is followed by
+    /// [`Backprop::sum`].
+    ///
+    /// # Errors
+    /// When another rank is lost.
+    pub fn backward_pass(
+        &mut self,
+        device: &D,
+        model: &Model<D, E>,
+        number: usize,
+        scale: f32,
+        store: Store,
+    ) -> Result<f64> {
+        self.backward(device, &model.weights, number, scale, store, &mut None)
+    }
+
+    /// Both passes of one micro-batch: the first of a step if it overwrites.
+    ///
+    /// # Errors
+    /// Those of [`Backprop::forward_pass`].
     pub fn train(
         &mut self,
         device: &D,
@@ -123,7 +202,11 @@ impl<D: Device, E: Element> Backprop<D, E> {
         scale: f32,
         store: Store,
     ) -> Result<f64> {
-        self.pass(device, model, batch, pass, scale, store, None)
+        if store == Store::Overwrite {
+            self.begin();
+        }
+        self.forward_pass(device, model, 0, batch, pass)?;
+        self.backward_pass(device, model, 0, scale, store)
     }
 
     /// [`Backprop::train`], overwriting the gradients, and every tensor is shown to `observer` in the order in which they
@@ -140,26 +223,10 @@ impl<D: Device, E: Element> Backprop<D, E> {
         scale: f32,
         observer: &mut dyn FnMut(Written<'_, D, E>),
     ) -> Result<f64> {
-        self.pass(device, model, batch, pass, scale, Store::Overwrite, Some(observer))
-    }
-
-    fn pass(
-        &mut self,
-        device: &D,
-        model: &Model<D, E>,
-        batch: Batch<'_>,
-        pass: Pass,
-        scale: f32,
-        store: Store,
-        mut observer: Observer<'_, D, E>,
-    ) -> Result<f64> {
-        if store == Store::Overwrite {
-            self.units.forget();
-        }
-        self.ends.load(device, batch, &mut self.layers)?;
-        self.forward(device, &model.weights, Some(pass), &mut observer)?;
-        self.backward(device, &model.weights, Some(pass), scale, store, &mut observer)?;
-        Ok(self.ends.sum_of_losses(device))
+        self.begin();
+        let mut observer: Observer<'_, D, E> = Some(observer);
+        self.forward(device, &model.weights, 0, batch, Some(pass), &mut observer)?;
+        self.backward(device, &model.weights, 0, scale, Store::Overwrite, &mut observer)
     }
 
     /// Completes the gradients of a step, as sums over all ranks that hold the same weights, and returns the L2 norm of all
@@ -169,29 +236,37 @@ impl<D: Device, E: Element> Backprop<D, E> {
     /// When another rank is lost.
     pub fn sum(&mut self, device: &D) -> Result<f64> {
         self.totals.finish(device, &mut self.gradients)?;
-        let whole: Vec<bool> = self.held.iter().map(Held::is_whole).collect();
+        let held = &self.held;
         // Of what all tensor-parallel parts have, each has the gradient of its own rows.
-        sum_over(device, &self.mesh.tensor, &mut self.gradients, |index| whole[index])?;
-        sum_over(device, &self.mesh.replicate, &mut self.gradients, |_| true)?;
+        let whole = |index: usize| held[index].is_whole();
+        sum_over(device, &self.mesh.tensor, &mut self.gradients, held, whole)?;
+        if let Some(tied) = &self.tied {
+            // The embedding table comes first.
+            sum_over(device, tied, &mut self.gradients, held, |index| index == 0)?;
+        }
+        sum_over(device, &self.mesh.replicate, &mut self.gradients, held, |_| true)?;
 
-        let spoken = self.held.iter().zip(self.gradients.tensors()).filter(|(held, _)| held.speaks);
+        let spoken = held.iter().zip(self.gradients.tensors()).filter(|(held, _)| held.speaks);
         let mut squares = spoken.map(|(_, g)| device.sum_of_squares(g.flat())).sum::<f64>();
-        for group in [&self.mesh.tensor, &self.mesh.shard] {
+        for group in [&self.mesh.tensor, &self.mesh.shard, &self.mesh.pipeline] {
             squares = group.gather_f64(Label::new("norm"), &[squares])?.concat().iter().sum();
         }
         Ok(squares.sqrt())
     }
 
-    /// Sum of the losses in nats, without dropout and without gradients.
+    /// Sum of the losses in nats, without dropout and without gradients; 0 in stages that are not the last.
     ///
     /// # Errors
     /// When the batch does not fit the options or the vocabulary, or another rank is lost.
     pub fn score(&mut self, device: &D, model: &Model<D, E>, batch: Batch<'_>) -> Result<f64> {
-        self.units.forget();
-        self.ends.load(device, batch, &mut self.layers)?;
-        self.forward(device, &model.weights, None, &mut None)?;
-        self.ends.losses(device, self.units.ends(device, &model.weights)?, &mut self.layers)?;
-        Ok(self.ends.sum_of_losses(device))
+        self.begin();
+        self.forward(device, &model.weights, 0, batch, None, &mut None)?;
+        if !self.stage.is_last() {
+            return Ok(0.0);
+        }
+        let Flight { layers, ends, .. } = &mut self.flights[0];
+        ends.losses(device, self.units.ends(device, &model.weights)?, layers)?;
+        Ok(ends.sum_of_losses(device))
     }
 
     /// Logits `[B, T, V]` of a batch, without dropout: for small models in one part, since training never holds them.
@@ -199,73 +274,168 @@ impl<D: Device, E: Element> Backprop<D, E> {
     /// # Errors
     /// When the batch does not fit the options or the vocabulary, memory for the logits is short, or the model is divided.
     pub fn logits(&mut self, device: &D, model: &Model<D, E>, batch: Batch<'_>) -> Result<Vec<f32>> {
-        self.units.forget();
-        self.ends.load(device, batch, &mut self.layers)?;
-        self.forward(device, &model.weights, None, &mut None)?;
-        self.ends.logits(device, self.units.ends(device, &model.weights)?, &self.layers)
+        ensure!(self.stage.place.of == 1, "logits are of a whole model; this is a stage of one");
+        self.begin();
+        self.forward(device, &model.weights, 0, batch, None, &mut None)?;
+        let Flight { layers, ends, .. } = &self.flights[0];
+        ends.logits(device, self.units.ends(device, &model.weights)?, layers)
     }
 
-    /// Up to what the LM head reads.
+    /// Numbers of this stage's layers.
+    fn layers(&self, w: &Weights<D, E>) -> Range<usize> {
+        self.stage.start..self.stage.end.min(w.layers.len())
+    }
+
+    /// Up to what the LM head reads, or the next stage.
     fn forward(
         &mut self,
         device: &D,
         w: &Weights<D, E>,
+        number: usize,
+        batch: Batch<'_>,
         pass: Option<Pass>,
         observer: &mut Observer<'_, D, E>,
     ) -> Result<()> {
-        let (units, layers) = (&mut self.units, &mut self.layers);
-        units.ask(device, w, 0, None)?;
-        self.ends.embed(device, units.ends(device, w)?, layers)?;
-        tell(observer, || layers.written_first());
-        for l in 0..w.layers.len() {
-            units.ask(device, w, l, Some(l + 1))?;
-            let weights = units.layer(w, l)?;
-            let _span = self.mesh.world.trace().span(Label::of("forward of layer", l));
-            layers.forward(device, weights, l, pass)?;
-            tell(observer, || layers.written_forward(l));
+        let range = self.layers(w);
+        let after = |l: usize| Some(l + 1).filter(|next| range.contains(next));
+        let place = number % self.flights.len();
+        self.flights[place].pass = pass;
+        self.units.ask(device, w, range.start, after(range.start))?;
+        {
+            let Flight { layers, ends, .. } = &mut self.flights[place];
+            ends.load(device, batch, layers)?;
         }
-        self.ends.leave(device, units.ends(device, w)?, layers);
-        tell(observer, || self.ends.written_forward(layers));
+        if self.stage.is_first() {
+            let Flight { layers, ends, .. } = &mut self.flights[place];
+            ends.embed(device, self.units.ends(device, w)?, layers)?;
+        } else {
+            let came = self.receive(device, Label::of("activations", number), self.stage.place.rank - 1)?;
+            self.flights[place].layers.enter(device, &came);
+            self.spare.push(came);
+        }
+        let layers = &mut self.flights[place].layers;
+        tell(observer, || layers.written_first());
+        for l in range.clone() {
+            self.units.ask(device, w, l, after(l))?;
+            let weights = self.units.layer(w, l)?;
+            let _span = self.mesh.world.trace().span(Label::of("forward of layer", l));
+            layers.forward(device, weights, l - range.start, pass)?;
+            tell(observer, || layers.written_forward(l - range.start));
+        }
+        if self.stage.is_last() {
+            let Flight { layers, ends, .. } = &mut self.flights[place];
+            ends.leave(device, self.units.ends(device, w)?, layers);
+            tell(observer, || ends.written_forward(layers));
+            return Ok(());
+        }
+        let mut goes = self.buffer(device)?;
+        self.flights[place].layers.leave(device, &mut goes);
+        self.send(Label::of("activations", number), self.stage.place.rank + 1, goes);
         Ok(())
     }
 
-    /// Gradients of `scale * sum(losses)` after [`Backprop::forward`] with the same `pass`.
+    /// Gradients of `scale * sum(losses)` after [`Backprop::forward`] of the same micro-batch.
     fn backward(
         &mut self,
         device: &D,
         w: &Weights<D, E>,
-        pass: Option<Pass>,
+        number: usize,
         scale: f32,
         store: Store,
         observer: &mut Observer<'_, D, E>,
-    ) -> Result<()> {
-        let Backprop { units, totals, layers, ends, gradients, mesh, .. } = self;
+    ) -> Result<f64> {
+        let range = self.layers(w);
+        let place = number % self.flights.len();
+        let came = match self.stage.is_last() {
+            true => None,
+            false => Some(self.receive(device, Label::of("gradients", number), self.stage.place.rank + 1)?),
+        };
+        let Backprop { units, totals, flights, gradients, mesh, stage, spare, .. } = self;
+        let Flight { layers, ends, pass } = &mut flights[place];
         let trace = mesh.world.trace();
-        let span = trace.span(Label::new("head, forward and backward"));
         let (g, ends_store) = totals.ends(device, gradients, store)?;
-        ends.backward_head(device, units.ends(device, w)?, g, layers, scale, ends_store)?;
-        tell(observer, || ends.written_head(g, layers));
-        drop(span);
-        for l in (0..w.layers.len()).rev() {
-            units.ask(device, w, l, l.checked_sub(1))?;
+        match &came {
+            None => {
+                let _span = trace.span(Label::new("head, forward and backward"));
+                ends.backward_head(device, units.ends(device, w)?, g, layers, scale, ends_store)?;
+                tell(observer, || ends.written_head(g, layers));
+            }
+            Some(came) => {
+                layers.enter_backward(device, came);
+                if ends_store == Store::Overwrite {
+                    device.fill(&mut g.tokens, 0.0);
+                }
+            }
+        }
+        spare.extend(came);
+        for l in range.clone().rev() {
+            units.ask(device, w, l, l.checked_sub(1).filter(|next| range.contains(next)))?;
             let (g, store) = totals.layer(device, gradients, l, store)?;
             let weights = units.layer(w, l)?;
             let _span = trace.span(Label::of("backward of layer", l));
-            layers.backward(device, weights, g, l, pass, store)?;
-            tell(observer, || layers.written_backward(g, l));
+            layers.backward(device, weights, g, l - range.start, *pass, store)?;
+            tell(observer, || layers.written_backward(g, l - range.start));
             totals.layer_done(device)?;
         }
-        let (g, ends_store) = totals.ends(device, gradients, store)?;
-        ends.backward_embed(device, units.ends(device, w)?, g, layers, ends_store)?;
-        tell(observer, || ends.written_backward(g));
-        totals.ends_done(device)
+        if stage.is_first() {
+            let (g, ends_store) = totals.ends(device, gradients, store)?;
+            ends.backward_embed(device, units.ends(device, w)?, g, layers, ends_store)?;
+            tell(observer, || ends.written_backward(g));
+        }
+        totals.ends_done(device)?;
+        let losses = if stage.is_last() { ends.sum_of_losses(device) } else { 0.0 };
+        if !stage.is_first() {
+            let mut goes = self.buffer(device)?;
+            self.flights[place].layers.leave_backward(device, &mut goes);
+            self.send(Label::of("gradients", number), self.stage.place.rank - 1, goes);
+        }
+        Ok(losses)
+    }
+
+    /// A buffer for what goes between stages. Those that were sent come back.
+    fn buffer(&mut self, device: &D) -> Result<D::Buf<f32>> {
+        // At most as many are on their way as micro-batches are under way in the next stage.
+        if self.spare.is_empty() && self.sent.len() > self.flights.len() {
+            self.spare.push(self.sent.remove(0).wait()?);
+        }
+        match self.spare.pop() {
+            Some(buffer) => Ok(buffer),
+            None => device.alloc(self.boundary),
+        }
+    }
+
+    fn send(&mut self, label: Label, to: usize, buffer: D::Buf<f32>) {
+        self.sent.push(self.mesh.pipeline.send(label, to, buffer));
+    }
+
+    fn receive(&mut self, device: &D, label: Label, from: usize) -> Result<D::Buf<f32>> {
+        let buffer = self.buffer(device)?;
+        self.mesh.pipeline.receive(label, from, buffer).wait()
     }
 }
 
-/// The part of a model that this process of a mesh holds.
-pub fn part_of(mesh: &Mesh) -> Part {
+impl<D: Device, E: Element> Flight<D, E> {
+    fn new(device: &D, config: &Config, options: Options, stage: Stage, parts: &Group) -> Result<Self> {
+        let here = Config { layers: stage.end.min(config.layers) - stage.start, ..config.clone() };
+        let Options { batch, seq, recompute, .. } = options;
+        let table = ActivationTable::training(&here, batch, seq, recompute, parts.size());
+        let make = &mut Allocator::new(device, table);
+        let flight = Flight {
+            layers: Layers::new(make, &here, options, parts, stage)?,
+            ends: Ends::new(device, make, &here, options, parts)?,
+            pass: None,
+        };
+        #[cfg(test)]
+        assert!(make.left().is_empty(), "activations that nothing uses: {:?}", make.left());
+        Ok(flight)
+    }
+}
+
+/// The part that this process of a mesh holds of a model with so many layers.
+pub fn part_of(mesh: &Mesh, layers: usize) -> Part {
     let place = |group: &Group| Place { rank: group.rank(), of: group.size() };
-    Part { tensor: place(&mesh.tensor), shard: place(&mesh.shard) }
+    let stage = Stage::new(place(&mesh.pipeline), layers);
+    Part { tensor: place(&mesh.tensor), shard: place(&mesh.shard), stage }
 }
 
 /// Sums the gradients of some parameters over a group, all at once.
@@ -273,11 +443,13 @@ fn sum_over<D: Device>(
     device: &D,
     group: &Group,
     gradients: &mut Weights<D, f32>,
+    held: &[Held],
     which: impl Fn(usize) -> bool,
 ) -> Result<()> {
     if group.size() == 1 {
         return Ok(());
     }
+    let which = |index: usize| held[index].shard_len > 0 && which(index);
     let mut coming = Vec::new();
     for (index, tensor) in gradients.tensors_mut().into_iter().enumerate().filter(|(index, _)| which(*index))
     {

@@ -186,7 +186,7 @@ impl<D: Device, E: Element> Ends<D, E> {
     pub(crate) fn leave(&mut self, device: &D, w: &Weights<D, E>, layers: &mut Layers<D, E>) {
         let (rows, c, shape) = (self.rows(), self.config.width, self.project_out_shape());
         if let (Some((mean, rstd)), Some(norm)) = (&mut self.final_norm, &w.final_norm) {
-            let (x, y) = (&layers.stream[self.config.layers], &mut layers.hidden);
+            let (x, y) = (&layers.stream[layers.sizes.layers], &mut layers.hidden);
             device.layer_norm(rows, c, x, &norm.gain, &norm.bias, y, None, mean, rstd);
         }
         if let (Some(p), Some(weight)) = (&mut self.projections, &w.project_out) {
@@ -255,7 +255,7 @@ impl<D: Device, E: Element> Ends<D, E> {
         let d_stream = &mut layers.gradients.d_stream;
         match (&self.final_norm, &w.final_norm, &mut g.final_norm) {
             (Some((mean, rstd)), Some(norm), Some(g)) => {
-                let (x, first) = (&layers.stream[self.config.layers], Store::Overwrite);
+                let (x, first) = (&layers.stream[layers.sizes.layers], Store::Overwrite);
                 let (c, gain, bias) = (self.config.width, &mut g.gain, &mut g.bias);
                 device.layer_norm_backward(
                     c, d_hidden, x, mean, rstd, &norm.gain, d_stream, first, gain, bias, store,

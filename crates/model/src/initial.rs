@@ -98,8 +98,11 @@ mod tests {
             let parameter = Parameter { split, ..parameter.clone() };
             for (tensor, shard) in [(0, 0), (parts - 1, 1), (parts - 1, 4)] {
                 let tensor = Place { rank: tensor, of: parts };
-                let held =
-                    Held::new(parameter.clone(), 5, Part { tensor, shard: Place { rank: shard, of: 5 } });
+                let held = Held::new(
+                    parameter.clone(),
+                    5,
+                    Part { tensor, shard: Place { rank: shard, of: 5 }, ..Part::WHOLE },
+                );
                 let shard = initial_shard(&held, 9);
                 assert_eq!(shard.len(), held.shard_len);
                 for (at, start, len) in held.pieces() {

@@ -159,7 +159,9 @@ impl<D: Device, E: Element> Layers<D, E> {
                 });
             }
         }
-        list.into_iter().map(|written| Written { layer: Some(l), ..written }).collect()
+        list.into_iter()
+            .map(|written| Written { layer: Some(self.sizes.first_layer + l), ..written })
+            .collect()
     }
 
     /// What layer `l` wrote on the way back, `g` being the gradients of its weights.
@@ -178,6 +180,8 @@ impl<D: Device, E: Element> Layers<D, E> {
         list.push(compute(role, "normed1", c, &d.d_normed));
         list.extend(norm(["norm1.weight", "norm1.bias"], &g.norm1));
         list.push(wide(role, "stream", c, &d.d_stream));
-        list.into_iter().map(|written| Written { layer: Some(l), ..written }).collect()
+        list.into_iter()
+            .map(|written| Written { layer: Some(self.sizes.first_layer + l), ..written })
+            .collect()
     }
 }

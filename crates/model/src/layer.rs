@@ -7,6 +7,7 @@ use crate::activations::{Allocator, Copies, Recompute};
 use crate::backprop::{Options, Pass};
 use crate::config::Config;
 use crate::exchange::{Exchange, all_rows, linear_residual, share, sum_rows};
+use crate::part::Stage;
 use crate::weights::{Layer, Linear, Norm};
 use anyhow::Result;
 use ferropt_device::rng::{Purpose, Stream};
@@ -60,6 +61,10 @@ pub(crate) struct Gradients<D: Device, E: Element> {
 #[derive(Clone, Copy)]
 pub(crate) struct Sizes {
     pub(crate) layers: usize,
+    /// Number of the first of them in the whole model.
+    pub(crate) first_layer: usize,
+    /// Whether the LM head comes behind them.
+    last_stage: bool,
     /// Rows between blocks: of this part.
     rows: usize,
     /// Number of the first of them in the micro-batch.
@@ -77,7 +82,7 @@ pub(crate) struct Sizes {
 }
 
 impl Sizes {
-    fn new(config: &Config, options: Options, parts: &Group) -> Self {
+    fn new(config: &Config, options: Options, parts: &Group, stage: Stage) -> Self {
         let (c, f, heads) = (config.width, config.feed_forward / parts.size(), config.heads / parts.size());
         let divided = c / parts.size();
         // Products are of all rows, in divided widths.
@@ -88,6 +93,8 @@ impl Sizes {
             rows,
             first_row: parts.rank() * rows,
             layers: config.layers,
+            first_layer: stage.start,
+            last_stage: stage.is_last(),
             width: c,
             attention: AttentionShape {
                 batch: options.batch,
@@ -117,7 +124,7 @@ impl Sizes {
         let pass = pass.filter(|_| p > 0.0)?;
         Some(Dropout {
             p: p as f32,
-            stream: Stream::new(pass.seed, purpose, layer, pass.step),
+            stream: Stream::new(pass.seed, purpose, self.first_layer + layer, pass.step),
             first_row: pass.first_sequence * self.attention.seq as u64 + first_row as u64,
         })
     }
@@ -129,8 +136,9 @@ impl<D: Device, E: Element> Layers<D, E> {
         config: &Config,
         options: Options,
         parts: &Group,
+        stage: Stage,
     ) -> Result<Self> {
-        let sizes = Sizes::new(config, options, parts);
+        let sizes = Sizes::new(config, options, parts, stage);
         let exchange = match make.optional("gathered")? {
             Some(gathered) => {
                 Some(Exchange::new(parts, sizes.rows * sizes.width, gathered, make.one("partial")?))
@@ -176,6 +184,39 @@ impl<D: Device, E: Element> Layers<D, E> {
     /// Where documents start, `[B, T]`; used if attention stops there.
     pub(crate) fn set_documents(&mut self, device: &D, doc_start: &[u32]) {
         device.upload(&mut self.doc_start, 0, doc_start);
+    }
+
+    /// What the stage before this one has computed: `stream[0]`.
+    pub(crate) fn enter(&mut self, device: &D, stream: &D::Buf<f32>) {
+        let s = self.sizes;
+        device.copy(s.rows * s.width, stream, 0, &mut self.stream[0], 0);
+        if self.post.is_some() {
+            device.cast(&self.stream[0], &mut self.normed1[0]);
+        }
+    }
+
+    /// What the next stage goes on with.
+    pub(crate) fn leave(&self, device: &D, stream: &mut D::Buf<f32>) {
+        let s = self.sizes;
+        device.copy(s.rows * s.width, &self.stream[s.layers], 0, stream, 0);
+    }
+
+    /// The gradient of what [`Layers::leave`] gave.
+    pub(crate) fn enter_backward(&mut self, device: &D, gradient: &D::Buf<f32>) {
+        let (s, d) = (self.sizes, &mut self.gradients);
+        device.copy(s.rows * s.width, gradient, 0, &mut d.d_stream, 0);
+        if self.post.is_some() {
+            device.fill(&mut d.d_normed, E::default());
+        }
+    }
+
+    /// The gradient of what [`Layers::enter`] was given.
+    pub(crate) fn leave_backward(&mut self, device: &D, gradient: &mut D::Buf<f32>) {
+        let (s, d) = (self.sizes, &self.gradients);
+        match self.post {
+            None => device.copy(s.rows * s.width, &d.d_stream, 0, gradient, 0),
+            Some(_) => device.residual(s.rows, s.width, &d.d_normed, None, None, &d.d_stream, gradient),
+        }
     }
 
     /// Forward through layer `l`: `stream[l]` to `stream[l + 1]` (and with post-norm `normed1`, or `hidden` behind the
@@ -229,7 +270,7 @@ impl<D: Device, E: Element> Layers<D, E> {
 
     /// `mid = stream + attention(normed1)`.
     fn forward_attention(&mut self, d: &D, w: &Layer<D, E>, l: usize, pass: Option<Pass>) -> Result<()> {
-        let (s, label) = (self.sizes, Label::of("attention", l));
+        let (s, label) = (self.sizes, Label::of("attention", self.sizes.first_layer + l));
         let Linear { weight, bias } = &w.qkv;
         let x = all_rows(&mut self.exchange, d, label, &self.normed1[l])?;
         d.linear(s.qkv, x, weight, Some(bias), Activation::Identity, &mut self.qkv[l]);
@@ -249,7 +290,7 @@ impl<D: Device, E: Element> Layers<D, E> {
         pass: Option<Pass>,
         output: bool,
     ) -> Result<()> {
-        let (s, label) = (self.sizes, Label::of("feed-forward", l));
+        let (s, label) = (self.sizes, Label::of("feed-forward", self.sizes.first_layer + l));
         self.norm_of_mid(d, w, l);
         let Linear { weight, bias } = &w.fc1;
         let x = all_rows(&mut self.exchange, d, label, &self.normed2[l])?;
@@ -273,7 +314,9 @@ impl<D: Device, E: Element> Layers<D, E> {
                 let (y, y_f32) = match (output, last) {
                     // Only mean and rstd are wanted; `d_branch` is free.
                     (false, _) => (&mut self.gradients.d_branch, None),
-                    (true, true) => (&mut self.hidden, None),
+                    (true, true) if s.last_stage => (&mut self.hidden, None),
+                    // For the next stage, which makes its own of it.
+                    (true, true) => (&mut self.hidden, Some(&mut self.stream[l + 1])),
                     (true, false) => (&mut self.normed1[l + 1], Some(&mut self.stream[l + 1])),
                 };
                 let (mean, rstd) = (&mut self.mean2[l], &mut self.rstd2[l]);
@@ -381,7 +424,8 @@ impl<D: Device, E: Element> Layers<D, E> {
         pass: Option<Pass>,
         store: Store,
     ) -> Result<()> {
-        let (s, d, label) = (self.sizes, &mut self.gradients, Label::of("feed-forward", l));
+        let (s, d, label) =
+            (self.sizes, &mut self.gradients, Label::of("feed-forward", self.sizes.first_layer + l));
         let dropout = s.dropout(pass, Purpose::DropoutFeedForward, l);
         device.residual_backward(s.width, &d.d_stream, dropout, &mut d.d_branch);
         let (exchange, relu) = (&mut self.exchange, &self.relu[l]);
@@ -405,7 +449,8 @@ impl<D: Device, E: Element> Layers<D, E> {
         pass: Option<Pass>,
         store: Store,
     ) -> Result<()> {
-        let (s, d, label) = (self.sizes, &mut self.gradients, Label::of("attention", l));
+        let (s, d, label) =
+            (self.sizes, &mut self.gradients, Label::of("attention", self.sizes.first_layer + l));
         let dropout = s.dropout(pass, Purpose::DropoutAttentionOut, l);
         device.residual_backward(s.width, &d.d_stream, dropout, &mut d.d_branch);
         let (exchange, attended) = (&mut self.exchange, &self.attended[l]);

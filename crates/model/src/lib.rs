@@ -27,15 +27,16 @@ mod units;
 mod weights;
 
 pub use activations::{Activation, ActivationTable, Recompute, Scalar};
-pub use backprop::{Backprop, Batch, Options, Pass, part_of};
+pub use backprop::{Backprop, Batch, Options, Pass, Task, part_of, schedule};
 pub use config::{Config, ForwardFlops, PRESETS, Preset};
 pub use decode::{Cache, Decoder, Logits, Matrices, Memory, ReadCodes, ReadRows, Walk, WithError};
 pub use gptq::Calibration;
 pub use initial::{initial_rows, initial_shard, initial_values};
+pub use units::gathers;
 
 pub use inspect::{Role, Values, Written};
 pub use parameters::{Initial, Parameter, Split};
-pub use part::{Held, Part, Place};
+pub use part::{Held, Part, Place, Stage};
 pub use ready::{Places, Ready};
 pub use rounded::{Rounded, RoundingError};
 pub use weights::{Layer, Linear, Model, Norm, Tensor, TensorMut, Weights};

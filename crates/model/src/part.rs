@@ -25,6 +25,50 @@ impl Place {
     pub const ALONE: Place = Place { rank: 0, of: 1 };
 }
 
+/// Some of the layers, one after the other, with what comes before the first and behind the last of all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stage {
+    /// Among those that divide the layers.
+    pub place: Place,
+    /// First layer.
+    pub start: usize,
+    /// Layer behind the last.
+    pub end: usize,
+}
+
+impl Stage {
+    /// All of them, however many.
+    pub const WHOLE: Stage = Stage { place: Place::ALONE, start: 0, end: usize::MAX };
+
+    /// A stage of a model of so many layers, which are dealt out as evenly as can be.
+    pub fn new(place: Place, layers: usize) -> Stage {
+        let at = |rank: usize| rank * layers / place.of;
+        Stage { place, start: at(place.rank), end: at(place.rank + 1) }
+    }
+
+    /// Whether it begins with the embeddings.
+    pub fn is_first(self) -> bool {
+        self.place.rank == 0
+    }
+
+    /// Whether it ends with the LM head.
+    pub fn is_last(self) -> bool {
+        self.place.rank + 1 == self.place.of
+    }
+
+    fn holds(self, parameter: &Parameter) -> bool {
+        match (parameter.layer(), &parameter.names[0]) {
+            (Some(layer), _) => (self.start..self.end).contains(&layer),
+            // The LM head is the embedding table again.
+            (None, name) if name.contains("embed_tokens") => self.is_first() || self.is_last(),
+            (None, name) if name.contains("embed_positions") || name.contains("project_in") => {
+                self.is_first()
+            }
+            (None, _) => self.is_last(),
+        }
+    }
+}
+
 /// The part of a model that a process holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Part {
@@ -32,18 +76,25 @@ pub struct Part {
     pub tensor: Place,
     /// Among those that share out what is left.
     pub shard: Place,
+    /// Which layers.
+    pub stage: Stage,
 }
 
 impl Part {
     /// All of it.
-    pub const WHOLE: Part = Part { tensor: Place::ALONE, shard: Place::ALONE };
+    pub const WHOLE: Part = Part { tensor: Place::ALONE, shard: Place::ALONE, stage: Stage::WHOLE };
 
-    /// Refuses a tensor parallelism that does not divide the model.
+    /// Refuses a tensor parallelism or a pipeline that does not divide the model.
     ///
     /// # Errors
     /// Names the size that cannot be divided.
     pub fn check(self, config: &Config) -> Result<()> {
-        let parts = self.tensor.of;
+        let (parts, stages) = (self.tensor.of, self.stage.place.of);
+        ensure!(
+            (1..=config.layers).contains(&stages),
+            "a pipeline of {stages} stages cannot share out the model's {} layers; choose at most as many",
+            config.layers
+        );
         let sizes = [
             ("heads", config.heads),
             ("feed-forward width", config.feed_forward),
@@ -78,8 +129,8 @@ pub struct Held {
     pub shard: Range<usize>,
     /// Where the part lies in the parameter.
     part: Strided,
-    /// Whether this process is the one that speaks for these elements among the tensor-parallel parts: each parts' own, but
-    /// of what all of them have, the first one's.
+    /// Whether this process is the one that speaks for these elements among those that have them: of what all tensor-parallel
+    /// parts have the first, and of the embedding table the first stage.
     pub speaks: bool,
 }
 
@@ -102,6 +153,8 @@ impl Held {
                 (elements / of, Strided { first: rank * run, run, stride: columns, skip: 0 })
             }
         };
+        let held = part.stage.holds(&parameter);
+        let part_elements = if held { part_elements } else { 0 };
         let shard_len = match part.shard.of {
             1 => part_elements,
             shards => part_elements.div_ceil(shards).next_multiple_of(ALIGNED),
@@ -113,7 +166,9 @@ impl Held {
             shard_len,
             shard: at(part.shard.rank)..at(part.shard.rank + 1),
             part: place,
-            speaks: rank == 0 || parameter.split != Split::Whole,
+            // The last stage's table is the first one's.
+            speaks: (rank == 0 || parameter.split != Split::Whole)
+                && (part.stage.is_first() || !parameter.names[0].contains("embed_tokens")),
             parameter,
         }
     }
@@ -153,27 +208,33 @@ mod tests {
         let base =
             Config { heads: 4, vocab: 24, positions: 7, feed_forward: 40, ..Config::preset("tiny").unwrap() };
         for config in [base.clone(), Config { post_norm: true, embedding_width: 24, ..base }] {
-            for (parts, shards) in [(1, 1), (2, 1), (1, 3), (2, 4), (4, 2), (4, 5)] {
+            for (parts, shards, stages) in
+                [(1, 1, 1), (2, 1, 2), (1, 3, 1), (2, 4, 1), (4, 2, 2), (4, 5, 1), (1, 1, 2)]
+            {
                 let places = |of| (0..of).map(move |rank| Place { rank, of });
                 for (index, parameter) in config.parameters().into_iter().enumerate() {
                     let mut held = vec![0; parameter.elements()];
                     let mut spoken = vec![0; parameter.elements()];
                     let mut lengths = Vec::new();
-                    for tensor in places(parts) {
-                        Part { tensor, shard: Place::ALONE }.check(&config).unwrap();
+                    for (tensor, stage) in places(parts).flat_map(|t| places(stages).map(move |s| (t, s))) {
+                        let stage = Stage::new(stage, config.layers);
+                        Part { tensor, stage, ..Part::WHOLE }.check(&config).unwrap();
                         for shard in places(shards) {
-                            let h = Held::new(parameter.clone(), index, Part { tensor, shard });
+                            let h = Held::new(parameter.clone(), index, Part { tensor, shard, stage });
                             let pieces: Vec<_> = h.pieces().collect();
                             assert_eq!(pieces.iter().map(|p| p.2).sum::<usize>(), h.shard.len());
                             assert!(h.shard.len() <= h.shard_len);
-                            lengths.push(h.shard_len);
+                            if h.part_elements > 0 {
+                                lengths.push(h.shard_len);
+                            }
                             for (_, start, len) in pieces {
                                 held[start..start + len].iter_mut().for_each(|n| *n += 1);
                                 spoken[start..start + len].iter_mut().for_each(|n| *n += h.speaks as usize);
                             }
                         }
                     }
-                    let times = if parameter.split == Split::Whole { parts } else { 1 };
+                    let twice = stages > 1 && parameter.names[0].contains("embed_tokens");
+                    let times = if parameter.split == Split::Whole { parts } else { 1 + twice as usize };
                     assert!(held.iter().all(|n| *n == times), "{:?}", parameter.names);
                     assert!(spoken.iter().all(|n| *n == 1), "{:?}", parameter.names);
                     assert!(lengths.iter().all(|len| *len == lengths[0]));
@@ -184,7 +245,7 @@ mod tests {
 
     #[test]
     fn what_does_not_divide_is_named() {
-        let config = Config { vocab: 50, ..Config::preset("tiny").unwrap() };
+        let config = Config { heads: 4, vocab: 50, ..Config::preset("tiny").unwrap() };
         let message = Part { tensor: Place { rank: 0, of: 4 }, ..Part::WHOLE }.check(&config).unwrap_err();
         assert!(message.to_string().contains("its vocabulary is 50"), "{message}");
     }

@@ -8,6 +8,7 @@
 //!
 //! A single rank has all of them where they are, and nothing happens here.
 
+use crate::backprop::Task;
 use crate::config::Config;
 use crate::part::Held;
 use crate::weights::{Layer, Tensor, TensorMut, Weights, Zeros};
@@ -23,15 +24,58 @@ pub(crate) struct Units<D: Device, E: Element>(Option<Gathered<D, E>>);
 
 struct Gathered<D: Device, E: Element> {
     group: Group,
+    kept: Kept,
     places: Vec<Gathering<Layer<D, E>, D, E>>,
     ends: Gathering<Weights<D, E>, D, E>,
+}
+
+/// Which layer each place has.
+#[derive(Clone, Copy, Debug, Default)]
+struct Kept([Option<usize>; PLACES]);
+
+impl Kept {
+    /// Which layers go where, so that `l` and `next` are there.
+    fn ask(&mut self, l: usize, next: Option<usize>) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let mut moves = [None; 2];
+        for (wanted, moved) in [Some(l), next].into_iter().flatten().zip(&mut moves) {
+            let free = |held: &Option<usize>| held.is_none_or(|held| held != l && Some(held) != next);
+            if !self.0.contains(&Some(wanted))
+                && let Some(place) = self.0.iter().position(free)
+            {
+                self.0[place] = Some(wanted);
+                *moved = Some((place, wanted));
+            }
+        }
+        moves.into_iter().flatten()
+    }
+}
+
+/// How many layers a rank gathers in a step whose passes go through `layers` layers in this order, where ranks share them out.
+pub fn gathers(tasks: &[Task], layers: usize) -> u64 {
+    let mut kept = Kept::default();
+    let mut count = 0;
+    for task in tasks {
+        match task {
+            Task::Forward(_) => {
+                for l in 0..layers {
+                    count += kept.ask(l, Some(l + 1).filter(|next| *next < layers)).count();
+                }
+            }
+            Task::Backward(_) => {
+                for l in (0..layers).rev() {
+                    count += kept.ask(l, l.checked_sub(1)).count();
+                }
+            }
+        }
+    }
+    count as u64
 }
 
 /// A unit that is whole, or on its way.
 struct Gathering<U, D: Device, E: Element> {
     unit: U,
-    /// Which one it is.
-    holds: Option<usize>,
+    /// Whether it is what its place is said to have.
+    good: bool,
     /// What is on its way; those buffers of the unit are empty meanwhile.
     coming: Vec<Coming<D, E>>,
 }
@@ -77,8 +121,14 @@ struct Lengths {
 impl Lengths {
     fn new(held: &[Held], shards: usize) -> Lengths {
         let length = |h: &Held| h.shard_len * shards;
+        // Those of any layer that is held here.
+        let layer = held.iter().filter(|h| h.shard_len > 0).find_map(|h| h.parameter.layer());
         Lengths {
-            layer: held.iter().filter(|h| h.parameter.layer() == Some(0)).map(length).collect(),
+            layer: held
+                .iter()
+                .filter(|h| layer.is_some() && h.parameter.layer() == layer)
+                .map(length)
+                .collect(),
             ends: held.iter().filter(|h| h.parameter.layer().is_none()).map(length).collect(),
         }
     }
@@ -102,39 +152,31 @@ impl<D: Device, E: Element> Units<D, E> {
         let places =
             (0..PLACES).map(|_| Ok(Gathering::new(lengths.layer(device)?))).collect::<Result<_>>()?;
         let ends = Gathering::new(lengths.ends(device, config)?);
-        Ok(Units(Some(Gathered { group: group.clone(), places, ends })))
+        Ok(Units(Some(Gathered { group: group.clone(), kept: Kept::default(), places, ends })))
     }
 
     /// The weights have changed: nothing that is here is good any more.
     pub(crate) fn forget(&mut self) {
         if let Some(gathered) = &mut self.0 {
-            gathered.ends.holds = None;
-            gathered.places.iter_mut().for_each(|place| place.holds = None);
+            gathered.ends.good = false;
+            gathered.kept = Kept::default();
         }
     }
 
     /// Asks for layer `l`, which is about to be used, and for the one after it.
     pub(crate) fn ask(&mut self, device: &D, w: &Weights<D, E>, l: usize, next: Option<usize>) -> Result<()> {
-        let Some(Gathered { group, places, .. }) = &mut self.0 else { return Ok(()) };
-        for wanted in [Some(l), next].into_iter().flatten().filter(|wanted| *wanted < w.layers.len()) {
-            if places.iter().any(|place| place.holds == Some(wanted)) {
-                continue;
-            }
-            let free = |place: &&mut Gathering<_, D, E>| {
-                place.holds.is_none_or(|held| held != l && Some(held) != next)
-            };
-            if let Some(place) = places.iter_mut().find(free) {
-                place.start(device, group, Label::of("layer", wanted), &w.layers[wanted], wanted)?;
-            }
+        let Some(Gathered { group, kept, places, .. }) = &mut self.0 else { return Ok(()) };
+        for (place, wanted) in kept.ask(l, next) {
+            places[place].start(device, group, Label::of("layer", wanted), &w.layers[wanted])?;
         }
         Ok(())
     }
 
     /// Layer `l`, which was asked for.
     pub(crate) fn layer<'a>(&'a mut self, w: &'a Weights<D, E>, l: usize) -> Result<&'a Layer<D, E>> {
-        let Some(Gathered { places, .. }) = &mut self.0 else { return Ok(&w.layers[l]) };
-        match places.iter_mut().find(|place| place.holds == Some(l)) {
-            Some(place) => place.arrive(),
+        let Some(Gathered { kept, places, .. }) = &mut self.0 else { return Ok(&w.layers[l]) };
+        match kept.0.iter().position(|held| *held == Some(l)) {
+            Some(place) => places[place].arrive(),
             None => anyhow::bail!("layer {l} was not asked for"),
         }
     }
@@ -142,8 +184,8 @@ impl<D: Device, E: Element> Units<D, E> {
     /// The ends. Of those that were gathered, `layers` is empty.
     pub(crate) fn ends<'a>(&'a mut self, device: &D, w: &'a Weights<D, E>) -> Result<&'a Weights<D, E>> {
         let Some(Gathered { group, ends, .. }) = &mut self.0 else { return Ok(w) };
-        if ends.holds.is_none() {
-            ends.start(device, group, Label::new("ends"), w, 0)?;
+        if !ends.good {
+            ends.start(device, group, Label::new("ends"), w)?;
         }
         ends.arrive()
     }
@@ -151,21 +193,14 @@ impl<D: Device, E: Element> Units<D, E> {
 
 impl<U: Unit<D, E>, D: Device, E: Element> Gathering<U, D, E> {
     fn new(unit: U) -> Self {
-        Gathering { unit, holds: None, coming: Vec::new() }
+        Gathering { unit, good: false, coming: Vec::new() }
     }
 
-    /// Gathers the unit of `shards`, to be known as `name`.
-    fn start(
-        &mut self,
-        device: &D,
-        group: &Group,
-        label: Label,
-        shards: &impl Unit<D, E>,
-        name: usize,
-    ) -> Result<()> {
+    /// Gathers the unit of `shards`.
+    fn start(&mut self, device: &D, group: &Group, label: Label, shards: &impl Unit<D, E>) -> Result<()> {
         // What was on its way and has not been used, if anything, has to be here before its buffers can be.
         self.arrive()?;
-        self.holds = Some(name);
+        self.good = true;
         for (shard, whole) in shards.list().into_iter().zip(self.unit.list_mut()) {
             self.coming.push(match (shard, whole) {
                 (Tensor::Matrix(shard), TensorMut::Matrix(whole)) => {

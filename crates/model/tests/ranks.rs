@@ -6,7 +6,8 @@ use ferropt_device::rng::{Purpose, Stream};
 use ferropt_device::{DType, Element, Store};
 use ferropt_mesh::{Axes, Mesh, World};
 use ferropt_model::{
-    Backprop, Batch, Config, Held, Initial, Model, Options, Pass, Recompute, initial_shard, part_of,
+    Backprop, Batch, Config, Held, Initial, Model, Options, Pass, Place, Recompute, Task, initial_shard,
+    part_of, schedule,
 };
 
 const SEED: u64 = 5;
@@ -49,26 +50,35 @@ struct Part {
 fn passes<E: Element>(config: &Config, batch: usize, recompute: Recompute, mesh: Mesh) -> Part {
     let options = CpuOptions { threads: Some(1), pin: false, ..CpuOptions::default() };
     let device = CpuDevice::new(options).unwrap();
-    let mut model = Model::<_, E>::part(&device, config, part_of(&mesh)).unwrap();
+    let mut model = Model::<_, E>::part(&device, config, part_of(&mesh, config.layers)).unwrap();
     for held in model.held().to_vec() {
         model.set(&device, held.index, &noisy(&held)).unwrap();
     }
     let options = Options { batch, seq: SEQ, recompute, stop_at_documents: true };
     let (rank, ranks) = (mesh.data.rank(), mesh.data.size());
+    let stage = Place { rank: mesh.pipeline.rank(), of: mesh.pipeline.size() };
     let mut backprop = Backprop::<_, E>::on(&device, config, options, mesh).unwrap();
     let (tokens, targets) = (ids(1, SEQUENCES * SEQ, config.vocab), ids(2, SEQUENCES * SEQ, config.vocab));
     let doc_start: Vec<u32> = (0..SEQUENCES * SEQ).map(|i| if i % SEQ < 5 { 0 } else { 5 }).collect();
     let mut part = Part { loss: 0.0, score: 0.0, norm: 0.0, gradients: Vec::new() };
     for _ in 0..2 {
         part.loss = 0.0;
-        for micro in 0..SEQUENCES / (batch * ranks) {
-            let first = (micro * ranks + rank) * batch;
-            let rows = first * SEQ..(first + batch) * SEQ;
-            let doc_start = &doc_start[rows.clone()];
-            let batch = Batch { tokens: &tokens[rows.clone()], targets: &targets[rows], doc_start };
-            let pass = Pass { seed: SEED, step: 3, first_sequence: first as u64 };
-            let store = if micro == 0 { Store::Overwrite } else { Store::Accumulate };
-            part.loss += backprop.train(&device, &model, batch, pass, 0.01, store).unwrap();
+        backprop.begin();
+        for task in schedule(stage, SEQUENCES / (batch * ranks)) {
+            match task {
+                Task::Forward(micro) => {
+                    let first = (micro * ranks + rank) * batch;
+                    let rows = first * SEQ..(first + batch) * SEQ;
+                    let doc_start = &doc_start[rows.clone()];
+                    let batch = Batch { tokens: &tokens[rows.clone()], targets: &targets[rows], doc_start };
+                    let pass = Pass { seed: SEED, step: 3, first_sequence: first as u64 };
+                    backprop.forward_pass(&device, &model, micro, batch, pass).unwrap();
+                }
+                Task::Backward(micro) => {
+                    let store = if micro == 0 { Store::Overwrite } else { Store::Accumulate };
+                    part.loss += backprop.backward_pass(&device, &model, micro, 0.01, store).unwrap();
+                }
+            }
         }
         part.norm = backprop.sum(&device).unwrap();
         let rows = ..batch * SEQ;
@@ -82,7 +92,7 @@ fn passes<E: Element>(config: &Config, batch: usize, recompute: Recompute, mesh:
 
 /// The same on all ranks of a mesh: losses added up, gradients put together.
 fn on_ranks<E: Element>(config: &Config, batch: usize, recompute: Recompute, axes: Axes) -> Part {
-    let worlds = World::local(axes.tensor * axes.shard * axes.replicate).unwrap();
+    let worlds = World::local(axes.tensor * axes.shard * axes.replicate * axes.pipeline).unwrap();
     let parts: Vec<Part> = std::thread::scope(|scope| {
         let start = |world| {
             scope.spawn(move || passes::<E>(config, batch, recompute, Mesh::new(world, axes).unwrap()))
@@ -108,12 +118,14 @@ fn on_ranks<E: Element>(config: &Config, batch: usize, recompute: Recompute, axe
         }
         gradients.push((Held::new(parameter, index, ferropt_model::Part::WHOLE), whole));
     }
-    // One part of each group that shares sequences.
-    let loss = parts.iter().step_by(axes.tensor).map(|part| part.loss).sum();
-    for part in &parts {
-        assert_eq!((part.norm, part.score), (parts[0].norm, parts[0].score));
-    }
-    Part { loss, score: parts[0].score, norm: parts[0].norm, gradients }
+    // The last stage has the losses: one part of each group that shares sequences.
+    let first = parts.len() / axes.pipeline * (axes.pipeline - 1);
+    let last = &parts[first..];
+    let loss = last.iter().step_by(axes.tensor).map(|part| part.loss).sum();
+    assert!(parts.iter().all(|part| part.norm == parts[0].norm));
+    assert!(last.iter().all(|part| part.score == last[0].score));
+    assert!(parts[..first].iter().all(|part| (part.loss, part.score) == (0.0, 0.0)));
+    Part { loss, score: last[0].score, norm: parts[0].norm, gradients }
 }
 
 /// Root of the mean square of the differences.
@@ -124,13 +136,13 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 
 /// In f32, layouts agree to 1e-5 or so. In bf16 they are about as far from each other as one rank is from f32: what is
 /// summed in parts is rounded before it is added up.
-fn check<E: Element>(post_norm: bool, layouts: &[[usize; 3]]) {
+fn check<E: Element>(post_norm: bool, layouts: &[[usize; 4]]) {
     let config = config(post_norm);
     let exact = passes::<f32>(&config, 2, Recompute::None, Mesh::solo());
     let one = passes::<E>(&config, 2, Recompute::None, Mesh::solo());
     let tolerance = if E::DTYPE == DType::F32 { 1e-6 } else { 4e-3 };
-    for (number, [tensor, shard, replicate]) in layouts.iter().copied().enumerate() {
-        let axes = Axes { tensor, shard, replicate, pipeline: 1 };
+    for (number, [tensor, shard, replicate, pipeline]) in layouts.iter().copied().enumerate() {
+        let axes = Axes { tensor, shard, replicate, pipeline };
         let recompute = [Recompute::None, Recompute::Selective, Recompute::Full][number % 3];
         let batch = if (shard * replicate) % 4 == 0 { 1 } else { 2 };
         let many = on_ranks::<E>(&config, batch, recompute, axes);
@@ -157,18 +169,26 @@ fn check<E: Element>(post_norm: bool, layouts: &[[usize; 3]]) {
     }
 }
 
-const LAYOUTS: [[usize; 3]; 11] = [
-    [1, 2, 1],
-    [1, 1, 2],
-    [1, 4, 1],
-    [2, 1, 1],
-    [1, 2, 2],
-    [4, 1, 1],
-    [2, 2, 1],
-    [2, 1, 2],
-    [2, 1, 1],
-    [2, 2, 2],
-    [4, 2, 1],
+/// Tensor, shard, replicate, pipeline.
+const LAYOUTS: [[usize; 4]; 18] = [
+    [1, 2, 1, 1],
+    [1, 1, 2, 1],
+    [1, 4, 1, 1],
+    [2, 1, 1, 1],
+    [1, 2, 2, 1],
+    [4, 1, 1, 1],
+    [2, 2, 1, 1],
+    [2, 1, 2, 1],
+    [2, 1, 1, 1],
+    [2, 2, 2, 1],
+    [4, 2, 1, 1],
+    [1, 1, 1, 2],
+    [1, 1, 1, 3],
+    [1, 2, 1, 3],
+    [2, 1, 1, 2],
+    [1, 1, 2, 3],
+    [2, 2, 1, 2],
+    [1, 4, 1, 2],
 ];
 
 #[test]
@@ -196,4 +216,14 @@ fn what_cannot_be_divided_is_refused() {
     let mesh = Mesh::new(world, axes).unwrap();
     let refused = Backprop::<_, f32>::on(&device, &config, options, mesh).err().unwrap().to_string();
     assert!(refused.contains("7 is no multiple of 2"), "{refused}");
+}
+
+#[test]
+fn one_forward_one_backward() {
+    use Task::{Backward as B, Forward as F};
+    assert_eq!(schedule(Place::ALONE, 2), [F(0), B(0), F(1), B(1)]);
+    assert_eq!(schedule(Place { rank: 0, of: 3 }, 4), [F(0), F(1), F(2), B(0), F(3), B(1), B(2), B(3)]);
+    assert_eq!(schedule(Place { rank: 2, of: 3 }, 2), [F(0), B(0), F(1), B(1)]);
+    // Fewer micro-batches than stages.
+    assert_eq!(schedule(Place { rank: 0, of: 4 }, 2), [F(0), F(1), B(0), B(1)]);
 }

@@ -3,13 +3,14 @@
 use anyhow::{Context, Result};
 use ferropt_device::{Device, Element};
 use ferropt_mesh::{Axes, Label, Mesh};
-use ferropt_model::{Held, Part, Place};
+use ferropt_model::{Held, Part, Place, Stage};
 
 /// Brings tensors together: every parameter has one rank that writes it, so that all ranks write about as much.
 pub(crate) struct Collector {
     mesh: Mesh,
     /// Rank that writes each parameter.
     writers: Vec<usize>,
+    layers: usize,
 }
 
 impl Collector {
@@ -21,7 +22,8 @@ impl Collector {
             load[least] += held.parameter.elements();
             least
         };
-        Collector { writers: table.iter().map(writer).collect(), mesh }
+        let layers = table.iter().filter_map(|held| held.parameter.layer()).max().map_or(0, |last| last + 1);
+        Collector { writers: table.iter().map(writer).collect(), mesh, layers }
     }
 
     /// All values of a parameter, on the rank that writes it, given the shard of every rank; nothing on the others. Called on
@@ -43,7 +45,7 @@ impl Collector {
         shard.truncate(held.shard.len());
         // Replicas have the same; the first of them gives.
         let givers = (0..all.size()).filter_map(|rank| {
-            let (part, replica) = part_at(self.mesh.axes, rank);
+            let (part, replica) = part_at(self.mesh.axes, self.layers, rank);
             let theirs = Held::new(held.parameter.clone(), held.index, part);
             (replica == 0 && theirs.speaks && !theirs.shard.is_empty()).then_some((rank, theirs))
         });
@@ -80,8 +82,10 @@ impl Collector {
 }
 
 /// The part of a model that a rank of a mesh holds, and the number of its replica.
-fn part_at(axes: Axes, rank: usize) -> (Part, usize) {
+fn part_at(axes: Axes, layers: usize, rank: usize) -> (Part, usize) {
     let tensor = Place { rank: rank % axes.tensor, of: axes.tensor };
     let shard = Place { rank: rank / axes.tensor % axes.shard, of: axes.shard };
-    (Part { tensor, shard }, rank / (axes.tensor * axes.shard) % axes.replicate)
+    let replicas = axes.tensor * axes.shard;
+    let stage = Place { rank: rank / (replicas * axes.replicate), of: axes.pipeline };
+    (Part { tensor, shard, stage: Stage::new(stage, layers) }, rank / replicas % axes.replicate)
 }

@@ -48,6 +48,8 @@ pub struct Ranks {
     pub shard: usize,
     /// Replicas.
     pub replicate: usize,
+    /// Stages that divide the layers.
+    pub pipeline: usize,
     /// Bytes that each rank sends in a step.
     pub communication: Communication,
 }
@@ -135,12 +137,13 @@ impl Plan {
         let flops = Flops::per_token(&resolved.model, &options);
         let peak = device.measured_peak::<E>();
         let axes = resolved.axes;
-        let number = axes.tensor * resolved.data_ranks();
+        let number = axes.tensor * resolved.data_ranks() * axes.pipeline;
         let ranks = (number > 1).then(|| Ranks {
             number,
             tensor: axes.tensor,
             shard: axes.shard,
             replicate: axes.replicate,
+            pipeline: axes.pipeline,
             communication: Communication::new(resolved, E::DTYPE),
         });
         let tokens_per_second = peak * number as f64 * ASSUMED_SHARE / flops.hardware_causal;
@@ -218,6 +221,7 @@ impl Memory {
         };
         let of_matrices = |bytes: usize| sum(&|p| if p.is_matrix() { bytes } else { 0 });
         let (parts, shards) = (part.tensor.of, part.shard.of);
+        let here = Config { layers: part.stage.end.min(model.layers) - part.stage.start, ..model.clone() };
         let (f32, compute) = (DType::F32.size(), E::DTYPE.size());
         let splits = optimizer.splits(E::DTYPE);
         let weights = sum(&|p| if p.is_matrix() { compute } else { f32 });
@@ -236,6 +240,7 @@ impl Memory {
         let whole = |bytes: &dyn Fn(&Parameter) -> usize| {
             let times = |h: &Held| match h.parameter.layer() {
                 None => 1,
+                // The first stage has the first layer.
                 Some(0) => 2,
                 Some(_) => 0,
             };
@@ -251,14 +256,10 @@ impl Memory {
             masters,
             gradients: sum(&|_| f32),
             moments,
-            activations: ActivationTable::training(
-                model,
-                options.batch,
-                options.seq,
-                options.recompute,
-                parts,
-            )
-            .bytes(E::DTYPE),
+            // As many micro-batches are under way as there are stages from this one on.
+            activations: (part.stage.place.of - part.stage.place.rank) as u64
+                * ActivationTable::training(&here, options.batch, options.seq, options.recompute, parts)
+                    .bytes(E::DTYPE),
             workspace: device.workspace_bytes::<E>(
                 rows,
                 widest,
@@ -305,8 +306,8 @@ impl fmt::Display for Plan {
         if let Some(r) = &self.ranks {
             writeln!(
                 f,
-                "ranks            {} = {} (tensor) x {} (shard) x {} (replicate); what follows is of each",
-                r.number, r.tensor, r.shard, r.replicate
+                "ranks            {} = {} (tensor) x {} (shard) x {} (replicate) x {} (pipeline); what follows is of the first",
+                r.number, r.tensor, r.shard, r.replicate, r.pipeline
             )?;
             writeln!(f, "sent per step    {}", human_bytes(r.communication.total()))?;
             for (part, bytes) in r.communication.parts().into_iter().filter(|(_, bytes)| *bytes > 0) {

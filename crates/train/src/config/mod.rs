@@ -194,6 +194,8 @@ section! {
         /// Ranks that share out weights, gradients and the optimiser's state (FSDP); all that are left unless given. With
         /// fewer, there are several replicas; with 1, every rank has all of it.
         shard: Option<usize> = None,
+        /// Stages that divide the layers.
+        pipeline: usize = 1,
         /// Seconds without a word from another rank after which the run ends, to be started again.
         timeout: f64 = 120.0,
     }

@@ -6,7 +6,7 @@ use crate::recovery::Policy;
 use crate::schedule::{Kind, Schedule};
 use anyhow::{anyhow, bail, ensure};
 use ferropt_mesh::Axes;
-use ferropt_model::{Config as Model, Options, Part, Place};
+use ferropt_model::{Config as Model, Options, Part, Place, Stage};
 
 /// Tokens that one forward and backward pass takes at a time unless the user says otherwise: enough rows for the
 /// matrix kernels to run at their peak, few enough for the activations of the small models to stay modest.
@@ -108,7 +108,8 @@ impl Resolved {
     /// What the first rank holds of the model, which is as much as any.
     pub fn part(&self) -> Part {
         let first = |of| Place { rank: 0, of };
-        Part { tensor: first(self.axes.tensor), shard: first(self.axes.shard) }
+        let stage = Stage::new(first(self.axes.pipeline), self.model.layers);
+        Part { tensor: first(self.axes.tensor), shard: first(self.axes.shard), stage }
     }
 
     /// One pass, as the model is told.
@@ -161,8 +162,14 @@ impl Config {
             "data.seq = {seq} is longer than the {} positions of the model; lower data.seq or raise model.positions",
             model.positions
         );
-        let axes = self.resolve_parallel(ranks)?;
+        let axes = self.resolve_parallel(ranks, &model)?;
         let (sequences, micro_batch) = self.resolve_batch(seq, axes.shard * axes.replicate)?;
+        ensure!(
+            (micro_batch * seq).is_multiple_of(axes.tensor),
+            "parallel.tensor = {} does not divide the {micro_batch} x {seq} tokens of a micro-batch; change batch.micro_batch or \
+             data.seq",
+            axes.tensor
+        );
         let batch_tokens = (sequences * seq) as u64;
         let steps = self.resolve_length(batch_tokens)?;
         let schedule = self.resolve_schedule(steps, batch_tokens)?;
@@ -261,7 +268,7 @@ impl Config {
     }
 
     /// How the ranks are arranged.
-    fn resolve_parallel(&self, ranks: usize) -> anyhow::Result<Axes> {
+    fn resolve_parallel(&self, ranks: usize, model: &Model) -> anyhow::Result<Axes> {
         let p = &self.parallel;
         ensure!(
             p.tensor > 0 && ranks.is_multiple_of(p.tensor),
@@ -269,13 +276,22 @@ impl Config {
              another number of ranks",
             p.tensor
         );
-        let left = ranks / p.tensor;
+        ensure!(
+            p.pipeline > 0 && (ranks / p.tensor).is_multiple_of(p.pipeline),
+            "parallel.pipeline = {} does not divide the {} ranks that parallel.tensor = {} leaves of {ranks}; set it to one of \
+             their divisors, or start another number of ranks",
+            p.pipeline,
+            ranks / p.tensor,
+            p.tensor
+        );
+        let left = ranks / p.tensor / p.pipeline;
         let shard = p.shard.unwrap_or(left);
         ensure!(
             shard > 0 && left.is_multiple_of(shard),
-            "parallel.shard = {shard} does not divide the {left} ranks that parallel.tensor = {} leaves of {ranks}; remove it \
-             to share out everything among them",
-            p.tensor
+            "parallel.shard = {shard} does not divide the {left} ranks that parallel.tensor = {} and parallel.pipeline = {} \
+             leave of {ranks}; remove it to share out everything among them",
+            p.tensor,
+            p.pipeline
         );
         // A day, far below what durations can hold.
         ensure!(
@@ -283,7 +299,11 @@ impl Config {
             "parallel.timeout = {}, but it is above 0 and at most 86400 seconds, a day",
             p.timeout
         );
-        Ok(Axes { tensor: p.tensor, shard, replicate: left / shard, pipeline: 1 })
+        let place = |of| Place { rank: 0, of };
+        let stage = Stage::new(place(p.pipeline), model.layers);
+        let part = Part { tensor: place(p.tensor), shard: place(shard), stage };
+        part.check(model).map_err(|error| anyhow!("[parallel] does not fit the model: {error}"))?;
+        Ok(Axes { tensor: p.tensor, shard, replicate: left / shard, pipeline: p.pipeline })
     }
 
     /// Sequences per step, and per pass of each of the `data_ranks`.

@@ -3,7 +3,7 @@
 use crate::config::Resolved;
 use ferropt_device::DType;
 use ferropt_mesh::{Axes, Operation, SMALL_SUM, Traffic};
-use ferropt_model::{Config, Held, Options, Recompute};
+use ferropt_model::{Config, Held, Options, Place, Recompute, gathers, schedule};
 use serde::Serialize;
 
 /// Bytes that one rank sends in a step, by group and operation.
@@ -21,20 +21,26 @@ pub struct Communication {
     pub tensor_reduce: u64,
     /// Gradients of replicas.
     pub replicate_reduce: u64,
+    /// Rows that go to the next stage.
+    pub pipeline_send: u64,
+    /// Gradients of the embedding table, which the last stage has too.
+    pub tied_reduce: u64,
 }
 
 /// Operations in the order of the fields, with the names of their groups.
-const OPERATIONS: [(&str, Operation); 6] = [
+const OPERATIONS: [(&str, Operation); 8] = [
     ("shard", Operation::AllGather),
     ("shard", Operation::ReduceScatter),
     ("tensor", Operation::AllGather),
     ("tensor", Operation::ReduceScatter),
     ("tensor", Operation::AllReduce),
     ("replicate", Operation::AllReduce),
+    ("pipeline", Operation::Send),
+    ("tied", Operation::AllReduce),
 ];
 
 impl Communication {
-    /// What a run's ranks send, with matrices and activations of type `compute`.
+    /// What a run's first rank sends, with matrices and activations of type `compute`. Others in its stage send as much.
     pub(crate) fn new(resolved: &Resolved, compute: DType) -> Communication {
         let held = resolved.model.held(resolved.part());
         let passes = resolved.accumulation() as u64;
@@ -51,7 +57,11 @@ impl Communication {
         compute: DType,
     ) -> Communication {
         let (f32, compute) = (DType::F32.size() as u64, compute.size() as u64);
-        let (layers, parts, shards) = (model.layers as u64, axes.tensor as u64, axes.shard as u64);
+        let (parts, shards) = (axes.tensor as u64, axes.shard as u64);
+        let stages = axes.pipeline;
+        // The first stage's layers; with a single one it has the LM head too.
+        let here = model.layers / stages;
+        let (layers, head) = (here as u64, u64::from(stages == 1));
 
         // FSDP. A unit's buffers are gathered from the other ranks' shards, and its gradients are sent to them.
         let shard = |of_layer: bool, gradient: bool| -> u64 {
@@ -60,10 +70,8 @@ impl Communication {
             unit.map(|h| h.shard_len as u64 * size(h)).sum()
         };
         // Two layers stay: a pass begins with those that the one before it ended with.
-        let gathered = match layers {
-            1 => 1,
-            _ => layers + (2 * passes - 1) * (layers - 2),
-        };
+        let tasks = schedule(Place { rank: 0, of: stages }, passes as usize);
+        let gathered = gathers(&tasks, here);
         let shard_gather = (shards - 1) * (gathered * shard(true, false) + shard(false, false));
         let shard_scatter = (shards - 1) * passes * (layers * shard(true, true) + shard(false, true));
 
@@ -74,14 +82,18 @@ impl Communication {
         let narrow = (parts - 1) * rows * model.embedding_width as u64 * compute;
         let post = u64::from(model.post_norm);
         let (again_gather, again_scatter) = match options.recompute {
+            // But for the last layer's, which are still there.
             Recompute::Full => ((layers - 1) * 2, (layers - 1) * (1 + post)),
             _ => (0, 0),
         };
-        let tensor_gather = passes * ((6 * layers + again_gather) * wide + (2 + post) * narrow);
-        let tensor_scatter = passes * ((4 * layers + again_scatter) * wide + 2 * narrow);
+        let tensor_gather = passes * ((6 * layers + again_gather) * wide + (1 + head + post) * narrow);
+        let tensor_scatter = passes * ((4 * layers + again_scatter) * wide + (1 + head) * narrow);
 
         let reduce = |ranks: u64, which: &dyn Fn(&Held) -> bool| -> u64 {
-            held.iter().filter(|h| which(h)).map(|h| reduced(ranks, h.shard_len as u64, f32)).sum()
+            held.iter()
+                .filter(|h| h.shard_len > 0 && which(h))
+                .map(|h| reduced(ranks, h.shard_len as u64, f32))
+                .sum()
         };
         Communication {
             shard_gather,
@@ -90,28 +102,31 @@ impl Communication {
             tensor_scatter,
             tensor_reduce: reduce(parts, &Held::is_whole),
             replicate_reduce: reduce(axes.replicate as u64, &|_| true),
+            pipeline_send: if stages == 1 { 0 } else { passes * rows * model.width as u64 * f32 },
+            tied_reduce: if stages == 1 { 0 } else { reduce(2, &|h| h.index == 0) },
         }
     }
 
     /// What was counted.
     pub(crate) fn counted(traffic: &[Traffic]) -> Communication {
-        let [shard_gather, shard_scatter, tensor_gather, tensor_scatter, tensor_reduce, replicate_reduce] =
-            OPERATIONS.map(|(group, operation)| {
-                let same = |t: &&Traffic| t.group == group && t.operation == operation;
-                traffic.iter().find(same).map_or(0, |t| t.bytes)
-            });
+        let bytes = OPERATIONS.map(|(group, operation)| {
+            let same = |t: &&Traffic| t.group == group && t.operation == operation;
+            traffic.iter().find(same).map_or(0, |t| t.bytes)
+        });
         Communication {
-            shard_gather,
-            shard_scatter,
-            tensor_gather,
-            tensor_scatter,
-            tensor_reduce,
-            replicate_reduce,
+            shard_gather: bytes[0],
+            shard_scatter: bytes[1],
+            tensor_gather: bytes[2],
+            tensor_scatter: bytes[3],
+            tensor_reduce: bytes[4],
+            replicate_reduce: bytes[5],
+            pipeline_send: bytes[6],
+            tied_reduce: bytes[7],
         }
     }
 
     /// Names for people, with bytes.
-    pub(crate) fn parts(&self) -> [(&'static str, u64); 6] {
+    pub(crate) fn parts(&self) -> [(&'static str, u64); 8] {
         [
             ("weights gathered", self.shard_gather),
             ("gradients scattered", self.shard_scatter),
@@ -119,6 +134,8 @@ impl Communication {
             ("rows summed", self.tensor_scatter),
             ("gradients of parts", self.tensor_reduce),
             ("gradients of replicas", self.replicate_reduce),
+            ("rows passed on", self.pipeline_send),
+            ("gradients of the head", self.tied_reduce),
         ]
     }
 

@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use ferropt_data::Batch;
 use ferropt_device::{Device, Element, Store as Put};
 use ferropt_mesh::{Label, Mesh};
-use ferropt_model::{Backprop, Model, Pass, part_of};
+use ferropt_model::{Backprop, Model, Pass, Task, part_of, schedule};
 use std::time::{Duration, Instant};
 
 /// A run: model, optimiser, data and outputs; of a run on many ranks, one of them.
@@ -87,7 +87,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             write_whole(&run.join("config.toml"), &resolved.config.to_toml()?)?;
         }
 
-        let mut model = Model::part(&device, &resolved.model, part_of(&mesh))?;
+        let mut model = Model::part(&device, &resolved.model, part_of(&mesh, resolved.model.layers))?;
         let mut optimizer = Optimizer::new(&device, &model, resolved.optimizer)?;
         let backprop = Backprop::on(&device, &resolved.model, resolved.options(), mesh.clone())?;
         let (mut step, mut energy, mut remembered) = (0, Energy::default(), State::after(0));
@@ -240,14 +240,23 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let mut sum = 0.0;
         self.mesh.world.beat(Label::of("step", step as usize));
         self.watch.begin(&self.mesh);
-        for part in 0..r.accumulation() {
-            // Micro-batches are dealt to the ranks in turn.
-            let number = part * r.data_ranks() + self.mesh.data.rank();
-            let first_sequence = (number * r.micro_batch) as u64;
-            self.data.train.batch(first + first_sequence, r.micro_batch, &mut self.batch)?;
-            let pass = Pass { seed: r.config.run.seed, step, first_sequence };
-            let store = if part == 0 { Put::Overwrite } else { Put::Accumulate };
-            sum += self.backprop.train(&self.device, &self.model, view(&self.batch), pass, scale, store)?;
+        self.backprop.begin();
+        for task in schedule(part_of(&self.mesh, r.model.layers).stage.place, r.accumulation()) {
+            let (device, model) = (&self.device, &self.model);
+            match task {
+                Task::Forward(part) => {
+                    // Micro-batches are dealt to the ranks in turn.
+                    let number = part * r.data_ranks() + self.mesh.data.rank();
+                    let first_sequence = (number * r.micro_batch) as u64;
+                    self.data.train.batch(first + first_sequence, r.micro_batch, &mut self.batch)?;
+                    let pass = Pass { seed: r.config.run.seed, step, first_sequence };
+                    self.backprop.forward_pass(device, model, part, view(&self.batch), pass)?;
+                }
+                Task::Backward(part) => {
+                    let store = if part == 0 { Put::Overwrite } else { Put::Accumulate };
+                    sum += self.backprop.backward_pass(device, model, part, scale, store)?;
+                }
+            }
         }
         let grad_norm = self.backprop.sum(&self.device)?;
         if let Some(sent) = self.watch.summed(&self.mesh) {
@@ -310,8 +319,11 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
                 let first = first + (self.mesh.data.rank() * r.micro_batch) as u64;
                 loader.batch(first, r.micro_batch, &mut self.batch)?;
                 nats += self.backprop.score(&self.device, &self.model, view(&self.batch))?;
-                targets += self.batch.target_count;
-                bytes += self.batch.text_bytes;
+                // The last stage has the losses.
+                if self.mesh.pipeline.rank() + 1 == self.mesh.pipeline.size() {
+                    targets += self.batch.target_count;
+                    bytes += self.batch.text_bytes;
+                }
             }
             let [nats, targets, bytes] = total(&self.mesh, [nats, targets as f64, bytes as f64])?;
             let loss = nats / targets;
@@ -385,13 +397,13 @@ pub(super) fn found_by_first(
     }
 }
 
-/// Sums over all ranks that have sequences of their own, in the order of the ranks.
+/// Sums over all ranks that have sequences of their own, and over the stages, of which the last has them, in the order of the
+/// ranks.
 fn total<const N: usize>(mesh: &Mesh, values: [f64; N]) -> Result<[f64; N]> {
-    let mut sums = [0.0; N];
-    for values in mesh.data.gather_f64(Label::new("total"), &values)? {
-        for (sum, value) in sums.iter_mut().zip(values) {
-            *sum += value;
-        }
+    let mut sums = values;
+    for group in [&mesh.data, &mesh.pipeline] {
+        let all = group.gather_f64(Label::new("total"), &sums)?;
+        sums = std::array::from_fn(|which| all.iter().filter_map(|values| values.get(which)).sum());
     }
     Ok(sums)
 }
