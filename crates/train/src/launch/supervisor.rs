@@ -36,7 +36,12 @@ const EARLY: Duration = Duration::from_secs(60);
 ///
 /// # Errors
 /// As [`Group::run`].
-pub fn supervise(mut group: Group, how: &Supervision<'_>, stop: &Stop, say: &mut dyn FnMut(&str)) -> Result<u8> {
+pub fn supervise(
+    mut group: Group,
+    how: &Supervision<'_>,
+    stop: &Stop,
+    say: &mut dyn FnMut(&str),
+) -> Result<u8> {
     let mut idle = 0;
     loop {
         let (before, started) = (progress(&how.run), Instant::now());

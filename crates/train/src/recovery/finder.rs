@@ -114,7 +114,8 @@ fn in_weights<D: Device, E: Element>(device: &D, model: &Model<D, E>) -> Option<
         };
         // From the place in what is held here to the place in the whole.
         let mut pieces = held.pieces();
-        let place = pieces.find_map(|(at, start, len)| Some(start + place.checked_sub(at).filter(|n| *n < len)?))?;
+        let place =
+            pieces.find_map(|(at, start, len)| Some(start + place.checked_sub(at).filter(|n| *n < len)?))?;
         let parameter = &held.parameter;
         let width = if parameter.is_matrix() { parameter.shape[1] } else { 1 };
         Some(Finding {

@@ -91,8 +91,9 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let (mut step, mut energy, mut remembered) = (0, Energy::default(), State::after(0));
         match &found {
             Some(found) => {
-                (energy, remembered) = state::load(found, &data.identity, &device, &mut model, &mut optimizer)
-                    .with_context(|| format!("cannot resume from {}", found.path().display()))?;
+                (energy, remembered) =
+                    state::load(found, &data.identity, &device, &mut model, &mut optimizer)
+                        .with_context(|| format!("cannot resume from {}", found.path().display()))?;
                 step = found.manifest().run.step;
             }
             None => optimizer.initialise(&device, &mut model, resolved.config.run.seed),
@@ -106,11 +107,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             Some(store) => Some(Writer::start(store, retention, DEFAULT_SHARD_BYTES)?),
             None => None,
         };
-        let book = if first {
-            Some(super::history::open(&resolved, &mesh.world, resumed, &damaged)?)
-        } else {
-            None
-        };
+        let book =
+            if first { Some(super::history::open(&resolved, &mesh.world, resumed, &damaged)?) } else { None };
         let trainer = Trainer {
             guard: Guard::new(resolved.recovery, remembered),
             book,

@@ -106,8 +106,13 @@ fn supervised(ranks: usize, min_ranks: usize, restarts: u32, script: &str) -> (u
     let starts = folder.path().join("starts");
     let mut group = group(folder.path(), ranks, &format!("[ $RANK = 0 ] && echo x >> $0\n{script}"));
     group.arguments.push(starts.clone().into());
-    let how =
-        Supervision { run: folder.path().into(), restarts, min_ranks, backoff: Duration::from_millis(1), fits: Box::new(|_| true) };
+    let how = Supervision {
+        run: folder.path().into(),
+        restarts,
+        min_ranks,
+        backoff: Duration::from_millis(1),
+        fits: Box::new(|_| true),
+    };
     let mut said = Vec::new();
     let status = supervise(group, &how, &Stop::default(), &mut |line| said.push(line.into())).unwrap();
     let starts = std::fs::read_to_string(starts).unwrap().lines().count();
