@@ -25,8 +25,8 @@ pub(crate) struct Args {
     /// With --dry-run: print the plan as JSON
     #[arg(long, requires = "dry_run")]
     json: bool,
-    /// Start so many processes on this machine, and end when one of them fails
-    #[arg(long, value_name = "N", conflicts_with = "dry_run")]
+    /// Start so many processes on this machine, and end when one of them fails; with --dry-run, plan for so many
+    #[arg(long, value_name = "N")]
     ranks: Option<usize>,
     /// Start again from the last checkpoint when a process is lost, hangs or asks for it
     #[arg(long, conflicts_with = "dry_run")]
@@ -49,6 +49,7 @@ const EXAMPLES: &str = "\
 Examples:
   ferropt train config.toml
   ferropt train config.toml --dry-run
+  ferropt train config.toml --dry-run --ranks 64 --set parallel.tensor=8
   ferropt train config.toml --set run.steps=5000 --set optimizer.lr=3e-4
   ferropt train config.toml --set schedule.warmup=\"375M tokens\"
   ferropt train config.toml --ranks 4 --supervise
@@ -75,7 +76,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<u8> {
     let config = Config::load(&args.config, &args.set)?;
     let named = || format!("the configuration {} cannot be used", args.config.display());
     if args.dry_run {
-        let (resolved, plan) = trainer::plan(config).with_context(named)?;
+        let (resolved, plan) = trainer::plan(config, args.ranks.unwrap_or(1)).with_context(named)?;
         if args.json {
             println!("{}", serde_json::to_string_pretty(&plan)?);
         } else {

@@ -134,7 +134,9 @@ impl Mpi {
         check(unsafe { version(text.as_mut_ptr().cast(), &mut len) }, "MPI_Get_library_version")?;
         text.truncate((len.max(0) as usize).min(text.len()));
         let text = String::from_utf8_lossy(&text);
-        let version = text.split(['\n', ',', '\0']).next().unwrap_or_default().trim().to_string();
+        // "Open MPI v4.1.4, package: ...", "MPICH Version:\t4.0.2\n..."
+        let version = text.split(['\n', ',', '\0']).next().unwrap_or_default().replace("Version:", "");
+        let version = version.split_whitespace().collect::<Vec<_>>().join(" ");
         let (rank, size) = (rank.max(0) as usize, size.max(1) as usize);
         Ok(Mpi {
             finalize: function!(Finalize, "MPI_Finalize"),

@@ -219,7 +219,9 @@ impl<D: Device, E: Element> Backprop<D, E> {
         tell(observer, || layers.written_first());
         for l in 0..w.layers.len() {
             units.ask(device, w, l, Some(l + 1))?;
-            layers.forward(device, units.layer(w, l)?, l, pass)?;
+            let weights = units.layer(w, l)?;
+            let _span = self.mesh.world.trace().span(Label::of("forward of layer", l));
+            layers.forward(device, weights, l, pass)?;
             tell(observer, || layers.written_forward(l));
         }
         self.ends.leave(device, units.ends(device, w)?, layers);
@@ -237,14 +239,19 @@ impl<D: Device, E: Element> Backprop<D, E> {
         store: Store,
         observer: &mut Observer<'_, D, E>,
     ) -> Result<()> {
-        let Backprop { units, totals, layers, ends, gradients, .. } = self;
+        let Backprop { units, totals, layers, ends, gradients, mesh, .. } = self;
+        let trace = mesh.world.trace();
+        let span = trace.span(Label::new("head, forward and backward"));
         let (g, ends_store) = totals.ends(device, gradients, store)?;
         ends.backward_head(device, units.ends(device, w)?, g, layers, scale, ends_store)?;
         tell(observer, || ends.written_head(g, layers));
+        drop(span);
         for l in (0..w.layers.len()).rev() {
             units.ask(device, w, l, l.checked_sub(1))?;
             let (g, store) = totals.layer(device, gradients, l, store)?;
-            layers.backward(device, units.layer(w, l)?, g, l, pass, store)?;
+            let weights = units.layer(w, l)?;
+            let _span = trace.span(Label::of("backward of layer", l));
+            layers.backward(device, weights, g, l, pass, store)?;
             tell(observer, || layers.written_backward(g, l));
             totals.layer_done(device)?;
         }

@@ -3,7 +3,7 @@
 use ferropt_device::bf16;
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
 use ferropt_device::rng::{Purpose, Stream};
-use ferropt_device::{DType, Device, Element, Store};
+use ferropt_device::{DType, Element, Store};
 use ferropt_mesh::{Axes, Mesh, World};
 use ferropt_model::{
     Backprop, Batch, Config, Held, Initial, Model, Options, Pass, Recompute, initial_shard, part_of,

@@ -1,6 +1,10 @@
 //! What a run will take, computed from the tables that allocation uses, without allocating: parameters, memory by
 //! part, floating-point operations in both conventions, time.
 
+mod communication;
+
+pub use communication::Communication;
+
 use crate::checkpoint::human_bytes;
 use crate::config::{Precision, Resolved};
 use crate::optimizer::Settings;
@@ -23,12 +27,29 @@ pub struct Plan {
     pub device: String,
     /// Work per step.
     pub batch: BatchPlan,
-    /// Bytes by part.
+    /// How the ranks are arranged; none for a run of one.
+    pub ranks: Option<Ranks>,
+    /// Bytes by part, of each rank.
     pub memory: Memory,
     /// Work per token.
     pub flops_per_token: Flops,
     /// How long it will take.
     pub time: Time,
+}
+
+/// How ranks share out a run, and what they tell each other for it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Ranks {
+    /// All ranks.
+    pub number: usize,
+    /// Ranks that divide matrices.
+    pub tensor: usize,
+    /// Ranks that share out weights.
+    pub shard: usize,
+    /// Replicas.
+    pub replicate: usize,
+    /// Bytes that each rank sends in a step.
+    pub communication: Communication,
 }
 
 /// Tokens per step and how they are divided.
@@ -40,7 +61,7 @@ pub struct BatchPlan {
     pub sequence: usize,
     /// Sequences of one forward and backward pass.
     pub micro_batch: usize,
-    /// Passes per step.
+    /// Passes per step, of each rank.
     pub accumulation: usize,
     /// Optimiser steps of the run.
     pub steps: u64,
@@ -113,7 +134,16 @@ impl Plan {
         let options = resolved.options();
         let flops = Flops::per_token(&resolved.model, &options);
         let peak = device.measured_peak::<E>();
-        let tokens_per_second = peak * ASSUMED_SHARE / flops.hardware_causal;
+        let axes = resolved.axes;
+        let number = axes.tensor * resolved.data_ranks();
+        let ranks = (number > 1).then(|| Ranks {
+            number,
+            tensor: axes.tensor,
+            shard: axes.shard,
+            replicate: axes.replicate,
+            communication: Communication::new(resolved, E::DTYPE),
+        });
+        let tokens_per_second = peak * number as f64 * ASSUMED_SHARE / flops.hardware_causal;
         let tokens = resolved.steps * resolved.batch_tokens();
         Plan {
             model: resolved.model_name(),
@@ -127,6 +157,7 @@ impl Plan {
                 steps: resolved.steps,
                 tokens,
             },
+            ranks,
             memory: Memory::of::<D, E>(
                 &resolved.model,
                 resolved.part(),
@@ -271,6 +302,17 @@ impl fmt::Display for Plan {
             b.sequence
         )?;
         writeln!(f, "steps            {}, {} tokens", grouped(b.steps), grouped(b.tokens))?;
+        if let Some(r) = &self.ranks {
+            writeln!(
+                f,
+                "ranks            {} = {} (tensor) x {} (shard) x {} (replicate); what follows is of each",
+                r.number, r.tensor, r.shard, r.replicate
+            )?;
+            writeln!(f, "sent per step    {}", human_bytes(r.communication.total()))?;
+            for (part, bytes) in r.communication.parts().into_iter().filter(|(_, bytes)| *bytes > 0) {
+                writeln!(f, "  {part:<20} {:>12}", human_bytes(bytes))?;
+            }
+        }
         writeln!(f, "memory           {}", human_bytes(self.memory.total))?;
         for (part, bytes) in self.memory.parts().into_iter().filter(|(_, bytes)| *bytes > 0) {
             let share = 100.0 * bytes as f64 / self.memory.total as f64;

@@ -252,6 +252,8 @@ section! {
     LogSection {
         /// Steps between lines of metrics.jsonl and TensorBoard points.
         every: u64 = 1,
+        /// Steps of each start in which every rank's computing and communication are traced, to trace.json.
+        trace: u64 = 0,
     }
 }
 

@@ -6,11 +6,13 @@
 //! one that was not.
 
 mod compatible;
+mod cores;
 mod data;
 mod history;
 mod recover;
 mod run;
 mod state;
+mod watch;
 
 use crate::checkpoint::Store;
 use crate::config::{Config, Precision, Resolved};
@@ -94,8 +96,18 @@ pub fn train(config: Config, stop: &Stop, hook: Hook<'_>) -> Result<Outcome> {
 /// # Errors
 /// As there.
 pub fn train_in(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Result<Outcome> {
+    let outcome = train_on(world.clone(), config, stop, hook);
+    if let Err(error) = &outcome {
+        // The others wait for this rank; they are to know why in vain.
+        world.abandon(&format!("{error:#}"));
+    }
+    outcome
+}
+
+fn train_on(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Result<Outcome> {
     let resolved = config.resolve_for(world.size())?;
-    let device = open_device_beside(resolved.config.run.threads, world.size())?;
+    let threads = cores::threads(&world, resolved.config.run.threads)?;
+    let device = open_device_beside(threads, world.size())?;
     let plan = Plan::new(&resolved, &device);
     if world.rank() == 0 {
         hook(Event::Planned { resolved: &resolved, plan: &plan });
@@ -131,12 +143,12 @@ fn stopped_early(resolved: &Resolved, mesh: &Mesh) -> Outcome {
     Outcome { ending: Ending::Stopped, step, tokens, run, curves: None, rank }
 }
 
-/// What `config` would take, without allocating anything.
+/// What `config` would take on so many ranks like this one, without allocating anything.
 ///
 /// # Errors
-/// Those of [`Config::resolve`].
-pub fn plan(config: Config) -> Result<(Resolved, Plan)> {
-    let resolved = config.resolve()?;
+/// Those of [`Config::resolve_for`].
+pub fn plan(config: Config, ranks: usize) -> Result<(Resolved, Plan)> {
+    let resolved = config.resolve_for(ranks)?;
     let plan = Plan::new(&resolved, &open_device(resolved.config.run.threads)?);
     Ok((resolved, plan))
 }

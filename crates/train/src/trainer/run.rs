@@ -1,6 +1,7 @@
 //! The loop itself.
 
 use super::data::Data;
+use super::watch::Watch;
 use super::{Ending, Event, Hook, Outcome, compatible, state, write_whole};
 use crate::checkpoint::{
     Checkpoint, DEFAULT_SHARD_BYTES, Event as Saving, Retention, Store, Writer, human_bytes,
@@ -32,6 +33,7 @@ pub(super) struct Trainer<'h, D: Device, E: Element> {
     /// Says which batch comes next, and whether its gradient is taken. All ranks see the same figures and have the same.
     pub(super) guard: Guard,
     collector: Collector,
+    watch: Watch,
     /// The first rank tells and writes.
     pub(super) telemetry: Option<Telemetry>,
     pub(super) book: Option<Logbook>,
@@ -113,6 +115,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             guard: Guard::new(resolved.recovery, remembered),
             book,
             collector: Collector::new(mesh.clone(), model.held(), 1),
+            watch: Watch::new(&mesh, plan, resolved.config.log.trace),
             writer,
             flops: plan.flops_per_token,
             peak: plan.time.peak_flops * mesh.world.size() as f64,
@@ -236,6 +239,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let scale = 1.0 / r.batch_tokens() as f32;
         let mut sum = 0.0;
         self.mesh.world.beat(Label::of("step", step as usize));
+        self.watch.begin(&self.mesh);
         for part in 0..r.accumulation() {
             // Micro-batches are dealt to the ranks in turn.
             let number = part * r.data_ranks() + self.mesh.data.rank();
@@ -246,6 +250,9 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             sum += self.backprop.train(&self.device, &self.model, view(&self.batch), pass, scale, store)?;
         }
         let grad_norm = self.backprop.sum(&self.device)?;
+        if let Some(sent) = self.watch.summed(&self.mesh) {
+            self.say(&sent);
+        }
         let [sum] = total(&self.mesh, [sum])?;
         let loss = sum / r.batch_tokens() as f64;
         match self.guard.judge(step, loss, grad_norm) {
@@ -256,7 +263,12 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let lr = r.schedule.lr(step) * lr_factor;
         self.optimizer.set_clip(r.optimizer.clip * clip_factor);
         let gradients = &self.backprop.gradients;
+        let span = self.mesh.world.trace().span(Label::new("optimiser"));
         self.optimizer.step(&self.device, &mut self.model, gradients, step, lr, grad_norm);
+        drop(span);
+        if let Some(trace) = self.watch.done(&self.mesh, &r.config.run.dir)? {
+            self.say(&format!("trace: {}", trace.display()));
+        }
         self.step = step;
         let tokens_per_second = r.batch_tokens() as f64 / started.elapsed().as_secs_f64();
         let training = Training {

@@ -1,0 +1,74 @@
+//! What the ranks of a run tell each other, counted in its first step and traced in the first few.
+
+use crate::checkpoint::human_bytes;
+use crate::planner::{Communication, Plan};
+use anyhow::Result;
+use ferropt_mesh::{Label, Mesh, Trace};
+use std::path::{Path, PathBuf};
+
+/// Looks at the first steps of a start.
+pub(super) struct Watch {
+    /// What each rank should send in a step; none once it was compared.
+    planned: Option<Communication>,
+    /// Steps that are still to be traced.
+    traced: u64,
+}
+
+impl Watch {
+    /// Looks at what `plan` foresees, and traces so many steps.
+    pub(super) fn new(mesh: &Mesh, plan: &Plan, traced: u64) -> Watch {
+        if traced > 0 {
+            mesh.world.trace().start(mesh.world.rank());
+        }
+        Watch { planned: plan.ranks.as_ref().map(|ranks| ranks.communication.clone()), traced }
+    }
+
+    /// A step begins.
+    pub(super) fn begin(&self, mesh: &Mesh) {
+        if self.planned.is_some() {
+            mesh.world.reset_traffic();
+        }
+    }
+
+    /// All gradients are summed. Returns what was sent for them, and whether that is what was planned, once.
+    pub(super) fn summed(&mut self, mesh: &Mesh) -> Option<String> {
+        let planned = self.planned.take()?;
+        let counted = Communication::counted(&mesh.world.traffic());
+        let bytes = human_bytes(counted.total());
+        Some(if counted == planned {
+            format!("each rank sends {bytes} in a step, as planned")
+        } else {
+            format!(
+                "warning: each rank sends {bytes} in a step, but planned was {planned:?}, and counted {counted:?}"
+            )
+        })
+    }
+
+    /// A step is done. Once all that are traced are, writes `trace.json` into the run folder and returns its path.
+    ///
+    /// # Errors
+    /// When it cannot be written, or a rank is lost.
+    pub(super) fn done(&mut self, mesh: &Mesh, run: &Path) -> Result<Option<PathBuf>> {
+        if self.traced == 0 {
+            return Ok(None);
+        }
+        self.traced -= 1;
+        if self.traced > 0 {
+            return Ok(None);
+        }
+        let file = |rank: usize| run.join(format!(".trace-{rank:05}.json"));
+        mesh.world.trace().write(&file(mesh.world.rank()))?;
+        mesh.all.barrier(Label::new("trace"))?;
+        if mesh.world.rank() > 0 {
+            return Ok(None);
+        }
+        let files: Vec<PathBuf> = (0..mesh.world.size()).map(file).collect();
+        let merged = run.join("trace.json");
+        Trace::merge(&files.iter().map(PathBuf::as_path).collect::<Vec<_>>(), &merged)?;
+        for file in files {
+            // What is left of it harms nothing.
+            let _ = std::fs::remove_file(file);
+        }
+        Ok(Some(merged))
+    }
+}
