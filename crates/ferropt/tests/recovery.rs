@@ -47,22 +47,25 @@ const SMALL: [&str; 5] = [
 #[test]
 fn poisoned_batches_are_left_out_and_the_quality_is_that_of_clean_text() {
     let lab = Lab::new();
-    const STEPS: u64 = 600;
+    // Long enough for the end to depend little on the order of the samples: three seeds without poison end between 0.246 and
+    // 0.262, the same with it between 0.235 and 0.246.
+    const STEPS: u64 = 1000;
+    let set = ["batch.tokens=256", "schedule.warmup=50", "optimizer.lr=4e-3", "recovery.window=32"];
     poison(&lab);
     std::fs::rename(lab.path("texts/poison.txt"), lab.path("poison.txt")).unwrap();
-    lab.train(&lab.config("clean", STEPS), &SMALL);
+    lab.train(&lab.config("clean", STEPS), &set);
     std::fs::rename(lab.path("poison.txt"), lab.path("texts/poison.txt")).unwrap();
-    let out = lab.train(&lab.config("poisoned", STEPS), &SMALL);
+    let out = lab.train(&lab.config("poisoned", STEPS), &set);
     let skipped: Vec<Value> =
         book(&lab, "poisoned").into_iter().filter(|entry| entry["event"] == "skipped").collect();
-    assert!((1..20).contains(&skipped.len()), "{} skipped: {}", skipped.len(), text(&out));
+    assert!((1..40).contains(&skipped.len()), "{} skipped: {}", skipped.len(), text(&out));
     // Each is a batch with the poison in it, kept for a look.
     for entry in &skipped {
         let (step, batch) =
             (entry["cause"]["step"].as_u64().unwrap(), entry["cause"]["batch"].as_u64().unwrap());
         let kept = lab.path(&format!("poisoned/trouble/step-{step:08}/batch-{batch:08}.jsonl"));
         let kept = std::fs::read_to_string(kept).unwrap();
-        assert_eq!(kept.lines().count(), 2);
+        assert_eq!(kept.lines().count(), 4);
         assert!(kept.contains("\\u0001\\u0001\\u0001"), "{kept}");
         assert!(entry["text"].as_str().unwrap().contains("robust deviations above"), "{entry}");
     }
@@ -133,6 +136,32 @@ fn weights_that_are_not_numbers_are_named_and_an_older_checkpoint_is_taken() {
     // The page for people tells the same.
     let page = std::fs::read_to_string(lab.path("spoilt/logbook.md")).unwrap();
     assert!(page.contains("**rolled back**") && page.contains("NaN in the weights"), "{page}");
+}
+
+#[test]
+fn many_ranks_find_the_same_weight_and_go_back_together() {
+    for (layout, ranks) in [("parallel.shard=2", "2"), ("parallel.tensor=2", "2"), ("parallel.tensor=2", "4")]
+    {
+        let lab = Lab::new();
+        let set = ["checkpoint.keep_last=20", "schedule.total=60", "recovery.window=16", "run.threads=1"];
+        let set = [&set[..], &["batch.micro_batch=1", "model.vocab=264", layout]].concat();
+        let train_on = |steps: u64| {
+            let out = train(&lab.config("run", steps), &set).args(["--ranks", ranks]).output().unwrap();
+            assert!(out.status.success(), "{}", text(&out));
+        };
+        train_on(30);
+        spoil(&lab.path("run"), 30, "model", "model.decoder.layers.1.fc2.bias", 32, f32::NAN);
+        train_on(60);
+        let entries = book(&lab, "run");
+        let skipped = entries.iter().find(|entry| entry["event"] == "skipped").expect("a skipped step");
+        let said = skipped["text"].as_str().unwrap();
+        assert!(
+            said.contains("layers.1.fc2.bias, row 0: NaN in the weights, before this step, on rank 0"),
+            "{said}"
+        );
+        assert_eq!(rolled_back(&entries), (30, 20), "{layout}");
+        assert_eq!(lab.metric("run", "loss").len(), 60);
+    }
 }
 
 #[test]

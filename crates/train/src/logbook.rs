@@ -33,6 +33,8 @@ pub struct Logbook {
     lines: PathBuf,
     page: PathBuf,
     entries: Vec<Entry>,
+    /// The last so many entries are not on the disk yet, which was full.
+    owed: usize,
 }
 
 const HEADER: &str =
@@ -70,7 +72,7 @@ impl Logbook {
         for line in entries.iter().map(sentence).filter(|line| !shown.contains(line.trim_end())) {
             append(&page, &line)?;
         }
-        Ok(Logbook { lines, page, entries })
+        Ok(Logbook { lines, page, entries, owed: 0 })
     }
 
     /// All entries, oldest first.
@@ -81,16 +83,20 @@ impl Logbook {
     /// Adds an entry; it is on the disk when this returns.
     ///
     /// # Errors
-    /// When the files cannot be written.
+    /// When the files cannot be written. The entry is kept, and is written before the next one.
     pub fn add(&mut self, step: u64, event: &str, text: &str, figures: Value) -> Result<()> {
         let figures = match figures {
             Value::Object(figures) => figures,
             _ => Map::new(),
         };
-        let entry = Entry { time: now(), step, event: event.into(), text: text.into(), figures };
-        append(&self.lines, &format!("{}\n", serde_json::to_string(&entry)?))?;
-        append(&self.page, &sentence(&entry))?;
-        self.entries.push(entry);
+        self.entries.push(Entry { time: now(), step, event: event.into(), text: text.into(), figures });
+        self.owed += 1;
+        while self.owed > 0 {
+            let entry = &self.entries[self.entries.len() - self.owed];
+            append(&self.lines, &format!("{}\n", serde_json::to_string(entry)?))?;
+            self.owed -= 1;
+            append(&self.page, &sentence(entry))?;
+        }
         Ok(())
     }
 
@@ -186,6 +192,21 @@ mod tests {
         assert_eq!(again.entries()[1].figures["loss"], 9.0);
         let page = fs::read_to_string(run.path().join("logbook.md")).unwrap();
         assert_eq!(page.matches("**skipped**. loss 9").count(), 1, "{page}");
+    }
+
+    #[test]
+    fn what_a_full_disk_did_not_take_is_written_later_in_order() {
+        let run = tempfile::tempdir().unwrap();
+        let mut book = Logbook::open(run.path()).unwrap();
+        // A folder in the place of the file cannot be written to, as a full disk cannot.
+        fs::create_dir(run.path().join("logbook.jsonl")).unwrap();
+        assert!(book.add(1, "skipped", "one", json!({})).is_err());
+        fs::remove_dir(run.path().join("logbook.jsonl")).unwrap();
+        book.add_once(1, "skipped", "one", json!({})).unwrap();
+        book.add(2, "skipped", "two", json!({})).unwrap();
+        let again = Logbook::open(run.path()).unwrap();
+        assert_eq!(again.entries().iter().map(|e| &*e.text).collect::<Vec<_>>(), ["one", "two"]);
+        assert_eq!(again.entries(), book.entries());
     }
 
     #[test]
