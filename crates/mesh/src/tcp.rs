@@ -4,13 +4,15 @@ use crate::transport::{Transport, Waker};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Between attempts to reach a rank that does not listen yet.
 const AGAIN: Duration = Duration::from_millis(50);
+/// How long a rank that ends waits for the others to end too.
+const LINGER: Duration = Duration::from_secs(2);
 /// How long a connection may take to say who it is.
 const INTRODUCTION: Duration = Duration::from_secs(5);
 /// First bytes of an introduction.
@@ -300,6 +302,32 @@ impl Transport for Tcp {
             // A full pipe wakes as well.
             let _ = (&*waker).write(&[1]);
         })
+    }
+
+    fn close(&mut self, _: bool) {
+        // A connection that is closed while there is something to be read takes with it what the other end has not read yet. So
+        // this end only stops writing, and reads until the others have done the same, or for a moment.
+        let until = Instant::now() + LINGER;
+        let mut open: Vec<usize> = (0..self.peers.len()).filter(|rank| self.peers[*rank].is_some()).collect();
+        for stream in self.peers.iter().flatten() {
+            // One that is gone need not be told.
+            let _ = stream.shutdown(Shutdown::Write);
+        }
+        let mut nothing = vec![0; 1 << 16];
+        while !open.is_empty() && Instant::now() < until {
+            open.retain(|rank| {
+                loop {
+                    match self.read(*rank, &mut nothing) {
+                        Ok(0) => break true,
+                        Ok(_) => {}
+                        Err(_) => break false,
+                    }
+                }
+            });
+            if self.wait(&open, &[], AGAIN).is_err() {
+                return;
+            }
+        }
     }
 
     fn name(&self) -> String {
