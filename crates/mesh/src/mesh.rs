@@ -99,7 +99,7 @@ mod tests {
     #[test]
     fn axes_are_arranged_and_make_up_the_world() {
         let axes = Axes { tensor: 2, shard: 3, replicate: 1, pipeline: 1 };
-        for world in World::local(6).unwrap() {
+        let check = |world: World| {
             let rank = world.rank();
             let mesh = Mesh::new(world.clone(), axes).unwrap();
             let members = |group: &Group| (0..group.size()).map(|m| group.world_rank(m)).collect::<Vec<_>>();
@@ -111,6 +111,11 @@ mod tests {
             assert_eq!(members(&mesh.all), [0, 1, 2, 3, 4, 5]);
             let wrong = Mesh::new(world, Axes { tensor: 4, ..axes }).err().unwrap().to_string();
             assert!(wrong.contains("12 ranks, but 6 were started"), "{wrong}");
-        }
+        };
+        std::thread::scope(|scope| {
+            for world in World::local(6).unwrap() {
+                scope.spawn(move || check(world));
+            }
+        });
     }
 }
