@@ -1,8 +1,10 @@
 //! Writes checkpoints in the background.
 
+use super::attempt::Hurry;
 use super::retention::Retention;
 use super::snapshot::Snapshot;
 use super::store::Store;
+use super::team::Team;
 use anyhow::{Context, Error, Result, anyhow};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -12,7 +14,7 @@ use std::time::{Duration, Instant};
 /// Something that happened in the background.
 #[derive(Debug)]
 pub enum Event {
-    /// A checkpoint is durable.
+    /// A checkpoint is durable, the parts of all ranks.
     Saved {
         /// Its step.
         step: u64,
@@ -40,12 +42,14 @@ pub enum Event {
     },
 }
 
-/// A thread that owns a run's checkpoint folder.
+/// A thread that writes one rank's part of a run's checkpoints. That of rank 0 owns the folder: it makes checkpoints of the
+/// parts, and deletes old ones.
 ///
 /// At most one snapshot exists at a time: [`Writer::save`] makes it only once the previous one is on disk.
 #[derive(Debug)]
 pub struct Writer {
     snapshots: Sender<Snapshot>,
+    hurry: Hurry,
     events: Receiver<Event>,
     thread: JoinHandle<()>,
     /// Step that is being written.
@@ -55,26 +59,30 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Starts the thread. `store` must be open for writing; shards are split at `shard_bytes`
-    /// ([`DEFAULT_SHARD_BYTES`](super::DEFAULT_SHARD_BYTES)).
+    /// Starts the thread. `store` must be open for writing on rank 0 of the team, and may be open for reading on others;
+    /// shards are split at `shard_bytes` ([`DEFAULT_SHARD_BYTES`](super::DEFAULT_SHARD_BYTES)).
     ///
     /// # Errors
     /// When the system gives no thread.
-    pub fn start(store: Store, retention: Retention, shard_bytes: u64) -> Result<Writer> {
+    pub fn start(store: Store, retention: Retention, shard_bytes: u64, team: Team) -> Result<Writer> {
         let (snapshots, inbox) = channel::<Snapshot>();
         let (outbox, events) = channel();
+        let hurry = Hurry::default();
+        let told = hurry.clone();
         let thread = Builder::new()
             .name("checkpoints".into())
             .spawn(move || {
-                for snapshot in inbox {
+                for (number, snapshot) in (0..).zip(inbox) {
                     let (started, step) = (Instant::now(), snapshot.run.step);
-                    let saved = store.save(snapshot, shard_bytes);
+                    let saved = store.save(snapshot, shard_bytes, &team, &told, number);
                     // Nobody listens any more only if the trainer is gone; the checkpoint is finished regardless.
                     let report = |event| drop(outbox.send(event));
                     match saved {
                         Err(error) => report(Event::Failed { step, error }),
                         Ok(written) => {
-                            if let Err(error) = store.prune(retention, step) {
+                            if team.share.rank == 0
+                                && let Err(error) = store.prune(retention, step)
+                            {
                                 report(Event::NotPruned { step, error });
                             }
                             let took = started.elapsed();
@@ -84,24 +92,39 @@ impl Writer {
                 }
             })
             .context("cannot start the thread that writes checkpoints")?;
-        Ok(Writer { snapshots, events, thread, writing: None, seen: Vec::new() })
+        Ok(Writer { snapshots, hurry, events, thread, writing: None, seen: Vec::new() })
     }
 
-    /// Hands over a snapshot to be written. Waits while the previous one is under way, and only then calls
-    /// `snapshot`, so that memory never holds two.
+    /// Hands over a snapshot to be written, on all ranks the same steps in the same order. Waits while the previous one is
+    /// under way, and only then calls `snapshot`, so that memory never holds two.
     ///
     /// # Errors
     /// Only those of `snapshot`, or when the thread has died. What happens to the save itself is told by
     /// [`Writer::poll`] and [`Writer::finish`].
     pub fn save(&mut self, snapshot: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
+        self.settle()?;
+        let snapshot = snapshot()?;
+        self.writing = Some(snapshot.run.step);
+        self.snapshots.send(snapshot).map_err(|_| anyhow!("the thread that writes checkpoints has died"))
+    }
+
+    /// Waits until what was handed over is on disk, or has failed.
+    ///
+    /// # Errors
+    /// When the thread has died.
+    pub fn settle(&mut self) -> Result<()> {
         while self.writing.is_some() {
             let event =
                 self.events.recv().map_err(|_| anyhow!("the thread that writes checkpoints has died"))?;
             self.note(event);
         }
-        let snapshot = snapshot()?;
-        self.writing = Some(snapshot.run.step);
-        self.snapshots.send(snapshot).map_err(|_| anyhow!("the thread that writes checkpoints has died"))
+        Ok(())
+    }
+
+    /// From now on, other ranks are waited for no longer than this. For a run that ends because a rank is lost: what has
+    /// to come from it will not.
+    pub fn hurry(&self, patience: Duration) {
+        self.hurry.within(patience);
     }
 
     /// What happened since the last call; never waits.

@@ -2,7 +2,7 @@
 
 use super::data::Data;
 use super::{Ending, Event, Hook, Outcome, compatible, state, write_whole};
-use crate::checkpoint::{DEFAULT_SHARD_BYTES, Event as Saving, Retention, Store, Writer, human_bytes};
+use crate::checkpoint::{DEFAULT_SHARD_BYTES, Event as Saving, Retention, Store, Team, Writer, human_bytes};
 use crate::config::Resolved;
 use crate::optimizer::{Optimizer, gradient_norm};
 use crate::planner::{Flops, Plan};
@@ -90,7 +90,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             progress.line(&format!("continuing after step {step}"));
         }
         Ok(Trainer {
-            writer: Writer::start(store, retention, DEFAULT_SHARD_BYTES)?,
+            writer: Writer::start(store, retention, DEFAULT_SHARD_BYTES, Team::alone())?,
             flops: plan.flops_per_token,
             peak: plan.time.peak_flops,
             batch: Batch::default(),
