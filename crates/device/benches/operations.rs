@@ -214,7 +214,7 @@ fn packed(b: &Bench) -> anyhow::Result<()> {
 }
 
 fn attention<E: Element>(b: &Bench) {
-    let s = AttentionShape { batch: 1, seq: N, heads: H, width: C / H };
+    let s = AttentionShape { batch: 1, seq: N, heads: H, width: C / H, among: (0, H) };
     let e = E::DTYPE.size();
     // Scores and values for half of the T x T pairs; five products instead of two on the way back.
     let forward = 2.0 * (N * N * C) as f64;
@@ -264,16 +264,16 @@ fn paged<E: Element>(b: &Bench) {
 
 fn loss<E: Element>(b: &Bench) {
     let rows = 512;
-    let s = LossShape { rows, vocab: V, width: C };
+    let s = LossShape { rows, vocab: V, width: C, first: 0 };
     let flops = 2.0 * (rows * V * C) as f64;
     let work =
         |products: f64, bytes: usize| Work { dtype: E::DTYPE, flops: products * flops, bytes: bytes as f64 };
     let (h, w, targets) = (b.numbers::<E>(1, rows * C), b.numbers::<E>(2, V * C), b.whole(rows, V));
     let (mut losses, mut dh, mut dw) = (b.zeros(rows), b.zeros::<E>(rows * C), b.zeros(V * C));
     let e = E::DTYPE.size();
-    b.line("lm_loss", work(1.0, e * V * C), |d| d.lm_loss(s, &h, &w, &targets, &mut losses));
+    b.line("lm_loss", work(1.0, e * V * C), |d| d.lm_loss(s, &h, &w, &targets, None, &mut losses));
     b.line("lm_loss_backward", work(3.0, (e + 4) * V * C), |d| {
-        d.lm_loss_backward(s, &h, &w, &targets, 1e-3, &mut losses, &mut dh, &mut dw, Store::Overwrite);
+        d.lm_loss_backward(s, &h, &w, &targets, None, 1e-3, &mut losses, &mut dh, &mut dw, Store::Overwrite);
     });
 }
 
@@ -298,7 +298,7 @@ fn optimizers(b: &Bench) {
     b.line("adamw, split master", moved::<bf16>(|_| len * 28), |d| {
         d.adamw(hyper, Param { w: &mut high, low: Some(&mut low), rounding: None }, &g, &mut m, &mut v);
     });
-    let rounding = Some(Stream::new(1, Purpose::Rounding, 0, 0));
+    let rounding = Some(Rounding { stream: Stream::new(1, Purpose::Rounding, 0, 0), place: Strided::WHOLE });
     b.line("adamw, stochastic rounding", moved::<bf16>(|_| len * 24), |d| {
         d.adamw(hyper, Param { w: &mut high, low: None, rounding }, &g, &mut m, &mut v);
     });

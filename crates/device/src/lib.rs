@@ -19,15 +19,17 @@ mod element;
 mod mapped;
 pub mod quantise;
 pub mod rng;
+mod strided;
 mod timed;
 
 pub use element::{DType, Element};
 pub use half::bf16;
 pub use mapped::Mapped;
 use rng::Stream;
+pub use strided::Strided;
 pub use timed::Timed;
 
-/// Target value that takes no part in the loss.
+/// Target value that takes no part in the loss; token id without an embedding.
 pub const IGNORE: u32 = u32::MAX;
 
 /// Memory on a device: a fixed number of elements of one type.
@@ -38,6 +40,10 @@ pub trait Buffer<T: Element>: Send + Sync {
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
+    /// The memory itself, where the processor reaches it.
+    fn host(&self) -> Option<&[T]>;
+    /// The memory itself, to be changed.
+    fn host_mut(&mut self) -> Option<&mut [T]>;
 }
 
 /// Function applied to the output of [`Device::linear`] after the bias.
@@ -132,6 +138,8 @@ pub struct AttentionShape {
     pub heads: usize,
     /// D, width of one head. Scores are scaled by `D^-1/2`.
     pub width: usize,
+    /// Where these heads are among all of the layer, for dropout: the first one's number, and how many there are.
+    pub among: (usize, usize),
 }
 
 /// Tokens in a page of a KV cache.
@@ -153,11 +161,18 @@ pub struct Segment<'a> {
 pub struct LossShape {
     /// N, rows.
     pub rows: usize,
-    /// V, vocabulary.
+    /// V, vocabulary; of a part of it, its size.
     pub vocab: usize,
     /// Width of the rows that meet the embedding table (C, or the projected width of 350m).
     pub width: usize,
+    /// Id of the first row of the table: above 0 in a later part of a vocabulary.
+    pub first: usize,
 }
+
+/// Puts together what the parts of a vocabulary know of a chunk of rows (Shoeybi et al., 2019, "Megatron-LM"). Given for each
+/// row the log-sum-exp of this part's logits and, if the target is in this part, its logit, else 0; to be replaced by
+/// the log-sum-exp of all parts and the sum of the logits.
+pub type Combine<'a> = dyn FnMut(&mut [f32], &mut [f32]) + 'a;
 
 /// One AdamW step (Loshchilov and Hutter, 2019: decoupled weight decay), for step `t >= 1`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -204,8 +219,17 @@ pub struct Param<'a, D: Device, E: Element> {
     pub w: &'a mut D::Buf<E>,
     /// Low halves of the split master.
     pub low: Option<&'a mut D::Buf<i16>>,
-    /// Random words of stochastic rounding, indexed by (0, element).
-    pub rounding: Option<Stream>,
+    /// Stochastic rounding.
+    pub rounding: Option<Rounding>,
+}
+
+/// Random words of stochastic rounding: (0, element of the whole parameter).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rounding {
+    /// Where the words come from.
+    pub stream: Stream,
+    /// Which elements of the whole parameter these are.
+    pub place: Strided,
 }
 
 /// A chip that can run OPT.
@@ -228,7 +252,8 @@ pub trait Device: Send + Sync + Sized + 'static {
     fn fill<T: Element>(&self, dst: &mut Self::Buf<T>, value: T);
 
     /// Token (and position) embedding. `out[rows, width] = table[ids[i]] (+ table2[ids2[i]])`, where `second` is
-    /// `(ids2, table2)`; every id is less than its table's number of rows. `ids` and `out` may be longer.
+    /// `(ids2, table2)`; every id is less than its table's number of rows. Without a second table, [`IGNORE`] gives zeros.
+    /// `ids` and `out` may be longer.
     fn embed<E: Element, O: Element>(
         &self,
         rows: usize,
@@ -238,7 +263,8 @@ pub trait Device: Send + Sync + Sized + 'static {
         second: Option<(&Self::Buf<u32>, &Self::Buf<E>)>,
         out: &mut Self::Buf<O>,
     );
-    /// Backward of [`Device::embed`] for one table: `dtable[ids[i]] += dout[i]`, rows added in the order of `i`.
+    /// Backward of [`Device::embed`] for one table: `dtable[ids[i]] += dout[i]`, rows added in the order of `i`; [`IGNORE`] is
+    /// passed over.
     fn embed_backward<G: Element>(
         &self,
         width: usize,
@@ -395,6 +421,18 @@ pub trait Device: Send + Sync + Sized + 'static {
         store: Store,
     );
 
+    /// The end of a residual branch whose product was made elsewhere, over the first `rows` rows:
+    /// `out[rows, C] = residual + dropout(branch + bias)`, in f32.
+    fn residual<E: Element>(
+        &self,
+        rows: usize,
+        width: usize,
+        branch: &Self::Buf<E>,
+        bias: Option<&Self::Buf<f32>>,
+        dropout: Option<Dropout>,
+        residual: &Self::Buf<f32>,
+        out: &mut Self::Buf<f32>,
+    );
     /// Gradient that enters a residual branch: `dy[N, C] = dropout_mask(dres)`, cast to the compute type.
     fn residual_backward<E: Element>(
         &self,
@@ -405,6 +443,17 @@ pub trait Device: Send + Sync + Sized + 'static {
     );
     /// Casts `src` to `dst`'s type; both are compute types.
     fn cast<S: Element, T: Element>(&self, src: &Self::Buf<S>, dst: &mut Self::Buf<T>);
+    /// Copies `len` elements of `src` from `from` on to `dst` from `to` on.
+    fn copy<T: Element>(
+        &self,
+        len: usize,
+        src: &Self::Buf<T>,
+        from: usize,
+        dst: &mut Self::Buf<T>,
+        to: usize,
+    );
+    /// `dst (+)= src`, for as many elements as `dst` has, those of `src` from `from` on.
+    fn accumulate(&self, src: &Self::Buf<f32>, from: usize, dst: &mut Self::Buf<f32>, store: Store);
 
     /// Causal attention with an online softmax; no T x T matrix is stored. `qkv` [B*T, 3*H*D], `out` [B*T, H*D],
     /// `lse` [B, H, T] receives the log-sum-exp of each row's scaled scores.
@@ -466,21 +515,25 @@ pub trait Device: Send + Sync + Sized + 'static {
 
     /// Cross-entropy of a tied LM head, in chunks of rows so that the [N, V] logits never exist.
     /// `h` [N, width], `w` [V, width], `targets` `[N]` ([`IGNORE`] takes no part); `losses` `[N]` in nats (0 where ignored).
+    /// With `combine`, `w` is a part of the vocabulary, and others have the rest; `targets` and `losses` are the same in all.
     fn lm_loss<E: Element>(
         &self,
         s: LossShape,
         h: &Self::Buf<E>,
         w: &Self::Buf<E>,
         targets: &Self::Buf<u32>,
+        combine: Option<&mut Combine<'_>>,
         losses: &mut Self::Buf<f32>,
     );
     /// [`Device::lm_loss`] with gradients of `scale * sum(losses)`: `dh` [N, width] overwritten, `dw` [V, width] by `store`.
+    /// With `combine`, `dh` is this part's share of a sum over all parts.
     fn lm_loss_backward<E: Element>(
         &self,
         s: LossShape,
         h: &Self::Buf<E>,
         w: &Self::Buf<E>,
         targets: &Self::Buf<u32>,
+        combine: Option<&mut Combine<'_>>,
         scale: f32,
         losses: &mut Self::Buf<f32>,
         dh: &mut Self::Buf<E>,

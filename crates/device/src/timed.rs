@@ -161,6 +161,8 @@ timed! {
         relu_output: Option<&Self::Buf<E>>, dx: &mut Self::Buf<O>);
     fn linear_backward_weight<E>(s: LinearShape, dy: &Self::Buf<E>, x: &Self::Buf<E>, dw: &mut Self::Buf<f32>,
         dbias: Option<&mut Self::Buf<f32>>, store: Store);
+    fn residual<E>(rows: usize, width: usize, branch: &Self::Buf<E>, bias: Option<&Self::Buf<f32>>,
+        dropout: Option<Dropout>, residual: &Self::Buf<f32>, out: &mut Self::Buf<f32>);
     fn residual_backward<E>(width: usize, dres: &Self::Buf<f32>, dropout: Option<Dropout>, dy: &mut Self::Buf<E>);
     fn attention<E>(s: AttentionShape, qkv: &Self::Buf<E>, doc_start: Option<&Self::Buf<u32>>,
         dropout: Option<Dropout>, out: &mut Self::Buf<E>, lse: &mut Self::Buf<f32>);
@@ -174,9 +176,9 @@ timed! {
         largest: &mut Self::Buf<u32>);
     fn each_task(tasks: usize, task: &(dyn Fn(usize) + Sync));
     fn lm_loss<E>(s: LossShape, h: &Self::Buf<E>, w: &Self::Buf<E>, targets: &Self::Buf<u32>,
-        losses: &mut Self::Buf<f32>);
-    fn lm_loss_backward<E>(s: LossShape, h: &Self::Buf<E>, w: &Self::Buf<E>, targets: &Self::Buf<u32>, scale: f32,
-        losses: &mut Self::Buf<f32>, dh: &mut Self::Buf<E>, dw: &mut Self::Buf<f32>, store: Store);
+        combine: Option<&mut Combine<'_>>, losses: &mut Self::Buf<f32>);
+    fn lm_loss_backward<E>(s: LossShape, h: &Self::Buf<E>, w: &Self::Buf<E>, targets: &Self::Buf<u32>,
+        combine: Option<&mut Combine<'_>>, scale: f32, losses: &mut Self::Buf<f32>, dh: &mut Self::Buf<E>, dw: &mut Self::Buf<f32>, store: Store);
     fn sum_of_squares(x: &Self::Buf<f32>) -> f64;
     fn adamw<E>(hyper: AdamW, param: Param<'_, Self, E> => inner(param), grad: &Self::Buf<f32>,
         m: &mut Self::Buf<f32>, v: &mut Self::Buf<f32>);
@@ -184,6 +186,8 @@ timed! {
         momentum: Option<&mut Self::Buf<f32>>);
     fn set_master<E>(param: Param<'_, Self, E> => inner(param), values: &[f32]);
     fn get_master<E>(w: &Self::Buf<E>, low: Option<&Self::Buf<i16>>, values: &mut [f32]);
+    fn copy<T>(len: usize, src: &Self::Buf<T>, from: usize, dst: &mut Self::Buf<T>, to: usize);
+    fn accumulate(src: &Self::Buf<f32>, from: usize, dst: &mut Self::Buf<f32>, store: Store);
     fn cast<S, T>(src: &Self::Buf<S>, dst: &mut Self::Buf<T>);
     fn fill<T>(dst: &mut Self::Buf<T>, value: T);
     fn upload<T>(dst: &mut Self::Buf<T>, offset: usize, src: &[T]);

@@ -57,10 +57,14 @@ pub struct Activation {
 pub struct ActivationTable(Vec<Activation>);
 
 impl ActivationTable {
-    /// Activations and their gradients, for training with micro-batches of `batch` sequences of `seq` tokens.
-    pub fn training(config: &Config, batch: usize, seq: usize, recompute: Recompute) -> Self {
+    /// Activations and their gradients, for training with micro-batches of `batch` sequences of `seq` tokens, in one of so
+    /// many tensor-parallel `parts`.
+    pub fn training(config: &Config, batch: usize, seq: usize, recompute: Recompute, parts: usize) -> Self {
         use Scalar::{Compute, F32, U32};
-        let (n, c, f, w) = (batch * seq, config.width, config.feed_forward, config.embedding_width);
+        let (c, w) = (config.width, config.embedding_width);
+        // All rows, in divided widths; and the rows that a part has between blocks, in whole widths.
+        let (all, n) = (batch * seq, (batch * seq).div_ceil(parts));
+        let (divided, f, heads) = (c / parts, config.feed_forward / parts, config.heads / parts);
         let layers = config.layers;
         // Copies of what is kept unless recomputation is `Selective` or more, or only unless it is `Full`.
         let if_none = if recompute == Recompute::None { layers } else { 1 };
@@ -69,10 +73,22 @@ impl ActivationTable {
         let mut add =
             |name, scalar, elements, copies| table.0.push(Activation { name, scalar, elements, copies });
 
-        for name in ["tokens", "positions", "targets", "doc_start"] {
-            add(name, U32, n, 1);
+        for name in ["tokens", "targets", "doc_start"] {
+            add(name, U32, all, 1);
         }
-        if config.has_projections() {
+        add("positions", U32, n, 1);
+        if parts > 1 {
+            // What goes between the parts: all rows, in whole widths.
+            for name in ["gathered", "partial"] {
+                add(name, Compute, all * c, 1);
+            }
+            if config.has_projections() {
+                for name in ["gathered_narrow", "partial_narrow"] {
+                    add(name, Compute, all * w, 1);
+                }
+            }
+        }
+        if config.has_projections() || parts > 1 {
             add("embedded", Compute, n * w, 1);
             add("position_rows", F32, n * c, 1);
         }
@@ -85,13 +101,13 @@ impl ActivationTable {
         };
         add("stream", F32, n * c, stream);
         add("normed1", Compute, n * c, if config.post_norm { unless_full } else { if_none });
-        add("qkv", Compute, n * 3 * c, unless_full);
-        add("attended", Compute, n * c, if_none);
-        add("lse", F32, n * config.heads, if_none);
+        add("qkv", Compute, all * 3 * divided, unless_full);
+        add("attended", Compute, all * divided, if_none);
+        add("lse", F32, all * heads, if_none);
         // Residual stream between the two blocks of a layer.
         add("mid", F32, n * c, unless_full);
         add("normed2", Compute, n * c, if_none);
-        add("relu", Compute, n * f, unless_full);
+        add("relu", Compute, all * f, unless_full);
         if config.post_norm {
             // Residual stream behind the first layer norm, and the second one's input.
             add("between", F32, n * c, 1);
@@ -104,7 +120,7 @@ impl ActivationTable {
         if config.has_projections() {
             add("projected", Compute, n * w, 1);
         }
-        add("losses", F32, n, 1);
+        add("losses", F32, all, 1);
 
         if !config.post_norm {
             add("final_mean", F32, n, 1);
@@ -119,10 +135,10 @@ impl ActivationTable {
             add("d_embedded", Compute, n * w, 1);
         }
         add("d_branch", Compute, n * c, 1);
-        add("d_relu", Compute, n * f, 1);
+        add("d_relu", Compute, all * f, 1);
         add("d_normed", Compute, n * c, 1);
-        add("d_attended", Compute, n * c, 1);
-        add("d_qkv", Compute, n * 3 * c, 1);
+        add("d_attended", Compute, all * divided, 1);
+        add("d_qkv", Compute, all * 3 * divided, 1);
         table
     }
 

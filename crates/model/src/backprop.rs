@@ -1,18 +1,23 @@
 //! Forward and backward pass of the whole model.
 
 use crate::activations::{ActivationTable, Allocator, Recompute};
-use crate::config::{Config, POSITION_OFFSET};
+use crate::config::Config;
+use crate::ends::Ends;
+use crate::inspect::{Observer, Written, tell};
 use crate::layer::Layers;
+use crate::part::{Held, Part, Place};
+use crate::units::{Totals, Units};
 use crate::weights::{Model, Weights};
 use anyhow::{Result, ensure};
-use ferropt_device::{Activation, Device, Element, IGNORE, LinearShape, LossShape, Store};
+use ferropt_device::{Device, Element, Store};
+use ferropt_mesh::{Group, Label, Mesh};
 
 /// What a pass is given, row-major `[B, T]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
     /// Input ids.
     pub tokens: &'a [u32],
-    /// What follows each input; [`IGNORE`] takes no part in the loss.
+    /// What follows each input; [`ferropt_device::IGNORE`] takes no part in the loss.
     pub targets: &'a [u32],
     /// Where in its sequence each position's document starts; used with [`Options::stop_at_documents`].
     pub doc_start: &'a [u32],
@@ -42,37 +47,37 @@ pub struct Pass {
     pub first_sequence: u64,
 }
 
-/// Activations and gradients of a model.
+/// Activations and gradients of a model, or of this process's part of one.
 pub struct Backprop<D: Device, E: Element> {
-    /// Gradients of the weights, summed over micro-batches as the caller says.
+    /// Gradients of the weights that are held, summed over micro-batches as the caller says, and with
+    /// [`Backprop::sum`] over ranks.
     pub gradients: Weights<D, f32>,
     layers: Layers<D, E>,
-    tokens: D::Buf<u32>,
-    positions: D::Buf<u32>,
-    targets: D::Buf<u32>,
-    losses: D::Buf<f32>,
-    /// Statistics of the last layer norm; none with `post_norm`.
-    final_norm: Option<(D::Buf<f32>, D::Buf<f32>)>,
-    projections: Option<Projections<D, E>>,
-    config: Config,
-    options: Options,
-}
-
-/// Activations of the products between the embeddings' width and the model's.
-struct Projections<D: Device, E: Element> {
-    embedded: D::Buf<E>,
-    position_rows: D::Buf<f32>,
-    projected: D::Buf<E>,
-    d_embedded: D::Buf<E>,
+    ends: Ends<D, E>,
+    units: Units<D, E>,
+    totals: Totals<D>,
+    held: Vec<Held>,
+    mesh: Mesh,
 }
 
 impl<D: Device, E: Element> Backprop<D, E> {
-    /// Allocates everything that passes need.
+    /// Allocates everything that passes through a whole model need.
     ///
     /// # Errors
     /// When sequences are longer than the model's positions, or memory is short.
     pub fn new(device: &D, config: &Config, options: Options) -> Result<Self> {
+        Backprop::on(device, config, options, Mesh::solo())
+    }
+
+    /// Allocates everything that passes need, for this process's part of the model: [`part_of`] the mesh.
+    ///
+    /// # Errors
+    /// When sequences are longer than the model's positions, the parts cannot share out a micro-batch's rows or the model, or
+    /// memory is short.
+    pub fn on(device: &D, config: &Config, options: Options, mesh: Mesh) -> Result<Self> {
         config.check()?;
+        let (part, parts) = (part_of(&mesh), mesh.tensor.size());
+        part.check(config)?;
         let Options { batch, seq, recompute, .. } = options;
         ensure!(
             batch > 0 && (1..=config.positions).contains(&seq),
@@ -80,34 +85,23 @@ impl<D: Device, E: Element> Backprop<D, E> {
              tokens, as many as the model has positions",
             config.positions
         );
-        let make = &mut Allocator::new(device, ActivationTable::training(config, batch, seq, recompute));
-        let mut positions = make.one("positions")?;
-        let rows: Vec<u32> = (0..batch * seq).map(|row| (row % seq + POSITION_OFFSET) as u32).collect();
-        device.upload(&mut positions, 0, &rows);
-        let final_norm = match make.optional("final_mean")? {
-            Some(mean) => Some((mean, make.one("final_rstd")?)),
-            None => None,
-        };
-        let projections = match make.optional("embedded")? {
-            Some(embedded) => Some(Projections {
-                embedded,
-                position_rows: make.one("position_rows")?,
-                projected: make.one("projected")?,
-                d_embedded: make.one("d_embedded")?,
-            }),
-            None => None,
-        };
+        ensure!(
+            (batch * seq).is_multiple_of(parts),
+            "a micro-batch of {batch} sequences of {seq} tokens cannot be shared out among {parts} tensor-parallel parts: \
+             {} is no multiple of {parts}",
+            batch * seq
+        );
+        let table = ActivationTable::training(config, batch, seq, recompute, parts);
+        let make = &mut Allocator::new(device, table);
+        let held = config.held(part);
         let this = Backprop {
-            gradients: Weights::zeros(device, config)?,
-            layers: Layers::new(make, config, options)?,
-            tokens: make.one("tokens")?,
-            positions,
-            targets: make.one("targets")?,
-            losses: make.one("losses")?,
-            final_norm,
-            projections,
-            config: config.clone(),
-            options,
+            gradients: Weights::zeros(device, config, &held)?,
+            layers: Layers::new(make, config, options, &mesh.tensor)?,
+            ends: Ends::new(device, make, config, options, &mesh.tensor)?,
+            units: Units::new(device, config, &held, &mesh.shard)?,
+            totals: Totals::new(device, config, &held, &mesh.shard)?,
+            held,
+            mesh,
         };
         #[cfg(test)]
         assert!(make.left().is_empty(), "activations that nothing uses: {:?}", make.left());
@@ -115,10 +109,11 @@ impl<D: Device, E: Element> Backprop<D, E> {
     }
 
     /// Sum of the losses in nats, and the gradients of `scale` times that, with dropout. [`Store::Overwrite`] replaces
-    /// [`Backprop::gradients`], [`Store::Accumulate`] adds to them.
+    /// [`Backprop::gradients`], [`Store::Accumulate`] adds to them. The first micro-batch of a step overwrites, and the last
+    /// is followed by [`Backprop::sum`].
     ///
     /// # Errors
-    /// When the batch does not fit the options or the vocabulary.
+    /// When the batch does not fit the options or the vocabulary, or another rank is lost.
     pub fn train(
         &mut self,
         device: &D,
@@ -128,220 +123,170 @@ impl<D: Device, E: Element> Backprop<D, E> {
         scale: f32,
         store: Store,
     ) -> Result<f64> {
-        self.load(device, batch)?;
-        let pass = Some(pass);
-        self.forward(device, &model.weights, pass);
-        self.backward(device, &model.weights, pass, scale, store);
-        Ok(self.sum_of_losses(device))
+        self.pass(device, model, batch, pass, scale, store, None)
+    }
+
+    /// [`Backprop::train`], overwriting the gradients, and every tensor is shown to `observer` in the order in which they
+    /// are computed: a layer's activations when its forward pass is done, gradients when its backward pass is.
+    ///
+    /// # Errors
+    /// As [`Backprop::train`].
+    pub fn inspect(
+        &mut self,
+        device: &D,
+        model: &Model<D, E>,
+        batch: Batch<'_>,
+        pass: Pass,
+        scale: f32,
+        observer: &mut dyn FnMut(Written<'_, D, E>),
+    ) -> Result<f64> {
+        self.pass(device, model, batch, pass, scale, Store::Overwrite, Some(observer))
+    }
+
+    fn pass(
+        &mut self,
+        device: &D,
+        model: &Model<D, E>,
+        batch: Batch<'_>,
+        pass: Pass,
+        scale: f32,
+        store: Store,
+        mut observer: Observer<'_, D, E>,
+    ) -> Result<f64> {
+        if store == Store::Overwrite {
+            self.units.forget();
+        }
+        self.ends.load(device, batch, &mut self.layers)?;
+        self.forward(device, &model.weights, Some(pass), &mut observer)?;
+        self.backward(device, &model.weights, Some(pass), scale, store, &mut observer)?;
+        Ok(self.ends.sum_of_losses(device))
+    }
+
+    /// Completes the gradients of a step, as sums over all ranks that hold the same weights, and returns the L2 norm of all
+    /// gradients together: squares summed in f64, each parameter's once.
+    ///
+    /// # Errors
+    /// When another rank is lost.
+    pub fn sum(&mut self, device: &D) -> Result<f64> {
+        self.totals.finish(device, &mut self.gradients)?;
+        let whole: Vec<bool> = self.held.iter().map(Held::is_whole).collect();
+        // Of what all tensor-parallel parts have, each has the gradient of its own rows.
+        sum_over(device, &self.mesh.tensor, &mut self.gradients, |index| whole[index])?;
+        sum_over(device, &self.mesh.replicate, &mut self.gradients, |_| true)?;
+
+        let spoken = self.held.iter().zip(self.gradients.tensors()).filter(|(held, _)| held.speaks);
+        let mut squares = spoken.map(|(_, g)| device.sum_of_squares(g.flat())).sum::<f64>();
+        for group in [&self.mesh.tensor, &self.mesh.shard] {
+            squares = group.gather_f64(Label::new("norm"), &[squares])?.concat().iter().sum();
+        }
+        Ok(squares.sqrt())
     }
 
     /// Sum of the losses in nats, without dropout and without gradients.
     ///
     /// # Errors
-    /// When the batch does not fit the options or the vocabulary.
+    /// When the batch does not fit the options or the vocabulary, or another rank is lost.
     pub fn score(&mut self, device: &D, model: &Model<D, E>, batch: Batch<'_>) -> Result<f64> {
-        self.load(device, batch)?;
-        self.forward(device, &model.weights, None);
-        let head = match &self.projections {
-            Some(p) => &p.projected,
-            None => &self.layers.hidden,
-        };
-        device.lm_loss(self.loss_shape(), head, &model.weights.tokens, &self.targets, &mut self.losses);
-        Ok(self.sum_of_losses(device))
+        self.units.forget();
+        self.ends.load(device, batch, &mut self.layers)?;
+        self.forward(device, &model.weights, None, &mut None)?;
+        self.ends.losses(device, self.units.ends(device, &model.weights)?, &mut self.layers)?;
+        Ok(self.ends.sum_of_losses(device))
     }
 
-    /// Logits `[B, T, V]` of a batch, without dropout: for small models, since training never holds them.
+    /// Logits `[B, T, V]` of a batch, without dropout: for small models in one part, since training never holds them.
     ///
     /// # Errors
-    /// When the batch does not fit the options or the vocabulary, or memory for the logits is short.
+    /// When the batch does not fit the options or the vocabulary, memory for the logits is short, or the model is divided.
     pub fn logits(&mut self, device: &D, model: &Model<D, E>, batch: Batch<'_>) -> Result<Vec<f32>> {
-        self.load(device, batch)?;
-        self.forward(device, &model.weights, None);
-        let s = self.loss_shape();
-        let shape = LinearShape { m: s.rows, n: s.vocab, k: s.width };
-        let head = match &self.projections {
-            Some(p) => &p.projected,
-            None => &self.layers.hidden,
-        };
-        let mut logits = device.alloc::<f32>(s.rows * s.vocab)?;
-        device.linear(shape, head, &model.weights.tokens, None, Activation::Identity, &mut logits);
-        let mut values = vec![0.0; s.rows * s.vocab];
-        device.download(&logits, 0, &mut values);
-        Ok(values)
+        self.units.forget();
+        self.ends.load(device, batch, &mut self.layers)?;
+        self.forward(device, &model.weights, None, &mut None)?;
+        self.ends.logits(device, self.units.ends(device, &model.weights)?, &self.layers)
     }
 
-    fn rows(&self) -> usize {
-        self.options.batch * self.options.seq
-    }
-
-    fn loss_shape(&self) -> LossShape {
-        LossShape { rows: self.rows(), vocab: self.config.vocab, width: self.config.embedding_width }
-    }
-
-    /// Product from the embeddings' width to the model's.
-    fn project_in_shape(&self) -> LinearShape {
-        LinearShape { m: self.rows(), n: self.config.width, k: self.config.embedding_width }
-    }
-
-    /// Product from the model's width to the embeddings'.
-    fn project_out_shape(&self) -> LinearShape {
-        LinearShape { m: self.rows(), n: self.config.embedding_width, k: self.config.width }
-    }
-
-    /// Checks a batch and copies it to the device.
-    fn load(&mut self, device: &D, batch: Batch<'_>) -> Result<()> {
-        let (rows, vocab, seq) = (self.rows(), self.config.vocab, self.options.seq);
-        for (name, values) in
-            [("tokens", batch.tokens), ("targets", batch.targets), ("doc_start", batch.doc_start)]
-        {
-            ensure!(
-                values.len() == rows,
-                "a batch has {} {name}, but passes of {} x {seq} take {rows}",
-                values.len(),
-                self.options.batch
-            );
+    /// Up to what the LM head reads.
+    fn forward(
+        &mut self,
+        device: &D,
+        w: &Weights<D, E>,
+        pass: Option<Pass>,
+        observer: &mut Observer<'_, D, E>,
+    ) -> Result<()> {
+        let (units, layers) = (&mut self.units, &mut self.layers);
+        units.ask(device, w, 0, None)?;
+        self.ends.embed(device, units.ends(device, w)?, layers)?;
+        tell(observer, || layers.written_first());
+        for l in 0..w.layers.len() {
+            units.ask(device, w, l, Some(l + 1))?;
+            let weights = units.layer(w, l)?;
+            let _span = self.mesh.world.trace().span(Label::of("forward of layer", l));
+            layers.forward(device, weights, l, pass)?;
+            tell(observer, || layers.written_forward(l));
         }
-        let foreign = |id: &&u32| **id as usize >= vocab;
-        let target = batch.targets.iter().filter(|id| **id != IGNORE).find(foreign);
-        if let Some(id) = batch.tokens.iter().find(foreign).or(target) {
-            anyhow::bail!("a batch holds the token id {id}, but the model's vocabulary has {vocab}");
-        }
-        let early = |(row, start): (usize, &u32)| *start as usize <= row % seq;
-        ensure!(
-            batch.doc_start.iter().enumerate().all(early),
-            "a document of a batch starts behind its own tokens"
-        );
-        device.upload(&mut self.tokens, 0, batch.tokens);
-        device.upload(&mut self.targets, 0, batch.targets);
-        self.layers.set_documents(device, batch.doc_start);
+        self.ends.leave(device, units.ends(device, w)?, layers);
+        tell(observer, || self.ends.written_forward(layers));
         Ok(())
     }
 
-    /// Up to what the LM head reads: `projected`, or `hidden` where there are no projections.
-    fn forward(&mut self, device: &D, w: &Weights<D, E>, pass: Option<Pass>) {
-        let (rows, c) = (self.rows(), self.config.width);
-        self.embed(device, w);
-        for (l, layer) in w.layers.iter().enumerate() {
-            self.layers.forward(device, layer, l, pass);
-        }
-        if let (Some((mean, rstd)), Some(norm)) = (&mut self.final_norm, &w.final_norm) {
-            let (x, y) = (&self.layers.stream[self.config.layers], &mut self.layers.hidden);
-            device.layer_norm(rows, c, x, &norm.gain, &norm.bias, y, None, mean, rstd);
-        }
-        let shape = self.project_out_shape();
-        if let (Some(p), Some(weight)) = (&mut self.projections, &w.project_out) {
-            device.linear(shape, &self.layers.hidden, weight, None, Activation::Identity, &mut p.projected);
-        }
-    }
-
-    /// Tokens and positions to `stream[0]`.
-    fn embed(&mut self, device: &D, w: &Weights<D, E>) {
-        let (rows, shape) = (self.rows(), self.project_in_shape());
-        let (c, width) = (self.config.width, self.config.embedding_width);
-        let first = &mut self.layers.stream[0];
-        match (&mut self.projections, &w.project_in) {
-            (Some(p), Some(weight)) => {
-                device.embed(rows, width, &self.tokens, &w.tokens, None, &mut p.embedded);
-                device.embed(rows, c, &self.positions, &w.positions, None, &mut p.position_rows);
-                device.linear_residual(shape, &p.embedded, weight, None, None, &p.position_rows, first);
-            }
-            _ => device.embed(rows, c, &self.tokens, &w.tokens, Some((&self.positions, &w.positions)), first),
-        }
-        if self.config.post_norm {
-            device.cast(&self.layers.stream[0], &mut self.layers.normed1[0]);
-        }
-    }
-
     /// Gradients of `scale * sum(losses)` after [`Backprop::forward`] with the same `pass`.
-    fn backward(&mut self, device: &D, w: &Weights<D, E>, pass: Option<Pass>, scale: f32, store: Store) {
-        self.backward_head(device, w, scale, store);
-        for l in (0..self.config.layers).rev() {
-            self.layers.backward(device, &w.layers[l], &mut self.gradients.layers[l], l, pass, store);
+    fn backward(
+        &mut self,
+        device: &D,
+        w: &Weights<D, E>,
+        pass: Option<Pass>,
+        scale: f32,
+        store: Store,
+        observer: &mut Observer<'_, D, E>,
+    ) -> Result<()> {
+        let Backprop { units, totals, layers, ends, gradients, mesh, .. } = self;
+        let trace = mesh.world.trace();
+        let span = trace.span(Label::new("head, forward and backward"));
+        let (g, ends_store) = totals.ends(device, gradients, store)?;
+        ends.backward_head(device, units.ends(device, w)?, g, layers, scale, ends_store)?;
+        tell(observer, || ends.written_head(g, layers));
+        drop(span);
+        for l in (0..w.layers.len()).rev() {
+            units.ask(device, w, l, l.checked_sub(1))?;
+            let (g, store) = totals.layer(device, gradients, l, store)?;
+            let weights = units.layer(w, l)?;
+            let _span = trace.span(Label::of("backward of layer", l));
+            layers.backward(device, weights, g, l, pass, store)?;
+            tell(observer, || layers.written_backward(g, l));
+            totals.layer_done(device)?;
         }
-        self.backward_embed(device, w, store);
+        let (g, ends_store) = totals.ends(device, gradients, store)?;
+        ends.backward_embed(device, units.ends(device, w)?, g, layers, ends_store)?;
+        tell(observer, || ends.written_backward(g));
+        totals.ends_done(device)
     }
+}
 
-    /// From the losses to the gradient of the last layer's output: `d_stream`, or with post-norm `d_normed` and a
-    /// `d_stream` of zeros.
-    fn backward_head(&mut self, device: &D, w: &Weights<D, E>, scale: f32, store: Store) {
-        let (shape, loss_shape) = (self.project_out_shape(), self.loss_shape());
-        let (layers, g) = (&mut self.layers, &mut self.gradients);
-        let (targets, losses, dw) = (&self.targets, &mut self.losses, &mut g.tokens);
-        let d_hidden = &mut layers.gradients.d_normed;
-        match (&mut self.projections, &w.project_out, &mut g.project_out) {
-            (Some(p), Some(weight), Some(d_weight)) => {
-                // The embeddings' own gradient comes last, so its buffer is free.
-                let dh = &mut p.d_embedded;
-                device.lm_loss_backward(
-                    loss_shape,
-                    &p.projected,
-                    &w.tokens,
-                    targets,
-                    scale,
-                    losses,
-                    dh,
-                    dw,
-                    store,
-                );
-                device.linear_backward_weight(shape, dh, &layers.hidden, d_weight, None, store);
-                device.linear_backward_input(shape, dh, weight, None, d_hidden);
-            }
-            _ => {
-                let h = &layers.hidden;
-                device
-                    .lm_loss_backward(loss_shape, h, &w.tokens, targets, scale, losses, d_hidden, dw, store);
-            }
-        }
-        let d_stream = &mut layers.gradients.d_stream;
-        match (&self.final_norm, &w.final_norm, &mut g.final_norm) {
-            (Some((mean, rstd)), Some(norm), Some(g)) => {
-                let (x, first) = (&layers.stream[self.config.layers], Store::Overwrite);
-                let (c, gain, bias) = (self.config.width, &mut g.gain, &mut g.bias);
-                device.layer_norm_backward(
-                    c, d_hidden, x, mean, rstd, &norm.gain, d_stream, first, gain, bias, store,
-                );
-            }
-            _ => device.fill(d_stream, 0.0),
-        }
-    }
+/// The part of a model that this process of a mesh holds.
+pub fn part_of(mesh: &Mesh) -> Part {
+    let place = |group: &Group| Place { rank: group.rank(), of: group.size() };
+    Part { tensor: place(&mesh.tensor), shard: place(&mesh.shard) }
+}
 
-    /// From the gradient of `stream[0]` to those of the embeddings. The token table's already holds the LM head's part.
-    fn backward_embed(&mut self, device: &D, w: &Weights<D, E>, store: Store) {
-        let (c, width, shape) = (self.config.width, self.config.embedding_width, self.project_in_shape());
-        let (d, g) = (&mut self.layers.gradients, &mut self.gradients);
-        let (tokens, positions) = (&self.tokens, &self.positions);
-        if store == Store::Overwrite {
-            device.fill(&mut g.positions, 0.0);
-        }
-        device.embed_backward(c, positions, &d.d_stream, &mut g.positions);
-        // With post-norm the gradient is `d_stream + d_normed`, taken one after the other.
-        let also = self.config.post_norm.then_some(&d.d_normed);
-        if let Some(d_normed) = also {
-            device.embed_backward(c, positions, d_normed, &mut g.positions);
-        }
-        match (&mut self.projections, &w.project_in, &mut g.project_in) {
-            (Some(p), Some(weight), Some(d_weight)) => {
-                device.cast(&d.d_stream, &mut d.d_branch);
-                let parts = [(Some(&d.d_branch), store), (also, Store::Accumulate)];
-                for (dy, store) in parts.into_iter().filter_map(|(dy, store)| Some((dy?, store))) {
-                    device.linear_backward_weight(shape, dy, &p.embedded, d_weight, None, store);
-                    device.linear_backward_input(shape, dy, weight, None, &mut p.d_embedded);
-                    device.embed_backward(width, tokens, &p.d_embedded, &mut g.tokens);
-                }
-            }
-            _ => {
-                device.embed_backward(c, tokens, &d.d_stream, &mut g.tokens);
-                if let Some(d_normed) = also {
-                    device.embed_backward(c, tokens, d_normed, &mut g.tokens);
-                }
-            }
-        }
+/// Sums the gradients of some parameters over a group, all at once.
+fn sum_over<D: Device>(
+    device: &D,
+    group: &Group,
+    gradients: &mut Weights<D, f32>,
+    which: impl Fn(usize) -> bool,
+) -> Result<()> {
+    if group.size() == 1 {
+        return Ok(());
     }
-
-    /// In f64 and in order, so that it does not depend on the device's threads.
-    fn sum_of_losses(&self, device: &D) -> f64 {
-        let mut losses = vec![0.0f32; self.rows()];
-        device.download(&self.losses, 0, &mut losses);
-        losses.into_iter().map(f64::from).sum()
+    let mut coming = Vec::new();
+    for (index, tensor) in gradients.tensors_mut().into_iter().enumerate().filter(|(index, _)| which(*index))
+    {
+        let buffer = std::mem::replace(tensor.flat(), device.alloc(0)?);
+        coming.push((index, group.all_reduce(Label::of("gradient", index), buffer)));
     }
+    let mut tensors = gradients.tensors_mut();
+    for (index, coming) in coming.into_iter().rev() {
+        *tensors.swap_remove(index).flat() = coming.wait()?;
+    }
+    Ok(())
 }

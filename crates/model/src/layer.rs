@@ -6,10 +6,12 @@
 use crate::activations::{Allocator, Copies, Recompute};
 use crate::backprop::{Options, Pass};
 use crate::config::Config;
+use crate::exchange::{Exchange, all_rows, linear_residual, share, sum_rows};
 use crate::weights::{Layer, Linear, Norm};
 use anyhow::Result;
 use ferropt_device::rng::{Purpose, Stream};
 use ferropt_device::{Activation, AttentionShape, Device, Dropout, Element, LinearShape, Store};
+use ferropt_mesh::{Group, Label};
 
 /// Buffers of all layers; the names are those of the activation table.
 pub(crate) struct Layers<D: Device, E: Element> {
@@ -17,26 +19,28 @@ pub(crate) struct Layers<D: Device, E: Element> {
     pub(crate) normed1: Copies<D::Buf<E>>,
     mean1: Copies<D::Buf<f32>>,
     rstd1: Copies<D::Buf<f32>>,
-    qkv: Copies<D::Buf<E>>,
-    attended: Copies<D::Buf<E>>,
+    pub(crate) qkv: Copies<D::Buf<E>>,
+    pub(crate) attended: Copies<D::Buf<E>>,
     lse: Copies<D::Buf<f32>>,
-    mid: Copies<D::Buf<f32>>,
-    normed2: Copies<D::Buf<E>>,
+    pub(crate) mid: Copies<D::Buf<f32>>,
+    pub(crate) normed2: Copies<D::Buf<E>>,
     mean2: Copies<D::Buf<f32>>,
     rstd2: Copies<D::Buf<f32>>,
-    relu: Copies<D::Buf<E>>,
+    pub(crate) relu: Copies<D::Buf<E>>,
     /// Behind the last layer: what the LM head, or the projection before it, reads.
     pub(crate) hidden: D::Buf<E>,
     doc_start: D::Buf<u32>,
-    post: Option<PostNorm<D>>,
+    pub(crate) post: Option<PostNorm<D>>,
     pub(crate) gradients: Gradients<D, E>,
-    sizes: Sizes,
+    /// Between the parts of a tensor-parallel model; none of a model in one part.
+    pub(crate) exchange: Option<Exchange<D, E>>,
+    pub(crate) sizes: Sizes,
 }
 
 /// What only post-norm layers have.
-struct PostNorm<D: Device> {
+pub(crate) struct PostNorm<D: Device> {
     between: D::Buf<f32>,
-    sum2: Copies<D::Buf<f32>>,
+    pub(crate) sum2: Copies<D::Buf<f32>>,
     d_stream_before: D::Buf<f32>,
 }
 
@@ -45,51 +49,59 @@ pub(crate) struct Gradients<D: Device, E: Element> {
     /// Of the residual stream; with post-norm the gradient of a layer's output is this plus `d_normed`.
     pub(crate) d_stream: D::Buf<f32>,
     pub(crate) d_branch: D::Buf<E>,
-    d_relu: D::Buf<E>,
+    pub(crate) d_relu: D::Buf<E>,
     /// Of a layer norm's output: what a block reads.
     pub(crate) d_normed: D::Buf<E>,
-    d_attended: D::Buf<E>,
-    d_qkv: D::Buf<E>,
+    pub(crate) d_attended: D::Buf<E>,
+    pub(crate) d_qkv: D::Buf<E>,
 }
 
 /// Numbers that every operation asks for.
 #[derive(Clone, Copy)]
-struct Sizes {
-    layers: usize,
+pub(crate) struct Sizes {
+    pub(crate) layers: usize,
+    /// Rows between blocks: of this part.
     rows: usize,
-    width: usize,
+    /// Number of the first of them in the micro-batch.
+    first_row: usize,
+    pub(crate) width: usize,
     attention: AttentionShape,
     recompute: Recompute,
     stop_at_documents: bool,
     dropout: f64,
     attention_dropout: f64,
-    qkv: LinearShape,
-    out: LinearShape,
-    fc1: LinearShape,
-    fc2: LinearShape,
+    pub(crate) qkv: LinearShape,
+    pub(crate) out: LinearShape,
+    pub(crate) fc1: LinearShape,
+    pub(crate) fc2: LinearShape,
 }
 
 impl Sizes {
-    fn new(config: &Config, options: Options) -> Self {
-        let (c, f) = (config.width, config.feed_forward);
-        let rows = options.batch * options.seq;
-        let shape = |n, k| LinearShape { m: rows, n, k };
+    fn new(config: &Config, options: Options, parts: &Group) -> Self {
+        let (c, f, heads) = (config.width, config.feed_forward / parts.size(), config.heads / parts.size());
+        let divided = c / parts.size();
+        // Products are of all rows, in divided widths.
+        let all_rows = options.batch * options.seq;
+        let shape = |n, k| LinearShape { m: all_rows, n, k };
+        let rows = all_rows / parts.size();
         Sizes {
             rows,
+            first_row: parts.rank() * rows,
             layers: config.layers,
             width: c,
             attention: AttentionShape {
                 batch: options.batch,
                 seq: options.seq,
-                heads: config.heads,
+                heads,
                 width: config.head_width(),
+                among: (parts.rank() * heads, config.heads),
             },
             recompute: options.recompute,
             stop_at_documents: options.stop_at_documents,
             dropout: config.dropout,
             attention_dropout: config.attention_dropout,
-            qkv: shape(3 * c, c),
-            out: shape(c, c),
+            qkv: shape(3 * divided, c),
+            out: shape(c, divided),
             fc1: shape(f, c),
             fc2: shape(c, f),
         }
@@ -97,18 +109,34 @@ impl Sizes {
 
     /// Dropout of one place, while training.
     fn dropout(&self, pass: Option<Pass>, purpose: Purpose, layer: usize) -> Option<Dropout> {
-        let p = if purpose == Purpose::DropoutAttention { self.attention_dropout } else { self.dropout };
+        // Attention has all rows of some heads, the rest of a layer some rows.
+        let (p, first_row) = match purpose {
+            Purpose::DropoutAttention => (self.attention_dropout, 0),
+            _ => (self.dropout, self.first_row),
+        };
         let pass = pass.filter(|_| p > 0.0)?;
         Some(Dropout {
             p: p as f32,
             stream: Stream::new(pass.seed, purpose, layer, pass.step),
-            first_row: pass.first_sequence * self.attention.seq as u64,
+            first_row: pass.first_sequence * self.attention.seq as u64 + first_row as u64,
         })
     }
 }
 
 impl<D: Device, E: Element> Layers<D, E> {
-    pub(crate) fn new(make: &mut Allocator<'_, D>, config: &Config, options: Options) -> Result<Self> {
+    pub(crate) fn new(
+        make: &mut Allocator<'_, D>,
+        config: &Config,
+        options: Options,
+        parts: &Group,
+    ) -> Result<Self> {
+        let sizes = Sizes::new(config, options, parts);
+        let exchange = match make.optional("gathered")? {
+            Some(gathered) => {
+                Some(Exchange::new(parts, sizes.rows * sizes.width, gathered, make.one("partial")?))
+            }
+            None => None,
+        };
         let post = config.post_norm.then(|| -> Result<_> {
             Ok(PostNorm {
                 between: make.one("between")?,
@@ -140,7 +168,8 @@ impl<D: Device, E: Element> Layers<D, E> {
                 d_attended: make.one("d_attended")?,
                 d_qkv: make.one("d_qkv")?,
             },
-            sizes: Sizes::new(config, options),
+            exchange,
+            sizes,
         })
     }
 
@@ -151,12 +180,21 @@ impl<D: Device, E: Element> Layers<D, E> {
 
     /// Forward through layer `l`: `stream[l]` to `stream[l + 1]` (and with post-norm `normed1`, or `hidden` behind the
     /// last layer).
-    pub(crate) fn forward(&mut self, device: &D, w: &Layer<D, E>, l: usize, pass: Option<Pass>) {
+    ///
+    /// # Errors
+    /// When another part is lost.
+    pub(crate) fn forward(
+        &mut self,
+        device: &D,
+        w: &Layer<D, E>,
+        l: usize,
+        pass: Option<Pass>,
+    ) -> Result<()> {
         if self.post.is_none() {
             self.norm1_ahead(device, &w.norm1, l);
         }
-        self.forward_attention(device, w, l, pass);
-        self.forward_feed_forward(device, w, l, pass, true);
+        self.forward_attention(device, w, l, pass)?;
+        self.forward_feed_forward(device, w, l, pass, true)
     }
 
     /// Pre-norm: `normed1 = norm1(stream)`.
@@ -190,34 +228,47 @@ impl<D: Device, E: Element> Layers<D, E> {
     }
 
     /// `mid = stream + attention(normed1)`.
-    fn forward_attention(&mut self, d: &D, w: &Layer<D, E>, l: usize, pass: Option<Pass>) {
-        let s = self.sizes;
+    fn forward_attention(&mut self, d: &D, w: &Layer<D, E>, l: usize, pass: Option<Pass>) -> Result<()> {
+        let (s, label) = (self.sizes, Label::of("attention", l));
         let Linear { weight, bias } = &w.qkv;
-        d.linear(s.qkv, &self.normed1[l], weight, Some(bias), Activation::Identity, &mut self.qkv[l]);
+        let x = all_rows(&mut self.exchange, d, label, &self.normed1[l])?;
+        d.linear(s.qkv, x, weight, Some(bias), Activation::Identity, &mut self.qkv[l]);
         self.attend(d, l, pass);
-        let Linear { weight, bias } = &w.out;
         let dropout = s.dropout(pass, Purpose::DropoutAttentionOut, l);
         let (x, residual, out) = (&self.attended[l], &self.stream[l], &mut self.mid[l]);
-        d.linear_residual(s.out, x, weight, Some(bias), dropout, residual, out);
+        let (exchange, branch) = (&mut self.exchange, &mut self.gradients.d_branch);
+        linear_residual(exchange, d, label, s.out, s.rows, x, &w.out, dropout, branch, residual, out)
     }
 
     /// From `mid` to the layer's output; without `output` only what the backward pass of this layer reads.
-    fn forward_feed_forward(&mut self, d: &D, w: &Layer<D, E>, l: usize, pass: Option<Pass>, output: bool) {
-        let s = self.sizes;
+    fn forward_feed_forward(
+        &mut self,
+        d: &D,
+        w: &Layer<D, E>,
+        l: usize,
+        pass: Option<Pass>,
+        output: bool,
+    ) -> Result<()> {
+        let (s, label) = (self.sizes, Label::of("feed-forward", l));
         self.norm_of_mid(d, w, l);
         let Linear { weight, bias } = &w.fc1;
-        d.linear(s.fc1, &self.normed2[l], weight, Some(bias), Activation::Relu, &mut self.relu[l]);
-        let Linear { weight, bias } = &w.fc2;
+        let x = all_rows(&mut self.exchange, d, label, &self.normed2[l])?;
+        d.linear(s.fc1, x, weight, Some(bias), Activation::Relu, &mut self.relu[l]);
+        let (exchange, branch) = (&mut self.exchange, &mut self.gradients.d_branch);
         let dropout = s.dropout(pass, Purpose::DropoutFeedForward, l);
         match &mut self.post {
             None if output => {
-                let (residual, out) = (&self.mid[l], &mut self.stream[l + 1]);
-                d.linear_residual(s.fc2, &self.relu[l], weight, Some(bias), dropout, residual, out);
+                let (x, residual, out) = (&self.relu[l], &self.mid[l], &mut self.stream[l + 1]);
+                linear_residual(
+                    exchange, d, label, s.fc2, s.rows, x, &w.fc2, dropout, branch, residual, out,
+                )?;
             }
             None => {}
             Some(post) => {
-                let sum2 = &mut post.sum2[l];
-                d.linear_residual(s.fc2, &self.relu[l], weight, Some(bias), dropout, &post.between, sum2);
+                let (x, residual, sum2) = (&self.relu[l], &post.between, &mut post.sum2[l]);
+                linear_residual(
+                    exchange, d, label, s.fc2, s.rows, x, &w.fc2, dropout, branch, residual, sum2,
+                )?;
                 let last = l + 1 == s.layers;
                 let (y, y_f32) = match (output, last) {
                     // Only mean and rstd are wanted; `d_branch` is free.
@@ -229,13 +280,14 @@ impl<D: Device, E: Element> Layers<D, E> {
                 d.layer_norm(s.rows, s.width, sum2, &w.norm2.gain, &w.norm2.bias, y, y_f32, mean, rstd);
             }
         }
+        Ok(())
     }
 
     /// Computes again what layer `l`'s backward pass reads and the forward pass did not keep.
-    fn recompute(&mut self, d: &D, w: &Layer<D, E>, l: usize, pass: Option<Pass>) {
+    fn recompute(&mut self, d: &D, w: &Layer<D, E>, l: usize, pass: Option<Pass>) -> Result<()> {
         if l + 1 == self.sizes.layers {
             // The last layer's activations have not been overwritten yet.
-            return;
+            return Ok(());
         }
         match self.sizes.recompute {
             Recompute::None => {}
@@ -252,10 +304,11 @@ impl<D: Device, E: Element> Layers<D, E> {
                 } else {
                     d.cast(&self.stream[l], &mut self.normed1[l]);
                 }
-                self.forward_attention(d, w, l, pass);
-                self.forward_feed_forward(d, w, l, pass, false);
+                self.forward_attention(d, w, l, pass)?;
+                self.forward_feed_forward(d, w, l, pass, false)?;
             }
         }
+        Ok(())
     }
 
     /// Backward through layer `l`: gradient of its output to gradient of its input, and gradients `g` of its weights.
@@ -267,8 +320,8 @@ impl<D: Device, E: Element> Layers<D, E> {
         l: usize,
         pass: Option<Pass>,
         store: Store,
-    ) {
-        self.recompute(device, w, l, pass);
+    ) -> Result<()> {
+        self.recompute(device, w, l, pass)?;
         if let Some(post) = &mut self.post {
             let x = &post.sum2[l];
             let d = &mut self.gradients;
@@ -285,7 +338,7 @@ impl<D: Device, E: Element> Layers<D, E> {
                 store,
             );
         }
-        self.backward_feed_forward(device, w, g, l, pass, store);
+        self.backward_feed_forward(device, w, g, l, pass, store)?;
         match &mut self.post {
             None => {
                 let d = &mut self.gradients;
@@ -309,12 +362,13 @@ impl<D: Device, E: Element> Layers<D, E> {
                 );
             }
         }
-        self.backward_attention(device, w, g, l, pass, store);
+        self.backward_attention(device, w, g, l, pass, store)?;
         if self.post.is_none() {
             let d = &mut self.gradients;
             let (x, mean, rstd) = (&self.stream[l], &self.mean1[l], &self.rstd1[l]);
             norm_backward(device, self.sizes.width, x, mean, rstd, &w.norm1, d, &mut g.norm1, store);
         }
+        Ok(())
     }
 
     /// From `d_stream` to `d_normed`, the gradient of the feed-forward block's input.
@@ -326,24 +380,19 @@ impl<D: Device, E: Element> Layers<D, E> {
         l: usize,
         pass: Option<Pass>,
         store: Store,
-    ) {
-        let (s, d) = (self.sizes, &mut self.gradients);
+    ) -> Result<()> {
+        let (s, d, label) = (self.sizes, &mut self.gradients, Label::of("feed-forward", l));
         let dropout = s.dropout(pass, Purpose::DropoutFeedForward, l);
         device.residual_backward(s.width, &d.d_stream, dropout, &mut d.d_branch);
-        let relu = &self.relu[l];
-        linear_backward(
-            device,
-            s.fc2,
-            &d.d_branch,
-            relu,
-            &w.fc2,
-            &mut g.fc2,
-            Some(relu),
-            &mut d.d_relu,
-            store,
-        );
-        let x = &self.normed2[l];
-        linear_backward(device, s.fc1, &d.d_relu, x, &w.fc1, &mut g.fc1, None, &mut d.d_normed, store);
+        let (exchange, relu) = (&mut self.exchange, &self.relu[l]);
+        let speaks = exchange.as_ref().is_none_or(Exchange::speaks);
+        let dy = all_rows(exchange, device, label, &d.d_branch)?;
+        linear_backward_weight(device, s.fc2, dy, relu, &mut g.fc2, speaks, store);
+        device.linear_backward_input(s.fc2, dy, &w.fc2.weight, Some(relu), &mut d.d_relu);
+        let x = all_rows(exchange, device, label, &self.normed2[l])?;
+        linear_backward_weight(device, s.fc1, &d.d_relu, x, &mut g.fc1, true, store);
+        device.linear_backward_input(s.fc1, &d.d_relu, &w.fc1.weight, None, share(exchange, &mut d.d_normed));
+        sum_rows(exchange, device, label, &mut d.d_normed)
     }
 
     /// From `d_stream` to `d_normed`, the gradient of the attention block's input.
@@ -355,22 +404,15 @@ impl<D: Device, E: Element> Layers<D, E> {
         l: usize,
         pass: Option<Pass>,
         store: Store,
-    ) {
-        let (s, d) = (self.sizes, &mut self.gradients);
+    ) -> Result<()> {
+        let (s, d, label) = (self.sizes, &mut self.gradients, Label::of("attention", l));
         let dropout = s.dropout(pass, Purpose::DropoutAttentionOut, l);
         device.residual_backward(s.width, &d.d_stream, dropout, &mut d.d_branch);
-        let attended = &self.attended[l];
-        linear_backward(
-            device,
-            s.out,
-            &d.d_branch,
-            attended,
-            &w.out,
-            &mut g.out,
-            None,
-            &mut d.d_attended,
-            store,
-        );
+        let (exchange, attended) = (&mut self.exchange, &self.attended[l]);
+        let speaks = exchange.as_ref().is_none_or(Exchange::speaks);
+        let dy = all_rows(exchange, device, label, &d.d_branch)?;
+        linear_backward_weight(device, s.out, dy, attended, &mut g.out, speaks, store);
+        device.linear_backward_input(s.out, dy, &w.out.weight, None, &mut d.d_attended);
         let documents = s.stop_at_documents.then_some(&self.doc_start);
         let dropout = s.dropout(pass, Purpose::DropoutAttention, l);
         let (qkv, lse) = (&self.qkv[l], &self.lse[l]);
@@ -384,25 +426,29 @@ impl<D: Device, E: Element> Layers<D, E> {
             &d.d_attended,
             &mut d.d_qkv,
         );
-        let x = &self.normed1[l];
-        linear_backward(device, s.qkv, &d.d_qkv, x, &w.qkv, &mut g.qkv, None, &mut d.d_normed, store);
+        let x = all_rows(exchange, device, label, &self.normed1[l])?;
+        linear_backward_weight(device, s.qkv, &d.d_qkv, x, &mut g.qkv, true, store);
+        device.linear_backward_input(s.qkv, &d.d_qkv, &w.qkv.weight, None, share(exchange, &mut d.d_normed));
+        sum_rows(exchange, device, label, &mut d.d_normed)
     }
 }
 
-/// Backward of `y = x * w^T + b`: gradients of weight and bias, and of `x`, zeroed where `relu_output` is not above 0.
-fn linear_backward<D: Device, E: Element>(
+/// Gradients of the weight and bias of `y = x * w^T + b`. Where all parts have the whole bias and know its whole gradient, one of
+/// them `speaks`, since what they have is added up.
+fn linear_backward_weight<D: Device, E: Element>(
     device: &D,
     s: LinearShape,
     dy: &D::Buf<E>,
     x: &D::Buf<E>,
-    w: &Linear<D, E>,
     g: &mut Linear<D, f32>,
-    relu_output: Option<&D::Buf<E>>,
-    dx: &mut D::Buf<E>,
+    speaks: bool,
     store: Store,
 ) {
-    device.linear_backward_weight(s, dy, x, &mut g.weight, Some(&mut g.bias), store);
-    device.linear_backward_input(s, dy, &w.weight, relu_output, dx);
+    let bias = speaks.then_some(&mut g.bias);
+    device.linear_backward_weight(s, dy, x, &mut g.weight, bias, store);
+    if !speaks && store == Store::Overwrite {
+        device.fill(&mut g.bias, 0.0);
+    }
 }
 
 /// Pre-norm: adds the gradient that comes through a layer norm, `d_normed`, to that of the residual stream.

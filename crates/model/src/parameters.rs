@@ -57,6 +57,11 @@ impl Parameter {
         self.is_matrix() && !self.names[0].ends_with("embed_positions.weight")
     }
 
+    /// Number of the layer that it belongs to, if it is of one.
+    pub fn layer(&self) -> Option<usize> {
+        self.names[0].split_once(".layers.")?.1.split('.').next()?.parse().ok()
+    }
+
     /// Shape of each of the tensors that are stacked.
     pub fn part_shape(&self) -> Vec<usize> {
         let mut shape = self.shape.clone();

@@ -1,19 +1,20 @@
 //! Weights in memory, in the shape of the model; gradients have the same shape, in f32.
 
 use crate::config::Config;
-use crate::parameters::Parameter;
+use crate::part::{Held, Part};
 use anyhow::{Context, Result, ensure};
 use ferropt_device::{Device, Element, Param};
 
-/// A model on a device.
+/// A model on a device, or a part of one.
 pub struct Model<D: Device, E: Element> {
     config: Config,
-    table: Vec<Parameter>,
+    held: Vec<Held>,
     /// The weights.
     pub weights: Weights<D, E>,
 }
 
-/// One buffer per parameter: matrices of type `E`, vectors of f32.
+/// One buffer per parameter, as long as what is held of it: matrices of type `E`, vectors of f32. Shapes below are those of whole
+/// parameters.
 pub struct Weights<D: Device, E: Element> {
     /// `[V, W]`: token embeddings, and the LM head.
     pub tokens: D::Buf<E>,
@@ -86,116 +87,181 @@ pub enum TensorMut<'a, D: Device, E: Element> {
     Vector(&'a mut D::Buf<f32>),
 }
 
-/// Lists the buffers in the order of the parameter table, as shared or exclusive references.
-macro_rules! in_table_order {
-    ($weights:expr, $tensor:ident, $iter:ident, $($mutable:tt)?) => {{
-        let w = $weights;
-        let mut list = vec![
-            $tensor::Matrix(& $($mutable)? w.tokens),
-            $tensor::Matrix(& $($mutable)? w.positions),
-        ];
-        list.extend(w.project_in.$iter().map($tensor::Matrix));
-        for layer in w.layers.$iter() {
-            let Layer { qkv, out, norm1, fc1, fc2, norm2 } = layer;
-            list.extend([
-                $tensor::Matrix(& $($mutable)? qkv.weight),
-                $tensor::Vector(& $($mutable)? qkv.bias),
-                $tensor::Matrix(& $($mutable)? out.weight),
-                $tensor::Vector(& $($mutable)? out.bias),
-                $tensor::Vector(& $($mutable)? norm1.gain),
-                $tensor::Vector(& $($mutable)? norm1.bias),
-                $tensor::Matrix(& $($mutable)? fc1.weight),
-                $tensor::Vector(& $($mutable)? fc1.bias),
-                $tensor::Matrix(& $($mutable)? fc2.weight),
-                $tensor::Vector(& $($mutable)? fc2.bias),
-                $tensor::Vector(& $($mutable)? norm2.gain),
-                $tensor::Vector(& $($mutable)? norm2.bias),
-            ]);
+impl<'a, D: Device> TensorMut<'a, D, f32> {
+    /// The buffer, as [`Tensor::flat`].
+    pub fn flat(self) -> &'a mut D::Buf<f32> {
+        match self {
+            TensorMut::Matrix(buffer) | TensorMut::Vector(buffer) => buffer,
         }
-        for norm in w.final_norm.$iter() {
+    }
+}
+
+/// Lists the buffers in the order of the parameter table, as shared or exclusive references, with what `layers` lists
+/// in the middle.
+macro_rules! in_table_order {
+    ($weights:expr, $tensor:ident, $iter:ident, $layers:expr, $($mutable:tt)?) => {{
+        let mut list = vec![
+            $tensor::Matrix(& $($mutable)? $weights.tokens),
+            $tensor::Matrix(& $($mutable)? $weights.positions),
+        ];
+        list.extend($weights.project_in.$iter().map($tensor::Matrix));
+        list.extend($layers);
+        for norm in $weights.final_norm.$iter() {
             list.extend([
                 $tensor::Vector(& $($mutable)? norm.gain),
                 $tensor::Vector(& $($mutable)? norm.bias),
             ]);
         }
-        list.extend(w.project_out.$iter().map($tensor::Matrix));
+        list.extend($weights.project_out.$iter().map($tensor::Matrix));
         list
     }};
 }
 
+/// Lists a layer's buffers in the order of the parameter table.
+macro_rules! layer_in_table_order {
+    ($layer:expr, $tensor:ident, $($mutable:tt)?) => {{
+        let Layer { qkv, out, norm1, fc1, fc2, norm2 } = $layer;
+        vec![
+            $tensor::Matrix(& $($mutable)? qkv.weight),
+            $tensor::Vector(& $($mutable)? qkv.bias),
+            $tensor::Matrix(& $($mutable)? out.weight),
+            $tensor::Vector(& $($mutable)? out.bias),
+            $tensor::Vector(& $($mutable)? norm1.gain),
+            $tensor::Vector(& $($mutable)? norm1.bias),
+            $tensor::Matrix(& $($mutable)? fc1.weight),
+            $tensor::Vector(& $($mutable)? fc1.bias),
+            $tensor::Matrix(& $($mutable)? fc2.weight),
+            $tensor::Vector(& $($mutable)? fc2.bias),
+            $tensor::Vector(& $($mutable)? norm2.gain),
+            $tensor::Vector(& $($mutable)? norm2.bias),
+        ]
+    }};
+}
+
 impl<D: Device, E: Element> Weights<D, E> {
-    /// Zeroed buffers for every parameter.
+    /// Zeroed buffers for what is held.
     ///
     /// # Errors
     /// When memory is short; the message says how much was asked for.
-    pub fn zeros(device: &D, config: &Config) -> Result<Self> {
-        let table = config.parameters();
-        let mut next = table.iter();
-        let mut maker = Maker { device, elements: || next.next().map_or(0, Parameter::elements) };
-        let m = &mut maker;
+    pub fn zeros(device: &D, config: &Config, held: &[Held]) -> Result<Self> {
+        let mut lengths = held.iter().map(|h| h.shard_len);
+        Weights::make(config, config.layers, &mut Zeros { device, lengths: &mut lengths })
+    }
+
+    /// Buffers from a source, for so many layers.
+    pub(crate) fn make(config: &Config, layers: usize, source: &mut impl Source<D, E>) -> Result<Self> {
         let projections = config.has_projections();
         Ok(Weights {
-            tokens: m.buffer()?,
-            positions: m.buffer()?,
-            project_in: if projections { Some(m.buffer()?) } else { None },
-            layers: (0..config.layers).map(|_| m.layer()).collect::<Result<_>>()?,
-            final_norm: if config.post_norm { None } else { Some(m.norm()?) },
-            project_out: if projections { Some(m.buffer()?) } else { None },
+            tokens: source.matrix()?,
+            positions: source.matrix()?,
+            project_in: if projections { Some(source.matrix()?) } else { None },
+            layers: (0..layers).map(|_| Layer::make(source)).collect::<Result<_>>()?,
+            final_norm: if config.post_norm { None } else { Some(Norm::make(source)?) },
+            project_out: if projections { Some(source.matrix()?) } else { None },
         })
     }
 
     /// The buffers in the order of [`Config::parameters`].
     pub fn tensors(&self) -> Vec<Tensor<'_, D, E>> {
-        in_table_order!(self, Tensor, iter,)
+        in_table_order!(self, Tensor, iter, self.layers.iter().flat_map(Layer::tensors),)
     }
 
     /// The buffers in the order of [`Config::parameters`], to be changed.
     pub fn tensors_mut(&mut self) -> Vec<TensorMut<'_, D, E>> {
-        in_table_order!(self, TensorMut, iter_mut, mut)
+        in_table_order!(self, TensorMut, iter_mut, self.layers.iter_mut().flat_map(Layer::tensors_mut), mut)
+    }
+
+    /// The buffers before and behind the layers.
+    pub(crate) fn ends(&self) -> Vec<Tensor<'_, D, E>> {
+        in_table_order!(self, Tensor, iter, [],)
+    }
+
+    /// The buffers before and behind the layers, to be changed.
+    pub(crate) fn ends_mut(&mut self) -> Vec<TensorMut<'_, D, E>> {
+        in_table_order!(self, TensorMut, iter_mut, [], mut)
     }
 }
 
-/// Makes buffers of the sizes that the table lists, one after the other.
-struct Maker<'a, D, F> {
-    device: &'a D,
-    elements: F,
+/// Where buffers come from, in the order of the parameter table.
+pub(crate) trait Source<D: Device, E: Element> {
+    /// The next one, of a matrix.
+    fn matrix(&mut self) -> Result<D::Buf<E>>;
+    /// The next one, of a vector.
+    fn vector(&mut self) -> Result<D::Buf<f32>>;
 }
 
-impl<D: Device, F: FnMut() -> usize> Maker<'_, D, F> {
-    fn buffer<E: Element>(&mut self) -> Result<D::Buf<E>> {
-        self.device.alloc((self.elements)())
+/// New buffers of the lengths that are listed.
+pub(crate) struct Zeros<'a, D, L> {
+    pub(crate) device: &'a D,
+    pub(crate) lengths: &'a mut L,
+}
+
+impl<D: Device, E: Element, L: Iterator<Item = usize>> Source<D, E> for Zeros<'_, D, L> {
+    fn matrix(&mut self) -> Result<D::Buf<E>> {
+        self.device.alloc(self.lengths.next().unwrap_or(0))
     }
 
-    fn linear<E: Element>(&mut self) -> Result<Linear<D, E>> {
-        Ok(Linear { weight: self.buffer()?, bias: self.buffer()? })
+    fn vector(&mut self) -> Result<D::Buf<f32>> {
+        self.device.alloc(self.lengths.next().unwrap_or(0))
+    }
+}
+
+impl<D: Device, E: Element> Layer<D, E> {
+    /// The buffers in the order of [`Config::parameters`].
+    pub(crate) fn tensors(&self) -> Vec<Tensor<'_, D, E>> {
+        layer_in_table_order!(self, Tensor,)
     }
 
-    fn norm(&mut self) -> Result<Norm<D>> {
-        Ok(Norm { gain: self.buffer()?, bias: self.buffer()? })
+    /// The buffers in the order of [`Config::parameters`], to be changed.
+    pub(crate) fn tensors_mut(&mut self) -> Vec<TensorMut<'_, D, E>> {
+        layer_in_table_order!(self, TensorMut, mut)
     }
 
-    fn layer<E: Element>(&mut self) -> Result<Layer<D, E>> {
+    /// Buffers from a source.
+    pub(crate) fn make(source: &mut impl Source<D, E>) -> Result<Self> {
         Ok(Layer {
-            qkv: self.linear()?,
-            out: self.linear()?,
-            norm1: self.norm()?,
-            fc1: self.linear()?,
-            fc2: self.linear()?,
-            norm2: self.norm()?,
+            qkv: Linear::make(source)?,
+            out: Linear::make(source)?,
+            norm1: Norm::make(source)?,
+            fc1: Linear::make(source)?,
+            fc2: Linear::make(source)?,
+            norm2: Norm::make(source)?,
         })
     }
 }
 
+impl<D: Device, E: Element> Linear<D, E> {
+    fn make(source: &mut impl Source<D, E>) -> Result<Self> {
+        Ok(Linear { weight: source.matrix()?, bias: source.vector()? })
+    }
+}
+
+impl<D: Device> Norm<D> {
+    fn make<E: Element>(source: &mut impl Source<D, E>) -> Result<Self> {
+        Ok(Norm { gain: source.vector()?, bias: source.vector()? })
+    }
+}
+
 impl<D: Device, E: Element> Model<D, E> {
-    /// A model whose weights are all zero until they are set.
+    /// A whole model, whose weights are all zero until they are set.
     ///
     /// # Errors
     /// When the sizes make no model, or memory is short.
     pub fn zeros(device: &D, config: &Config) -> Result<Self> {
+        Model::part(device, config, Part::WHOLE)
+    }
+
+    /// A part of a model, whose weights are all zero until they are set.
+    ///
+    /// # Errors
+    /// When the sizes make no model or cannot be divided, or memory is short.
+    pub fn part(device: &D, config: &Config, part: Part) -> Result<Self> {
         config.check()?;
-        let weights = Weights::zeros(device, config)
+        part.check(config)?;
+        let held = config.held(part);
+        let weights = Weights::zeros(device, config, &held)
             .with_context(|| format!("a model with {} parameters does not fit", config.parameter_count()))?;
-        Ok(Model { config: config.clone(), table: config.parameters(), weights })
+        Ok(Model { config: config.clone(), held, weights })
     }
 
     /// Its sizes.
@@ -203,22 +269,23 @@ impl<D: Device, E: Element> Model<D, E> {
         &self.config
     }
 
-    /// Its parameters.
-    pub fn parameters(&self) -> &[Parameter] {
-        &self.table
+    /// What is here of each of its parameters.
+    pub fn held(&self) -> &[Held] {
+        &self.held
     }
 
-    /// Sets parameter number `index`, rounding to nearest where the compute type is bf16.
+    /// Sets parameter number `index`, or what is here of it, rounding to nearest where the compute type is bf16.
     ///
     /// # Errors
     /// When there is no such parameter or the number of values is wrong.
     pub fn set(&mut self, device: &D, index: usize, values: &[f32]) -> Result<()> {
-        let parameter = self.table.get(index).with_context(|| format!("there is no parameter {index}"))?;
+        let held = self.held.get(index).with_context(|| format!("there is no parameter {index}"))?;
         ensure!(
-            values.len() == parameter.elements(),
-            "{} has shape {:?}, which is not {} values",
-            parameter.names.join(", "),
-            parameter.shape,
+            values.len() == held.shard_len,
+            "{} has shape {:?}, of which {} values are here, not {}",
+            held.parameter.names.join(", "),
+            held.parameter.shape,
+            held.shard_len,
             values.len()
         );
         match self.weights.tensors_mut().swap_remove(index) {
@@ -242,8 +309,8 @@ mod tests {
         for config in [base.clone(), Config { post_norm: true, embedding_width: 24, ..base }] {
             let model = Model::<_, bf16>::zeros(&device, &config).unwrap();
             let tensors = model.weights.tensors();
-            assert_eq!(tensors.len(), model.parameters().len());
-            for (tensor, parameter) in tensors.iter().zip(model.parameters()) {
+            assert_eq!(tensors.len(), model.held().len());
+            for (tensor, Held { parameter, .. }) in tensors.iter().zip(model.held()) {
                 let (len, matrix) = match tensor {
                     Tensor::Matrix(w) => (w.len(), true),
                     Tensor::Vector(w) => (w.len(), false),

@@ -8,6 +8,8 @@ use ferropt_model::{
     Recompute, Tensor, initial_values,
 };
 
+#[path = "model/inspect.rs"]
+mod inspect;
 #[path = "model/quantised.rs"]
 mod quantised;
 
@@ -192,7 +194,7 @@ fn decoder<E: Element>(
             Tensor::Vector(w) => w.to_vec(),
         })
         .collect();
-    let table = model.parameters();
+    let table = model.config().parameters();
     let read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
         let width = table[index].elements() / table[index].shape[0];
         out.copy_from_slice(&values[index][rows.start * width..rows.end * width]);

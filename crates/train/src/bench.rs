@@ -4,7 +4,7 @@ pub mod inference;
 
 use crate::checkpoint::human_bytes;
 use crate::config::{Precision, micro_batch};
-use crate::optimizer::{Optimizer, Rule, Settings, gradient_norm};
+use crate::optimizer::{Optimizer, Rule, Settings};
 use crate::planner::{Flops, Memory, grouped};
 use crate::telemetry::peak_resident_bytes;
 use crate::trainer::open_device;
@@ -12,7 +12,7 @@ use anyhow::{Result, anyhow, ensure};
 use ferropt_device::cpu::CpuDevice;
 use ferropt_device::rng::{Purpose, Stream};
 use ferropt_device::{Device, Element, Store, Timed, bf16};
-use ferropt_model::{Backprop, Batch, Config, Model, Options, Pass, Recompute};
+use ferropt_model::{Backprop, Batch, Config, Model, Options, Part, Pass, Recompute};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -159,7 +159,7 @@ fn measure<E: Element>(
             let store = if part == 0 { Store::Overwrite } else { Store::Accumulate };
             sum += backprop.train(device, &model, batch, pass, (1.0 / tokens) as f32, store)?;
         }
-        let norm = gradient_norm(device, &backprop.gradients);
+        let norm = backprop.sum(device)?;
         optimizer.step(device, &mut model, &backprop.gradients, step, 1e-4, norm);
         Ok(sum / tokens)
     };
@@ -176,7 +176,7 @@ fn measure<E: Element>(
     peak = peak.max(device.measured_peak::<E>());
 
     let flops = Flops::per_token(&config, &options);
-    let memory = Memory::of::<_, E>(&config, &options, &settings, device);
+    let memory = Memory::of::<_, E>(&config, Part::WHOLE, &options, &settings, device);
     let tokens_per_second = tokens / median(&step_s);
     Ok(Report {
         preset: wanted.preset.clone(),

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod checkpoint;
+mod collect;
 pub mod config;
 pub mod inference;
 pub mod models;

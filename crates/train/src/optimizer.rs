@@ -5,12 +5,13 @@
 //! f32 matrices are their own masters.
 
 use crate::checkpoint::{Checkpoint, Data, Group};
+use crate::collect::Collector;
 use crate::stacked;
 use anyhow::Result;
 use bytemuck::cast_slice_mut;
 use ferropt_device::rng::{Purpose, Stream};
-use ferropt_device::{AdamW, DType, Device, Element, Param, Sgd, bf16};
-use ferropt_model::{Model, Parameter, Tensor, TensorMut, Weights, initial_values};
+use ferropt_device::{AdamW, DType, Device, Element, Param, Rounding, Sgd, Strided, bf16};
+use ferropt_model::{Held, Model, Tensor, TensorMut, Weights, initial_shard};
 
 /// Update rule with its constants.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -53,8 +54,10 @@ pub struct Optimizer<D: Device> {
     slots: Vec<Slot<D>>,
 }
 
-/// State of one parameter.
+/// State of one parameter, or of what is held of it.
 struct Slot<D: Device> {
+    /// Where that lies in the parameter.
+    place: Strided,
     /// Low halves of the split master, as long as the parameter.
     low: Option<D::Buf<i16>>,
     memory: Memory<D>,
@@ -82,20 +85,15 @@ impl Settings {
     }
 }
 
-/// L2 norm of all gradients together: squares summed in f64, parameter after parameter, each once.
-pub fn gradient_norm<D: Device>(device: &D, gradients: &Weights<D, f32>) -> f64 {
-    gradients.tensors().into_iter().map(|g| device.sum_of_squares(g.flat())).sum::<f64>().sqrt()
-}
-
 impl<D: Device> Optimizer<D> {
     /// State for `model`, all zero.
     ///
     /// # Errors
     /// When memory is short; the message says how much was asked for.
     pub fn new<E: Element>(device: &D, model: &Model<D, E>, settings: Settings) -> Result<Self> {
-        let slot = |parameter: &Parameter| -> Result<Slot<D>> {
-            let n = parameter.elements();
-            let low = if parameter.is_matrix() && settings.splits(E::DTYPE) {
+        let slot = |held: &Held| -> Result<Slot<D>> {
+            let n = held.shard_len;
+            let low = if held.parameter.is_matrix() && settings.splits(E::DTYPE) {
                 Some(device.alloc(n)?)
             } else {
                 None
@@ -105,9 +103,9 @@ impl<D: Device> Optimizer<D> {
                 (Rule::Sgd { .. }, 0) => Memory::None,
                 (Rule::Sgd { .. }, _) => Memory::Momentum(device.alloc(n)?),
             };
-            Ok(Slot { low, memory })
+            Ok(Slot { place: held.place(), low, memory })
         };
-        Ok(Optimizer { settings, slots: model.parameters().iter().map(slot).collect::<Result<_>>()? })
+        Ok(Optimizer { settings, slots: model.held().iter().map(slot).collect::<Result<_>>()? })
     }
 
     /// Bytes of all low halves, and of all that the rule remembers.
@@ -121,9 +119,9 @@ impl<D: Device> Optimizer<D> {
 
     /// Gives every parameter its initial values, which follow from `seed`.
     pub fn initialise<E: Element>(&mut self, device: &D, model: &mut Model<D, E>, seed: u64) {
-        let table = model.parameters().to_vec();
-        for (index, parameter) in table.iter().enumerate() {
-            self.set(device, model, index, &initial_values(parameter, index, seed));
+        for index in 0..self.slots.len() {
+            let values = initial_shard(&model.held()[index], seed);
+            self.set(device, model, index, &values);
         }
     }
 
@@ -137,7 +135,7 @@ impl<D: Device> Optimizer<D> {
     }
 
     /// Update number `step` (1 is the first) at learning rate `lr`. `norm` is that of the gradients
-    /// ([`gradient_norm`]); where it is above the clipping threshold they are scaled down to it.
+    /// ([`ferropt_model::Backprop::sum`]); where it is above the clipping threshold they are scaled down to it.
     pub fn step<E: Element>(
         &mut self,
         device: &D,
@@ -153,11 +151,14 @@ impl<D: Device> Optimizer<D> {
         let parameters =
             model.weights.tensors_mut().into_iter().zip(gradients.tensors()).zip(&mut self.slots);
         for (index, ((parameter, gradient), slot)) in parameters.enumerate() {
-            let Slot { low, memory } = slot;
+            let Slot { place, low, memory } = slot;
             let update = Update { settings: s, step, lr, grad_scale, gradient: gradient.flat(), memory };
             match parameter {
                 TensorMut::Matrix(w) => {
-                    let rounding = s.stochastic.then(|| Stream::new(s.seed, Purpose::Rounding, index, step));
+                    let rounding = s.stochastic.then(|| Rounding {
+                        stream: Stream::new(s.seed, Purpose::Rounding, index, step),
+                        place: *place,
+                    });
                     update.apply(device, Param { w, low: low.as_mut(), rounding }, s.weight_decay);
                 }
                 TensorMut::Vector(w) => {
@@ -170,40 +171,55 @@ impl<D: Device> Optimizer<D> {
 
     /// Weights and state as groups of a checkpoint: `model` (f32 masters; bf16 matrices where updates are rounded at
     /// random), and what the rule remembers: `adam_m` and `adam_v`, or `momentum`. Tensors have their Hugging
-    /// Face names.
-    pub fn save<E: Element>(&self, device: &D, model: &Model<D, E>) -> Vec<Group> {
-        let table = model.parameters();
+    /// Face names. Of a run on many ranks, the tensors that the collector gives this one to write; the groups are there on
+    /// every rank.
+    ///
+    /// # Errors
+    /// When another rank is lost.
+    pub(crate) fn save<E: Element>(
+        &self,
+        device: &D,
+        model: &Model<D, E>,
+        collector: &Collector,
+    ) -> Result<Vec<Group>> {
+        let table = model.held();
         let weights = model.weights.tensors();
-        let masters = weights.iter().zip(&self.slots).zip(table).flat_map(|((weight, slot), parameter)| {
+        let mut masters = Vec::new();
+        for ((weight, slot), held) in weights.iter().zip(&self.slots).zip(table) {
             let data = match weight {
-                Tensor::Vector(w) => Data::F32(download(device, w, parameter)),
+                Tensor::Vector(w) => collector.whole(device, held, download(device, w, held))?.map(Data::F32),
                 Tensor::Matrix(w) if E::DTYPE == DType::Bf16 && slot.low.is_none() => {
-                    let mut values = vec![bf16::ZERO; parameter.elements()];
+                    let mut values = vec![bf16::ZERO; held.shard_len];
                     device.download(w, 0, cast_slice_mut(&mut values));
-                    Data::Bf16(values)
+                    collector.whole(device, held, values)?.map(Data::Bf16)
                 }
                 Tensor::Matrix(w) => {
-                    let mut values = vec![0.0; parameter.elements()];
+                    let mut values = vec![0.0; held.shard_len];
                     device.get_master(w, slot.low.as_ref(), &mut values);
-                    Data::F32(values)
+                    collector.whole(device, held, values)?.map(Data::F32)
                 }
             };
-            stacked::tensors(parameter, data)
-        });
-        let mut groups = vec![Group { name: "model".into(), tensors: masters.collect() }];
+            masters.extend(data.into_iter().flat_map(|data| stacked::tensors(&held.parameter, data)));
+        }
+        let mut groups = vec![Group { name: "model".into(), tensors: masters }];
         for (name, pick) in Memory::<D>::GROUPS {
             let slots = self.slots.iter().zip(table);
-            let kept = slots.filter_map(|(slot, parameter)| Some((pick(&slot.memory)?, parameter)));
-            let tensors: Vec<_> =
-                kept.flat_map(|(b, p)| stacked::tensors(p, Data::F32(download(device, b, p)))).collect();
-            if !tensors.is_empty() {
-                groups.push(Group { name: name.into(), tensors });
+            let kept: Vec<_> = slots.filter_map(|(slot, held)| Some((pick(&slot.memory)?, held))).collect();
+            if kept.is_empty() {
+                continue;
             }
+            let mut tensors = Vec::new();
+            for (buffer, held) in kept {
+                let values = collector.whole(device, held, download(device, buffer, held))?;
+                let data = values.map(Data::F32);
+                tensors.extend(data.into_iter().flat_map(|data| stacked::tensors(&held.parameter, data)));
+            }
+            groups.push(Group { name: name.into(), tensors });
         }
-        groups
+        Ok(groups)
     }
 
-    /// Reads back what [`Optimizer::save`] wrote, to the bit.
+    /// Reads back what [`Optimizer::save`] wrote, to the bit: of every tensor the elements that are held here.
     ///
     /// # Errors
     /// Names the tensor that is missing or has another shape.
@@ -213,11 +229,11 @@ impl<D: Device> Optimizer<D> {
         model: &mut Model<D, E>,
         checkpoint: &Checkpoint,
     ) -> Result<()> {
-        let table = model.parameters().to_vec();
-        for (index, parameter) in table.iter().enumerate() {
-            self.set(device, model, index, &stacked::read(checkpoint, "model", parameter)?);
+        for index in 0..self.slots.len() {
+            let held = model.held()[index].clone();
+            self.set(device, model, index, &stacked::read(checkpoint, "model", &held)?);
             let fill = |buffer: &mut D::Buf<f32>, group| -> Result<()> {
-                device.upload(buffer, 0, &stacked::read(checkpoint, group, parameter)?);
+                device.upload(buffer, 0, &stacked::read(checkpoint, group, &held)?);
                 Ok(())
             };
             match &mut self.slots[index].memory {
@@ -243,8 +259,8 @@ impl<D: Device> Memory<D> {
     ];
 }
 
-fn download<D: Device>(device: &D, buffer: &D::Buf<f32>, parameter: &Parameter) -> Vec<f32> {
-    let mut values = vec![0.0; parameter.elements()];
+fn download<D: Device>(device: &D, buffer: &D::Buf<f32>, held: &Held) -> Vec<f32> {
+    let mut values = vec![0.0; held.shard_len];
     device.download(buffer, 0, &mut values);
     values
 }

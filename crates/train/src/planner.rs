@@ -1,11 +1,15 @@
 //! What a run will take, computed from the tables that allocation uses, without allocating: parameters, memory by
 //! part, floating-point operations in both conventions, time.
 
+mod communication;
+
+pub use communication::Communication;
+
 use crate::checkpoint::human_bytes;
 use crate::config::{Precision, Resolved};
 use crate::optimizer::Settings;
 use ferropt_device::{AttentionShape, DType, Device, Element, bf16};
-use ferropt_model::{ActivationTable, Config, Options, Parameter, Recompute};
+use ferropt_model::{ActivationTable, Config, Held, Options, Parameter, Part, Recompute};
 use serde::Serialize;
 use std::fmt;
 
@@ -23,12 +27,29 @@ pub struct Plan {
     pub device: String,
     /// Work per step.
     pub batch: BatchPlan,
-    /// Bytes by part.
+    /// How the ranks are arranged; none for a run of one.
+    pub ranks: Option<Ranks>,
+    /// Bytes by part, of each rank.
     pub memory: Memory,
     /// Work per token.
     pub flops_per_token: Flops,
     /// How long it will take.
     pub time: Time,
+}
+
+/// How ranks share out a run, and what they tell each other for it.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Ranks {
+    /// All ranks.
+    pub number: usize,
+    /// Ranks that divide matrices.
+    pub tensor: usize,
+    /// Ranks that share out weights.
+    pub shard: usize,
+    /// Replicas.
+    pub replicate: usize,
+    /// Bytes that each rank sends in a step.
+    pub communication: Communication,
 }
 
 /// Tokens per step and how they are divided.
@@ -40,7 +61,7 @@ pub struct BatchPlan {
     pub sequence: usize,
     /// Sequences of one forward and backward pass.
     pub micro_batch: usize,
-    /// Passes per step.
+    /// Passes per step, of each rank.
     pub accumulation: usize,
     /// Optimiser steps of the run.
     pub steps: u64,
@@ -55,6 +76,8 @@ pub struct Memory {
     pub weights: u64,
     /// Low halves of bf16 weights that make them f32 masters.
     pub masters: u64,
+    /// Layers and ends that are whole at a time, and their gradients, where ranks share them out.
+    pub units: u64,
     /// Gradients, f32.
     pub gradients: u64,
     /// Moments of the optimiser, f32.
@@ -111,7 +134,16 @@ impl Plan {
         let options = resolved.options();
         let flops = Flops::per_token(&resolved.model, &options);
         let peak = device.measured_peak::<E>();
-        let tokens_per_second = peak * ASSUMED_SHARE / flops.hardware_causal;
+        let axes = resolved.axes;
+        let number = axes.tensor * resolved.data_ranks();
+        let ranks = (number > 1).then(|| Ranks {
+            number,
+            tensor: axes.tensor,
+            shard: axes.shard,
+            replicate: axes.replicate,
+            communication: Communication::new(resolved, E::DTYPE),
+        });
+        let tokens_per_second = peak * number as f64 * ASSUMED_SHARE / flops.hardware_causal;
         let tokens = resolved.steps * resolved.batch_tokens();
         Plan {
             model: resolved.model_name(),
@@ -125,7 +157,14 @@ impl Plan {
                 steps: resolved.steps,
                 tokens,
             },
-            memory: Memory::of::<D, E>(&resolved.model, &options, &resolved.optimizer, device),
+            ranks,
+            memory: Memory::of::<D, E>(
+                &resolved.model,
+                resolved.part(),
+                &options,
+                &resolved.optimizer,
+                device,
+            ),
             flops_per_token: flops,
             time: Time {
                 peak_flops: peak,
@@ -165,42 +204,65 @@ impl Flops {
 }
 
 impl Memory {
-    /// Bytes of a run that trains `model` with compute type `E`.
+    /// Bytes of a rank that holds `part` of `model` and trains it with compute type `E`.
     pub fn of<D: Device, E: Element>(
         model: &Config,
+        part: Part,
         options: &Options,
         optimizer: &Settings,
         device: &D,
     ) -> Memory {
-        let table = model.parameters();
+        let table = model.held(part);
         let sum = |bytes: &dyn Fn(&Parameter) -> usize| {
-            table.iter().map(|p| (p.elements() * bytes(p)) as u64).sum::<u64>()
+            table.iter().map(|h| (h.shard_len * bytes(&h.parameter)) as u64).sum::<u64>()
         };
         let of_matrices = |bytes: usize| sum(&|p| if p.is_matrix() { bytes } else { 0 });
+        let (parts, shards) = (part.tensor.of, part.shard.of);
         let (f32, compute) = (DType::F32.size(), E::DTYPE.size());
         let splits = optimizer.splits(E::DTYPE);
         let weights = sum(&|p| if p.is_matrix() { compute } else { f32 });
         let masters = if splits { of_matrices(DType::I16.size()) } else { 0 };
         let moments = optimizer.moments() as u64 * sum(&|_| f32);
         let rows = options.batch * options.seq;
-        let widest = model.feed_forward.max(3 * model.width);
+        let widest = (model.feed_forward / parts).max(3 * model.width / parts).max(model.width);
         let attention = AttentionShape {
             batch: options.batch,
             seq: options.seq,
-            heads: model.heads,
+            heads: model.heads / parts,
             width: model.head_width(),
+            among: (0, model.heads),
+        };
+        // Two layers and the ends are whole at a time, with gradients: `ferropt_model`'s units.
+        let whole = |bytes: &dyn Fn(&Parameter) -> usize| {
+            let times = |h: &Held| match h.parameter.layer() {
+                None => 1,
+                Some(0) => 2,
+                Some(_) => 0,
+            };
+            table.iter().map(|h| (times(h) * h.shard_len * shards * bytes(&h.parameter)) as u64).sum::<u64>()
+        };
+        let units = match shards {
+            1 => 0,
+            _ => whole(&|p| f32 + if p.is_matrix() { compute } else { f32 }),
         };
         let mut memory = Memory {
             weights,
+            units,
             masters,
             gradients: sum(&|_| f32),
             moments,
-            activations: ActivationTable::training(model, options.batch, options.seq, options.recompute)
-                .bytes(E::DTYPE),
+            activations: ActivationTable::training(
+                model,
+                options.batch,
+                options.seq,
+                options.recompute,
+                parts,
+            )
+            .bytes(E::DTYPE),
             workspace: device.workspace_bytes::<E>(
                 rows,
                 widest,
-                model.vocab,
+                model.vocab / parts,
                 model.embedding_width,
                 attention,
             ) as u64,
@@ -212,10 +274,11 @@ impl Memory {
         memory
     }
 
-    fn parts(&self) -> [(&'static str, u64); 7] {
+    fn parts(&self) -> [(&'static str, u64); 8] {
         [
             ("weights", self.weights),
             ("master halves", self.masters),
+            ("whole units", self.units),
             ("gradients", self.gradients),
             ("moments", self.moments),
             ("activations", self.activations),
@@ -239,6 +302,17 @@ impl fmt::Display for Plan {
             b.sequence
         )?;
         writeln!(f, "steps            {}, {} tokens", grouped(b.steps), grouped(b.tokens))?;
+        if let Some(r) = &self.ranks {
+            writeln!(
+                f,
+                "ranks            {} = {} (tensor) x {} (shard) x {} (replicate); what follows is of each",
+                r.number, r.tensor, r.shard, r.replicate
+            )?;
+            writeln!(f, "sent per step    {}", human_bytes(r.communication.total()))?;
+            for (part, bytes) in r.communication.parts().into_iter().filter(|(_, bytes)| *bytes > 0) {
+                writeln!(f, "  {part:<20} {:>12}", human_bytes(bytes))?;
+            }
+        }
         writeln!(f, "memory           {}", human_bytes(self.memory.total))?;
         for (part, bytes) in self.memory.parts().into_iter().filter(|(_, bytes)| *bytes > 0) {
             let share = 100.0 * bytes as f64 / self.memory.total as f64;
@@ -296,9 +370,11 @@ fn duration(seconds: f64) -> String {
 mod tests {
     use super::*;
     use crate::checkpoint::Data;
+    use crate::collect::Collector;
     use crate::optimizer::{Optimizer, Rule};
     use ferropt_device::cpu::{CpuDevice, CpuOptions};
     use ferropt_device::{Buffer, bf16};
+    use ferropt_mesh::Mesh;
     use ferropt_model::{Backprop, Model, Tensor, Weights};
 
     const OPTIONS: Options =
@@ -324,14 +400,14 @@ mod tests {
     /// counted from, and the workspace is checked where the device is.
     fn check<E: Element>(config: &Config, settings: Settings) {
         let device = CpuDevice::new(CpuOptions::default()).unwrap();
-        let plan = Memory::of::<_, E>(config, &OPTIONS, &settings, &device);
+        let plan = Memory::of::<_, E>(config, Part::WHOLE, &OPTIONS, &settings, &device);
         let model = Model::<_, E>::zeros(&device, config).unwrap();
         let optimizer = Optimizer::new(&device, &model, settings).unwrap();
         let backprop = Backprop::<_, E>::new(&device, config, OPTIONS).unwrap();
         assert_eq!(plan.weights, bytes(&model.weights));
         assert_eq!(plan.gradients, bytes(&backprop.gradients));
         assert_eq!((plan.masters, plan.moments), optimizer.bytes());
-        let saved = optimizer.save(&device, &model);
+        let saved = optimizer.save(&device, &model, &Collector::new(Mesh::solo(), model.held(), 1)).unwrap();
         let size = |data: &Data| data.len() * data.dtype().bitsize() / 8;
         let saved: usize = saved.iter().flat_map(|g| &g.tensors).map(|t| size(&t.data)).sum();
         assert_eq!(plan.checkpoint, saved as u64);

@@ -3,7 +3,7 @@
 
 use crate::checkpoint::{Checkpoint, Data, Tensor};
 use anyhow::{Result, ensure};
-use ferropt_model::Parameter;
+use ferropt_model::{Held, Parameter};
 use std::borrow::Cow;
 
 /// The tensors that hold a parameter's values.
@@ -22,12 +22,15 @@ pub(crate) fn tensors(parameter: &Parameter, data: Data) -> Vec<Tensor> {
     parameter.names.iter().zip(parts).map(tensor).collect()
 }
 
-/// The values of a parameter out of a group of a checkpoint, as f32.
+/// The values that are held of a parameter, out of a group of a checkpoint, as f32. Of a part, only its own bytes are read;
+/// what a shard has to spare is 0.
 ///
 /// # Errors
 /// Names the tensor that is missing or has another shape.
-pub fn read<'a>(checkpoint: &'a Checkpoint, group: &str, parameter: &Parameter) -> Result<Cow<'a, [f32]>> {
-    let part = |name: &String| -> Result<Cow<'a, [f32]>> {
+pub fn read<'a>(checkpoint: &'a Checkpoint, group: &str, held: &Held) -> Result<Cow<'a, [f32]>> {
+    let parameter = &held.parameter;
+    let mut parts = Vec::new();
+    for name in &parameter.names {
         let view = checkpoint.tensor(group, name)?;
         ensure!(
             view.shape == parameter.part_shape(),
@@ -37,14 +40,22 @@ pub fn read<'a>(checkpoint: &'a Checkpoint, group: &str, parameter: &Parameter) 
             view.shape,
             parameter.part_shape()
         );
-        Ok(view.to_f32())
-    };
-    if let [name] = &parameter.names[..] {
-        return part(name);
+        parts.push(view);
     }
-    let mut values = Vec::with_capacity(parameter.elements());
-    for name in &parameter.names {
-        values.extend_from_slice(&part(name)?);
+    if let ([view], true) = (&parts[..], held.shard_len == parameter.elements()) {
+        return Ok(view.to_f32());
+    }
+    let mut values = vec![0.0; held.shard_len];
+    let size = parameter.elements() / parts.len();
+    for (at, start, len) in held.pieces() {
+        // A piece may go on in the next of the stacked tensors.
+        let (mut at, mut start, end) = (at, start, start + len);
+        while start < end {
+            let (part, within) = (start / size, start % size);
+            let count = (end - start).min(size - within);
+            values[at..at + count].copy_from_slice(&parts[part].elements(within..within + count));
+            (at, start) = (at + count, start + count);
+        }
     }
     Ok(Cow::Owned(values))
 }

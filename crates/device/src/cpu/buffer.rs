@@ -116,6 +116,14 @@ impl<T: Element> Buffer<T> for CpuBuf<T> {
     fn len(&self) -> usize {
         self.len
     }
+
+    fn host(&self) -> Option<&[T]> {
+        Some(self)
+    }
+
+    fn host_mut(&mut self) -> Option<&mut [T]> {
+        Some(self)
+    }
 }
 
 /// A mutable slice that threads write disjoint parts of.

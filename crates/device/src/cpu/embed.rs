@@ -3,7 +3,7 @@
 use super::CpuDevice;
 use super::buffer::Shards;
 use super::simd::{Simd, dispatch};
-use crate::Element;
+use crate::{Element, IGNORE};
 
 /// Rows of output that a thread takes at once.
 const ROWS: usize = 32;
@@ -24,6 +24,10 @@ pub(super) fn forward<E: Element, O: Element>(
         for i in range {
             // SAFETY: rows are disjoint.
             let out = unsafe { out.range(i * width..(i + 1) * width) };
+            if ids[i] == IGNORE {
+                out.fill(O::default());
+                continue;
+            }
             let row = &table[ids[i] as usize * width..][..width];
             let other = second.map(|(ids, table)| &table[ids[i] as usize * width..][..width]);
             dispatch!(device.isa, s => gather(s, row, other, out));
@@ -58,7 +62,7 @@ pub(super) fn backward<G: Element>(
 ) {
     let dtable = Shards::new(dtable);
     device.pool.for_chunks(width, COLUMNS, |columns| {
-        for (i, &id) in ids.iter().enumerate() {
+        for (i, &id) in ids.iter().enumerate().filter(|(_, id)| **id != IGNORE) {
             let dout = &dout[i * width..][columns.clone()];
             let start = id as usize * width;
             // SAFETY: column ranges are disjoint, and a thread is done with one row before the next.

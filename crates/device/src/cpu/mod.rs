@@ -373,6 +373,21 @@ impl Device for CpuDevice {
             dbias: Option<&mut [f32]>, store: Store);
     }
 
+    fn residual<E: Element>(
+        &self,
+        rows: usize,
+        width: usize,
+        branch: &CpuBuf<E>,
+        bias: Option<&CpuBuf<f32>>,
+        dropout: Option<Dropout>,
+        residual: &CpuBuf<f32>,
+        out: &mut CpuBuf<f32>,
+    ) {
+        let bias = bias.map(|b| &b[..]);
+        once!(self, elementwise::residual<E>, rows: usize, width: usize, branch: &[E], bias: Option<&[f32]>,
+            dropout: Option<Dropout>, residual: &[f32], out: &mut [f32]);
+    }
+
     fn residual_backward<E: Element>(
         &self,
         width: usize,
@@ -386,6 +401,14 @@ impl Device for CpuDevice {
 
     fn cast<S: Element, T: Element>(&self, src: &CpuBuf<S>, dst: &mut CpuBuf<T>) {
         once!(self, elementwise::cast<S, T>, src: &[S], dst: &mut [T]);
+    }
+
+    fn copy<T: Element>(&self, len: usize, src: &CpuBuf<T>, from: usize, dst: &mut CpuBuf<T>, to: usize) {
+        elementwise::copy(self, &src[from..from + len], &mut dst[to..to + len]);
+    }
+
+    fn accumulate(&self, src: &CpuBuf<f32>, from: usize, dst: &mut CpuBuf<f32>, store: Store) {
+        elementwise::accumulate(self, &src[from..from + dst.len()], dst, store);
     }
 
     fn attention<E: Element>(
@@ -457,9 +480,11 @@ impl Device for CpuDevice {
         h: &CpuBuf<E>,
         w: &CpuBuf<E>,
         targets: &CpuBuf<u32>,
+        combine: Option<&mut Combine<'_>>,
         losses: &mut CpuBuf<f32>,
     ) {
-        once!(self, lm_loss::forward<E>, s: LossShape, h: &[E], w: &[E], targets: &[u32], losses: &mut [f32]);
+        once!(self, lm_loss::forward<E>, s: LossShape, h: &[E], w: &[E], targets: &[u32],
+            combine: Option<&mut Combine<'_>>, losses: &mut [f32]);
     }
 
     fn lm_loss_backward<E: Element>(
@@ -468,14 +493,15 @@ impl Device for CpuDevice {
         h: &CpuBuf<E>,
         w: &CpuBuf<E>,
         targets: &CpuBuf<u32>,
+        combine: Option<&mut Combine<'_>>,
         scale: f32,
         losses: &mut CpuBuf<f32>,
         dh: &mut CpuBuf<E>,
         dw: &mut CpuBuf<f32>,
         store: Store,
     ) {
-        once!(self, lm_loss::backward<E>, s: LossShape, h: &[E], w: &[E], targets: &[u32], scale: f32,
-            losses: &mut [f32], dh: &mut [E], dw: &mut [f32], store: Store);
+        once!(self, lm_loss::backward<E>, s: LossShape, h: &[E], w: &[E], targets: &[u32],
+            combine: Option<&mut Combine<'_>>, scale: f32, losses: &mut [f32], dh: &mut [E], dw: &mut [f32], store: Store);
     }
 
     fn sum_of_squares(&self, x: &CpuBuf<f32>) -> f64 {
@@ -561,13 +587,24 @@ mod tests {
         let (dx, dgamma, dbeta, store) = (&mut dx, &mut dgamma, &mut dbeta, Store::Overwrite);
         let (mean, rstd, gamma) = (&per_row, &per_row, &per_column);
         device.layer_norm_backward(width, &x, &x, mean, rstd, gamma, dx, store, dgamma, dbeta, store);
-        let s = LossShape { rows, vocab, width };
+        let s = LossShape { rows, vocab, width, first: 0 };
         let (h, w, targets) =
             (zeros(rows * width), zeros(vocab * width), CpuBuf::zeroed(rows).expect("memory"));
         let (mut losses, mut dh, mut dw) = (zeros_f32(rows), zeros(rows * width), zeros_f32(vocab * width));
-        device.lm_loss_backward(s, &h, &w, &targets, 1.0, &mut losses, &mut dh, &mut dw, Store::Overwrite);
+        device.lm_loss_backward(
+            s,
+            &h,
+            &w,
+            &targets,
+            None,
+            1.0,
+            &mut losses,
+            &mut dh,
+            &mut dw,
+            Store::Overwrite,
+        );
 
-        let shape = AttentionShape { batch: 1, seq: rows, heads: 2, width: width / 2 };
+        let shape = AttentionShape { batch: 1, seq: rows, heads: 2, width: width / 2, among: (0, 2) };
         let (qkv, out) = (zeros(rows * 3 * width), zeros(rows * width));
         let lse = zeros_f32(2 * rows);
         device.attention(shape, &qkv, None, None, &mut zeros(rows * width), &mut zeros_f32(2 * rows));

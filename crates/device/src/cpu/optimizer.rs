@@ -9,8 +9,8 @@ use super::CpuDevice;
 use super::buffer::Shards;
 use super::random::words;
 use super::simd::{Simd, dispatch};
-use crate::rng::{BLOCK, Stream};
-use crate::{AdamW, DType, Element, Param, Sgd};
+use crate::rng::BLOCK;
+use crate::{AdamW, DType, Element, Param, Rounding, Sgd};
 
 /// Elements that a thread takes at once.
 const CHUNK: usize = 1 << 15;
@@ -21,7 +21,7 @@ const TILE: usize = 1024;
 struct Master<'a, E> {
     w: Shards<'a, E>,
     low: Option<Shards<'a, i16>>,
-    rounding: Option<Stream>,
+    rounding: Option<Rounding>,
 }
 
 impl<'a, E: Element> Master<'a, E> {
@@ -51,7 +51,7 @@ impl<'a, E: Element> Master<'a, E> {
                 unsafe { (self.w.range(range.clone()), self.low.map(|low| low.range(range.clone()))) };
             read(s, w, low.as_deref(), values);
             f(range, values);
-            write(s, values, w, low, self.rounding.map(|stream| (stream, start)));
+            write(s, values, w, low, self.rounding.map(|rounding| (rounding, start)));
         }
     }
 }
@@ -74,15 +74,14 @@ fn read<S: Simd, E: Element>(s: S, w: &[E], low: Option<&[i16]>, values: &mut [f
     }
 }
 
-/// Stores master values. `rounding` is the stream of random words and the parameter's first element here, a multiple
-/// of 64.
+/// Stores master values. `rounding` has the number of the first element here.
 #[inline(always)]
 fn write<S: Simd, E: Element>(
     s: S,
     values: &[f32],
     w: &mut [E],
     low: Option<&mut [i16]>,
-    rounding: Option<(Stream, usize)>,
+    rounding: Option<(Rounding, usize)>,
 ) {
     match (E::DTYPE, low, rounding) {
         (DType::Bf16, Some(low), _) => {
@@ -95,15 +94,20 @@ fn write<S: Simd, E: Element>(
                 *low = bits as i16;
             }
         }
-        (DType::Bf16, None, Some((stream, first))) => {
+        (DType::Bf16, None, Some((Rounding { stream, place }, first))) => {
             let w: &mut [u16] = bytemuck::cast_slice_mut(w);
-            let (blocks, rest) = values.as_chunks::<BLOCK>();
-            let (w_blocks, w_rest) = w.as_chunks_mut::<BLOCK>();
-            let first = first / BLOCK;
-            for (i, (values, w)) in blocks.iter().zip(w_blocks).enumerate() {
-                round_at_random(&words(s, &stream, 0, first + i), values, w);
+            for (start, element, len) in place.pieces(first..first + values.len()) {
+                let piece = start - first..start - first + len;
+                let (mut values, mut w, mut element) = (&values[piece.clone()], &mut w[piece], element);
+                while !values.is_empty() {
+                    let skip = element % BLOCK;
+                    let count = values.len().min(BLOCK - skip);
+                    let (now, later) = values.split_at(count);
+                    let (w_now, w_later) = w.split_at_mut(count);
+                    round_at_random(&words(s, &stream, 0, element / BLOCK)[skip..], now, w_now);
+                    (values, w, element) = (later, w_later, element + count);
+                }
             }
-            round_at_random(&words(s, &stream, 0, first + blocks.len()), rest, w_rest);
         }
         _ => {
             for (value, w) in values.chunks(S::LANES).zip(w.chunks_mut(S::LANES)) {
@@ -115,7 +119,7 @@ fn write<S: Simd, E: Element>(
 
 /// bf16 bits of values, rounded up with the probability that the dropped bits say.
 #[inline(always)]
-fn round_at_random(words: &[u32; BLOCK], values: &[f32], w: &mut [u16]) {
+fn round_at_random(words: &[u32], values: &[f32], w: &mut [u16]) {
     for ((value, w), word) in values.iter().zip(w).zip(words) {
         let bits = value.to_bits();
         let up = bits.wrapping_add(word & 0xffff);
@@ -230,9 +234,10 @@ fn squares<S: Simd>(_compiled_for: S, x: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Strided;
     use crate::bf16;
     use crate::cpu::simd::Isa;
-    use crate::rng::Purpose;
+    use crate::rng::{Purpose, Stream};
 
     /// Every exponent, signs, ties, the largest numbers, infinities and NaNs.
     fn awkward() -> Vec<f32> {
@@ -280,7 +285,7 @@ mod tests {
             // 0.3 of the way from 1 to the next bf16.
             let x = vec![1.0 + 0.3 / 128.0; n];
             let mut w = vec![bf16::ZERO; n];
-            dispatch!(isa, s => write(s, &x, &mut w, None, Some((stream, 128))));
+            dispatch!(isa, s => write(s, &x, &mut w, None, Some((Rounding { stream, place: Strided::WHOLE }, 128))));
             let up = w.iter().filter(|w| w.to_f32() == 1.0 + 1.0 / 128.0).count();
             let down = w.iter().filter(|w| w.to_f32() == 1.0).count();
             assert_eq!(up + down, n, "{isa:?}: only neighbours");
@@ -294,7 +299,7 @@ mod tests {
             let special =
                 [0.0, -0.0, 1.5, -3.0, f32::INFINITY, f32::NEG_INFINITY, f32::from_bits(0x7fff_ffff)];
             let mut w = [bf16::ONE; 7];
-            dispatch!(isa, s => write(s, &special, &mut w, None, Some((stream, 0))));
+            dispatch!(isa, s => write(s, &special, &mut w, None, Some((Rounding { stream, place: Strided::WHOLE }, 0))));
             for (x, w) in special.iter().zip(w).take(6) {
                 assert_eq!(x.to_bits(), w.to_f32().to_bits(), "{isa:?}");
             }

@@ -18,7 +18,8 @@ impl Case {
     /// Factor of a probability, by the definition of the mask.
     fn mask(&self, b: usize, h: usize, t: usize, key: usize) -> f64 {
         let Some(d) = self.dropout else { return 1.0 };
-        let row = (d.first_row + (b * self.s.seq + t) as u64) * self.s.heads as u64 + h as u64;
+        let row =
+            (d.first_row + (b * self.s.seq + t) as u64) * self.s.among.1 as u64 + (self.s.among.0 + h) as u64;
         let kept = d.stream.word(row, key) as f64 >= d.p as f64 * 4_294_967_296.0;
         if kept { 1.0 / (1.0 - d.p as f64) } else { 0.0 }
     }
@@ -47,7 +48,7 @@ const TINY: f64 = 1e-30;
 
 /// `unit` is the relative error of rounding probabilities and outputs; 0 for f32.
 fn reference(case: &Case, qkv: &[f64], dout: &[f64], unit: f64) -> Reference {
-    let AttentionShape { batch, seq, heads, width } = case.s;
+    let AttentionShape { batch, seq, heads, width, .. } = case.s;
     let all = case.all();
     let zeros = |len| vec![0.0; len];
     let mut r = Reference {
@@ -130,7 +131,7 @@ fn dropout() -> Dropout {
 }
 
 fn shape(batch: usize, seq: usize, heads: usize, width: usize) -> AttentionShape {
-    AttentionShape { batch, seq, heads, width }
+    AttentionShape { batch, seq, heads, width, among: (0, heads) }
 }
 
 fn plain(s: AttentionShape) -> Case {
@@ -140,7 +141,8 @@ fn plain(s: AttentionShape) -> Case {
 /// A shape with everything that can be done to it.
 fn cases(s: AttentionShape) -> [Case; 4] {
     [(false, false), (true, false), (false, true), (true, true)].map(|(docs, drop)| Case {
-        s,
+        // With documents, these are the last but one of the layer's heads.
+        s: if docs { AttentionShape { among: (3, s.heads + 4), ..s } } else { s },
         doc_start: docs.then(|| documents(s)),
         dropout: drop.then(dropout),
     })

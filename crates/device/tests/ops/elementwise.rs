@@ -1,5 +1,5 @@
 use ferropt_device::rng::{Purpose, Stream};
-use ferropt_device::{Device, Dropout, Element, bf16};
+use ferropt_device::{Device, Dropout, Element, Store, bf16};
 
 use crate::*;
 
@@ -91,4 +91,63 @@ fn check_residual_backward<E: Element>() {
 fn residual_gradients_are_masked_as_defined() {
     check_residual_backward::<f32>();
     check_residual_backward::<bf16>();
+}
+
+fn check_residual<E: Element>() {
+    let stream = Stream::new(9, Purpose::DropoutFeedForward, 4, 100);
+    for (width, rows) in WIDTHS.into_iter().zip([300, 41, 77, 90, 3]) {
+        let (branch, bias) = (numbers::<E>(1, (rows + 1) * width, 1.0), numbers::<f32>(3, width, 1.0));
+        let residual: Vec<f32> = numbers(2, (rows + 1) * width, 1.0);
+        for dropout in [None, Some(Dropout { p: 0.1, stream, first_row: 77 })] {
+            for bias in [None, Some(&bias)] {
+                // The definition, and that of the product's own epilogue with a matrix of one.
+                let want = |i: usize| {
+                    let sum = branch[i].to_f32() + bias.map_or(0.0, |b| b[i % width]);
+                    let factor = dropout.map_or(1.0, |d| {
+                        let word = stream.word(d.first_row + (i / width) as u64, i % width);
+                        if word as f64 >= d.p as f64 * 4_294_967_296.0 { 1.0 / (1.0 - d.p) } else { 0.0 }
+                    });
+                    residual[i] + sum * factor
+                };
+                for (isa, got) in on_every_device(|device| {
+                    let mut out = poisoned::<f32>(device, (rows + 1) * width);
+                    let bias = bias.map(|b| put(device, b));
+                    let (branch, residual) = (put(device, &branch), put(device, &residual));
+                    device.residual(rows, width, &branch, bias.as_ref(), dropout, &residual, &mut out);
+                    vec![get(device, &out)]
+                }) {
+                    for (i, got) in got[0].iter().enumerate() {
+                        let right = if i < rows * width { *got == want(i) } else { got.is_nan() };
+                        assert!(right, "{isa:?}: width {width}, {dropout:?}, element {i}: {got}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn residual_branches_end_as_defined() {
+    check_residual::<f32>();
+    check_residual::<bf16>();
+}
+
+#[test]
+fn parts_of_buffers_are_copied_and_added() {
+    on_every_device(|device| {
+        for len in LENGTHS {
+            let (src, old): (Vec<f32>, Vec<f32>) = (numbers(1, len + 5, 1.0), numbers(2, len, 1.0));
+            let from = put(device, &src);
+            let mut copy = put(device, &vec![-1.0f32; len + 3]);
+            device.copy(len, &from, 5, &mut copy, 2);
+            let want = [&[-1.0; 2], &src[5..], &[-1.0]].concat();
+            assert_eq!(get(device, &copy), want);
+            let mut sum = put(device, &old);
+            device.accumulate(&from, 4, &mut sum, Store::Accumulate);
+            assert_eq!(get(device, &sum), old.iter().zip(&src[4..]).map(|(a, b)| a + b).collect::<Vec<_>>());
+            device.accumulate(&from, 3, &mut sum, Store::Overwrite);
+            assert_eq!(get(device, &sum), src[3..3 + len]);
+        }
+        Vec::new()
+    });
 }

@@ -1,4 +1,4 @@
-use ferropt_device::{Device, Element, bf16};
+use ferropt_device::{Device, Element, IGNORE, bf16};
 
 use crate::*;
 
@@ -74,4 +74,25 @@ fn rows_beyond_those_asked_for_are_left_alone() {
         assert_eq!(get(device, &out), [3.0, 4.0, 1.0, 2.0, 9.0, 9.0]);
         Vec::new()
     });
+}
+
+#[test]
+fn ids_without_an_embedding_give_zeros_and_take_no_gradient() {
+    let width = 80;
+    let ids = [3, IGNORE, 0, IGNORE];
+    let table: Vec<bf16> = numbers(1, TABLE * width, 1.0);
+    for (isa, got) in on_every_device(|device| {
+        let (ids, table) = (put(device, &ids), put(device, &table));
+        let mut out = poisoned::<bf16>(device, 4 * width);
+        device.embed(4, width, &ids, &table, None, &mut out);
+        let mut gradient = put(device, &vec![0.0f32; TABLE * width]);
+        device.embed_backward(width, &ids, &put(device, &vec![1.0f32; 4 * width]), &mut gradient);
+        vec![get(device, &out), get(device, &gradient)]
+    }) {
+        let row = |id: usize| table[id * width..][..width].iter().map(|x| x.to_f32());
+        let want: Vec<f32> = row(3).chain(vec![0.0; width]).chain(row(0)).chain(vec![0.0; width]).collect();
+        assert_eq!(got[0], want, "{isa:?}");
+        let touched = |i: usize| [0, 3].contains(&(i / width));
+        assert!(got[1].iter().enumerate().all(|(i, g)| *g == touched(i) as u8 as f32), "{isa:?}");
+    }
 }

@@ -61,7 +61,7 @@ fn targets_of(rows: usize, vocab: usize) -> Vec<u32> {
 
 #[test]
 fn the_reference_is_its_own_derivative() {
-    let s = LossShape { rows: 4, vocab: 9, width: 5 };
+    let s = LossShape { rows: 4, vocab: 9, width: 5, first: 0 };
     let (h, w) = (widen::<f32>(&numbers(1, 20, 1.0)), widen::<f32>(&numbers(2, 45, 1.0)));
     let targets = targets_of(s.rows, s.vocab);
     let value =
@@ -94,10 +94,21 @@ fn check<E: Element>(s: LossShape) {
     for (isa, got) in on_every_device(|device| {
         let (h, w, targets) = (put(device, &h), put(device, &w), put(device, &targets));
         let mut only_losses = poisoned(device, s.rows);
-        device.lm_loss(s, &h, &w, &targets, &mut only_losses);
+        device.lm_loss(s, &h, &w, &targets, None, &mut only_losses);
         let (mut losses, mut dh) = (poisoned(device, s.rows), poisoned::<E>(device, s.rows * s.width));
         let mut dw = poisoned(device, s.vocab * s.width);
-        device.lm_loss_backward(s, &h, &w, &targets, scale, &mut losses, &mut dh, &mut dw, Store::Overwrite);
+        device.lm_loss_backward(
+            s,
+            &h,
+            &w,
+            &targets,
+            None,
+            scale,
+            &mut losses,
+            &mut dh,
+            &mut dw,
+            Store::Overwrite,
+        );
         assert!(same_bits(&get(device, &only_losses), &get(device, &losses)));
         let mut sum = put(device, &before);
         device.lm_loss_backward(
@@ -105,6 +116,7 @@ fn check<E: Element>(s: LossShape) {
             &h,
             &w,
             &targets,
+            None,
             scale,
             &mut losses,
             &mut dh,
@@ -132,20 +144,31 @@ fn losses_and_gradients_match_the_definition() {
     for (rows, vocab, width) in
         [(1, 1, 1), (3, 7, 80), (40, 80, 7), (5, 1000, 24), (9, 769, 1), (1030, 33, 7)]
     {
-        check::<f32>(LossShape { rows, vocab, width });
-        check::<bf16>(LossShape { rows, vocab, width });
+        check::<f32>(LossShape { rows, vocab, width, first: 0 });
+        check::<bf16>(LossShape { rows, vocab, width, first: 0 });
     }
 }
 
 #[test]
 fn large_logits_overflow_nothing() {
-    let s = LossShape { rows: 2, vocab: 3, width: 1 };
+    let s = LossShape { rows: 2, vocab: 3, width: 1, first: 0 };
     for (isa, got) in on_every_device(|device| {
         let (h, w) = (put(device, &[1000.0f32, -1000.0]), put(device, &[1.0f32, 0.0, -1.0]));
         let (mut losses, mut dh, mut dw) =
             (poisoned(device, 2), poisoned::<f32>(device, 2), poisoned(device, 3));
         let targets = put(device, &[0, 1]);
-        device.lm_loss_backward(s, &h, &w, &targets, 1.0, &mut losses, &mut dh, &mut dw, Store::Overwrite);
+        device.lm_loss_backward(
+            s,
+            &h,
+            &w,
+            &targets,
+            None,
+            1.0,
+            &mut losses,
+            &mut dh,
+            &mut dw,
+            Store::Overwrite,
+        );
         vec![get(device, &losses), get(device, &dh), get(device, &dw)]
     }) {
         assert_eq!(got, [vec![0.0, 1000.0], vec![0.0, -1.0], vec![0.0, 1000.0, -1000.0]], "{isa:?}");
@@ -155,7 +178,7 @@ fn large_logits_overflow_nothing() {
 #[test]
 fn nothing_to_learn_gives_no_gradient() {
     for rows in [0, 3] {
-        let s = LossShape { rows, vocab: 5, width: 2 };
+        let s = LossShape { rows, vocab: 5, width: 2, first: 0 };
         for (isa, got) in on_every_device(|device| {
             let (h, w) = (put(device, &vec![bf16::ONE; 2 * rows]), put(device, &[bf16::ONE; 10]));
             let targets = put(device, &vec![IGNORE; rows]);
@@ -166,6 +189,7 @@ fn nothing_to_learn_gives_no_gradient() {
                 &h,
                 &w,
                 &targets,
+                None,
                 1.0,
                 &mut losses,
                 &mut dh,
@@ -178,6 +202,7 @@ fn nothing_to_learn_gives_no_gradient() {
                 &h,
                 &w,
                 &targets,
+                None,
                 1.0,
                 &mut losses,
                 &mut dh,
@@ -189,5 +214,82 @@ fn nothing_to_learn_gives_no_gradient() {
             assert!(got[..3].iter().flatten().all(|x| *x == 0.0), "{isa:?}, {rows} rows");
             assert!(got[3].iter().all(|x| *x == 3.0), "{isa:?}, {rows} rows");
         }
+    }
+}
+
+/// Losses and gradients of a vocabulary whose parts are in two places, each of which has its own idea of the rows only
+/// through what they tell each other.
+fn check_parts<E: Element>(s: LossShape, cut: usize) {
+    let (h, w) = (numbers::<E>(1, s.rows * s.width, 1.0), numbers::<E>(2, s.vocab * s.width, 0.7));
+    let targets = targets_of(s.rows, s.vocab);
+    let scale = 0.03;
+    let rounding = if E::DTYPE == DType::F32 { 0.0 } else { unit(E::DTYPE) };
+    let want = reference(s, &widen(&h), &widen(&w), &targets, scale as f64, rounding);
+    for (isa, got) in on_every_device(|device| {
+        let (h, targets) = (put(device, &h), put(device, &targets));
+        // Log-sum-exps and targets' logits of all rows of both parts, looked at first.
+        let parts = [(0, &w[..cut * s.width]), (cut, &w[cut * s.width..])]
+            .map(|(first, w)| (LossShape { vocab: w.len() / s.width, first, ..s }, put(device, w)));
+        let seen = [0, 1].map(|part| {
+            let (mut sums, mut logits) = (Vec::new(), Vec::new());
+            let combine = &mut |sum: &mut [f32], logit: &mut [f32]| {
+                sums.extend_from_slice(sum);
+                logits.extend_from_slice(logit);
+            };
+            let (s, w) = &parts[part];
+            device.lm_loss(*s, &h, w, &targets, Some(combine), &mut poisoned(device, s.rows));
+            (sums, logits)
+        });
+        let mut out: Vec<Vec<f32>> = Vec::new();
+        for (s, w) in &parts {
+            let mut row = 0;
+            let combine = &mut |sum: &mut [f32], logit: &mut [f32]| {
+                for (sum, logit) in sum.iter_mut().zip(logit) {
+                    let [(a, x), (b, y)] = [0, 1].map(|part| (seen[part].0[row], seen[part].1[row]));
+                    let max = a.max(b);
+                    (*sum, *logit) = (max + ((a - max).exp() + (b - max).exp()).ln(), x + y);
+                    row += 1;
+                }
+            };
+            let (mut losses, mut dh) = (poisoned(device, s.rows), poisoned::<E>(device, s.rows * s.width));
+            let mut dw = poisoned(device, s.vocab * s.width);
+            let store = Store::Overwrite;
+            device.lm_loss_backward(
+                *s,
+                &h,
+                w,
+                &targets,
+                Some(combine),
+                scale,
+                &mut losses,
+                &mut dh,
+                &mut dw,
+                store,
+            );
+            out.extend([get(device, &losses), get(device, &dh), get(device, &dw)]);
+        }
+        assert!(same_bits(&out[0], &out[3]), "both parts know the same losses");
+        let dh = out[1].iter().zip(&out[4]).map(|(a, b)| a + b).collect();
+        vec![out[0].clone(), dh, [&out[2][..], &out[5]].concat()]
+    }) {
+        let what = format!("{isa:?}, {}, {s:?} cut at {cut}", E::DTYPE);
+        assert_close(&format!("losses, {what}"), DType::F32, &got[0], &want.losses, |i| {
+            want.loss_slack[i] + 16.0 * UNIT * want.losses[i].abs()
+        });
+        // Each part's share is rounded to `E` before they are added.
+        assert_close(&format!("dh, {what}"), E::DTYPE, &got[1], &want.dh, |i| {
+            want.dh_slack[i] + unit(E::DTYPE) * scale as f64
+        });
+        assert_close(&format!("dw, {what}"), DType::F32, &got[2], &want.dw, |i| {
+            want.dw_slack[i] + 16.0 * UNIT * (want.dw[i].abs() + scale as f64)
+        });
+    }
+}
+
+#[test]
+fn parts_of_a_vocabulary_make_the_whole() {
+    for (rows, vocab, width, cut) in [(40, 80, 7, 40), (5, 1000, 24, 300), (1030, 33, 7, 32)] {
+        check_parts::<f32>(LossShape { rows, vocab, width, first: 0 }, cut);
+        check_parts::<bf16>(LossShape { rows, vocab, width, first: 0 }, cut);
     }
 }

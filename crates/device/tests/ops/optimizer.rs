@@ -1,5 +1,5 @@
 use ferropt_device::rng::{Purpose, Stream};
-use ferropt_device::{AdamW, Device, Param, Sgd, bf16};
+use ferropt_device::{AdamW, Device, Param, Rounding, Sgd, Strided, bf16};
 
 use crate::*;
 
@@ -108,7 +108,8 @@ fn stochastic_rounding_is_right_on_average() {
         let mut w = put(device, &vec![bf16::ONE; len]);
         let g = put(device, &vec![1.0f32; len]);
         for step in 0..10 {
-            let rounding = Some(Stream::new(1, Purpose::Rounding, 3, step));
+            let rounding =
+                Some(Rounding { stream: Stream::new(1, Purpose::Rounding, 3, step), place: Strided::WHOLE });
             device.sgd(hyper, Param { w: &mut w, low: None, rounding }, &g, None);
         }
         vec![get(device, &w)]
@@ -123,11 +124,39 @@ fn stochastic_rounding_is_right_on_average() {
 }
 
 #[test]
+fn stochastic_rounding_of_a_part_is_that_of_the_whole() {
+    let (rows, columns) = (37, 200);
+    let hyper = Sgd { lr: 1e-3, momentum: 0.0, weight_decay: 0.0, grad_scale: 1.0 };
+    let stream = Stream::new(1, Purpose::Rounding, 3, 5);
+    let step = |device: &CpuDevice, place: Strided, len: usize| {
+        let (mut w, g) = (put(device, &vec![bf16::ONE; len]), put(device, &vec![1.0f32; len]));
+        let rounding = Some(Rounding { stream, place });
+        device.sgd(hyper, Param { w: &mut w, low: None, rounding }, &g, None);
+        get(device, &w)
+    };
+    on_every_device(|device| {
+        let whole = step(device, Strided::WHOLE, rows * columns);
+        assert!(whole.contains(&1.0) && whole.iter().any(|w| *w < 1.0));
+        // Columns 70 to 169, and of them what comes after the first 133.
+        let place = Strided { first: 70, run: 100, stride: columns, skip: 0 };
+        let part = step(device, place, rows * 100);
+        let shard = step(device, place.after(133), 300);
+        for (i, w) in part.iter().enumerate() {
+            assert_eq!(*w, whole[i / 100 * columns + 70 + i % 100], "element {i}");
+        }
+        assert_eq!(shard, part[133..433]);
+        Vec::new()
+    });
+}
+
+#[test]
 fn masters_without_low_halves_are_rounded_to_nearest() {
     let values: Vec<f32> = numbers(2, 1000, 1.0);
     let want: Vec<f32> = values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
     on_every_device(|device| {
-        for rounding in [None, Some(Stream::new(1, Purpose::Rounding, 0, 0))] {
+        for rounding in
+            [None, Some(Rounding { stream: Stream::new(1, Purpose::Rounding, 0, 0), place: Strided::WHOLE })]
+        {
             let mut w = poisoned::<bf16>(device, values.len());
             device.set_master(Param { w: &mut w, low: None, rounding }, &values);
             let mut master = vec![f32::NAN; values.len()];

@@ -30,7 +30,7 @@ impl<E: Element> Learner<E> {
         let mut model = Model::zeros(device, &config).unwrap();
         let options = Options { batch: f.batch, seq: f.seq, recompute, stop_at_documents: false };
         let backprop = Backprop::new(device, &config, options).unwrap();
-        let table = model.parameters().to_vec();
+        let table = config.parameters();
         for (i, parameter) in table.iter().enumerate() {
             let values: Vec<f32> = parameter.names.iter().flat_map(|name| f.values(name)).collect();
             model.set(device, i, &values).unwrap();
@@ -60,7 +60,7 @@ impl<E: Element> Learner<E> {
     /// Gradients under Hugging Face names.
     pub fn gradients(&self, device: &CpuDevice) -> Vec<(String, Vec<f32>)> {
         let values = |tensor: Tensor<'_, CpuDevice, f32>| download(device, tensor.flat());
-        apart(self.model.parameters(), self.backprop.gradients.tensors().into_iter().map(values))
+        apart(&self.model.config().parameters(), self.backprop.gradients.tensors().into_iter().map(values))
     }
 
     /// Master weights under Hugging Face names.
@@ -74,7 +74,7 @@ impl<E: Element> Learner<E> {
             }
             Tensor::Vector(w) => download(device, w),
         });
-        apart(self.model.parameters(), values)
+        apart(&self.model.config().parameters(), values)
     }
 
     pub fn step(&mut self, device: &CpuDevice, f: &Fixture, t: u64) {

@@ -80,18 +80,25 @@ pub struct TensorView<'a> {
 impl<'a> TensorView<'a> {
     /// The values as f32: the file's own bytes where they are f32, converted (exactly) where they are bf16.
     pub fn to_f32(&self) -> Cow<'a, [f32]> {
+        self.elements(0..self.shape.iter().product())
+    }
+
+    /// Some of the values, as [`TensorView::to_f32`], in row-major order; only their bytes are read.
+    pub fn elements(&self, range: Range<usize>) -> Cow<'a, [f32]> {
+        let size = self.dtype.bitsize() / 8;
+        let bytes = &self.bytes[range.start * size..range.end * size];
         match self.dtype {
-            Dtype::F32 => match bytemuck::try_cast_slice(self.bytes) {
+            Dtype::F32 => match bytemuck::try_cast_slice(bytes) {
                 Ok(values) => Cow::Borrowed(values),
                 // Only files that others wrote can be out of alignment.
                 Err(_) => {
                     let value = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-                    Cow::Owned(self.bytes.chunks_exact(4).map(value).collect())
+                    Cow::Owned(bytes.chunks_exact(4).map(value).collect())
                 }
             },
             _ => {
                 let value = |b: &[u8]| bf16::from_le_bytes([b[0], b[1]]).to_f32();
-                Cow::Owned(self.bytes.chunks_exact(2).map(value).collect())
+                Cow::Owned(bytes.chunks_exact(2).map(value).collect())
             }
         }
     }

@@ -22,6 +22,7 @@
 mod attempt;
 mod load;
 mod manifest;
+pub mod mirror;
 mod output;
 mod retention;
 mod shards;

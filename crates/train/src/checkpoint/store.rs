@@ -6,9 +6,9 @@ use super::manifest::Manifest;
 use super::output::{discard, remove, rename, sync_directory};
 use super::retention::Retention;
 use super::snapshot::Snapshot;
-use super::team::{Share, Team};
+use super::team::{Share, Team, agree};
 use super::write::{self, Written};
-use anyhow::{Context, Error, Result, anyhow, bail, ensure};
+use anyhow::{Context, Error, Result, bail, ensure};
 use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -220,15 +220,9 @@ impl Store {
         let mut damaged = Vec::new();
         for step in steps.into_iter().rev() {
             let opened = Checkpoint::open_share(&self.root.join(directory(step)), share);
-            let complaint = opened.as_ref().err().map(|error| format!("{error:#}")).unwrap_or_default();
-            let complaints = exchange(complaint.as_bytes())?;
-            match (complaints.iter().position(|complaint| !complaint.is_empty()), opened) {
-                (None, Ok(checkpoint)) => return Ok(Some(Found { checkpoint, damaged })),
-                (Some(rank), _) => {
-                    let complaint = String::from_utf8_lossy(&complaints[rank]).into_owned();
-                    damaged.push(anyhow!("{complaint} (found by rank {rank})"));
-                }
-                (None, Err(error)) => damaged.push(error),
+            match agree(opened, &mut exchange)? {
+                Ok(checkpoint) => return Ok(Some(Found { checkpoint, damaged })),
+                Err(error) => damaged.push(error),
             }
         }
         self.none_whole(&damaged)

@@ -1,5 +1,6 @@
 //! The ranks that write and read checkpoints together.
 
+use anyhow::{Result, anyhow};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -58,6 +59,21 @@ impl Team {
     pub fn alone() -> Team {
         Team { share: Share::alone(), attempt: std::process::id().into(), patience: Duration::ZERO }
     }
+}
+
+/// What becomes of something that every rank has done its share of: it succeeded if it did on all, and otherwise all have
+/// the failure of the first rank that failed. The outer error is that of `exchange`.
+pub(super) fn agree<T>(
+    mine: Result<T>,
+    exchange: &mut impl FnMut(&[u8]) -> Result<Vec<Vec<u8>>>,
+) -> Result<Result<T>> {
+    let complaint = mine.as_ref().err().map(|error| format!("{error:#}")).unwrap_or_default();
+    let told = exchange(complaint.as_bytes())?;
+    let by = |rank: usize| if told.len() > 1 { format!(" (found by rank {rank})") } else { String::new() };
+    Ok(match told.iter().position(|complaint| !complaint.is_empty()) {
+        Some(rank) => Err(anyhow!("{}{}", String::from_utf8_lossy(&told[rank]), by(rank))),
+        None => mine,
+    })
 }
 
 /// Waits for other ranks by looking again and again, less and less often.

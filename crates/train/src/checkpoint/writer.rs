@@ -1,6 +1,8 @@
 //! Writes checkpoints in the background.
 
 use super::attempt::Hurry;
+use super::load::Checkpoint;
+use super::mirror::{Copies, Uploads};
 use super::retention::Retention;
 use super::snapshot::Snapshot;
 use super::store::Store;
@@ -40,6 +42,22 @@ pub enum Event {
         /// What went wrong.
         error: Error,
     },
+    /// A checkpoint is in the mirror: on rank 0 all of it, on others their share.
+    Mirrored {
+        /// Its step.
+        step: u64,
+        /// Its size.
+        bytes: u64,
+        /// How long it took.
+        took: Duration,
+    },
+    /// A checkpoint could not be copied to the mirror. It is safe in the run folder, and the next one is tried again.
+    NotMirrored {
+        /// Its step.
+        step: u64,
+        /// What went wrong.
+        error: Error,
+    },
 }
 
 /// A thread that writes one rank's part of a run's checkpoints. That of rank 0 owns the folder: it makes checkpoints of the
@@ -52,6 +70,8 @@ pub struct Writer {
     hurry: Hurry,
     events: Receiver<Event>,
     thread: JoinHandle<()>,
+    /// Copies what is saved, and tells of it.
+    uploads: Option<(Uploads, Receiver<Event>)>,
     /// Step that is being written.
     writing: Option<u64>,
     /// Events that came while waiting, for the next poll.
@@ -92,7 +112,23 @@ impl Writer {
                 }
             })
             .context("cannot start the thread that writes checkpoints")?;
-        Ok(Writer { snapshots, hurry, events, thread, writing: None, seen: Vec::new() })
+        let uploads = None;
+        Ok(Writer { snapshots, hurry, events, thread, uploads, writing: None, seen: Vec::new() })
+    }
+
+    /// From now on, what is saved is also copied to a mirror, in the background; and first the checkpoint that was `found`
+    /// at the start, if it is not there yet.
+    ///
+    /// # Errors
+    /// When the mirror's address is wrong, or what the environment says of it.
+    pub fn copy_to(&mut self, copies: &Copies, team: Team, found: Option<&Checkpoint>) -> Result<()> {
+        let (outbox, events) = channel();
+        let uploads = Uploads::start(copies, team, move |event| drop(outbox.send(event)))?;
+        if let Some(found) = found {
+            uploads.submit(found.manifest().run.step, found.path().into());
+        }
+        self.uploads = Some((uploads, events));
+        Ok(())
     }
 
     /// Hands over a snapshot to be written, on all ranks the same steps in the same order. Waits while the previous one is
@@ -132,25 +168,33 @@ impl Writer {
         while let Ok(event) = self.events.try_recv() {
             self.note(event);
         }
+        self.seen.extend(self.uploads.iter().flat_map(|(_, events)| events.try_iter()));
         std::mem::take(&mut self.seen)
     }
 
-    /// Waits until everything is on disk and ends the thread. Returns what happened since the last poll.
+    /// Waits until everything is on disk, and copied to the mirror if it can be, and ends the threads. Returns what happened
+    /// since the last poll.
     pub fn finish(mut self) -> Vec<Event> {
-        drop(self.snapshots);
-        let died = self.thread.join().is_err();
-        self.seen.extend(self.events.try_iter());
-        if let (true, Some(step)) = (died, self.writing) {
-            self.seen
-                .push(Event::Failed { step, error: anyhow!("the thread that writes checkpoints has died") });
+        if let (Err(error), Some(step)) = (self.settle(), self.writing) {
+            self.seen.push(Event::Failed { step, error });
         }
-        self.seen
+        let mut seen = self.poll();
+        drop(self.snapshots);
+        let _ = self.thread.join(); // if it has died, that was told
+        if let Some((uploads, events)) = self.uploads {
+            uploads.finish();
+            seen.extend(events);
+        }
+        seen
     }
 
     fn note(&mut self, event: Event) {
         // A save ends with one of these two; NotPruned comes before Saved.
         if matches!(event, Event::Saved { .. } | Event::Failed { .. }) {
             self.writing = None;
+        }
+        if let (Event::Saved { step, path, .. }, Some((uploads, _))) = (&event, &self.uploads) {
+            uploads.submit(*step, path.clone());
         }
         self.seen.push(event);
     }

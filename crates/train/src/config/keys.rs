@@ -15,6 +15,7 @@ fn sections() -> Vec<(&'static str, &'static [&'static str])> {
         ("optimizer", fields_of::<OptimizerSection>()),
         ("schedule", fields_of::<ScheduleSection>()),
         ("run", fields_of::<RunSection>()),
+        ("parallel", fields_of::<ParallelSection>()),
         ("checkpoint", fields_of::<CheckpointSection>()),
         ("validation", fields_of::<ValidationSection>()),
         ("log", fields_of::<LogSection>()),

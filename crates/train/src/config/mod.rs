@@ -35,6 +35,8 @@ pub struct Config {
     pub schedule: ScheduleSection,
     /// `[run]`
     pub run: RunSection,
+    /// `[parallel]`
+    pub parallel: ParallelSection,
     /// `[checkpoint]`
     pub checkpoint: CheckpointSection,
     /// `[validation]`
@@ -183,6 +185,19 @@ section! {
 }
 
 section! {
+    /// How the ranks of a run share out its work. What is computed does not depend on it, but for rounding.
+    ParallelSection {
+        /// Ranks that divide the matrices of every layer, and the rows between them: tensor and sequence parallelism.
+        tensor: usize = 1,
+        /// Ranks that share out weights, gradients and the optimiser's state (FSDP); all that are left unless given. With
+        /// fewer, there are several replicas; with 1, every rank has all of it.
+        shard: Option<usize> = None,
+        /// Seconds without a word from another rank after which the run ends, to be started again.
+        timeout: f64 = 120.0,
+    }
+}
+
+section! {
     /// What to save.
     CheckpointSection {
         /// How often.
@@ -191,6 +206,12 @@ section! {
         keep_last: usize = 3,
         /// Keep those at multiples of this for ever.
         keep_every: Option<Span> = None,
+        /// Object store to copy every checkpoint to: "s3://BUCKET/PATH", "gs://...", "az://..." or "file:///FOLDER".
+        mirror: Option<String> = None,
+        /// As `keep_last`, of the copies; as many unless given.
+        mirror_keep_last: Option<usize> = None,
+        /// As `keep_every`, of the copies; the same unless given.
+        mirror_keep_every: Option<Span> = None,
     }
 }
 

@@ -1,10 +1,13 @@
 //! From what the user wrote to what will be done: contradictions are refused, defaults filled in, lengths counted.
 
 use super::*;
+use crate::checkpoint::Retention;
+use crate::checkpoint::mirror::{self, Copies};
 use crate::optimizer::{Rule, Settings};
 use crate::schedule::{Kind, Schedule};
 use anyhow::{anyhow, bail, ensure};
-use ferropt_model::{Config as Model, Options};
+use ferropt_mesh::Axes;
+use ferropt_model::{Config as Model, Options, Part, Place};
 
 /// Tokens that one forward and backward pass takes at a time unless the user says otherwise: enough rows for the
 /// matrix kernels to run at their peak, few enough for the activations of the small models to stay modest.
@@ -72,8 +75,10 @@ pub struct Resolved {
     pub seq: usize,
     /// Sequences per step.
     pub sequences: usize,
-    /// Sequences per forward and backward pass.
+    /// Sequences per forward and backward pass of a rank.
     pub micro_batch: usize,
+    /// How the ranks are arranged.
+    pub axes: Axes,
     /// Last step of the run.
     pub steps: u64,
     /// Learning rate by step.
@@ -84,14 +89,27 @@ pub struct Resolved {
     pub checkpoint_every: u64,
     /// Checkpoints at multiples of this many steps stay for ever.
     pub keep_every: Option<u64>,
+    /// Where checkpoints are copied to, and which copies stay.
+    pub copies: Option<Copies>,
     /// Steps between validations.
     pub validation_every: u64,
 }
 
 impl Resolved {
-    /// Forward and backward passes per step.
+    /// Ranks, or groups of them, that have sequences of their own.
+    pub fn data_ranks(&self) -> usize {
+        self.axes.shard * self.axes.replicate
+    }
+
+    /// Forward and backward passes per step, of each rank.
     pub fn accumulation(&self) -> usize {
-        self.sequences / self.micro_batch
+        self.sequences / (self.micro_batch * self.data_ranks())
+    }
+
+    /// What the first rank holds of the model, which is as much as any.
+    pub fn part(&self) -> Part {
+        let first = |of| Place { rank: 0, of };
+        Part { tensor: first(self.axes.tensor), shard: first(self.axes.shard) }
     }
 
     /// One pass, as the model is told.
@@ -122,11 +140,19 @@ impl Resolved {
 }
 
 impl Config {
-    /// Refuses contradictions, fills defaults in and works out what follows.
+    /// Refuses contradictions, fills defaults in and works out what follows, for a run of one rank.
     ///
     /// # Errors
     /// Names the keys, their values, and what to change.
-    pub fn resolve(mut self) -> anyhow::Result<Resolved> {
+    pub fn resolve(self) -> anyhow::Result<Resolved> {
+        self.resolve_for(1)
+    }
+
+    /// [`Config::resolve`], for a run of so many ranks.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn resolve_for(mut self, ranks: usize) -> anyhow::Result<Resolved> {
         let model = self.resolve_model()?;
         self.check_data()?;
         let seq = *self.data.seq.get_or_insert(model.positions);
@@ -136,23 +162,27 @@ impl Config {
             "data.seq = {seq} is longer than the {} positions of the model; lower data.seq or raise model.positions",
             model.positions
         );
-        let (sequences, micro_batch) = self.resolve_batch(seq)?;
+        let axes = self.resolve_parallel(ranks)?;
+        let (sequences, micro_batch) = self.resolve_batch(seq, axes.shard * axes.replicate)?;
         let batch_tokens = (sequences * seq) as u64;
         let steps = self.resolve_length(batch_tokens)?;
         let schedule = self.resolve_schedule(steps, batch_tokens)?;
         let optimizer = self.resolve_optimizer()?;
         self.resolve_run()?;
         let keep_every = self.check_reports(batch_tokens)?;
+        let copies = self.resolve_copies(batch_tokens)?;
         Ok(Resolved {
             model,
             seq,
             sequences,
             micro_batch,
+            axes,
             steps,
             schedule,
             optimizer,
             checkpoint_every: self.checkpoint.every.steps(batch_tokens),
             keep_every,
+            copies,
             validation_every: self.validation.every.steps(batch_tokens),
             config: self,
         })
@@ -231,8 +261,34 @@ impl Config {
         Ok(())
     }
 
-    /// Sequences per step and per pass.
-    fn resolve_batch(&mut self, seq: usize) -> anyhow::Result<(usize, usize)> {
+    /// How the ranks are arranged.
+    fn resolve_parallel(&self, ranks: usize) -> anyhow::Result<Axes> {
+        let p = &self.parallel;
+        ensure!(
+            p.tensor > 0 && ranks.is_multiple_of(p.tensor),
+            "parallel.tensor = {} does not divide the {ranks} ranks of the run; set it to one of their divisors, or start \
+             another number of ranks",
+            p.tensor
+        );
+        let left = ranks / p.tensor;
+        let shard = p.shard.unwrap_or(left);
+        ensure!(
+            shard > 0 && left.is_multiple_of(shard),
+            "parallel.shard = {shard} does not divide the {left} ranks that parallel.tensor = {} leaves of {ranks}; remove it \
+             to share out everything among them",
+            p.tensor
+        );
+        // A day, far below what durations can hold.
+        ensure!(
+            p.timeout > 0.0 && p.timeout <= 86_400.0,
+            "parallel.timeout = {}, but it is above 0 and at most 86400 seconds, a day",
+            p.timeout
+        );
+        Ok(Axes { tensor: p.tensor, shard, replicate: left / shard, pipeline: 1 })
+    }
+
+    /// Sequences per step, and per pass of each of the `data_ranks`.
+    fn resolve_batch(&mut self, seq: usize, data_ranks: usize) -> anyhow::Result<(usize, usize)> {
         let published = self.published().map(|p| p.batch_tokens);
         let default = published.unwrap_or(SMALL_BATCH).next_multiple_of(seq as u64);
         let tokens = self.batch.tokens.get_or_insert(Count(default)).0;
@@ -244,12 +300,20 @@ impl Config {
             (tokens / t + 1) * t
         );
         let sequences = usize::try_from(tokens / t)?;
-        let derived = micro_batch(sequences, seq);
+        ensure!(
+            sequences.is_multiple_of(data_ranks),
+            "the {sequences} sequences of a step (batch.tokens = {tokens}, data.seq = {seq}) cannot be dealt to {data_ranks} \
+             ranks; set batch.tokens to a multiple of {} or start another number of ranks",
+            data_ranks * seq
+        );
+        let derived = micro_batch(sequences / data_ranks, seq);
         let micro_batch = *self.batch.micro_batch.get_or_insert(derived);
         ensure!(
-            micro_batch > 0 && sequences.is_multiple_of(micro_batch),
-            "batch.micro_batch = {micro_batch} does not divide the {sequences} sequences of a step (batch.tokens = \
-             {tokens}, data.seq = {seq}); remove it, or use for example {derived}"
+            micro_batch > 0 && (sequences / data_ranks).is_multiple_of(micro_batch),
+            "batch.micro_batch = {micro_batch} does not divide the {} sequences of a step (batch.tokens = \
+             {tokens}, data.seq = {seq}){}; remove it, or use for example {derived}",
+            sequences / data_ranks,
+            if data_ranks > 1 { format!(" that each of {data_ranks} ranks has") } else { String::new() }
         );
         Ok((sequences, micro_batch))
     }
@@ -415,18 +479,21 @@ impl Config {
         let every = c.every.steps(batch_tokens);
         let keep_every = c.keep_every.map(|k| k.steps(batch_tokens));
         ensure!(c.keep_last > 0, "checkpoint.keep_last = 0 would keep none to resume from; use 1 or more");
+        let mirror_keep_every = c.mirror_keep_every.map(|k| k.steps(batch_tokens));
         for (name, steps) in [
             ("checkpoint.every", Some(every)),
             ("checkpoint.keep_every", keep_every),
+            ("checkpoint.mirror_keep_every", mirror_keep_every),
             ("validation.every", Some(self.validation.every.steps(batch_tokens))),
             ("log.every", Some(self.log.every)),
         ] {
             ensure!(steps != Some(0), "{name} is 0 steps; use 1 or more");
         }
-        if let Some(keep) = keep_every {
+        for (name, keep) in [("keep_every", keep_every), ("mirror_keep_every", mirror_keep_every)] {
+            let keep = keep.unwrap_or(every);
             ensure!(
                 keep.is_multiple_of(every),
-                "checkpoint.keep_every = {keep} steps is not a multiple of checkpoint.every = {every} steps, so most of \
+                "checkpoint.{name} = {keep} steps is not a multiple of checkpoint.every = {every} steps, so most of \
                  those would never be written; use for example {}",
                 keep.next_multiple_of(every)
             );
@@ -442,6 +509,30 @@ impl Config {
             "energy.watts = {watts}, but it is above 0; remove it for {DEFAULT_WATTS_PER_CORE} W"
         );
         Ok(keep_every)
+    }
+
+    /// The mirror of the checkpoints.
+    fn resolve_copies(&self, batch_tokens: u64) -> anyhow::Result<Option<Copies>> {
+        let c = &self.checkpoint;
+        let Some(url) = &c.mirror else {
+            for (name, given) in
+                [("last", c.mirror_keep_last.is_some()), ("every", c.mirror_keep_every.is_some())]
+            {
+                ensure!(
+                    !given,
+                    "checkpoint.mirror_keep_{name} is set, but checkpoint.mirror is not; set that too, or remove this"
+                );
+            }
+            return Ok(None);
+        };
+        mirror::check(url).context("checkpoint.mirror")?;
+        let keep_last = c.mirror_keep_last.unwrap_or(c.keep_last);
+        ensure!(
+            keep_last > 0,
+            "checkpoint.mirror_keep_last = 0 would keep none to resume from; use 1 or more"
+        );
+        let keep_every = c.mirror_keep_every.or(c.keep_every).map(|keep| keep.steps(batch_tokens));
+        Ok(Some(Copies { url: url.clone(), retention: Retention { keep_last, keep_every } }))
     }
 
     fn published(&self) -> Option<Published> {

@@ -2,7 +2,8 @@ use super::*;
 use crate::checkpoint::{DEFAULT_SHARD_BYTES, Retention, RunState, Snapshot, Store, Team, Writer};
 use ferropt_device::Buffer;
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
-use ferropt_model::Config;
+use ferropt_mesh::Mesh;
+use ferropt_model::{Config, Part, initial_values};
 
 const ADAMW: Settings = Settings {
     rule: Rule::AdamW { betas: [0.9, 0.95], eps: 1e-8 },
@@ -30,13 +31,27 @@ fn gradient(index: usize, i: usize, step: u64) -> f32 {
 }
 
 fn gradients(device: &CpuDevice, step: u64) -> Weights<CpuDevice, f32> {
-    let mut weights = Weights::zeros(device, &config()).unwrap();
+    let mut weights = Weights::zeros(device, &config(), &config().held(Part::WHOLE)).unwrap();
     for (index, tensor) in weights.tensors_mut().into_iter().enumerate() {
         let (TensorMut::Matrix(buffer) | TensorMut::Vector(buffer)) = tensor;
         let values: Vec<f32> = (0..buffer.len()).map(|i| gradient(index, i, step)).collect();
         device.upload(buffer, 0, &values);
     }
     weights
+}
+
+/// L2 norm of all gradients together.
+fn gradient_norm(device: &CpuDevice, gradients: &Weights<CpuDevice, f32>) -> f64 {
+    gradients.tensors().into_iter().map(|g| device.sum_of_squares(g.flat())).sum::<f64>().sqrt()
+}
+
+/// What a checkpoint holds of a model and its optimiser.
+fn saved<E: Element>(
+    device: &CpuDevice,
+    model: &Model<CpuDevice, E>,
+    optimizer: &Optimizer<CpuDevice>,
+) -> Vec<Group> {
+    optimizer.save(device, model, &Collector::new(Mesh::solo(), model.held(), 1)).unwrap()
 }
 
 /// A model and its optimiser after some steps.
@@ -115,7 +130,7 @@ fn steps_follow_the_papers() {
         Settings { rule: Rule::Sgd { momentum: 0.0 }, decay_vectors: false, ..SGD },
     ] {
         let (model, optimizer) = trained::<f32>(&device, settings, 5);
-        let got = values(&optimizer.save(&device, &model), "model");
+        let got = values(&saved(&device, &model, &optimizer), "model");
         let want: Vec<f64> = reference(settings, 5).into_iter().flatten().collect();
         assert_eq!(got.len(), want.len());
         // Weights are at most 1 or so; five f32 steps of at most LR each round by about 1e-7 of that.
@@ -131,10 +146,10 @@ fn split_masters_are_the_f32_run_to_the_bit_and_stochastic_ones_stay_near() {
         let settings = Settings { stochastic, ..ADAMW };
         if bf16_weights {
             let (model, optimizer) = trained::<bf16>(&device, settings, 3);
-            optimizer.save(&device, &model)
+            saved(&device, &model, &optimizer)
         } else {
             let (model, optimizer) = trained::<f32>(&device, settings, 3);
-            optimizer.save(&device, &model)
+            saved(&device, &model, &optimizer)
         }
     };
     let plain = values(&groups(false, false), "model");
@@ -163,9 +178,9 @@ fn written(folder: &std::path::Path, groups: Vec<Group>) -> Checkpoint {
 fn comes_back<E: Element>(settings: Settings, groups: &[&str]) {
     let (device, folder) = (device(), tempfile::tempdir().unwrap());
     let (mut model, mut optimizer) = trained::<E>(&device, settings, 2);
-    let saved = optimizer.save(&device, &model);
-    assert_eq!(saved.iter().map(|g| g.name.as_str()).collect::<Vec<_>>(), groups);
-    let checkpoint = written(folder.path(), saved);
+    let first = saved(&device, &model, &optimizer);
+    assert_eq!(first.iter().map(|g| g.name.as_str()).collect::<Vec<_>>(), groups);
+    let checkpoint = written(folder.path(), first);
 
     let mut other = Model::<_, E>::zeros(&device, &config()).unwrap();
     let mut again = Optimizer::new(&device, &other, settings).unwrap();
@@ -173,7 +188,7 @@ fn comes_back<E: Element>(settings: Settings, groups: &[&str]) {
     let (gradients, norm) = (gradients(&device, 3), 1.0);
     optimizer.step(&device, &mut model, &gradients, 3, LR, norm);
     again.step(&device, &mut other, &gradients, 3, LR, norm);
-    let (left, right) = (optimizer.save(&device, &model), again.save(&device, &other));
+    let (left, right) = (saved(&device, &model, &optimizer), saved(&device, &other, &again));
     for group in groups {
         assert_eq!(values(&left, group), values(&right, group), "{settings:?}: {group}");
     }
@@ -191,7 +206,7 @@ fn state_comes_back_to_the_bit() {
 fn checkpoints_have_hugging_face_tensors_and_foreign_ones_are_refused() {
     let (device, folder) = (device(), tempfile::tempdir().unwrap());
     let (model, optimizer) = trained::<bf16>(&device, Settings { stochastic: true, ..SGD }, 1);
-    let checkpoint = written(folder.path(), optimizer.save(&device, &model));
+    let checkpoint = written(folder.path(), saved(&device, &model, &optimizer));
     let k = checkpoint.tensor("model", "model.decoder.layers.1.self_attn.k_proj.weight").unwrap();
     assert_eq!((k.shape, k.dtype), (&[64, 64][..], crate::checkpoint::Dtype::BF16));
     let bias = checkpoint.tensor("model", "model.decoder.layers.1.self_attn.k_proj.bias").unwrap();

@@ -3,7 +3,7 @@
 use super::text::Counts;
 use super::{Options, Sizes};
 use crate::config::{Config, Precision, Resolved};
-use crate::optimizer::{Optimizer, gradient_norm};
+use crate::optimizer::Optimizer;
 use crate::trainer::open_device;
 use anyhow::Result;
 use ferropt_device::cpu::CpuDevice;
@@ -106,7 +106,7 @@ fn speed<E: Element>(device: &CpuDevice, run: &Resolved, time: Duration) -> Resu
         let batch = Batch { tokens: &tokens, targets: &tokens, doc_start: &doc_start };
         let pass = Pass { seed: 1, step: 1, first_sequence: 0 };
         backprop.train(device, &model, batch, pass, 1.0 / tokens.len() as f32, Store::Overwrite)?;
-        let norm = gradient_norm(device, &backprop.gradients);
+        let norm = backprop.sum(device)?;
         optimizer.step(device, &mut model, &backprop.gradients, 1, LR, norm);
         Ok(())
     };

@@ -5,13 +5,15 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// Keys and sections that may change between two parts of a run. Data is compared by content, not by path.
-const FREE: [&str; 15] = [
+const FREE: [&str; 17] = [
     "run.dir",
     "run.steps",
     "run.tokens",
     "run.max_minutes",
     "run.threads",
     "run.recompute",
+    "parallel",
+    "batch.micro_batch",
     "data.train",
     "data.tokenizer",
     "data.text_field",

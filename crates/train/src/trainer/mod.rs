@@ -7,6 +7,7 @@
 
 mod compatible;
 mod data;
+mod folder;
 mod run;
 mod state;
 
@@ -19,8 +20,10 @@ use anyhow::{Context, Result};
 use data::Data;
 use ferropt_device::bf16;
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
+use ferropt_mesh::{Join, Label, Mesh, World};
 use run::Trainer;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Something that happened in a run, for programs that watch it; people are told on standard error anyway.
 #[derive(Clone, Copy, Debug)]
@@ -65,35 +68,65 @@ pub struct Outcome {
     pub tokens: u64,
     /// The run folder.
     pub run: PathBuf,
-    /// Picture of the loss curves; none if the run was stopped while its data was read, before training went on.
+    /// Picture of the loss curves; none if the run was stopped while its data was read, before training went on, nor on
+    /// ranks other than the first.
     pub curves: Option<PathBuf>,
+    /// Which of the run's ranks this is. The first one tells people.
+    pub rank: usize,
 }
 
 /// Trains as `config` says, or continues where the run in `run.dir` was left. `stop` ends it after the current step;
-/// SIGINT and SIGTERM request that too from here on.
+/// SIGINT and SIGTERM request that too from here on. Where this process was started as one of many
+/// ([`World::join`]), it does its part.
 ///
 /// # Errors
 /// Whatever is wrong with the configuration, the data or the run folder, before any work starts; a loss that is not
-/// finite; a last checkpoint that cannot be written. What was saved stays good in all cases.
+/// finite; a last checkpoint that cannot be written; a rank that is lost. What was saved stays good in all cases.
 pub fn train(config: Config, stop: &Stop, hook: Hook<'_>) -> Result<Outcome> {
-    let resolved = config.resolve()?;
-    let device = open_device(resolved.config.run.threads)?;
+    let timeout = Duration::try_from_secs_f64(config.parallel.timeout).unwrap_or(Duration::MAX);
+    train_in(World::join(Join { timeout, ..Join::default() })?, config, stop, hook)
+}
+
+/// [`train`], as one of the ranks of `world`. The hook hears of what happens on the first.
+///
+/// # Errors
+/// As there.
+pub fn train_in(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Result<Outcome> {
+    let resolved = config.resolve_for(world.size())?;
+    let device = open_device_beside(resolved.config.run.threads, world.size())?;
     let plan = Plan::new(&resolved, &device);
-    hook(Event::Planned { resolved: &resolved, plan: &plan });
+    if world.rank() == 0 {
+        hook(Event::Planned { resolved: &resolved, plan: &plan });
+    }
     stop.on_signals()?;
-    let Some(data) = Data::open(&resolved, stop)? else { return Ok(stopped_early(&resolved)) };
+    let mesh = Mesh::new(world, resolved.axes)?;
+    let Some(data) = open_data(&mesh, &resolved, stop)? else { return Ok(stopped_early(&resolved, &mesh)) };
     match resolved.config.run.precision {
-        Precision::F32 => Trainer::<_, f32>::new(device, resolved, data, &plan, hook)?.run(stop),
-        Precision::Bf16 => Trainer::<_, bf16>::new(device, resolved, data, &plan, hook)?.run(stop),
+        Precision::F32 => Trainer::<_, f32>::new(device, mesh, resolved, data, &plan, hook)?.run(stop),
+        Precision::Bf16 => Trainer::<_, bf16>::new(device, mesh, resolved, data, &plan, hook)?.run(stop),
+    }
+}
+
+/// Opens the data, on the first rank first: what was not tokenised yet is tokenised once, if all see the same disk.
+fn open_data(mesh: &Mesh, resolved: &Resolved, stop: &Stop) -> Result<Option<Data>> {
+    let first = mesh.world.rank() == 0;
+    let data = if first { Data::open(resolved, stop)? } else { None };
+    let stopped = mesh.all.gather_f64(Label::new("data"), &[f64::from(first && data.is_none())])?;
+    match (first, stopped.concat().contains(&1.0)) {
+        (true, _) => Ok(data),
+        (false, true) => Ok(None),
+        // What is tokenised is opened in no time, or by a stop of all ranks together later.
+        (false, false) => Data::open(resolved, &Stop::default()),
     }
 }
 
 /// The outcome of a run that was stopped before it could do anything; it stands where an earlier start left it.
-fn stopped_early(resolved: &Resolved) -> Outcome {
+fn stopped_early(resolved: &Resolved, mesh: &Mesh) -> Outcome {
     let run = resolved.config.run.dir.clone();
     let last = Store::open(&run).and_then(|store| store.list()).ok().and_then(|mut list| list.pop());
     let step = last.map_or(0, |entry| entry.step);
-    Outcome { ending: Ending::Stopped, step, tokens: step * resolved.batch_tokens(), run, curves: None }
+    let (tokens, rank) = (step * resolved.batch_tokens(), mesh.world.rank());
+    Outcome { ending: Ending::Stopped, step, tokens, run, curves: None, rank }
 }
 
 /// What `config` would take, without allocating anything.
@@ -112,7 +145,12 @@ pub fn plan(config: Config) -> Result<(Resolved, Plan)> {
 /// When the number of threads is out of range, or the processor cannot be used as the environment asks
 /// (`FERROPT_ISA`).
 pub fn open_device(threads: Option<usize>) -> Result<CpuDevice> {
-    CpuDevice::new(CpuOptions { threads, pin: true, ..CpuOptions::default() })
+    open_device_beside(threads, 1)
+}
+
+/// The device of one of so many ranks, which may share the processor: whoever started them says which cores are whose.
+fn open_device_beside(threads: Option<usize>, ranks: usize) -> Result<CpuDevice> {
+    CpuDevice::new(CpuOptions { threads, pin: ranks == 1, ..CpuOptions::default() })
 }
 
 /// Writes a small file beside its place, then renames it, so that readers find the old or the new one.

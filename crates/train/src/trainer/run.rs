@@ -1,30 +1,40 @@
 //! The loop itself.
 
 use super::data::Data;
+use super::folder::{self, Folder};
 use super::{Ending, Event, Hook, Outcome, compatible, state, write_whole};
-use crate::checkpoint::{DEFAULT_SHARD_BYTES, Event as Saving, Retention, Store, Team, Writer, human_bytes};
+use crate::checkpoint::{DEFAULT_SHARD_BYTES, Event as Saving, Retention, Writer, human_bytes};
+use crate::collect::Collector;
 use crate::config::Resolved;
-use crate::optimizer::{Optimizer, gradient_norm};
+use crate::optimizer::Optimizer;
 use crate::planner::{Flops, Plan};
 use crate::signals::Stop;
 use crate::telemetry::{Energy, Meter, Record, Telemetry, Training, Validation};
 use anyhow::{Context, Result, bail};
 use ferropt_data::Batch;
 use ferropt_device::{Device, Element, Store as Put};
-use ferropt_model::{Backprop, Model, Pass};
+use ferropt_mesh::{Label, Mesh};
+use ferropt_model::{Backprop, Model, Pass, part_of};
 use std::time::{Duration, Instant};
 
-/// A run: model, optimiser, data and outputs.
+/// How long other ranks' parts of a checkpoint are waited for when a run has failed.
+const LAST_PARTS: Duration = Duration::from_secs(30);
+
+/// A run: model, optimiser, data and outputs; of a run on many ranks, one of them.
 pub(super) struct Trainer<'h, D: Device, E: Element> {
     device: D,
+    mesh: Mesh,
     resolved: Resolved,
     data: Data,
     model: Model<D, E>,
     backprop: Backprop<D, E>,
     optimizer: Optimizer<D>,
-    telemetry: Telemetry,
+    collector: Collector,
+    /// The first rank tells.
+    telemetry: Option<Telemetry>,
+    /// There until the run ends.
+    writer: Option<Writer>,
     meter: Meter,
-    writer: Writer,
     /// Work of one token, and the measured peak in FLOP/s to compare it with.
     flops: Flops,
     peak: f64,
@@ -45,58 +55,56 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
     /// Names what is wrong with the run folder, or the keys that have changed since the run began.
     pub(super) fn new(
         device: D,
+        mesh: Mesh,
         resolved: Resolved,
         data: Data,
         plan: &Plan,
         hook: Hook<'h>,
     ) -> Result<Self> {
         let run = &resolved.config.run.dir;
-        std::fs::create_dir_all(run)
-            .with_context(|| format!("run.dir = \"{}\" cannot be made", run.display()))?;
-        let store = Store::open_for_writing(run)?;
-        let found = store.latest_whole()?;
+        let first = mesh.world.rank() == 0;
+        let timeout = Duration::from_secs_f64(resolved.config.parallel.timeout);
+        let mirror = resolved.copies.as_ref().map(|copies| copies.url.as_str());
+        let Folder { store, team, found, notes } = folder::open(&mesh, run, mirror, timeout)?;
         if let Some(found) = &found {
-            compatible::check(
-                &found.checkpoint.manifest().run.config,
-                &serde_json::to_value(&resolved.config)?,
-            )
-            .with_context(|| format!("the run in {}", run.display()))?;
+            compatible::check(&found.manifest().run.config, &serde_json::to_value(&resolved.config)?)
+                .with_context(|| format!("the run in {}", run.display()))?;
         }
-        write_whole(&run.join("config.toml"), &resolved.config.to_toml()?)?;
+        if first {
+            write_whole(&run.join("config.toml"), &resolved.config.to_toml()?)?;
+        }
 
-        let mut model = Model::zeros(&device, &resolved.model)?;
+        let mut model = Model::part(&device, &resolved.model, part_of(&mesh))?;
         let mut optimizer = Optimizer::new(&device, &model, resolved.optimizer)?;
-        let backprop = Backprop::new(&device, &resolved.model, resolved.options())?;
+        let backprop = Backprop::on(&device, &resolved.model, resolved.options(), mesh.clone())?;
         let (mut step, mut energy) = (0, Energy::default());
         match &found {
             Some(found) => {
-                energy = state::load(&found.checkpoint, &data.identity, &device, &mut model, &mut optimizer)
-                    .with_context(|| format!("cannot resume from {}", found.checkpoint.path().display()))?;
-                step = found.checkpoint.manifest().run.step;
+                energy = state::load(found, &data.identity, &device, &mut model, &mut optimizer)
+                    .with_context(|| format!("cannot resume from {}", found.path().display()))?;
+                step = found.manifest().run.step;
             }
             None => optimizer.initialise(&device, &mut model, resolved.config.run.seed),
         }
         let resumed = found.is_some().then_some(step);
-        let telemetry = Telemetry::open(run, resumed, resolved.steps)?;
         let meter = Meter::start(energy, resolved.config.energy.watts);
         let retention =
             Retention { keep_last: resolved.config.checkpoint.keep_last, keep_every: resolved.keep_every };
-        let progress = telemetry.progress();
-        for damage in found.iter().flat_map(|f| &f.damaged) {
-            progress.line(&format!("passed over a damaged checkpoint: {damage:#}"));
+        let telemetry = if first { Some(Telemetry::open(run, resumed, resolved.steps)?) } else { None };
+        let mut writer = Writer::start(store, retention, DEFAULT_SHARD_BYTES, team.clone())?;
+        if let Some(copies) = &resolved.copies {
+            writer.copy_to(copies, team, found.as_ref())?;
         }
-        progress.line(&format!("energy: {}", meter.describe()));
-        if step > 0 {
-            progress.line(&format!("continuing after step {step}"));
-        }
-        Ok(Trainer {
-            writer: Writer::start(store, retention, DEFAULT_SHARD_BYTES, Team::alone())?,
+        let trainer = Trainer {
+            collector: Collector::new(mesh.clone(), model.held(), mesh.world.size()),
+            writer: Some(writer),
             flops: plan.flops_per_token,
-            peak: plan.time.peak_flops,
+            peak: plan.time.peak_flops * mesh.world.size() as f64,
             batch: Batch::default(),
             saved: resumed,
             metrics_lost: false,
             device,
+            mesh,
             resolved,
             data,
             model,
@@ -106,7 +114,22 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             meter,
             step,
             hook,
-        })
+        };
+        for note in notes {
+            trainer.say(&note);
+        }
+        trainer.say(&format!("energy: {}", trainer.meter.describe()));
+        if step > 0 {
+            trainer.say(&format!("continuing after step {step}"));
+        }
+        Ok(trainer)
+    }
+
+    /// A line for people.
+    fn say(&self, line: &str) {
+        if let Some(telemetry) = &self.telemetry {
+            telemetry.progress().line(line);
+        }
     }
 
     /// Runs until the last step, the time limit, or a request to stop, then saves.
@@ -116,25 +139,35 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
     /// written.
     pub(super) fn run(mut self, stop: &Stop) -> Result<Outcome> {
         let ending = self.work(stop);
-        // Whatever happened, a checkpoint that is under way is finished.
+        // Whatever happened, a checkpoint that is under way is finished. What a lost rank had to write will not come.
+        if let (Err(_), Some(writer)) = (&ending, &self.writer) {
+            writer.hurry(LAST_PARTS);
+        }
         let mut last_save = Ok(());
-        for event in self.writer.finish() {
+        for event in self.writer.take().into_iter().flat_map(Writer::finish) {
             match event {
                 Saving::Failed { step, error } => {
                     last_save =
                         Err(error.context(format!("the checkpoint of step {step} could not be saved")));
                 }
-                event => tell(&self.telemetry, &event),
+                event => self.say(&described(&event)),
             }
         }
-        self.telemetry.progress().finish();
+        if let Some(telemetry) = &self.telemetry {
+            telemetry.progress().finish();
+        }
         let ending = ending?;
         last_save?;
+        let curves = match &self.telemetry {
+            Some(telemetry) => Some(telemetry.draw(&self.resolved.model_name())?),
+            None => None,
+        };
         Ok(Outcome {
             ending,
             step: self.step,
             tokens: self.step * self.resolved.batch_tokens(),
-            curves: Some(self.telemetry.draw(&self.resolved.model_name())?),
+            curves,
+            rank: self.mesh.world.rank(),
             run: self.resolved.config.run.dir,
         })
     }
@@ -146,11 +179,9 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             if self.step >= self.resolved.steps {
                 break if self.step == first { Ending::AlreadyComplete } else { Ending::Complete };
             }
-            if stop.requested() {
-                break Ending::Stopped;
-            }
-            if limit.is_some_and(|limit| started.elapsed() >= limit) {
-                break Ending::OutOfTime;
+            let late = limit.is_some_and(|limit| started.elapsed() >= limit);
+            if let Some(ending) = self.agree(stop.requested(), late)? {
+                break ending;
             }
             self.advance()?;
             if self.step.is_multiple_of(self.resolved.validation_every) || self.step == self.resolved.steps {
@@ -159,14 +190,23 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             if self.step.is_multiple_of(self.resolved.checkpoint_every) || self.step == self.resolved.steps {
                 self.save()?;
             }
-            for event in self.writer.poll() {
-                tell(&self.telemetry, &event);
+            let events: Vec<Saving> = self.writer.as_mut().map(Writer::poll).unwrap_or_default();
+            for event in events {
+                self.say(&described(&event));
             }
         };
         if self.saved != Some(self.step) {
             self.save()?;
         }
         Ok(ending)
+    }
+
+    /// Whether any rank wants to end, so that all end after the same step.
+    fn agree(&self, stop: bool, late: bool) -> Result<Option<Ending>> {
+        let wish = [f64::from(stop), f64::from(late)];
+        let wishes = self.mesh.all.gather_f64(Label::new("end"), &wish)?;
+        let any = |which: usize| wishes.iter().any(|wish| wish.get(which) == Some(&1.0));
+        Ok(if any(0) { Some(Ending::Stopped) } else { any(1).then_some(Ending::OutOfTime) })
     }
 
     /// One optimiser step.
@@ -177,20 +217,24 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         // Every position of a training sample is a target, so the mean is over all tokens of the step.
         let scale = 1.0 / r.batch_tokens() as f32;
         let mut sum = 0.0;
+        self.mesh.world.beat(Label::of("step", step as usize));
         for part in 0..r.accumulation() {
-            let first_sequence = (part * r.micro_batch) as u64;
+            // Micro-batches are dealt to the ranks in turn.
+            let number = part * r.data_ranks() + self.mesh.data.rank();
+            let first_sequence = (number * r.micro_batch) as u64;
             self.data.train.batch(first + first_sequence, r.micro_batch, &mut self.batch)?;
             let pass = Pass { seed: r.config.run.seed, step, first_sequence };
             let store = if part == 0 { Put::Overwrite } else { Put::Accumulate };
             sum += self.backprop.train(&self.device, &self.model, view(&self.batch), pass, scale, store)?;
         }
+        let grad_norm = self.backprop.sum(&self.device)?;
+        let [sum] = total(&self.mesh, [sum])?;
         let loss = sum / r.batch_tokens() as f64;
-        let gradients = &self.backprop.gradients;
-        let grad_norm = gradient_norm(&self.device, gradients);
         if !loss.is_finite() || !grad_norm.is_finite() {
             self.refuse(step, loss, grad_norm)?;
         }
         let lr = r.schedule.lr(step);
+        let gradients = &self.backprop.gradients;
         self.optimizer.step(&self.device, &mut self.model, gradients, step, lr, grad_norm);
         self.step = step;
         let tokens_per_second = r.batch_tokens() as f64 / started.elapsed().as_secs_f64();
@@ -206,11 +250,14 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             peak_share: Some(tokens_per_second * self.flops.hardware_causal / self.peak),
             energy: Some(self.meter.read()),
         };
-        (self.hook)(Event::Training(&training));
-        if step.is_multiple_of(r.config.log.every) || step == r.steps {
-            self.record(Record::Training(training));
-        } else {
-            self.telemetry.progress().step(step);
+        let recorded = step.is_multiple_of(r.config.log.every) || step == r.steps;
+        if let Some(telemetry) = &self.telemetry {
+            (self.hook)(Event::Training(&training));
+            if recorded {
+                self.record(Record::Training(training));
+            } else {
+                telemetry.progress().step(step);
+            }
         }
         Ok(())
     }
@@ -239,24 +286,29 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             let limit = r.config.validation.max_tokens.map_or(u64::MAX, |n| n.0.div_ceil(r.seq as u64));
             let samples = loader.samples_per_epoch().min(limit.max(1));
             let (mut nats, mut targets, mut bytes) = (0.0, 0, 0);
-            let mut sample = 0;
-            while sample < samples {
-                // Samples past the end are padding, so that every pass has the size that memory is planned for.
-                loader.batch(sample, r.micro_batch, &mut self.batch)?;
+            // Dealt to the ranks in turn, so that all make as many passes. Samples past the end are padding, so that every
+            // pass has the size that memory is planned for.
+            let deal = (r.micro_batch * r.data_ranks()) as u64;
+            for first in (0..samples).step_by(deal as usize) {
+                let first = first + (self.mesh.data.rank() * r.micro_batch) as u64;
+                loader.batch(first, r.micro_batch, &mut self.batch)?;
                 nats += self.backprop.score(&self.device, &self.model, view(&self.batch))?;
                 targets += self.batch.target_count;
                 bytes += self.batch.text_bytes;
-                sample += r.micro_batch as u64;
             }
-            let loss = nats / targets as f64;
+            let [nats, targets, bytes] = total(&self.mesh, [nats, targets as f64, bytes as f64])?;
+            let loss = nats / targets;
             scores.push(Validation {
                 step: self.step,
                 tokens: self.step * r.batch_tokens(),
                 set: name.clone(),
                 loss,
                 perplexity: loss.exp(),
-                bits_per_byte: (bytes > 0).then(|| nats / std::f64::consts::LN_2 / bytes as f64),
+                bits_per_byte: (bytes > 0.0).then(|| nats / std::f64::consts::LN_2 / bytes),
             });
+        }
+        if self.telemetry.is_none() {
+            return Ok(());
         }
         for score in scores {
             (self.hook)(Event::Validation(&score));
@@ -267,8 +319,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
 
     /// Hands a snapshot to the background, once what was recorded up to here is on disk.
     fn save(&mut self) -> Result<()> {
-        if let Err(error) = self.telemetry.sync() {
-            self.telemetry.progress().line(&format!("warning: {error:#}"));
+        if let Some(Err(error)) = self.telemetry.as_ref().map(Telemetry::sync) {
+            self.say(&format!("warning: {error:#}"));
         }
         let place = state::Place {
             step: self.step,
@@ -276,17 +328,21 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             data: &self.data,
             energy: self.meter.read(),
         };
-        self.writer.save(|| state::snapshot(place, &self.device, &self.model, &self.optimizer))?;
+        let snapshot = || state::snapshot(place, &self.device, &self.model, &self.optimizer, &self.collector);
+        match &mut self.writer {
+            Some(writer) => writer.save(snapshot)?,
+            None => drop(snapshot()?),
+        }
         self.saved = Some(self.step);
         Ok(())
     }
 
     /// Keeps a record; a full disk does not stop the training.
     fn record(&mut self, record: Record) {
-        if let Err(error) = self.telemetry.record(&record)
+        if let Some(Err(error)) = self.telemetry.as_mut().map(|telemetry| telemetry.record(&record))
             && !std::mem::replace(&mut self.metrics_lost, true)
         {
-            self.telemetry.progress().line(&format!("warning: metrics are being lost: {error:#}"));
+            self.say(&format!("warning: metrics are being lost: {error:#}"));
         }
     }
 }
@@ -296,9 +352,20 @@ fn view(batch: &Batch) -> ferropt_model::Batch<'_> {
     ferropt_model::Batch { tokens: &batch.tokens, targets: &batch.targets, doc_start: &batch.doc_start }
 }
 
-/// Shows what happened to a checkpoint.
-fn tell(telemetry: &Telemetry, event: &Saving) {
-    let line = match event {
+/// Sums over all ranks that have sequences of their own, in the order of the ranks.
+fn total<const N: usize>(mesh: &Mesh, values: [f64; N]) -> Result<[f64; N]> {
+    let mut sums = [0.0; N];
+    for values in mesh.data.gather_f64(Label::new("total"), &values)? {
+        for (sum, value) in sums.iter_mut().zip(values) {
+            *sum += value;
+        }
+    }
+    Ok(sums)
+}
+
+/// What happened to a checkpoint, for people.
+fn described(event: &Saving) -> String {
+    match event {
         Saving::Saved { step, bytes, took, .. } => {
             format!(
                 "saved step {step} ({}, {:.1} s in the background)",
@@ -312,6 +379,11 @@ fn tell(telemetry: &Telemetry, event: &Saving) {
         Saving::NotPruned { step, error } => {
             format!("warning: step {step} was saved, but old checkpoints stay: {error:#}")
         }
-    };
-    telemetry.progress().line(&line);
+        Saving::Mirrored { step, bytes, took } => {
+            format!("copied step {step} to the mirror ({}, {:.1} s)", human_bytes(*bytes), took.as_secs_f64())
+        }
+        Saving::NotMirrored { step, error } => {
+            format!("warning: step {step} is not in the mirror, training goes on: {error:#}")
+        }
+    }
 }

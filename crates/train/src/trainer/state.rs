@@ -2,6 +2,7 @@
 
 use super::data::{Data, Identity};
 use crate::checkpoint::{Checkpoint, RunState, Snapshot};
+use crate::collect::Collector;
 use crate::config::Resolved;
 use crate::optimizer::Optimizer;
 use crate::telemetry::Energy;
@@ -31,6 +32,7 @@ pub(super) fn snapshot<D: Device, E: Element>(
     device: &D,
     model: &Model<D, E>,
     optimizer: &Optimizer<D>,
+    collector: &Collector,
 ) -> Result<Snapshot> {
     let Place { step, resolved, data, energy } = place;
     let run = RunState {
@@ -43,7 +45,7 @@ pub(super) fn snapshot<D: Device, E: Element>(
     };
     let config = serde_json::to_vec_pretty(&resolved.model.hugging_face())?;
     let files = vec![("config.json".into(), config), ("tokenizer.json".into(), data.tokenizer_json.clone())];
-    Ok(Snapshot { run, groups: optimizer.save(device, model), files })
+    Ok(Snapshot { run, groups: optimizer.save(device, model, collector)?, files })
 }
 
 /// Puts a checkpoint's state into place, and returns the energy that the run has used.

@@ -153,8 +153,8 @@ struct HeadDropout {
 
 impl HeadDropout {
     fn new(dropout: Dropout, s: AttentionShape, batch: usize, head: usize) -> Self {
-        let heads = s.heads as u64;
-        let first = (dropout.first_row + (batch * s.seq) as u64) * heads + head as u64;
+        let (before, heads) = (s.among.0 as u64, s.among.1 as u64);
+        let first = (dropout.first_row + (batch * s.seq) as u64) * heads + before + head as u64;
         HeadDropout { dropout, first, heads }
     }
 

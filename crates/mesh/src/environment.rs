@@ -1,0 +1,231 @@
+//! Who this process is among many, as whoever started it says in environment variables.
+
+use anyhow::{Context, Result, bail, ensure};
+use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+
+/// How this process was started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Launch {
+    /// Alone.
+    Solo,
+    /// By `mpirun`, or told to use MPI.
+    Mpi,
+    /// As one of several that meet over TCP.
+    Tcp {
+        rank: usize,
+        size: usize,
+        /// Where rank 0 listens.
+        address: String,
+        port: u16,
+        /// Tells ranks of this run from strangers.
+        token: String,
+    },
+}
+
+/// Port of rank 0 unless it is given; torchrun's.
+const PORT: u16 = 29500;
+/// Ports that follow from the number of a SLURM job.
+const SLURM_PORTS: (u16, u64) = (20000, 20000);
+
+/// Reads the variables of torchrun and Kubernetes, `mpirun`, and `srun`, in this order.
+///
+/// # Errors
+/// When they contradict each other or make no sense; the message names them and their values.
+pub(crate) fn launch(variable: &dyn Fn(&str) -> Option<String>) -> Result<Launch> {
+    let forced = variable("FERROPT_TRANSPORT");
+    match forced.as_deref() {
+        None | Some("tcp" | "mpi") => {}
+        Some(other) => bail!(
+            "FERROPT_TRANSPORT is {other:?}, but it is \"tcp\" or \"mpi\"; remove it to let Ferropt choose"
+        ),
+    }
+    if forced.as_deref() == Some("mpi") {
+        return Ok(Launch::Mpi);
+    }
+    let number = |name: &str| -> Result<Option<usize>> {
+        let Some(text) = variable(name) else { return Ok(None) };
+        let number = text.trim().parse();
+        number
+            .map(Some)
+            .with_context(|| format!("the environment variable {name} is {text:?}, which is no number"))
+    };
+    let port = match number("MASTER_PORT")? {
+        None => None,
+        Some(port) => Some(
+            u16::try_from(port)
+                .ok()
+                .filter(|port| *port > 0)
+                .with_context(|| format!("MASTER_PORT is {port}, but a port is a number from 1 to 65535"))?,
+        ),
+    };
+    if let Some(size) = number("WORLD_SIZE")? {
+        let (name, rank) = match (number("RANK")?, number("JOB_COMPLETION_INDEX")?) {
+            (Some(rank), _) => ("RANK", rank),
+            // An indexed job of Kubernetes.
+            (None, Some(rank)) => ("JOB_COMPLETION_INDEX", rank),
+            (None, None) => bail!(
+                "WORLD_SIZE is {size}, but RANK says not which of them this is; set RANK (or JOB_COMPLETION_INDEX), or remove \
+                 WORLD_SIZE to run alone"
+            ),
+        };
+        ensure!(
+            size > 0 && rank < size,
+            "{name} is {rank} and WORLD_SIZE is {size}, but ranks are numbered from 0 to one less than their number"
+        );
+        if size == 1 {
+            return Ok(Launch::Solo);
+        }
+        let address = variable("MASTER_ADDR").with_context(|| {
+            format!(
+                "WORLD_SIZE is {size}, but MASTER_ADDR does not say where rank 0 is; set it to rank 0's host"
+            )
+        })?;
+        return Ok(tcp(variable, rank, size, address, port.unwrap_or(PORT)));
+    }
+    if let Some(rank) = number("RANK")? {
+        bail!(
+            "RANK is {rank}, but WORLD_SIZE says not how many ranks there are; set it, or remove RANK to run alone"
+        );
+    }
+    // Open MPI, Hydra (MPICH, Intel MPI) and PMIx.
+    let by_mpirun = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"].iter().any(|name| variable(name).is_some());
+    if by_mpirun && forced.is_none() {
+        return Ok(Launch::Mpi);
+    }
+    let counts = [
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+        ("SLURM_PROCID", "SLURM_NTASKS"),
+    ];
+    for (rank, size) in counts {
+        // `sbatch` sets SLURM_NTASKS for its script too, which is no task of it: only steps have a number.
+        let step = size != "SLURM_NTASKS"
+            || variable("SLURM_STEP_ID").is_some_and(|step| step.parse::<u32>().is_ok());
+        if let (Some(rank), Some(size), true) = (number(rank)?, number(size)?, step)
+            && size > 1
+        {
+            let (slurm_host, slurm_port) = slurm(variable)?;
+            let address = variable("MASTER_ADDR").or(slurm_host).with_context(|| {
+                format!("there are {size} ranks, but MASTER_ADDR does not say where rank 0 is; set it to rank 0's host")
+            })?;
+            let port = port.or(slurm_port).unwrap_or(PORT);
+            return Ok(tcp(variable, rank, size, address, port));
+        }
+    }
+    Ok(Launch::Solo)
+}
+
+fn tcp(
+    variable: &dyn Fn(&str) -> Option<String>,
+    rank: usize,
+    size: usize,
+    address: String,
+    port: u16,
+) -> Launch {
+    // Against mistakes, not against malice: who can reach the ports of a cluster's inside belongs there.
+    let secret = variable("FERROPT_TOKEN").or_else(|| variable("SLURM_JOB_ID")).unwrap_or_default();
+    let token = BuildHasherDefault::<DefaultHasher>::default().hash_one((secret, size, port));
+    Launch::Tcp { rank, size, address, port, token: format!("{token:016x}") }
+}
+
+/// Rank 0's host and a port, of a step of SLURM.
+fn slurm(variable: &dyn Fn(&str) -> Option<String>) -> Result<(Option<String>, Option<u16>)> {
+    let list = variable("SLURM_STEP_NODELIST").or_else(|| variable("SLURM_JOB_NODELIST"));
+    let host = list.as_deref().map(first_host).transpose()?;
+    let number = |name: &str| variable(name).and_then(|text| text.parse::<u64>().ok());
+    let (job, step) = (number("SLURM_JOB_ID"), number("SLURM_STEP_ID").unwrap_or(0));
+    Ok((host, job.map(|job| SLURM_PORTS.0 + ((job * 7 + step) % SLURM_PORTS.1) as u16)))
+}
+
+/// The first host of SLURM's notation: `node[03-07,9],other` begins with node03.
+fn first_host(list: &str) -> Result<String> {
+    let wrong = || format!("the list of nodes {list:?} is not SLURM's notation");
+    let end = list.find([',', '[']).unwrap_or(list.len());
+    let (name, rest) = list.split_at(end);
+    ensure!(!name.is_empty() || rest.starts_with('['), wrong());
+    let Some(rest) = rest.strip_prefix('[') else { return Ok(name.into()) };
+    let (numbers, rest) = rest.split_once(']').with_context(wrong)?;
+    let first = numbers.split([',', '-']).next().filter(|first| !first.is_empty()).with_context(wrong)?;
+    let tail = &rest[..rest.find(',').unwrap_or(rest.len())];
+    Ok(format!("{name}{first}{tail}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(variables: &[(&str, &str)]) -> Result<Launch> {
+        launch(&|name| variables.iter().find(|(n, _)| *n == name).map(|(_, value)| value.to_string()))
+    }
+
+    fn met(variables: &[(&str, &str)]) -> (usize, usize, String, u16) {
+        match of(variables).unwrap() {
+            Launch::Tcp { rank, size, address, port, .. } => (rank, size, address, port),
+            other => panic!("{variables:?}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn launchers_are_understood() {
+        assert_eq!(of(&[]).unwrap(), Launch::Solo);
+        let torchrun = [("RANK", "3"), ("WORLD_SIZE", "8"), ("MASTER_ADDR", "host"), ("MASTER_PORT", "1234")];
+        assert_eq!(met(&torchrun), (3, 8, "host".into(), 1234));
+        let kubernetes = [("JOB_COMPLETION_INDEX", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "job-0.job")];
+        assert_eq!(met(&kubernetes), (1, 2, "job-0.job".into(), PORT));
+        assert_eq!(of(&[("WORLD_SIZE", "1"), ("RANK", "0")]).unwrap(), Launch::Solo);
+        let mpirun = [("OMPI_COMM_WORLD_SIZE", "4"), ("OMPI_COMM_WORLD_RANK", "1")];
+        assert_eq!(of(&mpirun).unwrap(), Launch::Mpi);
+        assert_eq!(of(&[("PMI_SIZE", "4"), ("PMI_RANK", "0")]).unwrap(), Launch::Mpi);
+        let forced = [&mpirun[..], &[("FERROPT_TRANSPORT", "tcp"), ("MASTER_ADDR", "::1")]].concat();
+        assert_eq!(met(&forced), (1, 4, "::1".into(), PORT));
+        let step = [
+            ("SLURM_PROCID", "5"),
+            ("SLURM_NTASKS", "6"),
+            ("SLURM_STEP_ID", "0"),
+            ("SLURM_STEP_NODELIST", "gpu[007-009,20]-ib,cpu1"),
+            ("SLURM_JOB_ID", "12345"),
+        ];
+        let (rank, size, address, port) = met(&step);
+        assert_eq!((rank, size, address.as_str()), (5, 6, "gpu007-ib"));
+        assert!(port >= SLURM_PORTS.0);
+        // The script of a batch job is none of the tasks.
+        let script = [("SLURM_PROCID", "0"), ("SLURM_NTASKS", "6"), ("SLURM_JOB_NODELIST", "a")];
+        assert_eq!(of(&script).unwrap(), Launch::Solo);
+    }
+
+    #[test]
+    fn contradictions_are_named() {
+        let cases: [(&[(&str, &str)], &str); 8] = [
+            (&[("WORLD_SIZE", "4")], "RANK"),
+            (&[("RANK", "1")], "WORLD_SIZE"),
+            (&[("RANK", "4"), ("WORLD_SIZE", "4")], "RANK is 4 and WORLD_SIZE is 4"),
+            (&[("RANK", "one"), ("WORLD_SIZE", "4")], "\"one\", which is no number"),
+            (&[("RANK", "1"), ("WORLD_SIZE", "4")], "MASTER_ADDR"),
+            (&[("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_PORT", "70000")], "70000"),
+            (&[("FERROPT_TRANSPORT", "carrier pigeon")], "carrier pigeon"),
+            (
+                &[
+                    ("SLURM_PROCID", "1"),
+                    ("SLURM_NTASKS", "2"),
+                    ("SLURM_STEP_ID", "0"),
+                    ("SLURM_STEP_NODELIST", "a[1"),
+                ],
+                "SLURM's notation",
+            ),
+        ];
+        for (variables, words) in cases {
+            let message = format!("{:#}", of(variables).unwrap_err());
+            assert!(message.contains(words), "{variables:?}: {message}");
+        }
+    }
+
+    #[test]
+    fn first_hosts() {
+        for (list, first) in
+            [("a", "a"), ("a,b", "a"), ("n[3-4]", "n3"), ("n[03,5-6]", "n03"), ("r[1-2]n,x", "r1n")]
+        {
+            assert_eq!(first_host(list).unwrap(), first, "{list}");
+        }
+        assert!(first_host("").is_err() && first_host(",a").is_err() && first_host("n[]").is_err());
+    }
+}

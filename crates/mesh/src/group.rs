@@ -1,0 +1,396 @@
+//! Collective operations between some of the ranks. All are exchanges between pairs: every rank sends each other its part at
+//! once, which is as many bytes as a ring takes. Sums are made here, in the order of the ranks and in f32, so
+//! that they depend neither on the transport nor on who is faster.
+
+use crate::label::{Label, Operation};
+use crate::reactor::{Command, Finished, Job, Memory, Place};
+use crate::world::World;
+use anyhow::{Context, Result, anyhow, bail};
+use ferropt_device::{Buffer, Element};
+use std::any::Any;
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+
+/// Sums of at most so many bytes are made by every rank from all parts, instead of in parts that are then gathered.
+pub const SMALL_SUM: usize = 1 << 14;
+/// Most bytes that one rank may give to a gathering.
+pub(crate) const LARGEST_GATHERED: u64 = 1 << 30;
+/// Elements that are summed at a time: what stays in the first-level cache.
+const TILE: usize = 2048;
+
+/// Some ranks of a world, in an order. All of them call the same operations in the same order. Clones are the same group.
+#[derive(Clone)]
+pub struct Group(Arc<Inner>);
+
+struct Inner {
+    world: World,
+    name: &'static str,
+    /// Ranks of the world.
+    members: Vec<usize>,
+    rank: usize,
+}
+
+/// An operation that may not be done yet. Dropping it is harmless.
+#[must_use = "the buffer comes back from `wait`"]
+pub struct Pending<B>(State<B>);
+
+enum State<B> {
+    Ready(Result<B>),
+    Waiting(Receiver<Result<Finished, String>>, Finish<B>),
+}
+
+type Finish<B> = Box<dyn FnOnce(Finished) -> Result<B> + Send>;
+
+impl<B: 'static> Pending<B> {
+    /// Waits until it is done and gives the buffer back.
+    ///
+    /// # Errors
+    /// When another rank is lost or does something else; the message names it. Every later operation fails alike.
+    pub fn wait(self) -> Result<B> {
+        match self.0 {
+            State::Ready(result) => result,
+            State::Waiting(done, finish) => {
+                let finished =
+                    done.recv().map_err(|_| anyhow!("the thread that talks to the other ranks has died"))?;
+                finish(finished.map_err(|reason| anyhow!(reason))?)
+            }
+        }
+    }
+
+    fn ready(result: Result<B>) -> Self {
+        Pending(State::Ready(result))
+    }
+}
+
+/// A buffer as bytes.
+struct Owned<T, B>(B, PhantomData<fn() -> T>);
+
+impl<T: Element, B: Buffer<T> + 'static> Memory for Owned<T, B> {
+    fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(self.0.host().unwrap_or_default())
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(self.0.host_mut().unwrap_or_default())
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any + Send> {
+        Box::new(self.0)
+    }
+}
+
+impl Memory for Vec<u8> {
+    fn bytes(&self) -> &[u8] {
+        self
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        self
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any + Send> {
+        self
+    }
+}
+
+/// The buffer that went into an operation.
+fn given_back<B: 'static>(memory: Box<dyn Memory>) -> Result<B> {
+    let buffer =
+        memory.into_any().downcast().map_err(|_| anyhow!("an operation gave another buffer back"))?;
+    Ok(*buffer)
+}
+
+impl Group {
+    /// Those ranks of `world`, of which this is one.
+    ///
+    /// # Errors
+    /// When a rank is listed twice or does not exist, or this one is not listed.
+    pub(crate) fn new(world: &World, members: &[usize], name: &'static str) -> Result<Group> {
+        let (me, size) = (world.rank(), world.size());
+        for (place, member) in members.iter().enumerate() {
+            if *member >= size || members[..place].contains(member) {
+                bail!(
+                    "group {name} lists rank {member}, which is there twice or is none of the {size} ranks"
+                );
+            }
+        }
+        let rank = members.iter().position(|member| *member == me);
+        let rank =
+            rank.with_context(|| format!("group {name} of ranks {members:?} does not have rank {me}"))?;
+        Ok(Group(Arc::new(Inner { world: world.clone(), name, members: members.to_vec(), rank })))
+    }
+
+    /// The only rank of a world.
+    pub(crate) fn alone(world: &World) -> Group {
+        Group(Arc::new(Inner { world: world.clone(), name: "alone", members: vec![0], rank: 0 }))
+    }
+
+    /// Number of this rank in the group.
+    pub fn rank(&self) -> usize {
+        self.0.rank
+    }
+
+    /// Number of its ranks.
+    pub fn size(&self) -> usize {
+        self.0.members.len()
+    }
+
+    /// Number in the world of a member.
+    pub fn world_rank(&self, member: usize) -> usize {
+        self.0.members[member]
+    }
+
+    fn others(&self) -> impl Iterator<Item = usize> + use<> {
+        let (rank, size) = (self.rank(), self.size());
+        // Every rank begins with its neighbour, so that not all send to the same one first.
+        (1..size).map(move |step| (rank + step) % size)
+    }
+
+    /// Gathers the parts of all: `buffer` has as many equal parts as there are ranks, and this rank's own is in its place.
+    pub fn all_gather<T: Element, B: Buffer<T> + 'static>(&self, label: Label, buffer: B) -> Pending<B> {
+        self.gather_parts(Operation::AllGather, label, buffer, |_| None)
+    }
+
+    /// [`Group::all_gather`] of parts of any lengths: `range` says which elements are a rank's, or they are all equal.
+    fn gather_parts<T: Element, B: Buffer<T> + 'static>(
+        &self,
+        operation: Operation,
+        label: Label,
+        buffer: B,
+        range: impl Fn(usize) -> Option<Range<usize>>,
+    ) -> Pending<B> {
+        if self.size() == 1 {
+            return Pending::ready(Ok(buffer));
+        }
+        let equal = buffer.len() / self.size();
+        let bytes = |member: usize| {
+            let range = range(member).unwrap_or(member * equal..(member + 1) * equal);
+            range.start * size_of::<T>()..range.end * size_of::<T>()
+        };
+        let sends = self.others().map(|member| (member, bytes(self.rank()))).collect();
+        let receives = self.others().map(|member| (member, Place::Memory(bytes(member)))).collect();
+        self.start::<T, B>(operation, label, buffer, sends, receives, |finished| given_back(finished.memory))
+    }
+
+    /// Sums the contributions of all: `buffer` has as many equal parts as there are ranks, and afterwards this rank's own
+    /// part, in its place, is the sum over all ranks. The other parts are not to be used.
+    pub fn reduce_scatter<T: Element, B: Buffer<T> + 'static>(&self, label: Label, buffer: B) -> Pending<B> {
+        let equal = buffer.len() / self.size();
+        self.sum_parts(Operation::ReduceScatter, label, buffer, move |member| {
+            member * equal..(member + 1) * equal
+        })
+    }
+
+    /// This rank's range becomes the sum of what all have there; `range` says which elements are a rank's.
+    fn sum_parts<T: Element, B: Buffer<T> + 'static>(
+        &self,
+        operation: Operation,
+        label: Label,
+        buffer: B,
+        range: impl Fn(usize) -> Range<usize>,
+    ) -> Pending<B> {
+        if self.size() == 1 {
+            return Pending::ready(Ok(buffer));
+        }
+        let bytes = |range: Range<usize>| range.start * size_of::<T>()..range.end * size_of::<T>();
+        let (rank, own) = (self.rank(), range(self.rank()));
+        let sends = self.others().map(|member| (member, bytes(range(member)))).collect();
+        let place = |(piece, member)| (member, Place::Piece(piece, Some(size_of::<T>() * own.len())));
+        let receives = self.others().enumerate().map(place).collect();
+        // In the order of the ranks: which piece each one's contribution is.
+        let mut order: Vec<(usize, Option<usize>)> =
+            self.others().enumerate().map(|(piece, member)| (member, Some(piece))).collect();
+        order.push((rank, None));
+        order.sort_unstable();
+        self.start::<T, B>(operation, label, buffer, sends, receives, move |finished| {
+            let mut buffer: B = given_back(finished.memory)?;
+            let own = &mut buffer.host_mut().context("no processor reaches this memory")?[own];
+            let pieces: Vec<Option<&[T]>> = order
+                .iter()
+                .map(|(_, piece)| piece.map(|p| bytemuck::cast_slice(finished.pieces[p].bytes())))
+                .collect();
+            sum(own, &pieces);
+            Ok(buffer)
+        })
+    }
+
+    /// Sums whole buffers of any length; all ranks get the same bits.
+    pub fn all_reduce<T: Element, B: Buffer<T> + 'static>(&self, label: Label, buffer: B) -> Pending<B> {
+        let (size, len, operation) = (self.size(), buffer.len(), Operation::AllReduce);
+        if size == 1 {
+            return Pending::ready(Ok(buffer));
+        }
+        if len * size_of::<T>() <= SMALL_SUM {
+            return self.sum_parts(operation, label, buffer, move |_| 0..len);
+        }
+        let part = len.div_ceil(size);
+        let range = move |member: usize| (member * part).min(len)..((member + 1) * part).min(len);
+        let sum = self.sum_parts(operation, label, buffer, range);
+        let group = self.clone();
+        match sum.0 {
+            State::Ready(result) => Pending::ready(result),
+            State::Waiting(done, finish) => Pending(State::Waiting(
+                done,
+                Box::new(move |finished| {
+                    let buffer = finish(finished)?;
+                    group
+                        .gather_parts::<T, B>(operation, label, buffer, move |member| Some(range(member)))
+                        .wait()
+                }),
+            )),
+        }
+    }
+
+    /// Gives all what `from` has.
+    pub fn broadcast<T: Element, B: Buffer<T> + 'static>(
+        &self,
+        label: Label,
+        from: usize,
+        buffer: B,
+    ) -> Pending<B> {
+        if self.size() == 1 {
+            return Pending::ready(Ok(buffer));
+        }
+        let all = 0..buffer.len() * size_of::<T>();
+        let (sends, receives) = if self.rank() == from {
+            (self.others().map(|member| (member, all.clone())).collect(), Vec::new())
+        } else {
+            (Vec::new(), vec![(from, Place::Memory(all))])
+        };
+        self.start::<T, B>(Operation::Broadcast, label, buffer, sends, receives, |finished| {
+            given_back(finished.memory)
+        })
+    }
+
+    /// Sends a buffer to another member, which calls [`Group::receive`].
+    pub fn send<T: Element, B: Buffer<T> + 'static>(&self, label: Label, to: usize, buffer: B) -> Pending<B> {
+        let all = 0..buffer.len() * size_of::<T>();
+        self.start::<T, B>(Operation::Send, label, buffer, vec![(to, all)], Vec::new(), |finished| {
+            given_back(finished.memory)
+        })
+    }
+
+    /// Receives a buffer's content from another member.
+    pub fn receive<T: Element, B: Buffer<T> + 'static>(
+        &self,
+        label: Label,
+        from: usize,
+        buffer: B,
+    ) -> Pending<B> {
+        let all = Place::Memory(0..buffer.len() * size_of::<T>());
+        self.start::<T, B>(Operation::Send, label, buffer, Vec::new(), vec![(from, all)], |finished| {
+            given_back(finished.memory)
+        })
+    }
+
+    /// A few bytes of every member, in the order of the members; lengths may differ.
+    ///
+    /// # Errors
+    /// When another rank is lost.
+    pub fn gather_bytes(&self, label: Label, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        if self.size() == 1 {
+            return Ok(vec![bytes.to_vec()]);
+        }
+        let sends = self.others().map(|member| (member, 0..bytes.len())).collect();
+        let receives =
+            self.others().enumerate().map(|(piece, member)| (member, Place::Piece(piece, None))).collect();
+        let finished = self.post(Operation::Gather, label, Box::new(bytes.to_vec()), sends, receives)?;
+        let finished =
+            finished.recv().map_err(|_| anyhow!("the thread that talks to the other ranks has died"))?;
+        let finished = finished.map_err(|reason| anyhow!(reason))?;
+        let mut all = vec![bytes.to_vec(); self.size()];
+        for (member, piece) in self.others().zip(&finished.pieces) {
+            all[member] = piece.bytes().to_vec();
+        }
+        Ok(all)
+    }
+
+    /// A few numbers of every member, in the order of the members.
+    ///
+    /// # Errors
+    /// When another rank is lost.
+    pub fn gather_f64(&self, label: Label, values: &[f64]) -> Result<Vec<Vec<f64>>> {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let all = self.gather_bytes(label, &bytes)?;
+        Ok(all
+            .iter()
+            .map(|bytes| bytes.as_chunks().0.iter().map(|b| f64::from_le_bytes(*b)).collect())
+            .collect())
+    }
+
+    /// Waits until every member is here.
+    ///
+    /// # Errors
+    /// When another rank is lost.
+    pub fn barrier(&self, label: Label) -> Result<()> {
+        self.gather_bytes(label, &[]).map(drop)
+    }
+
+    /// Starts an operation on a buffer; ranks are numbers of members.
+    fn start<T: Element, B: Buffer<T> + 'static>(
+        &self,
+        operation: Operation,
+        label: Label,
+        buffer: B,
+        sends: Vec<(usize, Range<usize>)>,
+        receives: Vec<(usize, Place)>,
+        finish: impl FnOnce(Finished) -> Result<B> + Send + 'static,
+    ) -> Pending<B> {
+        let reached = match buffer.host() {
+            None => Err(anyhow!("no collective operation reaches this device's memory yet")),
+            Some(_) => {
+                self.post(operation, label, Box::new(Owned::<T, B>(buffer, PhantomData)), sends, receives)
+            }
+        };
+        match reached {
+            Ok(done) => Pending(State::Waiting(done, Box::new(finish))),
+            Err(error) => Pending::ready(Err(error)),
+        }
+    }
+
+    fn post(
+        &self,
+        operation: Operation,
+        label: Label,
+        memory: Box<dyn Memory>,
+        sends: Vec<(usize, Range<usize>)>,
+        receives: Vec<(usize, Place)>,
+    ) -> Result<Receiver<Result<Finished, String>>> {
+        let Inner { world, name, members, .. } = &*self.0;
+        let bytes = sends.iter().map(|(_, range)| range.len() as u64).sum();
+        world.count(name, operation, bytes);
+        let (done, finished) = channel();
+        let job = Job {
+            operation,
+            group: name,
+            label,
+            memory,
+            sends: sends.into_iter().map(|(member, range)| (members[member], range)).collect(),
+            receives: receives.into_iter().map(|(member, place)| (members[member], place)).collect(),
+            done,
+        };
+        world.command(Command::Post(job))?;
+        Ok(finished)
+    }
+}
+
+/// `own` becomes the sum of the contributions, in their order; it is the one that is not a piece itself.
+fn sum<T: Element>(own: &mut [T], pieces: &[Option<&[T]>]) {
+    let mut tile = [0.0f32; TILE];
+    for start in (0..own.len()).step_by(TILE) {
+        let range = start..own.len().min(start + TILE);
+        let sums = &mut tile[..range.len()];
+        sums.fill(0.0);
+        for piece in pieces {
+            let values = piece.map_or(&own[range.clone()], |piece| &piece[range.clone()]);
+            for (sum, value) in sums.iter_mut().zip(values) {
+                *sum += value.to_f32();
+            }
+        }
+        for (out, sum) in own[range].iter_mut().zip(sums) {
+            *out = T::from_f32(*sum);
+        }
+    }
+}

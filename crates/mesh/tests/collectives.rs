@@ -1,0 +1,308 @@
+//! Every operation on one to eight ranks against its definition, what is counted, and what happens when a rank is lost.
+
+use ferropt_device::cpu::CpuBuf;
+use ferropt_device::{Element, bf16};
+use ferropt_mesh::{Axes, Group, Join, Label, Mesh, Operation, SMALL_SUM, World};
+use std::io::Write;
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+/// Runs `work` on every rank, each a thread, and returns what they return.
+fn on_ranks<R: Send>(worlds: Vec<World>, work: impl Fn(World) -> R + Sync) -> Vec<R> {
+    std::thread::scope(|scope| {
+        let ranks: Vec<_> = worlds.into_iter().map(|world| scope.spawn(|| work(world))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+fn on<R: Send>(ranks: usize, work: impl Fn(Group) -> R + Sync) -> Vec<R> {
+    let members: Vec<usize> = (0..ranks).collect();
+    on_ranks(World::local(ranks).unwrap(), |world| work(world.group(&members, "test").unwrap()))
+}
+
+fn buffer<T: Element>(values: impl Iterator<Item = f32>) -> CpuBuf<T> {
+    let values: Vec<T> = values.map(T::from_f32).collect();
+    let mut buffer = CpuBuf::zeroed(values.len()).unwrap();
+    buffer.copy_from_slice(&values);
+    buffer
+}
+
+/// A number that tells rank and place, small enough that sums of eight are exact in bf16.
+fn number(rank: usize, place: usize) -> f32 {
+    ((rank * 5 + place * 3) % 16) as f32 - 7.0
+}
+
+fn sum(ranks: usize, place: usize) -> f32 {
+    (0..ranks).map(|rank| number(rank, place)).sum()
+}
+
+fn check<T: Element>(ranks: usize, part: usize) {
+    let len = ranks * part;
+    on(ranks, |group| {
+        let me = group.rank();
+        let own = |place: usize| place / part.max(1) == me;
+        let mine = || buffer::<T>((0..len).map(|place| number(me, place)));
+        let alone = buffer::<T>((0..len).map(|place| if own(place) { number(me, place) } else { -100.0 }));
+        // All at once, and waited for in another order.
+        let gathered = group.all_gather(Label::of("layer", 1), alone);
+        let scattered = group.reduce_scatter(Label::of("layer", 2), mine());
+        let reduced = group.all_reduce(Label::of("layer", 3), mine());
+        let sent = group.broadcast(Label::new("all"), ranks - 1, mine());
+        let reduced = reduced.wait().unwrap();
+        let (scattered, gathered) = (scattered.wait().unwrap(), gathered.wait().unwrap());
+        let sent = sent.wait().unwrap();
+        for place in 0..len {
+            let what = format!("{ranks} ranks, {part} each, {}, place {place}", T::DTYPE);
+            assert_eq!(gathered[place].to_f32(), number(place / part, place), "gathered, {what}");
+            assert_eq!(reduced[place].to_f32(), sum(ranks, place), "reduced, {what}");
+            assert_eq!(sent[place].to_f32(), number(ranks - 1, place), "broadcast, {what}");
+            let want = if own(place) { sum(ranks, place) } else { number(me, place) };
+            assert_eq!(scattered[place].to_f32(), want, "scattered, {what}");
+        }
+    });
+}
+
+#[test]
+fn operations_do_what_they_say() {
+    for ranks in 1..=8 {
+        // Nothing, odd, more than a frame, more than the system takes at once.
+        for part in [0, 1, 7, 3001] {
+            check::<f32>(ranks, part);
+            check::<bf16>(ranks, part);
+        }
+    }
+    check::<f32>(2, 1_500_000);
+    check::<bf16>(3, 1_000_001);
+}
+
+#[test]
+fn any_length_is_reduced_to_the_same_bits_everywhere() {
+    for ranks in [2, 3, 8] {
+        for len in [1, 5, SMALL_SUM / 4, SMALL_SUM / 4 + 1, 100_003] {
+            let values = |rank: usize| (0..len).map(move |i| ((i * 7 + rank * 13) as f32).sin());
+            let all = on(ranks, |group| {
+                let reduced =
+                    group.all_reduce(Label::new("x"), buffer::<f32>(values(group.rank()))).wait().unwrap();
+                reduced.to_vec()
+            });
+            // In the order of the ranks, in f32: the definition to the bit.
+            let mut want = vec![0.0f32; len];
+            for rank in 0..ranks {
+                want.iter_mut().zip(values(rank)).for_each(|(sum, value)| *sum += value);
+            }
+            assert!(all.iter().all(|got| *got == want), "{ranks} ranks, {len}");
+        }
+    }
+}
+
+#[test]
+fn bytes_of_different_lengths_are_gathered() {
+    on(5, |group| {
+        let mine = vec![group.rank() as u8; group.rank() * 3000];
+        let all = group.gather_bytes(Label::new("bytes"), &mine).unwrap();
+        for (rank, bytes) in all.iter().enumerate() {
+            assert_eq!(*bytes, vec![rank as u8; rank * 3000]);
+        }
+        let numbers = group.gather_f64(Label::new("numbers"), &[group.rank() as f64, f64::NAN]).unwrap();
+        assert!(numbers.iter().enumerate().all(|(rank, n)| n[0] == rank as f64 && n[1].is_nan()));
+        group.barrier(Label::new("end")).unwrap();
+    });
+}
+
+/// Both directions of a pipeline, with payloads that no connection keeps: each rank sends before it receives.
+#[test]
+fn opposite_transfers_do_not_block_each_other() {
+    on(4, |group| {
+        let (me, size, len) = (group.rank(), group.size(), 700_000);
+        let (next, before) = ((me + 1) % size, (me + size - 1) % size);
+        let values =
+            |from: usize, round: usize| buffer::<f32>((0..len).map(move |_| (from * 10 + round) as f32));
+        let mut pending = Vec::new();
+        for round in 0..3 {
+            for to in [next, before] {
+                pending.push(group.send(Label::of("activation", round), to, values(me, round)));
+            }
+        }
+        for round in 0..3 {
+            for from in [before, next] {
+                let got =
+                    group.receive(Label::of("activation", round), from, CpuBuf::<f32>::zeroed(len).unwrap());
+                let got = got.wait().unwrap();
+                assert!(got.iter().all(|x| *x == (from * 10 + round) as f32), "from {from}, round {round}");
+            }
+        }
+        for pending in pending {
+            pending.wait().unwrap();
+        }
+    });
+}
+
+/// Groups that share ranks work side by side, and an operation may be dropped without being waited for.
+#[test]
+fn groups_do_not_disturb_each_other() {
+    let axes = Axes { tensor: 2, shard: 2, replicate: 2, pipeline: 1 };
+    on_ranks(World::local(8).unwrap(), |world| {
+        let mesh = Mesh::new(world, axes).unwrap();
+        for round in 0..20 {
+            let rank = mesh.world.rank() as f32;
+            let one = |group: &Group| {
+                group.all_reduce(Label::of("round", round), buffer::<f32>([rank].into_iter()))
+            };
+            let (tensor, data, all) = (one(&mesh.tensor), one(&mesh.data), one(&mesh.all));
+            drop(one(&mesh.shard));
+            assert_eq!(all.wait().unwrap()[0], 28.0);
+            let sum = |group: &Group| (0..group.size()).map(|m| group.world_rank(m) as f32).sum::<f32>();
+            assert_eq!(data.wait().unwrap()[0], sum(&mesh.data));
+            assert_eq!(tensor.wait().unwrap()[0], sum(&mesh.tensor));
+        }
+    });
+}
+
+#[test]
+fn what_is_sent_is_counted() {
+    on_ranks(World::local(4).unwrap(), |world| {
+        let group = world.group(&[0, 1, 2, 3], "four").unwrap();
+        let of = |len: usize| buffer::<bf16>((0..len).map(|_| 1.0));
+        group.all_gather(Label::new("a"), of(4000)).wait().unwrap();
+        group.all_gather(Label::new("a"), of(8000)).wait().unwrap();
+        group.reduce_scatter(Label::new("b"), of(4000)).wait().unwrap();
+        group.all_reduce(Label::new("c"), of(40_000)).wait().unwrap();
+        let traffic = world.traffic();
+        let sent = |operation: Operation| {
+            let line = traffic.iter().find(|t| t.operation == operation).unwrap();
+            assert_eq!(line.group, "four");
+            (line.bytes, line.calls)
+        };
+        // Three quarters of a buffer; twice that to sum and then gather.
+        assert_eq!(sent(Operation::AllGather), (3 * 1000 * 2 + 3 * 2000 * 2, 2));
+        assert_eq!(sent(Operation::ReduceScatter), (3 * 1000 * 2, 1));
+        assert_eq!(sent(Operation::AllReduce), (2 * 3 * 10_000 * 2, 2));
+        world.reset_traffic();
+        assert!(world.traffic().is_empty());
+    });
+}
+
+#[test]
+fn a_trace_shows_both_lanes_of_all_ranks() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |rank: usize| folder.path().join(format!("{rank}.json"));
+    on_ranks(World::local(2).unwrap(), |world| {
+        let group = world.group(&[0, 1], "pair").unwrap();
+        world.trace().start(world.rank());
+        let sum = group.all_reduce(Label::of("layer", 3), buffer::<f32>((0..100_000).map(|_| 1.0)));
+        drop(world.trace().span(Label::new("computing")));
+        sum.wait().unwrap();
+        world.trace().write(&file(world.rank())).unwrap();
+    });
+    let merged = folder.path().join("trace.json");
+    ferropt_mesh::Trace::merge(&[&file(0), &file(1)], &merged).unwrap();
+    let events: serde_json::Value = serde_json::from_slice(&std::fs::read(merged).unwrap()).unwrap();
+    let events = events.as_array().unwrap();
+    for rank in [0, 1] {
+        let named = |name: &str, phase: &str| {
+            let is = |e: &&serde_json::Value| e["pid"] == rank && e["ph"] == phase && e["name"] == name;
+            events.iter().filter(is).count()
+        };
+        assert_eq!(named("computing", "X"), 1);
+        assert_eq!(named("all-reduce of layer 3 (pair)", "b"), 2, "sum and gathering");
+        assert_eq!(named("all-reduce of layer 3 (pair)", "e"), 2);
+    }
+}
+
+fn message<R>(result: anyhow::Result<R>) -> String {
+    format!("{:#}", result.err().expect("an error"))
+}
+
+#[test]
+fn ranks_that_do_different_things_are_told_so() {
+    let messages = on(3, |group| {
+        let label = Label::of("layer", if group.rank() == 1 { 8 } else { 7 });
+        message(group.all_gather(label, buffer::<f32>((0..3000).map(|_| 1.0))).wait())
+    });
+    for message in &messages {
+        assert!(message.contains("layer 7") && message.contains("layer 8"), "{message}");
+        assert!(message.contains("the all-gather of") && message.contains("expects"), "{message}");
+    }
+}
+
+#[test]
+fn a_rank_that_leaves_too_early_is_named() {
+    let messages = on(3, |group| {
+        if group.rank() == 2 {
+            return "left".into();
+        }
+        message(group.barrier(Label::new("end")))
+    });
+    for message in &messages[..2] {
+        assert!(message.contains("rank 2") && message.contains("ended"), "{message}");
+    }
+}
+
+#[test]
+fn who_gives_up_says_why_and_ends_all_waiting() {
+    let messages = on_ranks(World::local(4).unwrap(), |world| {
+        let group = world.group(&[0, 1, 2, 3], "four").unwrap();
+        if world.rank() == 3 {
+            world.abandon("the disk of this rank is on fire");
+        }
+        let first = message(group.barrier(Label::new("end")));
+        // Everything afterwards fails alike.
+        let again = message(group.gather_f64(Label::new("more"), &[1.0]));
+        assert_eq!(first, again);
+        first
+    });
+    for message in messages {
+        assert!(message.contains("the disk of this rank is on fire"), "{message}");
+    }
+}
+
+/// A rank that is alive, but never does what the others wait for.
+#[test]
+fn a_rank_without_end_is_given_up() {
+    let options = Join { patience: Duration::from_millis(1500), ..Join::default() };
+    let messages = on_ranks(World::local_with(2, options).unwrap(), |world| {
+        let group = world.group(&[0, 1], "two").unwrap();
+        if world.rank() == 1 {
+            world.beat(Label::of("step", 12));
+            std::thread::sleep(Duration::from_secs(4));
+            return String::new();
+        }
+        message(group.barrier(Label::of("step", 13)))
+    });
+    for part in ["rank 1", "last heard of at step 12", "is alive", "step 13"] {
+        assert!(messages[0].contains(part), "{}", messages[0]);
+    }
+}
+
+/// What connects to the port where ranks meet, and is none of them, harms nothing.
+#[test]
+fn strangers_are_shown_out() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let knock = |text: &[u8]| {
+        let until = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < until {
+            if let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) {
+                // Whether it is read does not matter.
+                let _ = stream.write_all(text);
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        panic!("nobody listens");
+    };
+    let program = env!("CARGO_BIN_EXE_ferropt-mesh-check");
+    let start = |rank: usize| {
+        let mut command = std::process::Command::new(program);
+        command.env("RANK", rank.to_string()).env("WORLD_SIZE", "3").env("MASTER_ADDR", "127.0.0.1");
+        command.env("MASTER_PORT", port.to_string()).stderr(std::process::Stdio::piped()).spawn().unwrap()
+    };
+    let mut ranks = vec![start(0)];
+    knock(b"GET / HTTP/1.1\r\nHost: me\r\n\r\n");
+    knock(b"ferropt1\xff\xff\xff\xff\xff\xff\xff\xff");
+    knock(b"ferropt1\x05\0\0\0\0\0\0\0hello");
+    ranks.extend([1, 2].map(start));
+    for rank in ranks {
+        let out = rank.wait_with_output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    }
+}

@@ -1,0 +1,325 @@
+//! Fully sharded weights: a unit at a time is whole (Rajbhandari et al., 2020, "ZeRO", stage 3; Zhao et al., 2023,
+//! "PyTorch FSDP"). A unit is a layer, or the ends of the model: embeddings, last layer norm and projections.
+//!
+//! [`Units`] gathers weights: the next layer's come while one computes, into one of two places. What a place holds is kept
+//! until it is needed for another layer, so the backward pass begins with the layer that the forward pass ended with, and
+//! the next micro-batch with the one that the backward pass ended with. The ends stay for a whole step.
+//! [`Totals`] sums gradients over the ranks, a layer's while the one before it computes.
+//!
+//! A single rank has all of them where they are, and nothing happens here.
+
+use crate::config::Config;
+use crate::part::Held;
+use crate::weights::{Layer, Tensor, TensorMut, Weights, Zeros};
+use anyhow::Result;
+use ferropt_device::{Device, Element, Store};
+use ferropt_mesh::{Group, Label, Pending};
+
+/// Layers that are whole at once: one computes, another is on its way.
+const PLACES: usize = 2;
+
+/// Weights as passes read them.
+pub(crate) struct Units<D: Device, E: Element>(Option<Gathered<D, E>>);
+
+struct Gathered<D: Device, E: Element> {
+    group: Group,
+    places: Vec<Gathering<Layer<D, E>, D, E>>,
+    ends: Gathering<Weights<D, E>, D, E>,
+}
+
+/// A unit that is whole, or on its way.
+struct Gathering<U, D: Device, E: Element> {
+    unit: U,
+    /// Which one it is.
+    holds: Option<usize>,
+    /// What is on its way; those buffers of the unit are empty meanwhile.
+    coming: Vec<Coming<D, E>>,
+}
+
+enum Coming<D: Device, E: Element> {
+    Matrix(Pending<D::Buf<E>>),
+    Vector(Pending<D::Buf<f32>>),
+}
+
+/// Lists of buffers in the order of the parameter table.
+trait Unit<D: Device, E: Element> {
+    fn list(&self) -> Vec<Tensor<'_, D, E>>;
+    fn list_mut(&mut self) -> Vec<TensorMut<'_, D, E>>;
+}
+
+impl<D: Device, E: Element> Unit<D, E> for Layer<D, E> {
+    fn list(&self) -> Vec<Tensor<'_, D, E>> {
+        self.tensors()
+    }
+
+    fn list_mut(&mut self) -> Vec<TensorMut<'_, D, E>> {
+        self.tensors_mut()
+    }
+}
+
+/// Of weights, the ends.
+impl<D: Device, E: Element> Unit<D, E> for Weights<D, E> {
+    fn list(&self) -> Vec<Tensor<'_, D, E>> {
+        self.ends()
+    }
+
+    fn list_mut(&mut self) -> Vec<TensorMut<'_, D, E>> {
+        self.ends_mut()
+    }
+}
+
+/// Lengths of whole units' buffers.
+struct Lengths {
+    layer: Vec<usize>,
+    ends: Vec<usize>,
+}
+
+impl Lengths {
+    fn new(held: &[Held], shards: usize) -> Lengths {
+        let length = |h: &Held| h.shard_len * shards;
+        Lengths {
+            layer: held.iter().filter(|h| h.parameter.layer() == Some(0)).map(length).collect(),
+            ends: held.iter().filter(|h| h.parameter.layer().is_none()).map(length).collect(),
+        }
+    }
+
+    fn layer<D: Device, E: Element>(&self, device: &D) -> Result<Layer<D, E>> {
+        Layer::make(&mut Zeros { device, lengths: &mut self.layer.iter().copied() })
+    }
+
+    fn ends<D: Device, E: Element>(&self, device: &D, config: &Config) -> Result<Weights<D, E>> {
+        Weights::make(config, 0, &mut Zeros { device, lengths: &mut self.ends.iter().copied() })
+    }
+}
+
+impl<D: Device, E: Element> Units<D, E> {
+    /// Room for whole units, where weights are shared out among the ranks of `group`.
+    pub(crate) fn new(device: &D, config: &Config, held: &[Held], group: &Group) -> Result<Self> {
+        if group.size() == 1 {
+            return Ok(Units(None));
+        }
+        let lengths = Lengths::new(held, group.size());
+        let places =
+            (0..PLACES).map(|_| Ok(Gathering::new(lengths.layer(device)?))).collect::<Result<_>>()?;
+        let ends = Gathering::new(lengths.ends(device, config)?);
+        Ok(Units(Some(Gathered { group: group.clone(), places, ends })))
+    }
+
+    /// The weights have changed: nothing that is here is good any more.
+    pub(crate) fn forget(&mut self) {
+        if let Some(gathered) = &mut self.0 {
+            gathered.ends.holds = None;
+            gathered.places.iter_mut().for_each(|place| place.holds = None);
+        }
+    }
+
+    /// Asks for layer `l`, which is about to be used, and for the one after it.
+    pub(crate) fn ask(&mut self, device: &D, w: &Weights<D, E>, l: usize, next: Option<usize>) -> Result<()> {
+        let Some(Gathered { group, places, .. }) = &mut self.0 else { return Ok(()) };
+        for wanted in [Some(l), next].into_iter().flatten().filter(|wanted| *wanted < w.layers.len()) {
+            if places.iter().any(|place| place.holds == Some(wanted)) {
+                continue;
+            }
+            let free = |place: &&mut Gathering<_, D, E>| {
+                place.holds.is_none_or(|held| held != l && Some(held) != next)
+            };
+            if let Some(place) = places.iter_mut().find(free) {
+                place.start(device, group, Label::of("layer", wanted), &w.layers[wanted], wanted)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Layer `l`, which was asked for.
+    pub(crate) fn layer<'a>(&'a mut self, w: &'a Weights<D, E>, l: usize) -> Result<&'a Layer<D, E>> {
+        let Some(Gathered { places, .. }) = &mut self.0 else { return Ok(&w.layers[l]) };
+        match places.iter_mut().find(|place| place.holds == Some(l)) {
+            Some(place) => place.arrive(),
+            None => anyhow::bail!("layer {l} was not asked for"),
+        }
+    }
+
+    /// The ends. Of those that were gathered, `layers` is empty.
+    pub(crate) fn ends<'a>(&'a mut self, device: &D, w: &'a Weights<D, E>) -> Result<&'a Weights<D, E>> {
+        let Some(Gathered { group, ends, .. }) = &mut self.0 else { return Ok(w) };
+        if ends.holds.is_none() {
+            ends.start(device, group, Label::new("ends"), w, 0)?;
+        }
+        ends.arrive()
+    }
+}
+
+impl<U: Unit<D, E>, D: Device, E: Element> Gathering<U, D, E> {
+    fn new(unit: U) -> Self {
+        Gathering { unit, holds: None, coming: Vec::new() }
+    }
+
+    /// Gathers the unit of `shards`, to be known as `name`.
+    fn start(
+        &mut self,
+        device: &D,
+        group: &Group,
+        label: Label,
+        shards: &impl Unit<D, E>,
+        name: usize,
+    ) -> Result<()> {
+        // What was on its way and has not been used, if anything, has to be here before its buffers can be.
+        self.arrive()?;
+        self.holds = Some(name);
+        for (shard, whole) in shards.list().into_iter().zip(self.unit.list_mut()) {
+            self.coming.push(match (shard, whole) {
+                (Tensor::Matrix(shard), TensorMut::Matrix(whole)) => {
+                    Coming::Matrix(gather(device, group, label, shard, whole)?)
+                }
+                (Tensor::Vector(shard), TensorMut::Vector(whole)) => {
+                    Coming::Vector(gather(device, group, label, shard, whole)?)
+                }
+                _ => anyhow::bail!("the {label} has a matrix where its shards have a vector"),
+            });
+        }
+        Ok(())
+    }
+
+    /// The unit, once it is whole.
+    fn arrive(&mut self) -> Result<&U> {
+        for (coming, whole) in self.coming.drain(..).zip(self.unit.list_mut()) {
+            match (coming, whole) {
+                (Coming::Matrix(coming), TensorMut::Matrix(whole)) => *whole = coming.wait()?,
+                (Coming::Vector(coming), TensorMut::Vector(whole)) => *whole = coming.wait()?,
+                _ => anyhow::bail!("a matrix came where a vector was sent for"),
+            }
+        }
+        Ok(&self.unit)
+    }
+}
+
+/// Begins to gather a tensor; `whole` is empty until it is there.
+fn gather<D: Device, T: Element>(
+    device: &D,
+    group: &Group,
+    label: Label,
+    shard: &D::Buf<T>,
+    whole: &mut D::Buf<T>,
+) -> Result<Pending<D::Buf<T>>> {
+    use ferropt_device::Buffer;
+    let mut buffer = std::mem::replace(whole, device.alloc(0)?);
+    device.copy(shard.len(), shard, 0, &mut buffer, group.rank() * shard.len());
+    Ok(group.all_gather(label, buffer))
+}
+
+/// Gradients as passes write them, and their sums over the ranks.
+pub(crate) struct Totals<D: Device>(Option<Scattered<D>>);
+
+struct Scattered<D: Device> {
+    group: Group,
+    places: Vec<Scattering<Layer<D, f32>, D>>,
+    ends: Scattering<Weights<D, f32>, D>,
+    /// The place that is written next.
+    next: usize,
+}
+
+/// A unit of gradients that is being written, or whose sum is on its way.
+struct Scattering<U, D: Device> {
+    unit: U,
+    coming: Vec<Pending<D::Buf<f32>>>,
+    /// Which layer's it is, and what is to be done with the sum.
+    goes: (usize, Store),
+}
+
+impl<D: Device> Totals<D> {
+    /// Room for whole units, where gradients are shared out among the ranks of `group`.
+    pub(crate) fn new(device: &D, config: &Config, held: &[Held], group: &Group) -> Result<Self> {
+        if group.size() == 1 {
+            return Ok(Totals(None));
+        }
+        let lengths = Lengths::new(held, group.size());
+        let places =
+            (0..PLACES).map(|_| Ok(Scattering::new(lengths.layer(device)?))).collect::<Result<_>>()?;
+        let ends = Scattering::new(lengths.ends(device, config)?);
+        Ok(Totals(Some(Scattered { group: group.clone(), places, ends, next: 0 })))
+    }
+
+    /// Where layer `l`'s gradients are to be written, and how. `sums` has this rank's shards.
+    pub(crate) fn layer<'a>(
+        &'a mut self,
+        device: &D,
+        sums: &'a mut Weights<D, f32>,
+        l: usize,
+        store: Store,
+    ) -> Result<(&'a mut Layer<D, f32>, Store)> {
+        let Some(Scattered { group, places, next, .. }) = &mut self.0 else {
+            return Ok((&mut sums.layers[l], store));
+        };
+        let place = &mut places[*next];
+        let into = place.goes.0;
+        place.settle(device, group, &mut sums.layers[into])?;
+        place.goes = (l, store);
+        Ok((&mut place.unit, Store::Overwrite))
+    }
+
+    /// They are written.
+    pub(crate) fn layer_done(&mut self, device: &D) -> Result<()> {
+        let Some(Scattered { group, places, next, .. }) = &mut self.0 else { return Ok(()) };
+        let label = Label::of("layer", places[*next].goes.0);
+        places[*next].start(device, group, label)?;
+        *next = (*next + 1) % places.len();
+        Ok(())
+    }
+
+    /// Where the ends' gradients are to be written, and how.
+    pub(crate) fn ends<'a>(
+        &'a mut self,
+        device: &D,
+        sums: &'a mut Weights<D, f32>,
+        store: Store,
+    ) -> Result<(&'a mut Weights<D, f32>, Store)> {
+        let Some(Scattered { group, ends, .. }) = &mut self.0 else { return Ok((sums, store)) };
+        if !ends.coming.is_empty() {
+            ends.settle(device, group, sums)?;
+        }
+        ends.goes.1 = store;
+        Ok((&mut ends.unit, Store::Overwrite))
+    }
+
+    /// They are written.
+    pub(crate) fn ends_done(&mut self, device: &D) -> Result<()> {
+        let Some(Scattered { group, ends, .. }) = &mut self.0 else { return Ok(()) };
+        ends.start(device, group, Label::new("ends"))
+    }
+
+    /// Waits for all sums.
+    pub(crate) fn finish(&mut self, device: &D, sums: &mut Weights<D, f32>) -> Result<()> {
+        let Some(Scattered { group, places, ends, .. }) = &mut self.0 else { return Ok(()) };
+        for place in places {
+            let into = place.goes.0;
+            place.settle(device, group, &mut sums.layers[into])?;
+        }
+        ends.settle(device, group, sums)
+    }
+}
+
+impl<U: Unit<D, f32>, D: Device> Scattering<U, D> {
+    fn new(unit: U) -> Self {
+        Scattering { unit, coming: Vec::new(), goes: (0, Store::Overwrite) }
+    }
+
+    fn start(&mut self, device: &D, group: &Group, label: Label) -> Result<()> {
+        for whole in self.unit.list_mut() {
+            let buffer = std::mem::replace(whole.flat(), device.alloc(0)?);
+            self.coming.push(group.reduce_scatter(label, buffer));
+        }
+        Ok(())
+    }
+
+    /// Puts the sums that are on their way where they belong.
+    fn settle(&mut self, device: &D, group: &Group, into: &mut impl Unit<D, f32>) -> Result<()> {
+        use ferropt_device::Buffer;
+        let tensors = self.unit.list_mut().into_iter().zip(into.list_mut());
+        for (coming, (whole, sum)) in self.coming.drain(..).zip(tensors) {
+            let (whole, sum) = (whole.flat(), sum.flat());
+            *whole = coming.wait()?;
+            device.accumulate(whole, group.rank() * sum.len(), sum, self.goes.1);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,199 @@
+//! Passes on many ranks, as threads of one process, give the losses and gradients of passes on one.
+
+use ferropt_device::bf16;
+use ferropt_device::cpu::{CpuDevice, CpuOptions};
+use ferropt_device::rng::{Purpose, Stream};
+use ferropt_device::{DType, Device, Element, Store};
+use ferropt_mesh::{Axes, Mesh, World};
+use ferropt_model::{
+    Backprop, Batch, Config, Held, Initial, Model, Options, Pass, Recompute, initial_shard, part_of,
+};
+
+const SEED: u64 = 5;
+/// Sequences of a step, and their length.
+const SEQUENCES: usize = 8;
+const SEQ: usize = 12;
+
+fn config(post_norm: bool) -> Config {
+    let base = Config::preset("tiny").unwrap();
+    let config = Config { layers: 3, heads: 4, vocab: 48, positions: 16, ..base };
+    let config = Config { dropout: 0.2, attention_dropout: 0.1, ..config };
+    if post_norm { Config { post_norm, embedding_width: 24, ..config } } else { config }
+}
+
+/// Values that are neither small nor all alike, so that nothing can be left out without notice.
+fn noisy(held: &Held) -> Vec<f32> {
+    let mean = f32::from(held.parameter.initial == Initial::Ones);
+    let mut noise = held.clone();
+    noise.parameter.initial = Initial::Normal(0.1);
+    let mut values = initial_shard(&noise, SEED);
+    values[..held.shard.len()].iter_mut().for_each(|v| *v += mean);
+    values
+}
+
+fn ids(which: usize, len: usize, below: usize) -> Vec<u32> {
+    let stream = Stream::new(SEED, Purpose::Sampling, which, 0);
+    (0..len).map(|i| stream.word(0, i) % below as u32).collect()
+}
+
+/// What one rank has computed.
+struct Part {
+    loss: f64,
+    score: f64,
+    norm: f64,
+    /// What is held of each parameter, and the gradients of that.
+    gradients: Vec<(Held, Vec<f32>)>,
+}
+
+/// A step's passes in micro-batches of `batch`, twice, so that the second finds what the first left; and a score.
+fn passes<E: Element>(config: &Config, batch: usize, recompute: Recompute, mesh: Mesh) -> Part {
+    let options = CpuOptions { threads: Some(1), pin: false, ..CpuOptions::default() };
+    let device = CpuDevice::new(options).unwrap();
+    let mut model = Model::<_, E>::part(&device, config, part_of(&mesh)).unwrap();
+    for held in model.held().to_vec() {
+        model.set(&device, held.index, &noisy(&held)).unwrap();
+    }
+    let options = Options { batch, seq: SEQ, recompute, stop_at_documents: true };
+    let (rank, ranks) = (mesh.data.rank(), mesh.data.size());
+    let mut backprop = Backprop::<_, E>::on(&device, config, options, mesh).unwrap();
+    let (tokens, targets) = (ids(1, SEQUENCES * SEQ, config.vocab), ids(2, SEQUENCES * SEQ, config.vocab));
+    let doc_start: Vec<u32> = (0..SEQUENCES * SEQ).map(|i| if i % SEQ < 5 { 0 } else { 5 }).collect();
+    let mut part = Part { loss: 0.0, score: 0.0, norm: 0.0, gradients: Vec::new() };
+    for _ in 0..2 {
+        part.loss = 0.0;
+        for micro in 0..SEQUENCES / (batch * ranks) {
+            let first = (micro * ranks + rank) * batch;
+            let rows = first * SEQ..(first + batch) * SEQ;
+            let doc_start = &doc_start[rows.clone()];
+            let batch = Batch { tokens: &tokens[rows.clone()], targets: &targets[rows], doc_start };
+            let pass = Pass { seed: SEED, step: 3, first_sequence: first as u64 };
+            let store = if micro == 0 { Store::Overwrite } else { Store::Accumulate };
+            part.loss += backprop.train(&device, &model, batch, pass, 0.01, store).unwrap();
+        }
+        part.norm = backprop.sum(&device).unwrap();
+        let rows = ..batch * SEQ;
+        let batch = Batch { tokens: &tokens[rows], targets: &targets[rows], doc_start: &doc_start[rows] };
+        part.score = backprop.score(&device, &model, batch).unwrap();
+    }
+    let tensors = backprop.gradients.tensors().into_iter().map(|g| g.flat().to_vec());
+    part.gradients = model.held().iter().cloned().zip(tensors).collect();
+    part
+}
+
+/// The same on all ranks of a mesh: losses added up, gradients put together.
+fn on_ranks<E: Element>(config: &Config, batch: usize, recompute: Recompute, axes: Axes) -> Part {
+    let worlds = World::local(axes.tensor * axes.shard * axes.replicate).unwrap();
+    let parts: Vec<Part> = std::thread::scope(|scope| {
+        let start = |world| {
+            scope.spawn(move || passes::<E>(config, batch, recompute, Mesh::new(world, axes).unwrap()))
+        };
+        let ranks: Vec<_> = worlds.into_iter().map(start).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    let mut gradients: Vec<(Held, Vec<f32>)> = Vec::new();
+    for (index, parameter) in config.parameters().into_iter().enumerate() {
+        let mut whole = vec![f32::NAN; parameter.elements()];
+        for part in &parts {
+            let (held, values) = &part.gradients[index];
+            for (at, start, len) in held.pieces() {
+                for i in 0..len {
+                    let before = std::mem::replace(&mut whole[start + i], values[at + i]);
+                    assert!(
+                        before.is_nan() || before == values[at + i],
+                        "{:?}: those who hold the same have the same",
+                        parameter.names
+                    );
+                }
+            }
+        }
+        gradients.push((Held::new(parameter, index, ferropt_model::Part::WHOLE), whole));
+    }
+    // One part of each group that shares sequences.
+    let loss = parts.iter().step_by(axes.tensor).map(|part| part.loss).sum();
+    for part in &parts {
+        assert_eq!((part.norm, part.score), (parts[0].norm, parts[0].score));
+    }
+    Part { loss, score: parts[0].score, norm: parts[0].norm, gradients }
+}
+
+/// Root of the mean square of the differences.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let squares: f64 = a.iter().zip(b).map(|(a, b)| (*a as f64 - *b as f64).powi(2)).sum();
+    (squares / a.len() as f64).sqrt()
+}
+
+/// In f32, layouts agree to 1e-5 or so. In bf16 they are about as far from each other as one rank is from f32: what is
+/// summed in parts is rounded before it is added up.
+fn check<E: Element>(post_norm: bool, layouts: &[[usize; 3]]) {
+    let config = config(post_norm);
+    let exact = passes::<f32>(&config, 2, Recompute::None, Mesh::solo());
+    let one = passes::<E>(&config, 2, Recompute::None, Mesh::solo());
+    let tolerance = if E::DTYPE == DType::F32 { 1e-6 } else { 4e-3 };
+    for (number, [tensor, shard, replicate]) in layouts.iter().copied().enumerate() {
+        let axes = Axes { tensor, shard, replicate, pipeline: 1 };
+        let recompute = [Recompute::None, Recompute::Selective, Recompute::Full][number % 3];
+        let batch = if (shard * replicate) % 4 == 0 { 1 } else { 2 };
+        let many = on_ranks::<E>(&config, batch, recompute, axes);
+        let what = format!("{axes:?}, {recompute:?}, post-norm {post_norm}, {}", E::DTYPE);
+        let near = |name: &str, a: f64, b: f64| {
+            assert!((a - b).abs() <= tolerance * a.abs(), "{what}: {name} {b}, on one rank {a}");
+        };
+        near("loss", one.loss, many.loss);
+        near("norm", one.norm, many.norm);
+        // The score is of the first sequences.
+        if batch == 2 {
+            near("score", one.score, many.score);
+        }
+        let tensors = one.gradients.iter().zip(&many.gradients).zip(&exact.gradients);
+        for (((held, a), (_, b)), (_, exact)) in tensors {
+            let (off, rounding) = (distance(a, b), distance(a, exact));
+            let size = distance(a, &vec![0.0; a.len()]);
+            let name = &held.parameter.names[0];
+            assert!(
+                off <= 2.0 * rounding + 2e-5 * size + 1e-9,
+                "{what}: {name} is off by {off:e} of {size:e}; rounding is {rounding:e}"
+            );
+        }
+    }
+}
+
+const LAYOUTS: [[usize; 3]; 11] = [
+    [1, 2, 1],
+    [1, 1, 2],
+    [1, 4, 1],
+    [2, 1, 1],
+    [1, 2, 2],
+    [4, 1, 1],
+    [2, 2, 1],
+    [2, 1, 2],
+    [2, 1, 1],
+    [2, 2, 2],
+    [4, 2, 1],
+];
+
+#[test]
+fn layouts_give_the_same_gradients() {
+    check::<f32>(false, &LAYOUTS);
+}
+
+#[test]
+fn layouts_give_the_same_gradients_with_post_norm_and_projections() {
+    check::<f32>(true, &LAYOUTS);
+}
+
+#[test]
+fn bf16_layouts_differ_by_rounding_alone() {
+    check::<bf16>(false, &LAYOUTS);
+    check::<bf16>(true, &LAYOUTS);
+}
+
+#[test]
+fn what_cannot_be_divided_is_refused() {
+    let (device, config) = (CpuDevice::new(CpuOptions::default()).unwrap(), config(false));
+    let options = Options { batch: 1, seq: 7, recompute: Recompute::None, stop_at_documents: false };
+    let world = World::local(2).unwrap().swap_remove(0);
+    let axes = Axes { tensor: 2, shard: 1, replicate: 1, pipeline: 1 };
+    let mesh = Mesh::new(world, axes).unwrap();
+    let refused = Backprop::<_, f32>::on(&device, &config, options, mesh).err().unwrap().to_string();
+    assert!(refused.contains("7 is no multiple of 2"), "{refused}");
+}
