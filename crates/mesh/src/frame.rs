@@ -1,11 +1,15 @@
 //! What goes over a connection: frames, each a header and a payload.
 
 use crate::label::{Label, Operation};
+use ferropt_device::DType;
 
 /// Bytes of a header.
 pub(crate) const HEADER: usize = 96;
 /// Bytes of the names in it.
 const NAME: usize = 32;
+
+/// All types of elements.
+const DTYPES: [DType; 4] = [DType::F32, DType::Bf16, DType::U32, DType::I16];
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +50,8 @@ pub(crate) struct Header {
     pub(crate) kind: Kind,
     /// Bytes of the payload.
     pub(crate) len: u64,
+    /// Type of its elements; none of plain bytes.
+    pub(crate) dtype: Option<DType>,
     /// Name of the group.
     pub(crate) group: String,
     /// The label.
@@ -53,8 +59,15 @@ pub(crate) struct Header {
 }
 
 impl Header {
-    pub(crate) fn data(operation: Operation, group: &str, label: Label, len: usize) -> Header {
+    pub(crate) fn data(
+        operation: Operation,
+        group: &str,
+        label: Label,
+        dtype: Option<DType>,
+        len: usize,
+    ) -> Header {
         Header {
+            dtype,
             kind: Kind::Data(operation),
             len: len as u64,
             group: shortened(group),
@@ -63,13 +76,14 @@ impl Header {
     }
 
     pub(crate) fn control(kind: Kind, label: &str, len: usize) -> Header {
-        Header { kind, len: len as u64, group: String::new(), label: shortened(label) }
+        Header { kind, len: len as u64, dtype: None, group: String::new(), label: shortened(label) }
     }
 
     pub(crate) fn to_bytes(&self) -> [u8; HEADER] {
         let mut bytes = [0; HEADER];
         bytes[..4].copy_from_slice(b"fopt");
         bytes[4] = self.kind.code();
+        bytes[5] = self.dtype.map_or(0, |dtype| 1 + dtype as u8);
         bytes[8..16].copy_from_slice(&self.len.to_le_bytes());
         bytes[16..16 + self.group.len()].copy_from_slice(self.group.as_bytes());
         bytes[16 + NAME..16 + NAME + self.label.len()].copy_from_slice(self.label.as_bytes());
@@ -87,14 +101,19 @@ impl Header {
             return None;
         }
         let len = u64::from_le_bytes(bytes[8..16].try_into().ok()?);
-        Some(Header { kind: Kind::of(bytes[4])?, len, group: name(16)?, label: name(16 + NAME)? })
+        let dtype = match bytes[5] {
+            0 => None,
+            code => Some(DTYPES.into_iter().find(|dtype| 1 + *dtype as u8 == code)?),
+        };
+        Some(Header { kind: Kind::of(bytes[4])?, len, dtype, group: name(16)?, label: name(16 + NAME)? })
     }
 
     /// "the all-gather of layer 7 in group shard, 4096 bytes"
     pub(crate) fn describe(&self) -> String {
         match self.kind {
             Kind::Data(operation) => {
-                format!("the {operation} of {} in group {}, {} bytes", self.label, self.group, self.len)
+                let of = self.dtype.map_or(String::new(), |dtype| format!(" of {dtype}"));
+                format!("the {operation} of {} in group {}, {} bytes{of}", self.label, self.group, self.len)
             }
             other => format!("{other:?}"),
         }
@@ -118,8 +137,14 @@ mod tests {
     fn headers_come_back_and_garbage_does_not() {
         let long = "a name that is longer than a header has room for, and ends in ä";
         for header in [
-            Header::data(Operation::ReduceScatter, "shard", Label::of("layer", 7), 1 << 40),
-            Header::data(Operation::Send, long, Label::new(long), 0),
+            Header::data(
+                Operation::ReduceScatter,
+                "shard",
+                Label::of("layer", 7),
+                Some(DType::Bf16),
+                1 << 40,
+            ),
+            Header::data(Operation::Send, long, Label::new(long), None, 0),
             Header::control(Kind::Abandon, "step 12", 9),
         ] {
             assert_eq!(Header::from_bytes(&header.to_bytes()).as_ref(), Some(&header));

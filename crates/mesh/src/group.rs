@@ -7,7 +7,7 @@ use crate::lost::Lost;
 use crate::reactor::{Command, Finished, Job, Memory, Place};
 use crate::world::World;
 use anyhow::{Context, Result, anyhow, bail};
-use ferropt_device::{Buffer, Element};
+use ferropt_device::{Buffer, DType, Element};
 use std::any::Any;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -192,6 +192,9 @@ impl Group {
         buffer: B,
         range: impl Fn(usize) -> Range<usize>,
     ) -> Pending<B> {
+        if !matches!(T::DTYPE, DType::F32 | DType::Bf16) {
+            return Pending::ready(Err(anyhow!("{} is no type to sum in; f32 and bf16 are", T::DTYPE)));
+        }
         if self.size() == 1 {
             return Pending::ready(Ok(buffer));
         }
@@ -217,7 +220,8 @@ impl Group {
         })
     }
 
-    /// Sums whole buffers of any length; all ranks get the same bits.
+    /// Sums whole buffers of any length; all ranks get the same bits. Large ones are gathered in `wait`, so all ranks wait for
+    /// them in the same order.
     pub fn all_reduce<T: Element, B: Buffer<T> + 'static>(&self, label: Label, buffer: B) -> Pending<B> {
         let (size, len, operation) = (self.size(), buffer.len(), Operation::AllReduce);
         if size == 1 {
@@ -297,7 +301,8 @@ impl Group {
         let sends = self.others().map(|member| (member, 0..bytes.len())).collect();
         let receives =
             self.others().enumerate().map(|(piece, member)| (member, Place::Piece(piece, None))).collect();
-        let finished = self.post(Operation::Gather, label, Box::new(bytes.to_vec()), sends, receives)?;
+        let finished =
+            self.post(Operation::Gather, label, None, Box::new(bytes.to_vec()), sends, receives)?;
         let finished =
             finished.recv().map_err(|_| anyhow!("the thread that talks to the other ranks has died"))?;
         let finished = finished.map_err(Lost)?;
@@ -341,9 +346,14 @@ impl Group {
     ) -> Pending<B> {
         let reached = match buffer.host() {
             None => Err(anyhow!("no collective operation reaches this device's memory yet")),
-            Some(_) => {
-                self.post(operation, label, Box::new(Owned::<T, B>(buffer, PhantomData)), sends, receives)
-            }
+            Some(_) => self.post(
+                operation,
+                label,
+                Some(T::DTYPE),
+                Box::new(Owned::<T, B>(buffer, PhantomData)),
+                sends,
+                receives,
+            ),
         };
         match reached {
             Ok(done) => Pending(State::Waiting(done, Box::new(finish))),
@@ -355,6 +365,7 @@ impl Group {
         &self,
         operation: Operation,
         label: Label,
+        dtype: Option<DType>,
         memory: Box<dyn Memory>,
         sends: Vec<(usize, Range<usize>)>,
         receives: Vec<(usize, Place)>,
@@ -367,6 +378,7 @@ impl Group {
             operation,
             group: name,
             label,
+            dtype,
             memory,
             sends: sends.into_iter().map(|(member, range)| (members[member], range)).collect(),
             receives: receives.into_iter().map(|(member, place)| (members[member], place)).collect(),

@@ -7,6 +7,7 @@ use crate::label::{Label, Operation};
 use crate::trace::Trace;
 use crate::transport::Transport;
 use anyhow::{Error, anyhow};
+use ferropt_device::DType;
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::io::ErrorKind;
@@ -67,6 +68,8 @@ pub(crate) struct Job {
     pub(crate) operation: Operation,
     pub(crate) group: &'static str,
     pub(crate) label: Label,
+    /// Type of the memory's elements; none of plain bytes.
+    pub(crate) dtype: Option<DType>,
     pub(crate) memory: Box<dyn Memory>,
     /// Ranks of the world, and which bytes of the memory they get.
     pub(crate) sends: Vec<(usize, Range<usize>)>,
@@ -272,7 +275,7 @@ impl Reactor {
         self.next_job += 1;
         let now = Instant::now();
         for (to, range) in &job.sends {
-            let header = Header::data(job.operation, job.group, job.label, range.len());
+            let header = Header::data(job.operation, job.group, job.label, job.dtype, range.len());
             let mut head = header.to_bytes().to_vec();
             let small = range.len() <= SMALL;
             if small {
@@ -286,7 +289,7 @@ impl Reactor {
                 Place::Memory(range) => Some(range.len()),
                 Place::Piece(_, len) => *len,
             };
-            let header = Header::data(job.operation, job.group, job.label, len.unwrap_or(0));
+            let header = Header::data(job.operation, job.group, job.label, job.dtype, len.unwrap_or(0));
             let incoming =
                 Incoming { header, any_length: len.is_none(), place: place.clone(), job: id, posted: now };
             self.peers[*from].incoming.push_back(incoming);
@@ -307,7 +310,8 @@ impl Reactor {
         let mut moved = false;
         for rank in self.others() {
             loop {
-                match self.send_some(rank).and_then(|sent| Ok(sent | self.receive_some(rank)?)) {
+                // What a rank that is gone has sent before is read before writing to it fails.
+                match self.receive_some(rank).and_then(|got| Ok(got | self.send_some(rank)?)) {
                     Ok(true) => moved = true,
                     Ok(false) => break,
                     Err(error) => {
@@ -483,15 +487,18 @@ impl Reactor {
             )
         };
         let name = self.name(rank);
-        self.peers[rank].gone = true;
         let waits = match self.waits_for(rank) {
             Some(what) => format!("; this rank waits for {what}"),
             None => String::new(),
         };
-        self.fail(match error.downcast_ref::<std::io::Error>() {
-            Some(error) if ended(error) => format!("{name} is gone: its process has ended{waits}"),
-            _ => format!("{name} is lost: {error:#}{waits}"),
+        let gone = error.downcast_ref::<std::io::Error>().is_some_and(ended);
+        // One that is there, but talks of something else, is told.
+        self.peers[rank].gone = gone;
+        self.fail(match gone {
+            true => format!("{name} is gone: its process has ended{waits}"),
+            false => format!("{name} is lost: {error:#}{waits}"),
         });
+        self.peers[rank].gone = true;
     }
 
     /// What this rank waits for from another.

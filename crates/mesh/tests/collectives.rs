@@ -226,6 +226,24 @@ fn ranks_that_do_different_things_are_told_so() {
 }
 
 #[test]
+fn types_are_compared_and_integers_are_not_summed() {
+    let messages = on(2, |group| match group.rank() {
+        0 => message(
+            group
+                .broadcast(Label::new("x"), 0, buffer::<f32>((0..4).map(|_| 1.0)))
+                .wait()
+                .and_then(|_| group.barrier(Label::new("end"))),
+        ),
+        _ => message(group.broadcast(Label::new("x"), 0, buffer::<i16>((0..8).map(|_| 1.0))).wait()),
+    });
+    assert!(messages.iter().all(|m| m.contains("of f32") && m.contains("of i16")), "{messages:?}");
+    let refused = message(
+        on(2, |group| group.all_reduce(Label::new("x"), buffer::<u32>([1.0].into_iter()))).remove(0).wait(),
+    );
+    assert!(refused.contains("u32 is no type to sum in"), "{refused}");
+}
+
+#[test]
 fn a_rank_that_leaves_too_early_is_named() {
     let messages = on(3, |group| {
         if group.rank() == 2 {

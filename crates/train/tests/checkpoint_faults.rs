@@ -5,7 +5,7 @@
 mod checkpoint_common;
 
 use checkpoint_common::{assert_content, save, snapshot};
-use ferropt_train::checkpoint::{DEFAULT_SHARD_BYTES, Event, Retention, Store, Writer};
+use ferropt_train::checkpoint::{DEFAULT_SHARD_BYTES, Event, Retention, Store, Team, Writer};
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -30,7 +30,7 @@ fn victim() {
     let found = store.latest_whole().unwrap();
     let first = found.map_or(1, |found| found.checkpoint.manifest().run.step + 1);
     let retention = Retention { keep_last: 2, keep_every: Some(10) };
-    let mut writer = Writer::start(store, retention, SHARD_BYTES).unwrap();
+    let mut writer = Writer::start(store, retention, SHARD_BYTES, Team::alone()).unwrap();
     println!("ready {first}");
     for step in first.. {
         writer.save(|| Ok(snapshot(step, rows.parse().unwrap()))).unwrap();
@@ -42,6 +42,7 @@ fn victim() {
                     writer.finish();
                     return;
                 }
+                Event::Mirrored { .. } | Event::NotMirrored { .. } => {}
             }
         }
     }

@@ -4,7 +4,7 @@ mod checkpoint_common;
 
 use checkpoint_common::{assert_content, save, snapshot};
 use ferropt_train::checkpoint::{
-    DEFAULT_SHARD_BYTES, Data, Event, FileEntry, Manifest, Retention, Store, Tensor, Writer,
+    DEFAULT_SHARD_BYTES, Data, Event, FileEntry, Manifest, Retention, Store, Team, Tensor, Writer,
 };
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -306,7 +306,7 @@ fn one_writer_at_a_time() {
 fn a_second_snapshot_is_made_only_when_the_first_is_on_disk() {
     let run = tempfile::tempdir().unwrap();
     let store = Store::open_for_writing(run.path()).unwrap();
-    let mut writer = Writer::start(store, Retention::ALL, DEFAULT_SHARD_BYTES).unwrap();
+    let mut writer = Writer::start(store, Retention::ALL, DEFAULT_SHARD_BYTES, Team::alone()).unwrap();
     for step in 1..5 {
         let before = step_dir(run.path(), step - 1);
         writer
@@ -356,7 +356,7 @@ fn impossible_snapshots_are_refused_with_their_names() {
 fn what_was_saved_after_a_roll_back_is_newer_whatever_its_step() {
     let run = tempfile::tempdir().unwrap();
     let store = Store::open_for_writing(run.path()).unwrap();
-    let mut writer = Writer::start(store, Retention::ALL, DEFAULT_SHARD_BYTES).unwrap();
+    let mut writer = Writer::start(store, Retention::ALL, DEFAULT_SHARD_BYTES, Team::alone()).unwrap();
     for (step, rollbacks) in [(100, 0), (200, 0), (300, 0), (100, 1)] {
         let mut snapshot = snapshot(step, 10);
         snapshot.run.rollbacks = rollbacks;

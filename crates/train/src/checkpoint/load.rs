@@ -2,6 +2,7 @@
 
 use super::manifest::{self, Manifest, TensorEntry, hex};
 use super::store;
+use super::team::Share;
 use anyhow::{Context, Result, bail, ensure};
 use half::bf16;
 use memmap2::Mmap;
@@ -183,8 +184,21 @@ impl Checkpoint {
     /// # Errors
     /// When a file is missing, damaged or not what the manifest says; the error names it.
     pub fn open(path: &Path) -> Result<Checkpoint> {
+        Checkpoint::open_share(path, Share::alone())
+    }
+
+    /// Opens a checkpoint directory after verifying one rank's share of its bytes, and the sizes of all files. It may be
+    /// used once the other ranks have found nothing wrong with theirs: see
+    /// [`Store::latest_whole_together`](super::Store::latest_whole_together).
+    ///
+    /// # Errors
+    /// When a file is missing, damaged or not what the manifest says; the error names it.
+    pub fn open_share(path: &Path, share: Share) -> Result<Checkpoint> {
         let manifest = survey(path)?;
-        verify_files(path, &manifest, |_| true)?;
+        let sizes: Vec<u64> = manifest.files.values().map(|file| file.bytes).collect();
+        let mine = manifest.files.keys().zip(share.pick(&sizes)).filter(|(_, mine)| *mine);
+        let mine: BTreeSet<&String> = mine.map(|(name, _)| name).collect();
+        verify_files(path, &manifest, |name| mine.iter().any(|mine| *mine == name))?;
         let mut shards = BTreeMap::new();
         for name in manifest.files.keys().filter(|name| name.ends_with(".safetensors")) {
             let listed = manifest.groups.values().flatten().filter(|(_, tensor)| tensor.file == *name);

@@ -9,18 +9,26 @@
 //!                            size and checksum of every file, its own included
 //! ```
 //!
-//! **Writing** ([`Writer`]): a directory `.step-00000100.tmp-PID` is filled beside its final place, every file and the
+//! **Writing** ([`Writer`]): a directory `.step-00000100.tmp-...` is filled beside its final place, every file and the
 //! directory are fsynced, then it is renamed and the parent is fsynced. Whatever moment the process or the machine
-//! dies at, `step-00000100` is either absent or complete; left-over temporaries go at the next start.
+//! dies at, `step-00000100` is either absent or complete; left-over temporaries go at the next start. Many ranks
+//! ([`Team`]) write the tensors that they own into one such directory, and the first publishes it once all have: see
+//! `attempt.rs`.
 //!
 //! **Reading** ([`Store`]): listing believes only directories whose manifest is intact and whose files all have the
-//! size that it states. Loading checks the checksum of every byte before a tensor is handed out.
+//! size that it states. Loading checks the checksum of every byte before a tensor is handed out; of many ranks, each checks
+//! its share of the files. A tensor is a view of a mapped file, so that of a part of it only that part is read.
 
+mod attempt;
 mod load;
 mod manifest;
+pub mod mirror;
+mod output;
 mod retention;
+mod shards;
 mod snapshot;
 mod store;
+mod team;
 mod write;
 mod writer;
 
@@ -30,6 +38,7 @@ pub use retention::Retention;
 pub use safetensors::Dtype;
 pub use snapshot::{Data, Group, Snapshot, Tensor};
 pub use store::{Entry, Found, Store};
+pub use team::{Share, Team};
 pub use write::DEFAULT_SHARD_BYTES;
 pub use writer::{Event, Writer};
 

@@ -1,10 +1,13 @@
 //! The checkpoints of a run.
 
+use super::attempt::{Attempt, Hurry};
 use super::load::{self, Checkpoint};
 use super::manifest::Manifest;
+use super::output::{discard, remove, rename, sync_directory};
 use super::retention::Retention;
 use super::snapshot::Snapshot;
-use super::write::{self, Written, remove, sync_directory};
+use super::team::{Share, Team, agree};
+use super::write::{self, Written};
 use anyhow::{Context, Error, Result, bail, ensure};
 use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
@@ -15,11 +18,6 @@ const LOCK: &str = ".lock";
 /// Directory name of a step's checkpoint.
 pub(super) fn directory(step: u64) -> String {
     format!("step-{step:08}")
-}
-
-/// Where a step's checkpoint is written, or moved to before it is deleted.
-pub(super) fn temporary(root: &Path, step: u64) -> PathBuf {
-    root.join(format!(".{}.tmp-{}", directory(step), std::process::id()))
 }
 
 fn is_temporary(name: &str) -> bool {
@@ -112,10 +110,17 @@ impl Store {
             }
         }
         let store = Store { root, lock: Some(lock) };
-        for name in store.names()?.iter().filter(|name| is_temporary(name)) {
-            remove(&store.root.join(name))?;
-        }
+        store.sweep(|_| true)?;
         Ok(store)
+    }
+
+    /// Removes what interrupted saves and deletions left behind, as far as it is `wanted` gone. Only while nothing is
+    /// written here.
+    fn sweep(&self, wanted: impl Fn(&Path) -> bool) -> Result<()> {
+        let left =
+            self.names()?.into_iter().filter(|name| is_temporary(name)).map(|name| self.root.join(name));
+        left.filter(|path| wanted(path))
+            .try_for_each(|path| if path.is_dir() { discard(&path) } else { remove(&path) })
     }
 
     /// The folder.
@@ -133,13 +138,19 @@ impl Store {
         Ok(names.into_iter().filter_map(|name| name.into_string().ok()).collect())
     }
 
+    /// Steps of all checkpoint directories, oldest first.
+    fn steps(&self) -> Result<Vec<u64>> {
+        let mut steps: Vec<u64> = self.names()?.iter().filter_map(|name| step_of(name)).collect();
+        steps.sort_unstable();
+        Ok(steps)
+    }
+
     /// All checkpoint directories, oldest first, without reading their tensors. What a roll-back left behind is older than
     /// what was saved afterwards, whatever the steps.
     ///
     /// # Errors
     /// When the folder cannot be listed.
     pub fn list(&self) -> Result<Vec<Entry>> {
-        let steps: Vec<u64> = self.names()?.iter().filter_map(|name| step_of(name)).collect();
         let entry = |step| {
             let path = self.root.join(directory(step));
             let (rollbacks, damage) = match load::survey(&path) {
@@ -148,7 +159,7 @@ impl Store {
             };
             Entry { step, path, rollbacks, damage }
         };
-        let mut entries: Vec<Entry> = steps.into_iter().map(entry).collect();
+        let mut entries: Vec<Entry> = self.steps()?.into_iter().map(entry).collect();
         let most = entries.iter().map(|entry| entry.rollbacks).max().unwrap_or(0);
         for damaged in entries.iter_mut().filter(|entry| entry.damage.is_some()) {
             damaged.rollbacks = most;
@@ -203,6 +214,42 @@ impl Store {
                 Err(error) => damaged.push(error),
             }
         }
+        self.none_whole(&damaged)
+    }
+
+    /// [`Store::latest_whole`] for several ranks of which each verifies its share of the files. All find the same: the
+    /// newest checkpoint with which none has found anything wrong. `exchange` gives this rank's bytes to all ranks and
+    /// returns those of all, in order of rank; it is called equally often on every rank.
+    ///
+    /// # Errors
+    /// When there are checkpoints and all are damaged, on all ranks; or when `exchange` fails.
+    pub fn latest_whole_together(
+        &self,
+        share: Share,
+        mut exchange: impl FnMut(&[u8]) -> Result<Vec<Vec<u8>>>,
+    ) -> Result<Option<Found>> {
+        // Rank 0 says which there are, even where another rank sees the folder as it was a moment ago.
+        let steps: Vec<u64> = match share.rank {
+            0 => self.steps()?,
+            _ => Vec::new(),
+        };
+        let told = exchange(&serde_json::to_vec(&steps)?)?;
+        let first = told.first().context("rank 0 said nothing of its checkpoints")?;
+        let steps: Vec<u64> =
+            serde_json::from_slice(first).context("what rank 0 said of its checkpoints is garbled")?;
+        let mut damaged = Vec::new();
+        for step in steps.into_iter().rev() {
+            let opened = Checkpoint::open_share(&self.root.join(directory(step)), share);
+            match agree(opened, &mut exchange)? {
+                Ok(checkpoint) => return Ok(Some(Found { checkpoint, damaged })),
+                Err(error) => damaged.push(error),
+            }
+        }
+        self.none_whole(&damaged)
+    }
+
+    /// The end of a search that found only these.
+    fn none_whole(&self, damaged: &[Error]) -> Result<Option<Found>> {
         if damaged.is_empty() {
             return Ok(None);
         }
@@ -214,10 +261,28 @@ impl Store {
         )
     }
 
-    /// Writes a checkpoint; see [`write::write`].
-    pub(super) fn save(&self, snapshot: Snapshot, shard_bytes: u64) -> Result<Written> {
-        ensure!(self.lock.is_some(), "{} was opened for reading", self.root.display());
-        write::write(&self.root, snapshot, shard_bytes)
+    /// Writes a rank's part of a checkpoint; see [`write::write`].
+    pub(super) fn save(
+        &self,
+        snapshot: Snapshot,
+        shard_bytes: u64,
+        team: &Team,
+        hurry: &Hurry,
+        number: u64,
+    ) -> Result<Written> {
+        let first = team.share.rank == 0;
+        ensure!(self.lock.is_some() || !first, "{} was opened for reading", self.root.display());
+        let attempt = Attempt::new(&self.root, team, hurry, snapshot.run.step, number);
+        if first {
+            // Another rank may have yet to read why the last one failed.
+            let _ = self.sweep(Path::is_dir);
+        }
+        let written = write::write(&attempt, snapshot, shard_bytes)?;
+        if first {
+            // It has, if it took part in this one.
+            let _ = self.sweep(|_| true);
+        }
+        Ok(written)
     }
 
     /// Deletes what `retention` does not keep, now that the checkpoint of step `newest` is durable. Each directory is
@@ -226,8 +291,9 @@ impl Store {
         let whole = self.list()?.into_iter().filter(|entry| entry.damage.is_none());
         let whole: Vec<u64> = whole.map(|entry| entry.step).collect();
         for step in retention.surplus(&whole, newest) {
-            let (path, temporary) = (self.root.join(directory(step)), temporary(&self.root, step));
-            fs::rename(&path, &temporary).with_context(|| format!("cannot delete {}", path.display()))?;
+            let temporary = self.root.join(format!(".{}.tmp-old", directory(step)));
+            remove(&temporary)?;
+            rename(&self.root.join(directory(step)), &temporary)?;
             sync_directory(&self.root)?;
             remove(&temporary)?;
         }

@@ -1,29 +1,16 @@
 //! Puts a snapshot on disk, all of it or nothing.
 
-use super::manifest::{self, FileEntry, Manifest, TensorEntry, hex};
-use super::snapshot::{Group, Snapshot, Tensor};
-use super::{human_bytes, store};
-use anyhow::{Context, Error, Result, anyhow};
-use ferropt_model::formats::safetensors_header;
-use rustix::fs::{CWD, RenameFlags};
-use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, ErrorKind, Write};
-use std::path::{Path, PathBuf};
+use super::attempt::{Attempt, Elsewhere, Joined};
+use super::load;
+use super::manifest::{self, Manifest};
+use super::output::{Output, check_room, explain, publish, sync_directory, write_file};
+use super::shards::{self, Shard, SmallFile};
+use super::snapshot::Snapshot;
+use anyhow::{Error, Result, anyhow};
+use std::path::PathBuf;
 
 /// Size at which a group starts another shard: 2 GiB, which every file system and object store takes in one piece.
 pub const DEFAULT_SHARD_BYTES: u64 = 2 << 30;
-
-/// Bytes that are checksummed and handed to the kernel at a time; small enough to be still in cache for the copy.
-const CHUNK: usize = 1 << 20;
-
-/// One safetensors file before it is written: tensors in file order and the text that precedes them.
-struct Shard {
-    group: String,
-    file: String,
-    header: Vec<u8>,
-    tensors: Vec<Tensor>,
-}
 
 /// A checkpoint that is durable on disk.
 #[derive(Debug)]
@@ -32,217 +19,137 @@ pub(super) struct Written {
     pub(super) bytes: u64,
 }
 
-/// Writes `snapshot` to `root/step-N` so that it is there entirely or not at all, whatever happens in between.
-/// An existing checkpoint of that step is replaced.
-pub(super) fn write(root: &Path, snapshot: Snapshot, shard_bytes: u64) -> Result<Written> {
-    snapshot.check()?;
-    let step = snapshot.run.step;
-    let temporary = store::temporary(root, step);
-    let place = root.join(store::directory(step));
+/// What a rank has to write.
+struct Work {
+    /// Filled as files get on the disk.
+    manifest: Manifest,
+    files: Vec<SmallFile>,
+    shards: Vec<Shard>,
+}
+
+/// Writes the ranks' snapshots of a step to `root/step-N`, so that it is there entirely or not at all, whatever happens in
+/// between. An existing checkpoint of that step is replaced. Called on every rank, with the tensors that it owns.
+pub(super) fn write(attempt: &Attempt<'_>, snapshot: Snapshot, shard_bytes: u64) -> Result<Written> {
+    let result = match attempt.team.share.rank {
+        0 => lead(attempt, snapshot, shard_bytes),
+        _ => follow(attempt, snapshot, shard_bytes),
+    };
+    let bytes = result.map_err(|reason| {
+        reason.context(format!(
+            "checkpoint {} was not saved (earlier ones are untouched)",
+            attempt.place.display()
+        ))
+    })?;
+    Ok(Written { path: attempt.place.clone(), bytes })
+}
+
+/// Rank 0: writes its part, waits for the others, and publishes.
+fn lead(attempt: &Attempt<'_>, snapshot: Snapshot, shard_bytes: u64) -> Result<u64> {
     let mut needed = 0;
     let result = (|| {
-        let mut manifest = Manifest::new(snapshot.run);
-        let mut files = snapshot.files;
-        let mut shards = Vec::new();
-        for group in snapshot.groups {
-            plan(group, shard_bytes, &mut manifest, &mut shards, &mut files)?;
-        }
-        needed = files.iter().map(|(_, content)| content.len() as u64).sum::<u64>()
-            + shards.iter().map(Shard::bytes).sum::<u64>();
-        // Filling the disk to the brim would also stop whoever else writes to it, so look first.
-        if free_bytes(root).is_some_and(|free| free < needed) {
-            return Err(io::Error::from(ErrorKind::StorageFull).into());
-        }
-
-        remove(&temporary)?;
-        fs::create_dir(&temporary).with_context(|| format!("cannot create {}", temporary.display()))?;
-        for (name, content) in files {
-            let entry = write_file(&temporary.join(&name), &content)?;
+        let mut work = Work::plan(attempt, snapshot, shard_bytes)?;
+        needed = work.bytes();
+        check_room(attempt.root, needed)?;
+        attempt.begin()?;
+        work.write(attempt)?;
+        let parts = attempt.gather(work.manifest)?;
+        let (mut manifest, indices) = shards::assemble(&attempt.temporary, parts)?;
+        for (name, content) in indices {
+            let entry = write_file(&attempt.temporary.join(&name), &content)?;
             manifest.files.insert(name, entry);
         }
-        for Shard { file, header, tensors, .. } in shards {
-            let mut out = Output::create(&temporary.join(&file))?;
+        write_file(&attempt.temporary.join(manifest::FILE), &manifest.to_bytes()?)?;
+        if attempt.team.share.of > 1 {
+            load::survey(&attempt.temporary)?; // what others have written is all there
+        }
+        sync_directory(&attempt.temporary)?;
+        publish(attempt.root, &attempt.temporary, &attempt.place)?;
+        Ok(manifest.bytes())
+    })();
+    result.map_err(|error: Error| {
+        let (reason, told) = match error.downcast_ref::<Elsewhere>() {
+            Some(elsewhere) => (elsewhere.to_string(), elsewhere.to_string()),
+            None => {
+                let reason = explain(&error, attempt.root, needed);
+                let told = format!("rank 0 could not finish it: {reason}");
+                (reason, told)
+            }
+        };
+        or_left(reason, attempt.abandon(&told))
+    })
+}
+
+/// Other ranks: writes its part, and waits for what becomes of the checkpoint.
+fn follow(attempt: &Attempt<'_>, snapshot: Snapshot, shard_bytes: u64) -> Result<u64> {
+    let (mut needed, mut files) = (0, Vec::new());
+    let delivered = (|| -> Result<(Joined, Manifest)> {
+        let planned = Work::plan(attempt, snapshot, shard_bytes);
+        // Even a rank that cannot go on has to wait, to be able to say so.
+        let joined = attempt.join()?;
+        let mut work = planned?;
+        needed = work.bytes();
+        files = work.shards.iter().map(|shard| shard.file.clone()).collect();
+        check_room(attempt.root, needed)?;
+        work.write(attempt)?;
+        attempt.deliver(&work.manifest)?;
+        Ok((joined, work.manifest))
+    })();
+    let (joined, part) = delivered.map_err(|error| {
+        // Where rank 0 has given up, everything else that goes wrong is because of that.
+        let error = attempt.check().err().unwrap_or(error);
+        let reason = match error.downcast_ref::<Elsewhere>() {
+            Some(elsewhere) => elsewhere.to_string(),
+            None => explain(&error, attempt.root, needed),
+        };
+        let withdrawn = attempt.withdraw(&files, &reason);
+        or_left(reason, withdrawn)
+    })?;
+    Ok(attempt.outcome(&joined, &part)?.bytes())
+}
+
+/// Why a save failed, and what is left of it where it could not be removed.
+fn or_left(reason: String, removed: Result<()>) -> Error {
+    match removed {
+        Ok(()) => anyhow!(reason),
+        Err(left) => anyhow!("{reason}; and its remains could not be removed: {left:#}"),
+    }
+}
+
+impl Work {
+    fn plan(attempt: &Attempt<'_>, snapshot: Snapshot, shard_bytes: u64) -> Result<Work> {
+        snapshot.check()?;
+        let share = attempt.team.share;
+        let Snapshot { run, groups, files } = snapshot;
+        let mut manifest = Manifest::new(run);
+        let mut shards = Vec::new();
+        for group in groups {
+            shards.extend(shards::plan(group, shard_bytes, share, &mut manifest)?);
+        }
+        // All ranks have the same small files.
+        let files = if share.rank == 0 { files } else { Vec::new() };
+        Ok(Work { manifest, files, shards })
+    }
+
+    fn bytes(&self) -> u64 {
+        self.files.iter().map(|(_, content)| content.len() as u64).sum::<u64>()
+            + self.shards.iter().map(Shard::bytes).sum::<u64>()
+    }
+
+    /// Writes everything, and frees each tensor once it is written.
+    fn write(&mut self, attempt: &Attempt<'_>) -> Result<()> {
+        for (name, content) in std::mem::take(&mut self.files) {
+            let entry = write_file(&attempt.temporary.join(&name), &content)?;
+            self.manifest.files.insert(name, entry);
+        }
+        for Shard { file, header, tensors } in std::mem::take(&mut self.shards) {
+            attempt.check()?;
+            let mut out = Output::create(&attempt.temporary.join(&file))?;
             out.write(&header)?;
             for tensor in tensors {
                 out.write(tensor.data.bytes())?; // and free it before the next
             }
-            manifest.files.insert(file, out.finish()?);
+            self.manifest.files.insert(file, out.finish()?);
         }
-        write_file(&temporary.join(manifest::FILE), &manifest.to_bytes()?)?;
-        sync_directory(&temporary)?;
-        publish(root, &temporary, &place)?;
-        Ok(manifest.bytes())
-    })();
-    match result {
-        Ok(bytes) => Ok(Written { path: place, bytes }),
-        Err(error) => {
-            let error = explain(error, &place, needed);
-            Err(match remove(&temporary) {
-                Ok(()) => error,
-                Err(left) => error.context(format!("and its remains could not be removed ({left:#})")),
-            })
-        }
-    }
-}
-
-/// Splits a group into shards of at most `limit` bytes (a larger tensor has one to itself), names them as Hugging
-/// Face does, and enters the tensors in the manifest.
-fn plan(
-    group: Group,
-    limit: u64,
-    manifest: &mut Manifest,
-    shards: &mut Vec<Shard>,
-    files: &mut Vec<(String, Vec<u8>)>,
-) -> Result<()> {
-    let Group { name: group, mut tensors } = group;
-    // Wider types first keeps every tensor aligned to its elements, so that it can be used where it is mapped.
-    tensors.sort_by_key(|tensor| std::cmp::Reverse(tensor.data.dtype().bitsize()));
-    let mut parts: Vec<Vec<Tensor>> = vec![Vec::new()];
-    let mut filled = 0;
-    for tensor in tensors {
-        let bytes = tensor.data.bytes().len() as u64;
-        if filled > 0 && filled + bytes > limit {
-            parts.push(Vec::new());
-            filled = 0;
-        }
-        filled += bytes;
-        if let Some(part) = parts.last_mut() {
-            part.push(tensor);
-        }
-    }
-
-    let count = parts.len();
-    let mut weight_map = BTreeMap::new();
-    let entries = manifest.groups.entry(group.clone()).or_default();
-    for (index, tensors) in parts.into_iter().enumerate() {
-        let file = match count {
-            1 => format!("{group}.safetensors"),
-            _ => format!("{group}-{:05}-of-{count:05}.safetensors", index + 1),
-        };
-        for tensor in &tensors {
-            let entry =
-                TensorEntry { shape: tensor.shape.clone(), dtype: tensor.data.dtype(), file: file.clone() };
-            entries.insert(tensor.name.clone(), entry);
-            weight_map.insert(tensor.name.clone(), file.clone());
-        }
-        let infos = tensors.iter().map(|t| (t.name.clone(), t.data.dtype(), t.shape.clone()));
-        let header = safetensors_header(infos)?;
-        shards.push(Shard { group: group.clone(), header, file, tensors });
-    }
-    if count > 1 {
-        let total: u64 = shards.iter().filter(|shard| shard.group == group).map(Shard::data_bytes).sum();
-        let index = serde_json::json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
-        files.push((format!("{group}.safetensors.index.json"), serde_json::to_vec_pretty(&index)?));
-    }
-    Ok(())
-}
-
-impl Shard {
-    fn data_bytes(&self) -> u64 {
-        self.tensors.iter().map(|tensor| tensor.data.bytes().len() as u64).sum()
-    }
-
-    fn bytes(&self) -> u64 {
-        self.header.len() as u64 + self.data_bytes()
-    }
-}
-
-/// A file being written and checksummed in one pass.
-struct Output {
-    path: PathBuf,
-    file: File,
-    bytes: u64,
-    crc: u32,
-}
-
-impl Output {
-    fn create(path: &Path) -> Result<Output> {
-        let file = File::create_new(path).with_context(|| format!("cannot create {}", path.display()))?;
-        Ok(Output { path: path.into(), file, bytes: 0, crc: 0 })
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        for chunk in bytes.chunks(CHUNK) {
-            self.crc = crc32c::crc32c_append(self.crc, chunk);
-            self.file.write_all(chunk).with_context(|| format!("cannot write {}", self.path.display()))?;
-        }
-        self.bytes += bytes.len() as u64;
         Ok(())
     }
-
-    /// Waits until the file is on the disk itself.
-    fn finish(self) -> Result<FileEntry> {
-        self.file.sync_all().with_context(|| format!("cannot flush {} to disk", self.path.display()))?;
-        Ok(FileEntry { bytes: self.bytes, crc32c: hex(self.crc) })
-    }
-}
-
-fn write_file(path: &Path, content: &[u8]) -> Result<FileEntry> {
-    let mut file = Output::create(path)?;
-    file.write(content)?;
-    file.finish()
-}
-
-/// Gives the finished temporary its name, durably. Where a checkpoint of that step exists the two change places in one
-/// indivisible operation, so that at no moment there is none; the old one goes once the new one is safe.
-fn publish(root: &Path, temporary: &Path, place: &Path) -> Result<()> {
-    let failed = || format!("cannot rename {} to {}", temporary.display(), place.display());
-    if !place.exists() {
-        fs::rename(temporary, place).with_context(failed)?;
-        return sync_directory(root);
-    }
-    let old = if rustix::fs::renameat_with(CWD, temporary, CWD, place, RenameFlags::EXCHANGE).is_ok() {
-        temporary.to_path_buf()
-    } else {
-        // The file system cannot exchange. A kill between these two renames loses this step, but no other.
-        let old = temporary.with_extension(format!("tmp-{}-old", std::process::id()));
-        fs::rename(place, &old).and_then(|()| fs::rename(temporary, place)).with_context(failed)?;
-        old
-    };
-    sync_directory(root)?;
-    remove(&old)
-}
-
-/// Makes renames and new names in a directory durable.
-pub(super) fn sync_directory(path: &Path) -> Result<()> {
-    File::open(path)
-        .and_then(|directory| directory.sync_all())
-        .with_context(|| format!("cannot flush the directory {} to disk", path.display()))
-}
-
-/// Removes a directory tree, which need not exist.
-pub(super) fn remove(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("cannot remove {}", path.display()))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Bytes that an unprivileged process may still write on the file system of `path`.
-fn free_bytes(path: &Path) -> Option<u64> {
-    let status = rustix::fs::statvfs(path).ok()?;
-    Some(status.f_bavail.saturating_mul(status.f_frsize))
-}
-
-/// Says what failed, and what to do about the failures that have a cure.
-fn explain(error: Error, place: &Path, needed: u64) -> Error {
-    let full = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|cause| {
-        matches!(cause.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge)
-    });
-    let free = place.parent().and_then(free_bytes).map_or("an unknown number of bytes".into(), human_bytes);
-    let advice = if full {
-        format!(
-            "there is no room: it needs {} ({needed} bytes) and {free} are free. Free some space, raise the quota \
-             or file-size limit, keep fewer checkpoints, or move the run folder to a larger disk",
-            human_bytes(needed)
-        )
-    } else {
-        "check that the disk is mounted, writable and healthy".to_string()
-    };
-    anyhow!("{error:#}").context(format!(
-        "checkpoint {} was not saved (earlier ones are untouched): {advice}",
-        place.display()
-    ))
 }

@@ -1,8 +1,12 @@
 //! Writes checkpoints in the background.
 
+use super::attempt::Hurry;
+use super::load::Checkpoint;
+use super::mirror::{Copies, Uploads};
 use super::retention::Retention;
 use super::snapshot::Snapshot;
 use super::store::Store;
+use super::team::Team;
 use anyhow::{Context, Error, Result, anyhow};
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -12,7 +16,7 @@ use std::time::{Duration, Instant};
 /// Something that happened in the background.
 #[derive(Debug)]
 pub enum Event {
-    /// A checkpoint is durable.
+    /// A checkpoint is durable, the parts of all ranks.
     Saved {
         /// Its step.
         step: u64,
@@ -38,16 +42,36 @@ pub enum Event {
         /// What went wrong.
         error: Error,
     },
+    /// A checkpoint is in the mirror: on rank 0 all of it, on others their share.
+    Mirrored {
+        /// Its step.
+        step: u64,
+        /// Its size.
+        bytes: u64,
+        /// How long it took.
+        took: Duration,
+    },
+    /// A checkpoint could not be copied to the mirror. It is safe in the run folder, and the next one is tried again.
+    NotMirrored {
+        /// Its step.
+        step: u64,
+        /// What went wrong.
+        error: Error,
+    },
 }
 
-/// A thread that owns a run's checkpoint folder.
+/// A thread that writes one rank's part of a run's checkpoints. That of rank 0 owns the folder: it makes checkpoints of the
+/// parts, and deletes old ones.
 ///
 /// At most one snapshot exists at a time: [`Writer::save`] makes it only once the previous one is on disk.
 #[derive(Debug)]
 pub struct Writer {
     snapshots: Sender<Snapshot>,
+    hurry: Hurry,
     events: Receiver<Event>,
     thread: JoinHandle<()>,
+    /// Copies what is saved, and tells of it.
+    uploads: Option<(Uploads, Receiver<Event>)>,
     /// Step that is being written.
     writing: Option<u64>,
     /// Events that came while waiting, for the next poll.
@@ -55,26 +79,30 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Starts the thread. `store` must be open for writing; shards are split at `shard_bytes`
-    /// ([`DEFAULT_SHARD_BYTES`](super::DEFAULT_SHARD_BYTES)).
+    /// Starts the thread. `store` must be open for writing on rank 0 of the team, and may be open for reading on others;
+    /// shards are split at `shard_bytes` ([`DEFAULT_SHARD_BYTES`](super::DEFAULT_SHARD_BYTES)).
     ///
     /// # Errors
     /// When the system gives no thread.
-    pub fn start(store: Store, retention: Retention, shard_bytes: u64) -> Result<Writer> {
+    pub fn start(store: Store, retention: Retention, shard_bytes: u64, team: Team) -> Result<Writer> {
         let (snapshots, inbox) = channel::<Snapshot>();
         let (outbox, events) = channel();
+        let hurry = Hurry::default();
+        let told = hurry.clone();
         let thread = Builder::new()
             .name("checkpoints".into())
             .spawn(move || {
-                for snapshot in inbox {
+                for (number, snapshot) in (0..).zip(inbox) {
                     let (started, step) = (Instant::now(), snapshot.run.step);
-                    let saved = store.save(snapshot, shard_bytes);
+                    let saved = store.save(snapshot, shard_bytes, &team, &told, number);
                     // Nobody listens any more only if the trainer is gone; the checkpoint is finished regardless.
                     let report = |event| drop(outbox.send(event));
                     match saved {
                         Err(error) => report(Event::Failed { step, error }),
                         Ok(written) => {
-                            if let Err(error) = store.prune(retention, step) {
+                            if team.share.rank == 0
+                                && let Err(error) = store.prune(retention, step)
+                            {
                                 report(Event::NotPruned { step, error });
                             }
                             let took = started.elapsed();
@@ -84,11 +112,27 @@ impl Writer {
                 }
             })
             .context("cannot start the thread that writes checkpoints")?;
-        Ok(Writer { snapshots, events, thread, writing: None, seen: Vec::new() })
+        let uploads = None;
+        Ok(Writer { snapshots, hurry, events, thread, uploads, writing: None, seen: Vec::new() })
     }
 
-    /// Hands over a snapshot to be written. Waits while the previous one is under way, and only then calls
-    /// `snapshot`, so that memory never holds two.
+    /// From now on, what is saved is also copied to a mirror, in the background; and first the checkpoint that was `found`
+    /// at the start, if it is not there yet.
+    ///
+    /// # Errors
+    /// When the mirror's address is wrong, or what the environment says of it.
+    pub fn copy_to(&mut self, copies: &Copies, team: Team, found: Option<&Checkpoint>) -> Result<()> {
+        let (outbox, events) = channel();
+        let uploads = Uploads::start(copies, team, move |event| drop(outbox.send(event)))?;
+        if let Some(found) = found {
+            uploads.submit(found.manifest().run.step, found.path().into());
+        }
+        self.uploads = Some((uploads, events));
+        Ok(())
+    }
+
+    /// Hands over a snapshot to be written, on all ranks the same steps in the same order. Waits while the previous one is
+    /// under way, and only then calls `snapshot`, so that memory never holds two.
     ///
     /// # Errors
     /// Only those of `snapshot`, or when the thread has died. What happens to the save itself is told by
@@ -113,30 +157,44 @@ impl Writer {
         Ok(())
     }
 
+    /// From now on, other ranks are waited for no longer than this. For a run that ends because a rank is lost: what has
+    /// to come from it will not.
+    pub fn hurry(&self, patience: Duration) {
+        self.hurry.within(patience);
+    }
+
     /// What happened since the last call; never waits.
     pub fn poll(&mut self) -> Vec<Event> {
         while let Ok(event) = self.events.try_recv() {
             self.note(event);
         }
+        self.seen.extend(self.uploads.iter().flat_map(|(_, events)| events.try_iter()));
         std::mem::take(&mut self.seen)
     }
 
-    /// Waits until everything is on disk and ends the thread. Returns what happened since the last poll.
+    /// Waits until everything is on disk, and copied to the mirror if it can be, and ends the threads. Returns what happened
+    /// since the last poll.
     pub fn finish(mut self) -> Vec<Event> {
-        drop(self.snapshots);
-        let died = self.thread.join().is_err();
-        self.seen.extend(self.events.try_iter());
-        if let (true, Some(step)) = (died, self.writing) {
-            self.seen
-                .push(Event::Failed { step, error: anyhow!("the thread that writes checkpoints has died") });
+        if let (Err(error), Some(step)) = (self.settle(), self.writing) {
+            self.seen.push(Event::Failed { step, error });
         }
-        self.seen
+        let mut seen = self.poll();
+        drop(self.snapshots);
+        let _ = self.thread.join(); // if it has died, that was told
+        if let Some((uploads, events)) = self.uploads {
+            uploads.finish();
+            seen.extend(events);
+        }
+        seen
     }
 
     fn note(&mut self, event: Event) {
         // A save ends with one of these two; NotPruned comes before Saved.
         if matches!(event, Event::Saved { .. } | Event::Failed { .. }) {
             self.writing = None;
+        }
+        if let (Event::Saved { step, path, .. }, Some((uploads, _))) = (&event, &self.uploads) {
+            uploads.submit(*step, path.clone());
         }
         self.seen.push(event);
     }

@@ -210,6 +210,12 @@ section! {
         keep_last: usize = 3,
         /// Keep those at multiples of this for ever.
         keep_every: Option<Span> = None,
+        /// Object store to copy every checkpoint to: "s3://BUCKET/PATH", "gs://...", "az://..." or "file:///FOLDER".
+        mirror: Option<String> = None,
+        /// As `keep_last`, of the copies; as many unless given.
+        mirror_keep_last: Option<usize> = None,
+        /// As `keep_every`, of the copies; the same unless given.
+        mirror_keep_every: Option<Span> = None,
     }
 }
 

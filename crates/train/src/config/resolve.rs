@@ -1,6 +1,8 @@
 //! From what the user wrote to what will be done: contradictions are refused, defaults filled in, lengths counted.
 
 use super::*;
+use crate::checkpoint::Retention;
+use crate::checkpoint::mirror::{self, Copies};
 use crate::optimizer::{Rule, Settings};
 use crate::recovery::Policy;
 use crate::schedule::{Kind, Schedule};
@@ -88,6 +90,8 @@ pub struct Resolved {
     pub checkpoint_every: u64,
     /// Checkpoints at multiples of this many steps stay for ever.
     pub keep_every: Option<u64>,
+    /// Where checkpoints are copied to, and which copies stay.
+    pub copies: Option<Copies>,
     /// Steps between validations.
     pub validation_every: u64,
     /// What is done when training goes wrong.
@@ -177,6 +181,7 @@ impl Config {
         self.resolve_run()?;
         let keep_every = self.check_reports(batch_tokens)?;
         let recovery = self.resolve_recovery(schedule.warmup, batch_tokens)?;
+        let copies = self.resolve_copies(batch_tokens)?;
         Ok(Resolved {
             model,
             seq,
@@ -188,6 +193,7 @@ impl Config {
             optimizer,
             checkpoint_every: self.checkpoint.every.steps(batch_tokens),
             keep_every,
+            copies,
             validation_every: self.validation.every.steps(batch_tokens),
             recovery,
             config: self,
@@ -498,18 +504,21 @@ impl Config {
         let every = c.every.steps(batch_tokens);
         let keep_every = c.keep_every.map(|k| k.steps(batch_tokens));
         ensure!(c.keep_last > 0, "checkpoint.keep_last = 0 would keep none to resume from; use 1 or more");
+        let mirror_keep_every = c.mirror_keep_every.map(|k| k.steps(batch_tokens));
         for (name, steps) in [
             ("checkpoint.every", Some(every)),
             ("checkpoint.keep_every", keep_every),
+            ("checkpoint.mirror_keep_every", mirror_keep_every),
             ("validation.every", Some(self.validation.every.steps(batch_tokens))),
             ("log.every", Some(self.log.every)),
         ] {
             ensure!(steps != Some(0), "{name} is 0 steps; use 1 or more");
         }
-        if let Some(keep) = keep_every {
+        for (name, keep) in [("keep_every", keep_every), ("mirror_keep_every", mirror_keep_every)] {
+            let keep = keep.unwrap_or(every);
             ensure!(
                 keep.is_multiple_of(every),
-                "checkpoint.keep_every = {keep} steps is not a multiple of checkpoint.every = {every} steps, so most of \
+                "checkpoint.{name} = {keep} steps is not a multiple of checkpoint.every = {every} steps, so most of \
                  those would never be written; use for example {}",
                 keep.next_multiple_of(every)
             );
@@ -562,6 +571,30 @@ impl Config {
             cooldown,
             warmup,
         })
+    }
+
+    /// The mirror of the checkpoints.
+    fn resolve_copies(&self, batch_tokens: u64) -> anyhow::Result<Option<Copies>> {
+        let c = &self.checkpoint;
+        let Some(url) = &c.mirror else {
+            for (name, given) in
+                [("last", c.mirror_keep_last.is_some()), ("every", c.mirror_keep_every.is_some())]
+            {
+                ensure!(
+                    !given,
+                    "checkpoint.mirror_keep_{name} is set, but checkpoint.mirror is not; set that too, or remove this"
+                );
+            }
+            return Ok(None);
+        };
+        mirror::check(url).context("checkpoint.mirror")?;
+        let keep_last = c.mirror_keep_last.unwrap_or(c.keep_last);
+        ensure!(
+            keep_last > 0,
+            "checkpoint.mirror_keep_last = 0 would keep none to resume from; use 1 or more"
+        );
+        let keep_every = c.mirror_keep_every.or(c.keep_every).map(|keep| keep.steps(batch_tokens));
+        Ok(Some(Copies { url: url.clone(), retention: Retention { keep_last, keep_every } }))
     }
 
     fn published(&self) -> Option<Published> {

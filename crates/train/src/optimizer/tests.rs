@@ -1,5 +1,5 @@
 use super::*;
-use crate::checkpoint::{DEFAULT_SHARD_BYTES, Retention, RunState, Snapshot, Store, Writer};
+use crate::checkpoint::{DEFAULT_SHARD_BYTES, Retention, RunState, Snapshot, Store, Team, Writer};
 use ferropt_device::Buffer;
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
 use ferropt_mesh::Mesh;
@@ -168,7 +168,7 @@ fn written(folder: &std::path::Path, groups: Vec<Group>) -> Checkpoint {
     let (model, config, loop_state) = (null.clone(), null.clone(), null);
     let run = RunState { step: 1, tokens: 0, rollbacks: 0, seed: 0, model, config, loop_state };
     let store = Store::open_for_writing(folder).unwrap();
-    let mut writer = Writer::start(store, Retention::ALL, DEFAULT_SHARD_BYTES).unwrap();
+    let mut writer = Writer::start(store, Retention::ALL, DEFAULT_SHARD_BYTES, Team::alone()).unwrap();
     writer.save(|| Ok(Snapshot { run, groups, files: Vec::new() })).unwrap();
     writer.finish();
     Store::open(folder).unwrap().load(1).unwrap()

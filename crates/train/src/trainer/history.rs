@@ -19,7 +19,7 @@ pub(super) fn open(
     resolved: &Resolved,
     world: &World,
     resumed: Option<u64>,
-    damaged: &[Error],
+    notes: &[String],
 ) -> Result<Logbook> {
     let mut book = Logbook::open(&resolved.config.run.dir)?;
     let step = resumed.unwrap_or(0);
@@ -31,8 +31,8 @@ pub(super) fn open(
         );
         book.add(step, "was-killed", &text, json!({}))?;
     }
-    for damage in damaged {
-        book.add(step, "passed-over", &format!("A damaged checkpoint: {damage:#}."), json!({}))?;
+    for note in notes {
+        book.add(step, "noted", &format!("{note}."), json!({}))?;
     }
     let config = format!("{:08x}", crc32c::crc32c(resolved.config.to_toml()?.as_bytes()));
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();

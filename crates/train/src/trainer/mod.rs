@@ -8,6 +8,7 @@
 mod compatible;
 mod cores;
 mod data;
+mod folder;
 mod history;
 mod recover;
 mod run;

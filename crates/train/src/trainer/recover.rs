@@ -114,7 +114,7 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
     fn roll_back(&mut self, trouble: &Trouble) -> Result<()> {
         self.settle()?;
         let from = self.step;
-        let healthy = if self.writer.is_some() { self.healthy(trouble)? } else { None };
+        let healthy = if self.telemetry.is_some() { self.healthy(trouble)? } else { None };
         let healthy = found_by_first(&self.mesh, &self.resolved.config.run.dir, healthy)?;
         let (to, then) = match healthy {
             Some(checkpoint) => {

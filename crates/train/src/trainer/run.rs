@@ -1,6 +1,7 @@
 //! The loop itself.
 
 use super::data::Data;
+use super::folder::{self, Folder};
 use super::watch::Watch;
 use super::{Ending, Event, Hook, Outcome, compatible, state, write_whole};
 use crate::checkpoint::{
@@ -21,6 +22,9 @@ use ferropt_mesh::{Label, Mesh};
 use ferropt_model::{Backprop, Model, Pass, Task, part_of, schedule};
 use std::time::{Duration, Instant};
 
+/// How long other ranks' parts of a checkpoint are waited for when a run has failed.
+const LAST_PARTS: Duration = Duration::from_secs(30);
+
 /// A run: model, optimiser, data and outputs; of a run on many ranks, one of them.
 pub(super) struct Trainer<'h, D: Device, E: Element> {
     pub(super) device: D,
@@ -34,9 +38,10 @@ pub(super) struct Trainer<'h, D: Device, E: Element> {
     pub(super) guard: Guard,
     collector: Collector,
     watch: Watch,
-    /// The first rank tells and writes.
+    /// The first rank tells.
     pub(super) telemetry: Option<Telemetry>,
     pub(super) book: Option<Logbook>,
+    /// There until the run ends.
     pub(super) writer: Option<Writer>,
     meter: Meter,
     /// Work of one token, and the measured peak in FLOP/s to compare it with.
@@ -67,18 +72,9 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
     ) -> Result<Self> {
         let run = &resolved.config.run.dir;
         let first = mesh.world.rank() == 0;
-        let (store, found, damaged) = if first {
-            std::fs::create_dir_all(run)
-                .with_context(|| format!("run.dir = \"{}\" cannot be made", run.display()))?;
-            let store = Store::open_for_writing(run)?;
-            match store.latest_whole()? {
-                Some(found) => (Some(store), Some(found.checkpoint), found.damaged),
-                None => (Some(store), None, Vec::new()),
-            }
-        } else {
-            (None, None, Vec::new())
-        };
-        let found = found_by_first(&mesh, run, found)?;
+        let timeout = Duration::from_secs_f64(resolved.config.parallel.timeout);
+        let mirror = resolved.copies.as_ref().map(|copies| copies.url.as_str());
+        let Folder { store, team, found, notes } = folder::open(&mesh, run, mirror, timeout)?;
         if let Some(found) = &found {
             compatible::check(&found.manifest().run.config, &serde_json::to_value(&resolved.config)?)
                 .with_context(|| format!("the run in {}", run.display()))?;
@@ -105,18 +101,18 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let retention =
             Retention { keep_last: resolved.config.checkpoint.keep_last, keep_every: resolved.keep_every };
         let telemetry = if first { Some(Telemetry::open(run, resumed, resolved.steps)?) } else { None };
-        let writer = match store {
-            Some(store) => Some(Writer::start(store, retention, DEFAULT_SHARD_BYTES)?),
-            None => None,
-        };
+        let mut writer = Writer::start(store, retention, DEFAULT_SHARD_BYTES, team.clone())?;
+        if let Some(copies) = &resolved.copies {
+            writer.copy_to(copies, team, found.as_ref())?;
+        }
         let book =
-            if first { Some(super::history::open(&resolved, &mesh.world, resumed, &damaged)?) } else { None };
+            if first { Some(super::history::open(&resolved, &mesh.world, resumed, &notes)?) } else { None };
         let trainer = Trainer {
             guard: Guard::new(resolved.recovery, remembered),
             book,
-            collector: Collector::new(mesh.clone(), model.held(), 1),
+            collector: Collector::new(mesh.clone(), model.held(), mesh.world.size()),
             watch: Watch::new(&mesh, plan, resolved.config.log.trace),
-            writer,
+            writer: Some(writer),
             flops: plan.flops_per_token,
             peak: plan.time.peak_flops * mesh.world.size() as f64,
             batch: Batch::default(),
@@ -134,8 +130,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             step,
             hook,
         };
-        for damage in damaged {
-            trainer.say(&format!("passed over a damaged checkpoint: {damage:#}"));
+        for note in notes {
+            trainer.say(&note);
         }
         trainer.say(&format!("energy: {}", trainer.meter.describe()));
         if step > 0 {
@@ -157,7 +153,14 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
     /// Training that goes wrong again and again, a last checkpoint that cannot be written, or a rank that is lost.
     pub(super) fn run(mut self, stop: &Stop) -> Result<Outcome> {
         let ending = self.work(stop);
-        // Whatever happened, a checkpoint that is under way is finished.
+        if let Err(error) = &ending {
+            // The others are not to wait for this rank.
+            self.mesh.world.abandon(&format!("{error:#}"));
+        }
+        // Whatever happened, a checkpoint that is under way is finished. What a lost rank had to write will not come.
+        if let (Err(_), Some(writer)) = (&ending, &self.writer) {
+            writer.hurry(LAST_PARTS);
+        }
         let mut last_save = Ok(());
         for event in self.writer.take().into_iter().flat_map(Writer::finish) {
             match event {
@@ -219,6 +222,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         if self.saved != Some(self.step) {
             self.save()?;
         }
+        // A rank that left now could take away with it what the first one has not yet read of the last checkpoint.
+        self.mesh.all.barrier(Label::new("farewell"))?;
         Ok(ending)
     }
 
@@ -423,6 +428,12 @@ pub(super) fn described(event: &Saving) -> String {
         }
         Saving::NotPruned { step, error } => {
             format!("warning: step {step} was saved, but old checkpoints stay: {error:#}")
+        }
+        Saving::Mirrored { step, bytes, took } => {
+            format!("copied step {step} to the mirror ({}, {:.1} s)", human_bytes(*bytes), took.as_secs_f64())
+        }
+        Saving::NotMirrored { step, error } => {
+            format!("warning: step {step} is not in the mirror, training goes on: {error:#}")
         }
     }
 }

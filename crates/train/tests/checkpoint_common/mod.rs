@@ -1,7 +1,7 @@
 //! Snapshots whose every number follows from their step, so that a mix of two steps cannot go unnoticed.
 
 use ferropt_train::checkpoint::{
-    Checkpoint, Data, Event, Group, Retention, RunState, Snapshot, Store, Tensor, Writer,
+    Checkpoint, Data, Event, Group, Retention, RunState, Share, Snapshot, Store, Team, Tensor, Writer,
 };
 use half::bf16;
 use serde_json::json;
@@ -78,11 +78,24 @@ pub fn assert_content(checkpoint: &Checkpoint) {
     }
 }
 
+/// The part of a snapshot that one of several ranks owns.
+#[allow(dead_code)]
+pub fn owned(mut snapshot: Snapshot, share: Share) -> Snapshot {
+    let mut number = 0;
+    for group in &mut snapshot.groups {
+        group.tensors.retain(|_| {
+            number += 1;
+            number % share.of == share.rank
+        });
+    }
+    snapshot
+}
+
 /// Saves one after another and returns what the writer told.
 #[allow(dead_code)] // not every test file saves
 pub fn save(run: &Path, snapshots: Vec<Snapshot>, retention: Retention, shard_bytes: u64) -> Vec<Event> {
     let store = Store::open_for_writing(run).unwrap();
-    let mut writer = Writer::start(store, retention, shard_bytes).unwrap();
+    let mut writer = Writer::start(store, retention, shard_bytes, Team::alone()).unwrap();
     for snapshot in snapshots {
         writer.save(|| Ok(snapshot)).unwrap();
     }

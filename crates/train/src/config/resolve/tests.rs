@@ -172,6 +172,25 @@ fn refusals_name_the_key_the_value_and_the_fix() {
             &["checkpoint.keep_every=750"],
             &["checkpoint.keep_every = 750", "checkpoint.every = 500", "1000"],
         ),
+        (
+            EXPLICIT,
+            &["checkpoint.mirror=bucket/x"],
+            &["checkpoint.mirror", "\"bucket/x\"", "s3://BUCKET/PATH"],
+        ),
+        (
+            EXPLICIT,
+            &["checkpoint.mirror_keep_last=2"],
+            &["checkpoint.mirror_keep_last", "checkpoint.mirror is not"],
+        ),
+        (EXPLICIT, &["checkpoint.mirror_keep_every=750"], &["checkpoint.mirror_keep_every = 750", "1000"]),
+        #[cfg(not(feature = "object-store"))]
+        (EXPLICIT, &["checkpoint.mirror=s3://b/x"], &["checkpoint.mirror", "--features object-store"]),
+        #[cfg(feature = "object-store")]
+        (
+            EXPLICIT,
+            &["checkpoint.mirror=s3://b/x", "checkpoint.mirror_keep_last=0"],
+            &["checkpoint.mirror_keep_last = 0", "1 or more"],
+        ),
         (EXPLICIT, &["checkpoint.keep_every=0"], &["checkpoint.keep_every is 0 steps"]),
         (EXPLICIT, &["validation.every=0"], &["validation.every is 0 steps"]),
         (EXPLICIT, &["validation.max_tokens=0"], &["validation.max_tokens = 0"]),

@@ -1,0 +1,116 @@
+//! Brings a checkpoint back from a mirror.
+
+use super::super::load::Checkpoint;
+use super::super::manifest::{self, Manifest};
+use super::super::output::{check_room, discard, explain, publish, sync_directory, write_file};
+use super::super::store::{self, Found, Store};
+use super::super::team::{Share, agree};
+use super::remote::{Mirror, Name};
+use anyhow::{Context, Result, anyhow};
+use std::fs;
+use std::path::Path;
+
+impl Mirror {
+    /// Fetches the newest whole checkpoint of a later step than `than` into the run folder, each rank its share of the
+    /// files, and opens it. `exchange` is that of [`Store::latest_whole_together`]; all ranks get the same. Checkpoints that
+    /// are damaged there are passed over, and told if an older one can be used.
+    ///
+    /// # Errors
+    /// When the mirror cannot be reached, or has newer checkpoints and none can be fetched.
+    pub fn fetch_newer(
+        &self,
+        store: &Store,
+        share: Share,
+        than: Option<u64>,
+        mut exchange: impl FnMut(&[u8]) -> Result<Vec<Vec<u8>>>,
+    ) -> Result<Option<Found>> {
+        let listed = if share.rank == 0 { self.newer(than) } else { Ok(Vec::new()) };
+        let listed: Result<Vec<String>, String> = listed.map_err(|error| format!("{error:#}"));
+        let told = exchange(&serde_json::to_vec(&listed)?)?;
+        let first = told.first().context("rank 0 said nothing of the mirror")?;
+        let names: Result<Vec<String>, String> =
+            serde_json::from_slice(first).context("what rank 0 said of the mirror is garbled")?;
+        let names = names.map_err(|error| anyhow!("{error}"))?;
+        let mut damaged = Vec::new();
+        for name in names.iter().filter_map(|name| Name::parse(name)) {
+            match self.fetch_one(store, share, &name, &mut exchange)? {
+                Ok(checkpoint) => return Ok(Some(Found { checkpoint, damaged })),
+                Err(error) => damaged.push(error),
+            }
+        }
+        if damaged.is_empty() {
+            return Ok(None);
+        }
+        let reasons: Vec<String> = damaged.iter().map(|error| format!("\n  {error:#}")).collect();
+        Err(anyhow!("no newer checkpoint of {} can be fetched:{}", self.url(), reasons.concat()))
+    }
+
+    /// Fetches one checkpoint. What goes wrong with it on one rank goes wrong on all, and is the inner error.
+    fn fetch_one(
+        &self,
+        store: &Store,
+        share: Share,
+        name: &Name,
+        exchange: &mut impl FnMut(&[u8]) -> Result<Vec<Vec<u8>>>,
+    ) -> Result<Result<Checkpoint>> {
+        let place = store.path().join(store::directory(name.step));
+        let temporary = store.path().join(format!(".{}.tmp-fetched", store::directory(name.step)));
+        let first = share.rank == 0;
+        let begun = self.manifest(name).and_then(|manifest| {
+            if first {
+                begin(store.path(), &temporary, &manifest)?;
+            }
+            Ok(manifest)
+        });
+        // All ranks have done a step before any does the next.
+        let fetched = match agree(begun, exchange)? {
+            Ok(manifest) => {
+                let fetched = self.fetch_share(name, &manifest, &temporary, share);
+                agree(fetched.map(|()| manifest), exchange)?
+            }
+            Err(error) => Err(error),
+        };
+        let finished = match fetched {
+            Ok(manifest) if first => agree(finish(store.path(), &temporary, &place, &manifest), exchange)?,
+            Ok(_) => agree(Ok(()), exchange)?,
+            Err(error) => Err(error),
+        };
+        if first && finished.is_err() {
+            discard(&temporary)?;
+        }
+        Ok(finished.and_then(|()| Checkpoint::open_share(&place, share)))
+    }
+
+    /// Whole checkpoints of later steps, newest first.
+    fn newer(&self, than: Option<u64>) -> Result<Vec<String>> {
+        let mut newer = Vec::new();
+        for name in self.names()?.into_iter().rev() {
+            if than.is_none_or(|than| name.step > than) && self.is_whole(&name)? {
+                newer.push(name.text);
+            }
+        }
+        Ok(newer)
+    }
+
+    fn fetch_share(&self, name: &Name, manifest: &Manifest, to: &Path, share: Share) -> Result<()> {
+        let sizes: Vec<u64> = manifest.files.values().map(|file| file.bytes).collect();
+        let files = manifest.files.iter().zip(share.pick(&sizes)).filter(|(_, mine)| *mine);
+        files
+            .map(|(file, _)| file)
+            .try_for_each(|(file, entry)| self.fetch(name, file, entry, &to.join(file)))
+    }
+}
+
+/// Makes the directory to fetch into, if there is room.
+fn begin(root: &Path, temporary: &Path, manifest: &Manifest) -> Result<()> {
+    check_room(root, manifest.bytes()).map_err(|error| anyhow!(explain(&error, root, manifest.bytes())))?;
+    discard(temporary)?;
+    fs::create_dir(temporary).with_context(|| format!("cannot create {}", temporary.display()))
+}
+
+/// Makes a checkpoint of what was fetched.
+fn finish(root: &Path, temporary: &Path, place: &Path, manifest: &Manifest) -> Result<()> {
+    write_file(&temporary.join(manifest::FILE), &manifest.to_bytes()?)?;
+    sync_directory(temporary)?;
+    publish(root, temporary, place)
+}

@@ -1,0 +1,245 @@
+//! One folder of an object store, used step by step: requests run while the caller waits.
+
+use super::super::load;
+use super::super::manifest::{self, FileEntry, Manifest, hex};
+use super::super::output::Output;
+use super::super::store;
+use super::parse;
+use anyhow::{Context, Result, ensure};
+use futures_util::stream::{self, StreamExt};
+use object_store::aws::AmazonS3Builder;
+use object_store::azure::MicrosoftAzureBuilder;
+use object_store::gcp::GoogleCloudStorageBuilder;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path as Key;
+use object_store::{ObjectStore, ObjectStoreExt, RetryConfig, WriteMultipart};
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+use std::time::Duration;
+use tokio::runtime::{Builder, Runtime};
+
+/// Bytes of one request. Stores want at least 5 MiB for a part of an object, and an object of 2 GiB has few enough of these.
+const PIECE: usize = 8 << 20;
+/// Requests at a time, of each rank.
+const AT_ONCE: usize = 8;
+/// A request is tried again so often, with pauses that grow to 15 s, and for so long.
+const RETRIES: usize = 8;
+const RETRY: Duration = Duration::from_secs(60);
+
+/// The checkpoints of a run in an object store.
+#[derive(Debug)]
+pub struct Mirror {
+    store: Box<dyn ObjectStore>,
+    prefix: Key,
+    runtime: Runtime,
+    url: String,
+}
+
+/// A checkpoint there, which may lack files.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Name {
+    pub(super) step: u64,
+    /// Of the folder.
+    pub(super) text: String,
+}
+
+impl Name {
+    /// Of a checkpoint whose manifest is this.
+    pub(super) fn of(manifest: &Manifest) -> Result<Name> {
+        let crc = hex(crc32c::crc32c(&manifest.to_bytes()?));
+        Ok(Name { step: manifest.run.step, text: format!("{}-{crc}", store::directory(manifest.run.step)) })
+    }
+
+    pub(super) fn parse(text: &str) -> Option<Name> {
+        let (directory, crc) = text.rsplit_once('-')?;
+        let crc = crc.len() == 8 && crc.bytes().all(|b| b.is_ascii_hexdigit());
+        let step = store::step_of(directory)?;
+        crc.then(|| Name { step, text: text.into() })
+    }
+}
+
+impl Mirror {
+    /// Opens the folder that `url` names; nothing is requested yet. Credentials and endpoints come from the environment, as
+    /// each store's own tools have them (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`,
+    /// `AZURE_STORAGE_ACCOUNT_NAME` and so on).
+    ///
+    /// # Errors
+    /// When the address or what the environment says is wrong.
+    pub fn open(url: &str) -> Result<Mirror> {
+        let (kind, bucket, path) = parse(url)?;
+        // Which cryptography TLS uses. It is set already where a mirror was opened before.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let retry = RetryConfig { max_retries: RETRIES, retry_timeout: RETRY, ..RetryConfig::default() };
+        let store: object_store::Result<Box<dyn ObjectStore>> = match kind {
+            "s3" => {
+                let s3 = AmazonS3Builder::from_env().with_bucket_name(bucket).with_retry(retry).build();
+                s3.map(|store| Box::new(store) as _)
+            }
+            "gs" => {
+                let gcs =
+                    GoogleCloudStorageBuilder::from_env().with_bucket_name(bucket).with_retry(retry).build();
+                gcs.map(|store| Box::new(store) as _)
+            }
+            "az" => {
+                let azure =
+                    MicrosoftAzureBuilder::from_env().with_container_name(bucket).with_retry(retry).build();
+                azure.map(|store| Box::new(store) as _)
+            }
+            _ => {
+                fs::create_dir_all(path).with_context(|| format!("cannot create {path}"))?;
+                LocalFileSystem::new_with_prefix(path).map(|store| Box::new(store.with_fsync(true)) as _)
+            }
+        };
+        let store = store.with_context(|| format!("cannot use the mirror {url}"))?;
+        let prefix = if kind == "file" { Key::default() } else { Key::from(path) };
+        let runtime = Builder::new_current_thread().enable_all().build().context("cannot start a runtime")?;
+        Ok(Mirror { store, prefix, runtime, url: url.into() })
+    }
+
+    /// Its address.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    fn key(&self, name: &Name, file: &str) -> Key {
+        self.prefix.clone().join(name.text.as_str()).join(file)
+    }
+
+    /// The checkpoints that are there, oldest first, whole or not.
+    pub(super) fn names(&self) -> Result<Vec<Name>> {
+        let listed = self.runtime.block_on(self.store.list_with_delimiter(Some(&self.prefix)));
+        let listed = listed.with_context(|| format!("cannot list {}", self.url))?;
+        let last = |key: &Key| key.parts().last().and_then(|part| Name::parse(part.as_ref()));
+        let mut names: Vec<Name> = listed.common_prefixes.iter().filter_map(last).collect();
+        names.sort();
+        Ok(names)
+    }
+
+    /// Files of a checkpoint, with their sizes.
+    pub(super) fn files(&self, name: &Name) -> Result<BTreeMap<String, u64>> {
+        let folder = self.prefix.clone().join(name.text.as_str());
+        let listed = self.runtime.block_on(self.store.list_with_delimiter(Some(&folder)));
+        let listed = listed.with_context(|| format!("cannot list {}/{}", self.url, name.text))?;
+        let file =
+            |object: object_store::ObjectMeta| Some((object.location.filename()?.to_owned(), object.size));
+        Ok(listed.objects.into_iter().filter_map(file).collect())
+    }
+
+    /// Whether all of a checkpoint is there.
+    pub(super) fn is_whole(&self, name: &Name) -> Result<bool> {
+        Ok(self.files(name)?.contains_key(manifest::FILE))
+    }
+
+    pub(super) fn manifest(&self, name: &Name) -> Result<Manifest> {
+        let key = self.key(name, manifest::FILE);
+        let read = self.runtime.block_on(async { self.store.get(&key).await?.bytes().await });
+        let text = read.with_context(|| format!("cannot read {key} of {}", self.url))?;
+        let manifest =
+            Manifest::from_bytes(&text).with_context(|| format!("{key} of {} cannot be used", self.url))?;
+        ensure!(Name::of(&manifest)? == *name, "{key} of {} is the manifest of another checkpoint", self.url);
+        Ok(manifest)
+    }
+
+    /// Uploads a file, if its content is what the manifest says.
+    pub(super) fn upload(&self, name: &Name, file: &str, entry: &FileEntry, from: &Path) -> Result<()> {
+        let mut source = File::open(from).with_context(|| format!("cannot read {}", from.display()))?;
+        let key = self.key(name, file);
+        let failed = || format!("cannot upload {key} to {}", self.url);
+        let (mut piece, mut crc, mut bytes) = (vec![0; 1 << 20], 0, 0);
+        self.runtime.block_on(async {
+            let upload = self.store.put_multipart(&key).await.with_context(failed)?;
+            let mut out = WriteMultipart::new_with_chunk_size(upload, PIECE);
+            loop {
+                let count =
+                    source.read(&mut piece).with_context(|| format!("cannot read {}", from.display()))?;
+                if count == 0 {
+                    break;
+                }
+                (crc, bytes) = (crc32c::crc32c_append(crc, &piece[..count]), bytes + count as u64);
+                out.wait_for_capacity(AT_ONCE).await.with_context(failed)?;
+                out.write(&piece[..count]);
+            }
+            if (FileEntry { bytes, crc32c: hex(crc) }) != *entry {
+                out.abort().await.with_context(failed)?;
+                anyhow::bail!("{} is damaged: it is not what its manifest says", from.display());
+            }
+            out.finish().await.with_context(failed)?;
+            Ok(())
+        })
+    }
+
+    /// Uploads a manifest, which makes a checkpoint of the files beside it.
+    pub(super) fn seal(&self, name: &Name, manifest: &Manifest) -> Result<()> {
+        let key = self.key(name, manifest::FILE);
+        let put = self.runtime.block_on(self.store.put(&key, manifest.to_bytes()?.into()));
+        put.with_context(|| format!("cannot upload {key} to {}", self.url))?;
+        Ok(())
+    }
+
+    /// Fetches a file, which must be what the manifest says.
+    pub(super) fn fetch(&self, name: &Name, file: &str, entry: &FileEntry, to: &Path) -> Result<()> {
+        let key = self.key(name, file);
+        let failed = || format!("cannot fetch {key} from {}", self.url);
+        let mut out = Output::create(to)?;
+        self.runtime.block_on(async {
+            let starts = (0..entry.bytes).step_by(PIECE);
+            let ranges = starts.map(|start| start..entry.bytes.min(start + PIECE as u64));
+            let mut pieces =
+                stream::iter(ranges).map(|range| self.store.get_range(&key, range)).buffered(AT_ONCE);
+            while let Some(piece) = pieces.next().await {
+                out.write(&piece.with_context(failed)?)?;
+            }
+            anyhow::Ok(())
+        })?;
+        let found = out.finish()?;
+        ensure!(
+            found == *entry,
+            "{key} of {} is damaged: it has {} bytes with CRC-32C {}, the manifest says {} with {}",
+            self.url,
+            found.bytes,
+            found.crc32c,
+            entry.bytes,
+            entry.crc32c
+        );
+        Ok(())
+    }
+
+    /// Removes a checkpoint, its manifest first.
+    pub(super) fn remove(&self, name: &Name) -> Result<()> {
+        let files = self.files(name)?;
+        let (last, first): (Vec<&String>, Vec<&String>) =
+            files.keys().partition(|file| *file != manifest::FILE);
+        for file in first.into_iter().chain(last) {
+            let key = self.key(name, file);
+            match self.runtime.block_on(self.store.delete(&key)) {
+                Err(object_store::Error::NotFound { .. }) | Ok(()) => {}
+                Err(error) => Err(error).with_context(|| format!("cannot delete {key} of {}", self.url))?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The manifest of a checkpoint here, and its name there.
+pub(super) fn local(checkpoint: &Path) -> Result<(Name, Manifest)> {
+    let manifest = load::survey(checkpoint)?;
+    Ok((Name::of(&manifest)?, manifest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_told_from_other_folders() {
+        let name = Name::parse("step-00000100-0a1b2c3d").unwrap();
+        assert_eq!((name.step, name.text.as_str()), (100, "step-00000100-0a1b2c3d"));
+        for other in
+            ["step-00000100", "step-100-0a1b2c3d", "step-00000100-0a1b2c3", "step-00000100-0a1b2c3g", "x"]
+        {
+            assert_eq!(Name::parse(other), None, "{other}");
+        }
+    }
+}
