@@ -63,7 +63,8 @@ impl Lab {
                 0 => Store::open_for_writing(&self.run),
                 _ => Store::open(&self.run),
             };
-            let mut writer = Writer::start(store.unwrap(), Retention::ALL, SHARD_BYTES, team.clone()).unwrap();
+            let mut writer =
+                Writer::start(store.unwrap(), Retention::ALL, SHARD_BYTES, team.clone()).unwrap();
             writer.copy_to(copies, team.clone(), None).unwrap();
             (writer, team)
         };
@@ -74,7 +75,9 @@ impl Lab {
                     let mut told = Vec::new();
                     for snapshot in snapshots {
                         writer.save(|| Ok(owned(snapshot.clone(), team.share))).unwrap();
-                        let copied = |event: &Event| matches!(event, Event::Mirrored { .. } | Event::NotMirrored { .. });
+                        let copied = |event: &Event| {
+                            matches!(event, Event::Mirrored { .. } | Event::NotMirrored { .. })
+                        };
                         let before = told.len();
                         while !told[before..].iter().any(copied) {
                             told.extend(writer.poll());
@@ -108,7 +111,9 @@ impl Lab {
                         Ok(all)
                     };
                     let found = mirror.fetch_newer(&store, Share { rank, of }, than, exchange);
-                    found.map_err(|error| format!("{error:#}")).map(|found| found.map(|found| described(&found)))
+                    found
+                        .map_err(|error| format!("{error:#}"))
+                        .map(|found| found.map(|found| described(&found)))
                 })
             };
             let threads: Vec<_> = (0..of).map(rank).collect();
@@ -153,7 +158,11 @@ fn what_is_saved_is_copied_kept_as_told_and_fetched_by_any_number_of_ranks() {
         // The copy is the checkpoint.
         let here = lab.run.join("checkpoints/step-00000005");
         for name in names_in(&here) {
-            assert_eq!(fs::read(here.join(&name)).unwrap(), fs::read(lab.folder_of(5).join(&name)).unwrap(), "{name}");
+            assert_eq!(
+                fs::read(here.join(&name)).unwrap(),
+                fs::read(lab.folder_of(5).join(&name)).unwrap(),
+                "{name}"
+            );
         }
         assert_eq!(lab.fetch(2, Some(5)), Ok(None));
         for ranks in [1, 2, 5] {
@@ -221,7 +230,10 @@ fn damage_in_the_mirror_is_passed_over_and_told() {
         lab.lose_the_disk();
         let (step, damaged) = lab.fetch(of, None).unwrap().unwrap();
         assert_eq!((step, damaged.len()), (1, 2), "{damaged:?}");
-        assert!(damaged[0].contains("manifest.json") && damaged[1].contains("adam_m.safetensors"), "{damaged:?}");
+        assert!(
+            damaged[0].contains("manifest.json") && damaged[1].contains("adam_m.safetensors"),
+            "{damaged:?}"
+        );
         assert_eq!(names_in(&lab.run.join("checkpoints")), ["step-00000001"]);
     }
     fs::remove_dir_all(lab.folder_of(1)).unwrap();
@@ -245,7 +257,7 @@ fn a_checkpoint_that_is_damaged_here_is_not_copied() {
     writer.copy_to(&lab.copies(5, None), Team::alone(), Some(&found)).unwrap();
     let told = writer.finish();
     let [Event::NotMirrored { step: 1, error }] = &told[..] else { panic!("{told:?}") };
-    assert!(format!("{error:#}").contains("adam_v.safetensors is damaged"), "{error:#}");
+    assert!(format!("{error:#}").contains("adam_v.safetensors of step 1 is damaged"), "{error:#}");
     assert_eq!(lab.mirrored(), [(1, false)]);
 }
 
@@ -262,7 +274,9 @@ fn a_mirror_that_lags_behind_says_so_and_has_the_newest() {
     for event in &told {
         match event {
             Event::Saved { .. } | Event::Mirrored { .. } => {}
-            Event::NotMirrored { error, .. } => assert!(format!("{error:#}").contains("lags behind"), "{error:#}"),
+            Event::NotMirrored { error, .. } => {
+                assert!(format!("{error:#}").contains("lags behind"), "{error:#}")
+            }
             other => panic!("{other:?}"),
         }
     }
