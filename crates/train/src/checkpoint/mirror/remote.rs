@@ -112,7 +112,7 @@ impl Mirror {
     pub(super) fn names(&self) -> Result<Vec<Name>> {
         let listed = self.runtime.block_on(self.store.list_with_delimiter(Some(&self.prefix)));
         let listed = listed.with_context(|| format!("cannot list {}", self.url))?;
-        let last = |key: &Key| key.parts().last().and_then(|part| Name::parse(part.as_ref()));
+        let last = |key: &Key| key.parts().next_back().and_then(|part| Name::parse(part.as_ref()));
         let mut names: Vec<Name> = listed.common_prefixes.iter().filter_map(last).collect();
         names.sort();
         Ok(names)
