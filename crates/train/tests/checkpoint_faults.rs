@@ -37,8 +37,8 @@ fn victim() {
         for event in writer.poll() {
             match event {
                 Event::Saved { step, .. } => println!("saved {step}"),
-                Event::Failed { error, .. } | Event::NotPruned { error, .. } => {
-                    println!("failed {error:#}");
+                other => {
+                    println!("failed {other:#?}");
                     writer.finish();
                     return;
                 }

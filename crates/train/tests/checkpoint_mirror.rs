@@ -257,7 +257,7 @@ fn a_checkpoint_that_is_damaged_here_is_not_copied() {
     writer.copy_to(&lab.copies(5, None), Team::alone(), Some(&found)).unwrap();
     let told = writer.finish();
     let [Event::NotMirrored { step: 1, error }] = &told[..] else { panic!("{told:?}") };
-    assert!(format!("{error:#}").contains("adam_v.safetensors is damaged"), "{error:#}");
+    assert!(format!("{error:#}").contains("adam_v.safetensors of step 1 is damaged"), "{error:#}");
     assert_eq!(lab.mirrored(), [(1, false)]);
 }
 

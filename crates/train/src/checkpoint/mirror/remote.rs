@@ -89,7 +89,8 @@ impl Mirror {
             }
             _ => {
                 fs::create_dir_all(path).with_context(|| format!("cannot create {path}"))?;
-                LocalFileSystem::new_with_prefix(path).map(|store| Box::new(store.with_fsync(true)) as _)
+                LocalFileSystem::new_with_prefix(path)
+                    .map(|store| Box::new(store.with_fsync(true).with_automatic_cleanup(true)) as _)
             }
         };
         let store = store.with_context(|| format!("cannot use the mirror {url}"))?;
@@ -111,7 +112,7 @@ impl Mirror {
     pub(super) fn names(&self) -> Result<Vec<Name>> {
         let listed = self.runtime.block_on(self.store.list_with_delimiter(Some(&self.prefix)));
         let listed = listed.with_context(|| format!("cannot list {}", self.url))?;
-        let last = |key: &Key| key.parts().last().and_then(|part| Name::parse(part.as_ref()));
+        let last = |key: &Key| key.parts().next_back().and_then(|part| Name::parse(part.as_ref()));
         let mut names: Vec<Name> = listed.common_prefixes.iter().filter_map(last).collect();
         names.sort();
         Ok(names)
@@ -143,8 +144,7 @@ impl Mirror {
     }
 
     /// Uploads a file, if its content is what the manifest says.
-    pub(super) fn upload(&self, name: &Name, file: &str, entry: &FileEntry, from: &Path) -> Result<()> {
-        let mut source = File::open(from).with_context(|| format!("cannot read {}", from.display()))?;
+    pub(super) fn upload(&self, name: &Name, file: &str, entry: &FileEntry, mut source: File) -> Result<()> {
         let key = self.key(name, file);
         let failed = || format!("cannot upload {key} to {}", self.url);
         let (mut piece, mut crc, mut bytes) = (vec![0; 1 << 20], 0, 0);
@@ -152,8 +152,9 @@ impl Mirror {
             let upload = self.store.put_multipart(&key).await.with_context(failed)?;
             let mut out = WriteMultipart::new_with_chunk_size(upload, PIECE);
             loop {
-                let count =
-                    source.read(&mut piece).with_context(|| format!("cannot read {}", from.display()))?;
+                let count = source
+                    .read(&mut piece)
+                    .with_context(|| format!("cannot read {file} of step {}", name.step))?;
                 if count == 0 {
                     break;
                 }
@@ -163,7 +164,7 @@ impl Mirror {
             }
             if (FileEntry { bytes, crc32c: hex(crc) }) != *entry {
                 out.abort().await.with_context(failed)?;
-                anyhow::bail!("{} is damaged: it is not what its manifest says", from.display());
+                anyhow::bail!("{file} of step {} is damaged: it is not what its manifest says", name.step);
             }
             out.finish().await.with_context(failed)?;
             Ok(())

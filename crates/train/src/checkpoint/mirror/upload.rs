@@ -1,10 +1,13 @@
 //! Uploads checkpoints in the background, the newest first.
 
+use super::super::manifest;
 use super::super::team::Team;
 use super::super::writer::Event;
 use super::Copies;
 use super::remote::{Mirror, Name, local};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
+use std::fs::File;
+use std::io;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
@@ -24,6 +27,8 @@ struct Job {
 #[derive(Debug, Default)]
 struct Waiting {
     job: Option<Job>,
+    /// Steps whose place was taken since the last look.
+    passed_over: Vec<u64>,
     closed: bool,
 }
 
@@ -52,7 +57,11 @@ impl Uploads {
         let thread = Builder::new()
             .name("mirror".into())
             .spawn(move || {
-                while let Some(job) = uploader.slot.next() {
+                while let Some((job, passed_over)) = uploader.slot.next() {
+                    for step in passed_over {
+                        let error = anyhow!("the mirror lags behind: step {} goes first", job.step);
+                        report(Event::NotMirrored { step, error });
+                    }
                     let started = Instant::now();
                     let step = job.step;
                     match uploader.upload(&job) {
@@ -68,7 +77,9 @@ impl Uploads {
 
     /// Asks for a checkpoint to be uploaded; one that still waits is not.
     pub(in super::super) fn submit(&self, step: u64, path: PathBuf) {
-        self.slot.change(|waiting| waiting.job = Some(Job { step, path }));
+        self.slot.change(|waiting| {
+            waiting.passed_over.extend(waiting.job.replace(Job { step, path }).map(|job| job.step));
+        });
     }
 
     /// Waits until what was submitted is uploaded, or could not be.
@@ -85,12 +96,13 @@ impl Slot {
     }
 
     /// Waits for something to upload; nothing once there will be no more.
-    fn next(&self) -> Option<Job> {
+    fn next(&self) -> Option<(Job, Vec<u64>)> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         while waiting.job.is_none() && !waiting.closed {
             waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
-        waiting.job.take()
+        let job = waiting.job.take()?;
+        Some((job, std::mem::take(&mut waiting.passed_over)))
     }
 
     fn has_newer(&self) -> bool {
@@ -109,19 +121,21 @@ impl Uploader {
     /// Uploads this rank's share of a checkpoint, as far as it is not there yet; rank 0 also sees that all is there. Returns
     /// the size of the whole checkpoint, or nothing if all was there before.
     fn upload(&self, job: &Job) -> Result<Option<u64>> {
-        let (name, manifest) = local(&job.path)
-            .with_context(|| format!("{} went before it was uploaded", job.path.display()))?;
-        let there = self.mirror.files(&name)?;
-        if there.contains_key(super::super::manifest::FILE) {
-            return Ok(None);
-        }
+        let went = || format!("{} went before it was uploaded", job.path.display());
+        let (name, manifest) = local(&job.path).with_context(went)?;
         let sizes: Vec<u64> = manifest.files.values().map(|file| file.bytes).collect();
         let files = manifest.files.iter().zip(self.team.share.pick(&sizes)).filter(|(_, mine)| *mine);
-        for ((file, entry), _) in files.filter(|((file, entry), _)| there.get(*file) != Some(&entry.bytes)) {
-            if self.slot.has_newer() {
-                bail!("the mirror lags behind: a newer checkpoint is uploaded instead");
+        // Open, they stay even if the checkpoint is deleted here meanwhile.
+        let files = files.map(|((file, entry), _)| Ok((file, entry, File::open(job.path.join(file))?)));
+        let files: io::Result<Vec<_>> = files.collect();
+        let there = self.mirror.files(&name)?;
+        if there.contains_key(manifest::FILE) {
+            return Ok(None);
+        }
+        for (file, entry, source) in files.with_context(went)? {
+            if there.get(file) != Some(&entry.bytes) {
+                self.mirror.upload(&name, file, entry, source)?;
             }
-            self.mirror.upload(&name, file, entry, &job.path.join(file))?;
         }
         if self.team.share.rank == 0 {
             self.await_others(
@@ -144,7 +158,7 @@ impl Uploader {
                 return Ok(());
             };
             if self.slot.has_newer() {
-                bail!("the mirror lags behind: a newer checkpoint is uploaded instead");
+                bail!("the mirror lags behind: other ranks went on to a newer checkpoint");
             }
             if started.elapsed() > self.team.patience {
                 bail!("other ranks have not uploaded all of it, such as {missing}");
