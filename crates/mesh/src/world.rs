@@ -55,13 +55,16 @@ pub struct Traffic {
 #[derive(Clone)]
 pub struct World(Arc<Inner>);
 
+/// Bytes sent and calls, by group and operation.
+type Counts = BTreeMap<(&'static str, Operation), (u64, u64)>;
+
 struct Inner {
     rank: usize,
     size: usize,
     /// Name of the transport, and of this host.
     transport: String,
     thread: Option<Thread>,
-    traffic: Mutex<BTreeMap<(&'static str, Operation), (u64, u64)>>,
+    traffic: Mutex<Counts>,
     trace: Trace,
 }
 

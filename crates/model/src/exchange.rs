@@ -66,6 +66,7 @@ pub(crate) fn all_rows<'a, D: Device, E: Element>(
 }
 
 /// All rows of what this part has `own` of, and where a share of a sum over all parts is to be written, before [`sum_rows`].
+#[allow(clippy::type_complexity)] // a pair of buffers is plainer than a name for it
 pub(crate) fn rows_and_share<'a, D: Device, E: Element>(
     exchange: &'a mut Option<Exchange<D, E>>,
     device: &D,

@@ -42,7 +42,6 @@ fn victim() {
                     writer.finish();
                     return;
                 }
-                Event::Mirrored { .. } | Event::NotMirrored { .. } => {}
             }
         }
     }

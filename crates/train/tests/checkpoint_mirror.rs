@@ -110,7 +110,8 @@ impl Lab {
                         barrier.wait();
                         Ok(all)
                     };
-                    let found = mirror.fetch_newer(&store, Share { rank, of }, than, exchange);
+                    let found =
+                        mirror.fetch_newer(&store, Share { rank, of }, than.map(|step| (0, step)), exchange);
                     found
                         .map_err(|error| format!("{error:#}"))
                         .map(|found| found.map(|found| described(&found)))

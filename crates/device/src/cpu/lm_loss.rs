@@ -76,8 +76,9 @@ fn for_chunks<E: Element>(
         let target = |row: usize| Target::of(targets[first + row], s);
         let losses = Shards::new(&mut losses[first..first + shape.m]);
         let shards = Shards::new(logits);
-        // SAFETY of both: every task has its own row.
+        // SAFETY: every task has its own row.
         let row_of = |row: usize| unsafe { shards.range(row * s.vocab..(row + 1) * s.vocab) };
+        // SAFETY: as above.
         let loss_of = |row: usize| unsafe { &mut losses.range(row..row + 1)[0] };
         match &mut combine {
             None => device.pool.for_each(shape.m, |row, _| {

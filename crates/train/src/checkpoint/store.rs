@@ -230,7 +230,7 @@ impl Store {
     ) -> Result<Option<Found>> {
         // Rank 0 says which there are, even where another rank sees the folder as it was a moment ago.
         let steps: Vec<u64> = match share.rank {
-            0 => self.steps()?,
+            0 => self.list()?.into_iter().map(|entry| entry.step).collect(),
             _ => Vec::new(),
         };
         let told = exchange(&serde_json::to_vec(&steps)?)?;

@@ -41,8 +41,9 @@ pub(super) fn open(mesh: &Mesh, run: &Path, mirror: Option<&str>, timeout: Durat
     let mut here = store.latest_whole_together(share, exchange);
     if let Some(url) = mirror {
         let mirror = Mirror::open(url)?;
-        let step = here.iter().flatten().map(|found| found.checkpoint.manifest().run.step).next();
-        match (mirror.fetch_newer(&store, share, step, exchange), step) {
+        let newest = here.iter().flatten().map(|found| &found.checkpoint.manifest().run).next();
+        let (step, than) = (newest.map(|run| run.step), newest.map(|run| (run.rollbacks, run.step)));
+        match (mirror.fetch_newer(&store, share, than, exchange), step) {
             (Ok(Some(fetched)), _) => {
                 if let Err(error) = &here {
                     notes.push(format!("{error:#}"));

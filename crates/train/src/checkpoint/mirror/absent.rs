@@ -27,7 +27,7 @@ impl Mirror {
         &self,
         _: &Store,
         _: Share,
-        _: Option<u64>,
+        _: Option<(u64, u64)>,
         _: impl FnMut(&[u8]) -> Result<Vec<Vec<u8>>>,
     ) -> Result<Option<Found>> {
         match *self {}

@@ -11,7 +11,7 @@ use std::fs;
 use std::path::Path;
 
 impl Mirror {
-    /// Fetches the newest whole checkpoint of a later step than `than` into the run folder, each rank its share of the
+    /// Fetches the newest whole checkpoint that is newer than `than` (roll-backs, step) into the run folder, each rank its share of the
     /// files, and opens it. `exchange` is that of [`Store::latest_whole_together`]; all ranks get the same. Checkpoints that
     /// are damaged there are passed over, and told if an older one can be used.
     ///
@@ -21,7 +21,7 @@ impl Mirror {
         &self,
         store: &Store,
         share: Share,
-        than: Option<u64>,
+        than: Option<(u64, u64)>,
         mut exchange: impl FnMut(&[u8]) -> Result<Vec<Vec<u8>>>,
     ) -> Result<Option<Found>> {
         let listed = if share.rank == 0 { self.newer(than) } else { Ok(Vec::new()) };
@@ -81,15 +81,20 @@ impl Mirror {
         Ok(finished.and_then(|()| Checkpoint::open_share(&place, share)))
     }
 
-    /// Whole checkpoints of later steps, newest first.
-    fn newer(&self, than: Option<u64>) -> Result<Vec<String>> {
+    /// Newer whole checkpoints, newest first. What a roll-back left behind is older than what was saved afterwards, whatever
+    /// the steps.
+    fn newer(&self, than: Option<(u64, u64)>) -> Result<Vec<String>> {
         let mut newer = Vec::new();
-        for name in self.names()?.into_iter().rev() {
-            if than.is_none_or(|than| name.step > than) && self.is_whole(&name)? {
-                newer.push(name.text);
+        for name in self.names()? {
+            if self.is_whole(&name)? {
+                // One whose manifest is damaged is told of when it is fetched.
+                let rollbacks = self.manifest(&name).map_or(0, |manifest| manifest.run.rollbacks);
+                newer.push(((rollbacks, name.step), name.text));
             }
         }
-        Ok(newer)
+        newer.retain(|(age, _)| than.is_none_or(|than| *age > than));
+        newer.sort();
+        Ok(newer.into_iter().rev().map(|(_, name)| name).collect())
     }
 
     fn fetch_share(&self, name: &Name, manifest: &Manifest, to: &Path, share: Share) -> Result<()> {
