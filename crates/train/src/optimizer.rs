@@ -232,7 +232,7 @@ impl<D: Device> Optimizer<D> {
         Ok(groups)
     }
 
-    /// Reads back what [`Optimizer::save`] wrote, to the bit: of every tensor the elements that are held here.
+    /// Reads back what `Optimizer::save` wrote, to the bit: of every tensor the elements that are held here.
     ///
     /// # Errors
     /// Names the tensor that is missing or has another shape.

@@ -7,7 +7,7 @@
 //!     manifest.json                               uploaded last, so what has one is whole
 //! ```
 //!
-//! A checkpoint is uploaded once it is durable in the run folder ([`Uploads`], in the background), and fetched where the run
+//! A checkpoint is uploaded once it is durable in the run folder (in the background), and fetched where the run
 //! folder has none that is as new ([`Mirror::fetch_newer`]). The name holds the manifest's checksum, and the manifest those
 //! of the files: so whoever uploads into one folder uploads the same, and what was cut off is taken up where it was.
 
