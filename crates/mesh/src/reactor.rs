@@ -307,7 +307,8 @@ impl Reactor {
         let mut moved = false;
         for rank in self.others() {
             loop {
-                match self.send_some(rank).and_then(|sent| Ok(sent | self.receive_some(rank)?)) {
+                // What a rank that is gone has sent before is read before writing to it fails.
+                match self.receive_some(rank).and_then(|got| Ok(got || self.send_some(rank)?)) {
                     Ok(true) => moved = true,
                     Ok(false) => break,
                     Err(error) => {

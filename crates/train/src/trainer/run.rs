@@ -219,6 +219,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         if self.saved != Some(self.step) {
             self.save()?;
         }
+        // A rank that left now could take away with it what the first one has not yet read of the last checkpoint.
+        self.mesh.all.barrier(Label::new("farewell"))?;
         Ok(ending)
     }
 
