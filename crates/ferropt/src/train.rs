@@ -73,6 +73,7 @@ The smallest configuration:
 /// Trains, and returns the exit status.
 pub(crate) fn run(args: Args) -> anyhow::Result<u8> {
     launch::end_with_launcher()?;
+    anyhow::ensure!(args.ranks != Some(0), "--ranks 0 trains nothing; give 1 or more");
     let config = Config::load(&args.config, &args.set)?;
     let named = || format!("the configuration {} cannot be used", args.config.display());
     if args.dry_run {
@@ -124,7 +125,6 @@ pub(crate) fn run(args: Args) -> anyhow::Result<u8> {
 
 /// Trains in processes of their own.
 fn launch(args: &Args, config: &Config, resolved: &Resolved) -> anyhow::Result<u8> {
-    anyhow::ensure!(args.ranks != Some(0), "--ranks 0 trains nothing; give 1 or more");
     if let (Some(ranks), Ok(rank)) = (args.ranks, std::env::var("RANK")) {
         anyhow::bail!(
             "--ranks {ranks} starts all processes of a run, but RANK={rank} says that this is one of them; remove one of \

@@ -78,7 +78,9 @@ fn poisoned_batches_are_left_out_and_the_quality_is_that_of_clean_text() {
 /// Changes the first `count` values of a tensor in a checkpoint to `value`, with checksums that fit.
 fn spoil(run: &Path, step: u64, group: &str, tensor: &str, count: usize, value: f32) {
     let folder = run.join(format!("checkpoints/step-{step:08}"));
-    let name = format!("{group}.safetensors");
+    let manifest = folder.join("manifest.json");
+    let mut content: Value = serde_json::from_slice(&std::fs::read(&manifest).unwrap()).unwrap();
+    let name = content["groups"][group][tensor]["file"].as_str().unwrap().to_string();
     let mut bytes = std::fs::read(folder.join(&name)).unwrap();
     let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let table: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
@@ -87,8 +89,6 @@ fn spoil(run: &Path, step: u64, group: &str, tensor: &str, count: usize, value: 
         bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
     }
     std::fs::write(folder.join(&name), &bytes).unwrap();
-    let manifest = folder.join("manifest.json");
-    let mut content: Value = serde_json::from_slice(&std::fs::read(&manifest).unwrap()).unwrap();
     content["files"][&name]["crc32c"] = format!("{:08x}", crc32c::crc32c(&bytes)).into();
     content.as_object_mut().unwrap().remove("crc32c");
     let mut sealed = serde_json::to_vec_pretty(&content).unwrap();
