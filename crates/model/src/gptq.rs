@@ -11,8 +11,9 @@ use ferropt_device::quantise::{GROUP, Group, choose_group};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-/// Added to the diagonal of H, as a share of its mean: inputs that hardly vary must not decide.
-const DAMPING: f64 = 0.01;
+/// Added to the diagonal of H, as a share of its mean: inputs that hardly vary must not decide. More where the sums' own rounding
+/// would otherwise leave no factor, as it may if all inputs are much alike.
+const DAMPING: [f64; 3] = [0.01, 0.1, 1.0];
 /// Columns that are factored or inverted together: what they need of the rows above stays in a near cache.
 const PANEL: usize = 64;
 
@@ -32,13 +33,17 @@ impl Calibration {
         ensure!(h.len() == k * k && k > 0, "{} sums of products were given for inputs of width {k}", h.len());
         let mean = (0..k).map(|i| h[i * k + i] as f64).sum::<f64>() / k as f64;
         ensure!(mean.is_finite() && mean >= 0.0, "the inputs' mean square is {mean}; they must be finite");
-        let damping = if mean > 0.0 { DAMPING * mean } else { 1.0 };
         // With rows and columns in reverse order, the inverse of a lower factor is the upper one that is wanted.
-        let at = |i: usize, j: usize| {
-            let (i, j) = (k - 1 - i, k - 1 - j);
-            h[i * k + j] as f64 + if i == j { damping } else { 0.0 }
+        let factor = |share: f64| {
+            let damping = if mean > 0.0 { share * mean } else { 1.0 };
+            let at = |i: usize, j: usize| {
+                let (i, j) = (k - 1 - i, k - 1 - j);
+                h[i * k + j] as f64 + if i == j { damping } else { 0.0 }
+            };
+            cholesky(k, &at, threads)
         };
-        let lower = cholesky(k, &at, threads)?;
+        let [least, more, most] = DAMPING;
+        let lower = factor(least).or_else(|_| factor(more)).or_else(|_| factor(most))?;
         Ok(Calibration { k, rows: scaled_inverse(k, &lower, threads) })
     }
 
