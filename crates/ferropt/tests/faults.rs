@@ -35,8 +35,11 @@ fn undisturbed(lab: &Lab, run: &str, steps: u64, set: &[&str], n: usize) {
 
 /// Starts a supervised run, with what it says in a file.
 fn start(lab: &Lab, run: &str, steps: u64, n: usize, more: &[&str]) -> Child {
+    saying(lab, run, ranks(&lab.config(run, steps), &[], n, more))
+}
+
+fn saying(lab: &Lab, run: &str, mut command: Command) -> Child {
     let said = fs::File::create(lab.path(&format!("{run}.log"))).unwrap();
-    let mut command = ranks(&lab.config(run, steps), &[], n, more);
     command.stdout(said.try_clone().unwrap()).stderr(said).stdin(Stdio::null()).spawn().unwrap()
 }
 
@@ -222,6 +225,35 @@ fn a_disk_that_is_full_for_a_while_costs_checkpoints_only() {
     assert!(lab.tensors("kept", STEPS) == lab.tensors("whole", STEPS));
     let events = events(&lab, "kept");
     assert!(count(&events, "checkpoint-failed") > 0, "the logbook says so once there is room: {events:?}");
+    assert_eq!(count(&events, "rank-lost"), 0);
+}
+
+#[test]
+fn a_rank_without_room_for_its_files_costs_checkpoints_only() {
+    let lab = Lab::new();
+    undisturbed(&lab, "whole", 600, &[], 2);
+    // Writing beyond the limit is an error, as on a full disk, and no signal that kills; children inherit that.
+    let ranks = ranks(&lab.config("limited", 600), &[], 2, &[]);
+    let mut command = Command::new("sh");
+    command.args(["-c", "trap '' XFSZ; exec \"$@\"", "sh"]).arg(ranks.get_program()).args(ranks.get_args());
+    let supervisor = saying(&lab, "limited", command);
+    until(&lab, "limited", 60);
+    let (_, process) = workers(&supervisor).into_iter().find(|(rank, _)| *rank == 1).expect("rank 1 runs");
+    let limit = |bytes: &str| {
+        let (process, limit) = (format!("--pid={process}"), format!("--fsize={bytes}:unlimited"));
+        assert!(Command::new("prlimit").args([process, limit]).status().unwrap().success());
+    };
+    limit("4096");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !fs::read_to_string(lab.path("limited.log")).unwrap().contains("was not saved") {
+        assert!(Instant::now() < deadline, "no save failed within a minute");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    limit("unlimited");
+    ends_alike(&lab, supervisor, "limited", 600);
+    let events = events(&lab, "limited");
+    let failed: Vec<_> = events.iter().filter(|entry| entry["event"] == "checkpoint-failed").collect();
+    assert!(failed.iter().any(|entry| entry["text"].as_str().unwrap().contains("rank 1")), "{events:?}");
     assert_eq!(count(&events, "rank-lost"), 0);
 }
 

@@ -5,7 +5,7 @@
 use crate::label::{Label, Operation};
 use crate::lost::Lost;
 use crate::reactor::{Command, Finished, Job, Memory, Place};
-use crate::world::World;
+use crate::world::{World, thread_has_died};
 use anyhow::{Context, Result, anyhow, bail};
 use ferropt_device::{Buffer, DType, Element};
 use std::any::Any;
@@ -53,8 +53,7 @@ impl<B: 'static> Pending<B> {
         match self.0 {
             State::Ready(result) => result,
             State::Waiting(done, finish) => {
-                let finished =
-                    done.recv().map_err(|_| anyhow!("the thread that talks to the other ranks has died"))?;
+                let finished = done.recv().map_err(thread_has_died)?;
                 finish(finished.map_err(Lost)?)
             }
         }
@@ -151,25 +150,22 @@ impl Group {
 
     /// Gathers the parts of all: `buffer` has as many equal parts as there are ranks, and this rank's own is in its place.
     pub fn all_gather<T: Element, B: Buffer<T> + 'static>(&self, label: Label, buffer: B) -> Pending<B> {
-        self.gather_parts(Operation::AllGather, label, buffer, |_| None)
+        let equal = equal_parts(buffer.len(), self.size());
+        self.gather_parts(Operation::AllGather, label, buffer, equal)
     }
 
-    /// [`Group::all_gather`] of parts of any lengths: `range` says which elements are a rank's, or they are all equal.
+    /// [`Group::all_gather`] of parts of any lengths: `range` says which elements are a rank's.
     fn gather_parts<T: Element, B: Buffer<T> + 'static>(
         &self,
         operation: Operation,
         label: Label,
         buffer: B,
-        range: impl Fn(usize) -> Option<Range<usize>>,
+        range: impl Fn(usize) -> Range<usize>,
     ) -> Pending<B> {
         if self.size() == 1 {
             return Pending::ready(Ok(buffer));
         }
-        let equal = buffer.len() / self.size();
-        let bytes = |member: usize| {
-            let range = range(member).unwrap_or(member * equal..(member + 1) * equal);
-            range.start * size_of::<T>()..range.end * size_of::<T>()
-        };
+        let bytes = |member: usize| in_bytes::<T>(range(member));
         let sends = self.others().map(|member| (member, bytes(self.rank()))).collect();
         let receives = self.others().map(|member| (member, Place::Memory(bytes(member)))).collect();
         self.start::<T, B>(operation, label, buffer, sends, receives, |finished| given_back(finished.memory))
@@ -178,10 +174,8 @@ impl Group {
     /// Sums the contributions of all: `buffer` has as many equal parts as there are ranks, and afterwards this rank's own
     /// part, in its place, is the sum over all ranks. The other parts are not to be used.
     pub fn reduce_scatter<T: Element, B: Buffer<T> + 'static>(&self, label: Label, buffer: B) -> Pending<B> {
-        let equal = buffer.len() / self.size();
-        self.sum_parts(Operation::ReduceScatter, label, buffer, move |member| {
-            member * equal..(member + 1) * equal
-        })
+        let equal = equal_parts(buffer.len(), self.size());
+        self.sum_parts(Operation::ReduceScatter, label, buffer, equal)
     }
 
     /// This rank's range becomes the sum of what all have there; `range` says which elements are a rank's.
@@ -198,9 +192,8 @@ impl Group {
         if self.size() == 1 {
             return Pending::ready(Ok(buffer));
         }
-        let bytes = |range: Range<usize>| range.start * size_of::<T>()..range.end * size_of::<T>();
         let (rank, own) = (self.rank(), range(self.rank()));
-        let sends = self.others().map(|member| (member, bytes(range(member)))).collect();
+        let sends = self.others().map(|member| (member, in_bytes::<T>(range(member)))).collect();
         let place = |(piece, member)| (member, Place::Piece(piece, Some(size_of::<T>() * own.len())));
         let receives = self.others().enumerate().map(place).collect();
         // In the order of the ranks: which piece each one's contribution is.
@@ -240,9 +233,7 @@ impl Group {
                 done,
                 Box::new(move |finished| {
                     let buffer = finish(finished)?;
-                    group
-                        .gather_parts::<T, B>(operation, label, buffer, move |member| Some(range(member)))
-                        .wait()
+                    group.gather_parts::<T, B>(operation, label, buffer, range).wait()
                 }),
             )),
         }
@@ -301,11 +292,8 @@ impl Group {
         let sends = self.others().map(|member| (member, 0..bytes.len())).collect();
         let receives =
             self.others().enumerate().map(|(piece, member)| (member, Place::Piece(piece, None))).collect();
-        let finished =
-            self.post(Operation::Gather, label, None, Box::new(bytes.to_vec()), sends, receives)?;
-        let finished =
-            finished.recv().map_err(|_| anyhow!("the thread that talks to the other ranks has died"))?;
-        let finished = finished.map_err(Lost)?;
+        let done = self.post(Operation::Gather, label, None, Box::new(bytes.to_vec()), sends, receives)?;
+        let finished = Pending(State::Waiting(done, Box::new(Ok))).wait()?;
         let mut all = vec![bytes.to_vec(); self.size()];
         for (member, piece) in self.others().zip(&finished.pieces) {
             all[member] = piece.bytes().to_vec();
@@ -387,6 +375,17 @@ impl Group {
         world.command(Command::Post(job))?;
         Ok(finished)
     }
+}
+
+/// Which elements are a member's when all have equally many.
+fn equal_parts(len: usize, size: usize) -> impl Fn(usize) -> Range<usize> {
+    let part = len / size;
+    move |member| member * part..(member + 1) * part
+}
+
+/// Where elements lie in a buffer's bytes.
+fn in_bytes<T>(elements: Range<usize>) -> Range<usize> {
+    elements.start * size_of::<T>()..elements.end * size_of::<T>()
 }
 
 /// `own` becomes the sum of the contributions, in their order; it is the one that is not a piece itself.

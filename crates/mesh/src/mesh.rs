@@ -17,6 +17,13 @@ pub struct Axes {
     pub pipeline: usize,
 }
 
+impl Axes {
+    /// Which replica a rank belongs to, of those that hold the same; see [`Mesh`] for the order of the ranks.
+    pub fn replica(self, rank: usize) -> usize {
+        rank / (self.tensor * self.shard) % self.replicate
+    }
+}
+
 /// All ranks, and the groups that this one belongs to.
 ///
 /// Numbers run fastest along the tensor axis, then along shard, replicate and pipeline: those who talk most are

@@ -17,8 +17,8 @@ const LINGER: Duration = Duration::from_secs(2);
 const INTRODUCTION: Duration = Duration::from_secs(5);
 /// First bytes of an introduction.
 const MAGIC: &[u8; 8] = b"ferropt1";
-/// Longest line of an introduction.
-const LONGEST: usize = 1 << 12;
+/// Longest introduction: the addresses of all ranks, of which there may be many thousands.
+const LONGEST: u64 = 1 << 22;
 /// What a call of the system takes at most, so that no rank keeps the others waiting.
 const AT_ONCE: usize = 1 << 20;
 
@@ -244,7 +244,7 @@ fn hear(stream: &mut TcpStream) -> Result<String> {
     stream.read_exact(&mut start).context("the connection ended")?;
     let (magic, len) = start.split_at(8);
     let len = u64::from_le_bytes(len.try_into().unwrap_or_default());
-    ensure!(magic == MAGIC && len <= (LONGEST << 10) as u64, "it is not one of Ferropt's ranks");
+    ensure!(magic == MAGIC && len <= LONGEST, "it is not one of Ferropt's ranks");
     let mut text = vec![0; len as usize];
     stream.read_exact(&mut text).context("the connection ended")?;
     Ok(String::from_utf8(text)?)

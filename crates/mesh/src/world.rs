@@ -180,8 +180,7 @@ impl World {
             .name("ranks".into())
             .spawn(body)
             .context("cannot start the thread that talks to the other ranks")?;
-        let (rank, size, waker, transport) =
-            ready.recv().map_err(|_| anyhow!("the thread that talks to the other ranks has died"))??;
+        let (rank, size, waker, transport) = ready.recv().map_err(thread_has_died)??;
         let thread = Some(Thread { commands: Some(commands), waker, handle: Some(handle) });
         Ok(World(Arc::new(Inner { rank, size, transport, thread, traffic: Mutex::default(), trace })))
     }
@@ -249,7 +248,7 @@ impl World {
 
     pub(crate) fn command(&self, command: Command) -> Result<()> {
         let Some(Thread { commands: Some(commands), waker, .. }) = &self.0.thread else { return Ok(()) };
-        commands.send(command).map_err(|_| anyhow!("the thread that talks to the other ranks has died"))?;
+        commands.send(command).map_err(thread_has_died)?;
         waker();
         Ok(())
     }
@@ -264,4 +263,9 @@ impl Drop for Thread {
             let _ = handle.join();
         }
     }
+}
+
+/// What is left to say when the thread of the transport has gone away without a message.
+pub(crate) fn thread_has_died<E>(_: E) -> anyhow::Error {
+    anyhow!("the thread that talks to the other ranks has died")
 }

@@ -106,14 +106,14 @@ impl<D: Device, E: Element> Backprop<D, E> {
         Backprop::on(device, config, options, Mesh::solo())
     }
 
-    /// Allocates everything that passes need, for this process's part of the model: [`part_of`] the mesh.
+    /// Allocates everything that passes need, for this process's part of the model: [`Part::of_rank`].
     ///
     /// # Errors
     /// When sequences are longer than the model's positions, the parts cannot share out a micro-batch's rows or the model, or
     /// memory is short.
     pub fn on(device: &D, config: &Config, options: Options, mesh: Mesh) -> Result<Self> {
         config.check()?;
-        let (part, parts) = (part_of(&mesh, config.layers), mesh.tensor.size());
+        let (part, parts) = (Part::of_rank(mesh.axes, config.layers, mesh.world.rank()), mesh.tensor.size());
         part.check(config)?;
         let Options { batch, seq, .. } = options;
         ensure!(
@@ -301,12 +301,9 @@ impl<D: Device, E: Element> Backprop<D, E> {
         let place = number % self.flights.len();
         self.flights[place].pass = pass;
         self.units.ask(device, w, range.start, after(range.start))?;
-        {
-            let Flight { layers, ends, .. } = &mut self.flights[place];
-            ends.load(device, batch, layers)?;
-        }
+        let Flight { layers, ends, .. } = &mut self.flights[place];
+        ends.load(device, batch, layers)?;
         if self.stage.is_first() {
-            let Flight { layers, ends, .. } = &mut self.flights[place];
             ends.embed(device, self.units.ends(device, w)?, layers)?;
         } else {
             let came = self.receive(device, Label::of("activations", number), self.stage.place.rank - 1)?;
@@ -429,13 +426,6 @@ impl<D: Device, E: Element> Flight<D, E> {
         assert!(make.left().is_empty(), "activations that nothing uses: {:?}", make.left());
         Ok(flight)
     }
-}
-
-/// The part that this process of a mesh holds of a model with so many layers.
-pub fn part_of(mesh: &Mesh, layers: usize) -> Part {
-    let place = |group: &Group| Place { rank: group.rank(), of: group.size() };
-    let stage = Stage::new(place(&mesh.pipeline), layers);
-    Part { tensor: place(&mesh.tensor), shard: place(&mesh.shard), stage }
 }
 
 /// Sums the gradients of some parameters over a group, all at once.

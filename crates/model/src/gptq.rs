@@ -205,6 +205,15 @@ mod tests {
     }
 
     #[test]
+    fn sums_that_rounding_left_without_a_factor_are_damped_more() {
+        // Two inputs that are equal, with sums that say they are more than that: no damping below 5 % has a factor.
+        let calibration = Calibration::new(&[1.0, 1.05, 1.05, 1.0], 2, 1).unwrap();
+        assert!(calibration.rows.iter().all(|factor| factor.is_finite()));
+        let error = Calibration::new(&[1.0, 9.0, 9.0, 1.0], 2, 1).err().unwrap().to_string();
+        assert!(error.contains("pivot 1 of 2"), "{error}");
+    }
+
+    #[test]
     fn outputs_of_related_inputs_change_less() {
         let (n, k, inputs) = (24, 130, 400);
         let (w, mixing) = (numbers(1, n * k), numbers(2, 20 * k));

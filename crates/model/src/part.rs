@@ -6,6 +6,7 @@ use crate::config::Config;
 use crate::parameters::{Parameter, Split};
 use anyhow::{Result, ensure};
 use ferropt_device::Strided;
+use ferropt_mesh::Axes;
 use std::ops::Range;
 
 /// Shards are as many elements as a multiple of this, so that they begin on cache lines.
@@ -83,6 +84,15 @@ pub struct Part {
 impl Part {
     /// All of it.
     pub const WHOLE: Part = Part { tensor: Place::ALONE, shard: Place::ALONE, stage: Stage::WHOLE };
+
+    /// What a rank of a mesh holds of a model of so many layers; see [`ferropt_mesh::Mesh`] for the order of the ranks.
+    pub fn of_rank(axes: Axes, layers: usize, rank: usize) -> Part {
+        let tensor = Place { rank: rank % axes.tensor, of: axes.tensor };
+        let shard = Place { rank: rank / axes.tensor % axes.shard, of: axes.shard };
+        let data_and_tensor = axes.tensor * axes.shard * axes.replicate;
+        let stage = Place { rank: rank / data_and_tensor, of: axes.pipeline };
+        Part { tensor, shard, stage: Stage::new(stage, layers) }
+    }
 
     /// Refuses a tensor parallelism or a pipeline that does not divide the model.
     ///

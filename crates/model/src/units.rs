@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::part::Held;
 use crate::weights::{Layer, Tensor, TensorMut, Weights, Zeros};
 use anyhow::Result;
-use ferropt_device::{Device, Element, Store};
+use ferropt_device::{Buffer, Device, Element, Store};
 use ferropt_mesh::{Group, Label, Pending};
 
 /// Layers that are whole at once: one computes, another is on its way.
@@ -236,7 +236,6 @@ fn gather<D: Device, T: Element>(
     shard: &D::Buf<T>,
     whole: &mut D::Buf<T>,
 ) -> Result<Pending<D::Buf<T>>> {
-    use ferropt_device::Buffer;
     let mut buffer = std::mem::replace(whole, device.alloc(0)?);
     device.copy(shard.len(), shard, 0, &mut buffer, group.rank() * shard.len());
     Ok(group.all_gather(label, buffer))
@@ -348,7 +347,6 @@ impl<U: Unit<D, f32>, D: Device> Scattering<U, D> {
 
     /// Puts the sums that are on their way where they belong.
     fn settle(&mut self, device: &D, group: &Group, into: &mut impl Unit<D, f32>) -> Result<()> {
-        use ferropt_device::Buffer;
         let tensors = self.unit.list_mut().into_iter().zip(into.list_mut());
         for (coming, (whole, sum)) in self.coming.drain(..).zip(tensors) {
             let (whole, sum) = (whole.flat(), sum.flat());

@@ -6,8 +6,8 @@ use ferropt_device::rng::{Purpose, Stream};
 use ferropt_device::{DType, Element, Store};
 use ferropt_mesh::{Axes, Mesh, World};
 use ferropt_model::{
-    Backprop, Batch, Config, Held, Initial, Model, Options, Pass, Place, Recompute, Task, initial_shard,
-    part_of, schedule,
+    Backprop, Batch, Config, Held, Initial, Model, Options, Part, Pass, Place, Recompute, Task,
+    initial_shard, schedule,
 };
 
 const SEED: u64 = 5;
@@ -38,7 +38,7 @@ fn ids(which: usize, len: usize, below: usize) -> Vec<u32> {
 }
 
 /// What one rank has computed.
-struct Part {
+struct Computed {
     loss: f64,
     score: f64,
     norm: f64,
@@ -47,10 +47,12 @@ struct Part {
 }
 
 /// A step's passes in micro-batches of `batch`, twice, so that the second finds what the first left; and a score.
-fn passes<E: Element>(config: &Config, batch: usize, recompute: Recompute, mesh: Mesh) -> Part {
+fn passes<E: Element>(config: &Config, batch: usize, recompute: Recompute, mesh: Mesh) -> Computed {
     let options = CpuOptions { threads: Some(1), pin: false, ..CpuOptions::default() };
     let device = CpuDevice::new(options).unwrap();
-    let mut model = Model::<_, E>::part(&device, config, part_of(&mesh, config.layers)).unwrap();
+    let mut model =
+        Model::<_, E>::part(&device, config, Part::of_rank(mesh.axes, config.layers, mesh.world.rank()))
+            .unwrap();
     for held in model.held().to_vec() {
         model.set(&device, held.index, &noisy(&held)).unwrap();
     }
@@ -60,7 +62,7 @@ fn passes<E: Element>(config: &Config, batch: usize, recompute: Recompute, mesh:
     let mut backprop = Backprop::<_, E>::on(&device, config, options, mesh).unwrap();
     let (tokens, targets) = (ids(1, SEQUENCES * SEQ, config.vocab), ids(2, SEQUENCES * SEQ, config.vocab));
     let doc_start: Vec<u32> = (0..SEQUENCES * SEQ).map(|i| if i % SEQ < 5 { 0 } else { 5 }).collect();
-    let mut part = Part { loss: 0.0, score: 0.0, norm: 0.0, gradients: Vec::new() };
+    let mut part = Computed { loss: 0.0, score: 0.0, norm: 0.0, gradients: Vec::new() };
     for _ in 0..2 {
         part.loss = 0.0;
         backprop.begin();
@@ -91,9 +93,9 @@ fn passes<E: Element>(config: &Config, batch: usize, recompute: Recompute, mesh:
 }
 
 /// The same on all ranks of a mesh: losses added up, gradients put together.
-fn on_ranks<E: Element>(config: &Config, batch: usize, recompute: Recompute, axes: Axes) -> Part {
+fn on_ranks<E: Element>(config: &Config, batch: usize, recompute: Recompute, axes: Axes) -> Computed {
     let worlds = World::local(axes.tensor * axes.shard * axes.replicate * axes.pipeline).unwrap();
-    let parts: Vec<Part> = std::thread::scope(|scope| {
+    let parts: Vec<Computed> = std::thread::scope(|scope| {
         let start = |world| {
             scope.spawn(move || passes::<E>(config, batch, recompute, Mesh::new(world, axes).unwrap()))
         };
@@ -116,7 +118,7 @@ fn on_ranks<E: Element>(config: &Config, batch: usize, recompute: Recompute, axe
                 }
             }
         }
-        gradients.push((Held::new(parameter, index, ferropt_model::Part::WHOLE), whole));
+        gradients.push((Held::new(parameter, index, Part::WHOLE), whole));
     }
     // The last stage has the losses: one part of each group that shares sequences.
     let first = parts.len() / axes.pipeline * (axes.pipeline - 1);
@@ -125,7 +127,7 @@ fn on_ranks<E: Element>(config: &Config, batch: usize, recompute: Recompute, axe
     assert!(parts.iter().all(|part| part.norm == parts[0].norm));
     assert!(last.iter().all(|part| part.score == last[0].score));
     assert!(parts[..first].iter().all(|part| (part.loss, part.score) == (0.0, 0.0)));
-    Part { loss, score: last[0].score, norm: parts[0].norm, gradients }
+    Computed { loss, score: last[0].score, norm: parts[0].norm, gradients }
 }
 
 /// Root of the mean square of the differences.

@@ -1,9 +1,10 @@
 //! Whole tensors out of what many ranks hold, each at the rank that writes it.
 
+use crate::checkpoint::deal;
 use anyhow::{Context, Result};
 use ferropt_device::{Device, Element};
-use ferropt_mesh::{Axes, Label, Mesh};
-use ferropt_model::{Held, Part, Place, Stage};
+use ferropt_mesh::{Label, Mesh};
+use ferropt_model::{Held, Part};
 
 /// Brings tensors together: every parameter has one rank that writes it, so that all ranks write about as much.
 pub(crate) struct Collector {
@@ -14,16 +15,11 @@ pub(crate) struct Collector {
 }
 
 impl Collector {
-    /// Shares out parameters among the first `writers` ranks of a mesh.
-    pub(crate) fn new(mesh: Mesh, table: &[Held], writers: usize) -> Collector {
-        let mut load = vec![0; writers.max(1)];
-        let writer = |held: &Held| {
-            let least = (0..load.len()).min_by_key(|rank| load[*rank]).unwrap_or(0);
-            load[least] += held.parameter.elements();
-            least
-        };
+    /// Shares out parameters among the ranks of a mesh.
+    pub(crate) fn new(mesh: Mesh, table: &[Held]) -> Collector {
+        let sizes: Vec<u64> = table.iter().map(|held| held.parameter.elements() as u64).collect();
         let layers = table.iter().filter_map(|held| held.parameter.layer()).max().map_or(0, |last| last + 1);
-        Collector { writers: table.iter().map(writer).collect(), mesh, layers }
+        Collector { writers: deal(&sizes, mesh.world.size()), mesh, layers }
     }
 
     /// All values of a parameter, on the rank that writes it, given the shard of every rank; nothing on the others. Called on
@@ -45,9 +41,10 @@ impl Collector {
         shard.truncate(held.shard.len());
         // Replicas have the same; the first of them gives.
         let givers = (0..all.size()).filter_map(|rank| {
-            let (part, replica) = part_at(self.mesh.axes, self.layers, rank);
+            let axes = self.mesh.axes;
+            let part = Part::of_rank(axes, self.layers, rank);
             let theirs = Held::new(held.parameter.clone(), held.index, part);
-            (replica == 0 && theirs.speaks && !theirs.shard.is_empty()).then_some((rank, theirs))
+            (axes.replica(rank) == 0 && theirs.speaks && !theirs.shard.is_empty()).then_some((rank, theirs))
         });
         if me != writer {
             if givers.into_iter().any(|(rank, _)| rank == me) {
@@ -79,13 +76,4 @@ impl Collector {
         }
         Ok(Some(values))
     }
-}
-
-/// The part of a model that a rank of a mesh holds, and the number of its replica.
-fn part_at(axes: Axes, layers: usize, rank: usize) -> (Part, usize) {
-    let tensor = Place { rank: rank % axes.tensor, of: axes.tensor };
-    let shard = Place { rank: rank / axes.tensor % axes.shard, of: axes.shard };
-    let replicas = axes.tensor * axes.shard;
-    let stage = Place { rank: rank / (replicas * axes.replicate), of: axes.pipeline };
-    (Part { tensor, shard, stage: Stage::new(stage, layers) }, rank / replicas % axes.replicate)
 }

@@ -408,7 +408,7 @@ mod tests {
         assert_eq!(plan.weights, bytes(&model.weights));
         assert_eq!(plan.gradients, bytes(&backprop.gradients));
         assert_eq!((plan.masters, plan.moments), optimizer.bytes());
-        let saved = optimizer.save(&device, &model, &Collector::new(Mesh::solo(), model.held(), 1)).unwrap();
+        let saved = optimizer.save(&device, &model, &Collector::new(Mesh::solo(), model.held())).unwrap();
         let size = |data: &Data| data.len() * data.dtype().bitsize() / 8;
         let saved: usize = saved.iter().flat_map(|g| &g.tensors).map(|t| size(&t.data)).sum();
         assert_eq!(plan.checkpoint, saved as u64);

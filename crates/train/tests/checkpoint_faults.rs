@@ -3,6 +3,8 @@
 //! The victim is this very test binary, started again to run [`victim`] alone.
 
 mod checkpoint_common;
+#[path = "checkpoint_common/kills.rs"]
+mod kills;
 
 use checkpoint_common::{assert_content, save, snapshot};
 use ferropt_train::checkpoint::{DEFAULT_SHARD_BYTES, Event, Retention, Store, Team, Writer};
@@ -101,15 +103,7 @@ fn kill_9_at_any_moment_leaves_a_whole_checkpoint() {
         let names = fs::read_dir(&checkpoints).unwrap().map(|entry| entry.unwrap().file_name());
         torn += names.filter(|name| name.to_str().unwrap().contains(".tmp-")).count();
         let store = Store::open(run.path()).unwrap();
-        for entry in store.list().unwrap() {
-            assert!(entry.damage.is_none(), "round {round}: {entry:?}");
-            assert_content(&store.load(entry.step).unwrap());
-        }
-        if let Some(found) = store.latest_whole().unwrap() {
-            let step = found.checkpoint.manifest().run.step;
-            assert!(step >= newest, "step {newest} was durable, the newest is {step}");
-            newest = step;
-        }
+        newest = kills::newest_of_whole(&store, newest, round);
     }
     assert!(torn > 0, "no kill hit a save, so this test proved nothing");
     assert!(newest > 10, "only {newest} steps were saved");

@@ -4,6 +4,8 @@
 //! [`member`] alone.
 
 mod checkpoint_common;
+#[path = "checkpoint_common/kills.rs"]
+mod kills;
 
 use checkpoint_common::{assert_content, owned, save, snapshot};
 use ferropt_train::checkpoint::{
@@ -329,15 +331,7 @@ fn kill_9_of_any_rank_at_any_moment_leaves_a_whole_checkpoint() {
         }
         let store = Store::open(run.path()).unwrap();
         torn += names_in(store.path()).iter().filter(|name| name.contains(".tmp-")).count();
-        for entry in store.list().unwrap() {
-            assert!(entry.damage.is_none(), "round {round}: {entry:?}");
-            assert_content(&store.load(entry.step).unwrap());
-        }
-        if let Some(found) = store.latest_whole().unwrap() {
-            let step = found.checkpoint.manifest().run.step;
-            assert!(step >= newest, "step {newest} was durable, the newest is {step}");
-            newest = step;
-        }
+        newest = kills::newest_of_whole(&store, newest, round);
     }
     assert!(torn > 0, "no kill hit a save, so this test proved nothing");
     assert!(newest > 10, "only {newest} steps were saved");

@@ -38,6 +38,7 @@ pub use retention::Retention;
 pub use safetensors::Dtype;
 pub use snapshot::{Data, Group, Snapshot, Tensor};
 pub use store::{Entry, Found, Store};
+pub(crate) use team::deal;
 pub use team::{Share, Team};
 pub use write::DEFAULT_SHARD_BYTES;
 pub use writer::{Event, Writer};

@@ -25,20 +25,25 @@ impl Share {
         all.filter(move |rank| *rank != self.rank)
     }
 
-    /// Which of `sizes` are this rank's, so that all ranks have about as much: the largest first, each to the rank that
-    /// has least.
+    /// Which of `sizes` are this rank's, as [`deal`] has it.
     pub(super) fn pick(self, sizes: &[u64]) -> Vec<bool> {
-        let mut order: Vec<usize> = (0..sizes.len()).collect();
-        order.sort_by_key(|&index| std::cmp::Reverse(sizes[index]));
-        let mut load = vec![0; self.of];
-        let mut mine = vec![false; sizes.len()];
-        for index in order {
-            let least = (0..self.of).min_by_key(|&rank| load[rank]).unwrap_or(0);
-            load[least] += sizes[index].max(1);
-            mine[index] = least == self.rank;
-        }
-        mine
+        deal(sizes, self.of).into_iter().map(|rank| rank == self.rank).collect()
     }
+}
+
+/// The rank that each of `sizes` falls to, so that all ranks have about as much: the largest first, each to the rank that has
+/// least.
+pub(crate) fn deal(sizes: &[u64], ranks: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..sizes.len()).collect();
+    order.sort_by_key(|&index| std::cmp::Reverse(sizes[index]));
+    let mut load = vec![0; ranks];
+    let mut dealt = vec![0; sizes.len()];
+    for index in order {
+        let least = (0..ranks).min_by_key(|&rank| load[rank]).unwrap_or(0);
+        load[least] += sizes[index].max(1);
+        dealt[index] = least;
+    }
+    dealt
 }
 
 /// Ranks that write checkpoints into one folder, as one of them sees them. They share the folder (a file system that all

@@ -8,7 +8,7 @@ use crate::recovery::Policy;
 use crate::schedule::{Kind, Schedule};
 use anyhow::{anyhow, bail, ensure};
 use ferropt_mesh::Axes;
-use ferropt_model::{Config as Model, Options, Part, Place, Stage};
+use ferropt_model::{Config as Model, Options, Part};
 
 /// Tokens that one forward and backward pass takes at a time unless the user says otherwise: enough rows for the
 /// matrix kernels to run at their peak, few enough for the activations of the small models to stay modest.
@@ -111,9 +111,7 @@ impl Resolved {
 
     /// What the first rank holds of the model, which is as much as any.
     pub fn part(&self) -> Part {
-        let first = |of| Place { rank: 0, of };
-        let stage = Stage::new(first(self.axes.pipeline), self.model.layers);
-        Part { tensor: first(self.axes.tensor), shard: first(self.axes.shard), stage }
+        Part::of_rank(self.axes, self.model.layers, 0)
     }
 
     /// One pass, as the model is told.
@@ -305,11 +303,10 @@ impl Config {
             "parallel.timeout = {}, but it is above 0 and at most 86400 seconds, a day",
             p.timeout
         );
-        let place = |of| Place { rank: 0, of };
-        let stage = Stage::new(place(p.pipeline), model.layers);
-        let part = Part { tensor: place(p.tensor), shard: place(shard), stage };
+        let axes = Axes { tensor: p.tensor, shard, replicate: left / shard, pipeline: p.pipeline };
+        let part = Part::of_rank(axes, model.layers, 0);
         part.check(model).map_err(|error| anyhow!("[parallel] does not fit the model: {error}"))?;
-        Ok(Axes { tensor: p.tensor, shard, replicate: left / shard, pipeline: p.pipeline })
+        Ok(axes)
     }
 
     /// Sequences per step, and per pass of each of the `data_ranks`.

@@ -46,7 +46,8 @@ pub fn supervise(
     loop {
         let (before, started) = (progress(&how.run), Instant::now());
         let Some(failure) = group.run(stop)? else { return Ok(0) };
-        say(&group.describe(&failure));
+        let what = group.describe(&failure);
+        say(&what);
         if stop.requested() || !failure.end.may_start_again() {
             return Ok(failure.end.status());
         }
@@ -56,7 +57,7 @@ pub fn supervise(
         let next = if idle >= 2 && early { fewer(&group, how) } else { None };
         let text = format!(
             "{}. {}",
-            group.describe(&failure).replace('\n', "\n  ").trim_end_matches('.'),
+            what.replace('\n', "\n  ").trim_end_matches('.'),
             match (idle > how.restarts, next) {
                 (true, _) => format!("{} starts brought the run no further; it is not started again", idle),
                 (false, None) => "All ranks are started again from the last checkpoint".into(),

@@ -51,7 +51,7 @@ fn saved<E: Element>(
     model: &Model<CpuDevice, E>,
     optimizer: &Optimizer<CpuDevice>,
 ) -> Vec<Group> {
-    optimizer.save(device, model, &Collector::new(Mesh::solo(), model.held(), 1)).unwrap()
+    optimizer.save(device, model, &Collector::new(Mesh::solo(), model.held())).unwrap()
 }
 
 /// A model and its optimiser after some steps.

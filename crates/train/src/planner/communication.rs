@@ -2,8 +2,8 @@
 
 use crate::config::Resolved;
 use ferropt_device::DType;
-use ferropt_mesh::{Axes, Operation, SMALL_SUM, Traffic};
-use ferropt_model::{Config, Held, Options, Place, Recompute, gathers, schedule};
+use ferropt_mesh::{Operation, SMALL_SUM, Traffic};
+use ferropt_model::{Held, Place, Recompute, gathers, schedule};
 use serde::Serialize;
 
 /// Bytes that one rank sends in a step, by group and operation.
@@ -42,20 +42,9 @@ const OPERATIONS: [(&str, Operation); 8] = [
 impl Communication {
     /// What a run's first rank sends, with matrices and activations of type `compute`. Others in its stage send as much.
     pub(crate) fn new(resolved: &Resolved, compute: DType) -> Communication {
-        let held = resolved.model.held(resolved.part());
+        let (model, options, axes) = (&resolved.model, resolved.options(), resolved.axes);
+        let held = model.held(resolved.part());
         let passes = resolved.accumulation() as u64;
-        Communication::of(&resolved.model, &held, &resolved.options(), resolved.axes, passes, compute)
-    }
-
-    /// The same from its parts; `passes` are micro-batches of a rank in a step.
-    fn of(
-        model: &Config,
-        held: &[Held],
-        options: &Options,
-        axes: Axes,
-        passes: u64,
-        compute: DType,
-    ) -> Communication {
         let (f32, compute) = (DType::F32.size() as u64, compute.size() as u64);
         let (parts, shards) = (axes.tensor as u64, axes.shard as u64);
         let stages = axes.pipeline;

@@ -1,5 +1,6 @@
 //! The NaN finder: which tensor is the first that is not finite.
 
+use crate::trainer::view;
 use anyhow::Result;
 use ferropt_data::Batch;
 use ferropt_device::{Buffer, Device, Element};
@@ -95,12 +96,7 @@ pub fn find<D: Device, E: Element>(
                 found = in_tensor(device, &written, micro_batch, seq).map(|found| Finding { order, ..found });
             }
         };
-        let view = ferropt_model::Batch {
-            tokens: &batch.tokens,
-            targets: &batch.targets,
-            doc_start: &batch.doc_start,
-        };
-        backprop.inspect(device, model, view, pass, scale, &mut look)?;
+        backprop.inspect(device, model, view(&batch), pass, scale, &mut look)?;
     }
     Ok(found)
 }

@@ -1,7 +1,7 @@
 //! How many threads each of several ranks on a machine takes.
 
 use anyhow::Result;
-use ferropt_mesh::{Label, World};
+use ferropt_mesh::{Group, Label};
 use std::num::NonZero;
 
 /// Threads of this rank, unless the user says how many: its part of the cores that it may run on, which it shares with the
@@ -9,13 +9,12 @@ use std::num::NonZero;
 ///
 /// # Errors
 /// When a rank is lost.
-pub(super) fn threads(world: &World, wanted: Option<usize>) -> Result<Option<usize>> {
-    if world.size() == 1 {
+pub(super) fn threads(all: &Group, wanted: Option<usize>) -> Result<Option<usize>> {
+    if all.size() == 1 {
         return Ok(wanted);
     }
-    let members: Vec<usize> = (0..world.size()).collect();
     let mine = place();
-    let places = world.group(&members, "all")?.gather_bytes(Label::new("cores"), mine.as_bytes())?;
+    let places = all.gather_bytes(Label::new("cores"), mine.as_bytes())?;
     let sharing = places.iter().filter(|place| **place == mine.as_bytes()).count();
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     Ok(wanted.or(Some((cores / sharing.max(1)).max(1))))
@@ -32,6 +31,7 @@ fn place() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ferropt_mesh::{Mesh, World};
 
     #[test]
     fn ranks_of_a_machine_share_its_cores() {
@@ -41,13 +41,14 @@ mod tests {
             .into_iter()
             .map(|world| {
                 std::thread::spawn(move || {
-                    (threads(&world, None).unwrap(), threads(&world, Some(7)).unwrap())
+                    let all = world.group(&[0, 1, 2], "all").unwrap();
+                    (threads(&all, None).unwrap(), threads(&all, Some(7)).unwrap())
                 })
             })
             .collect();
         for rank in ranks {
             assert_eq!(rank.join().unwrap(), (Some((cores / 3).max(1)), Some(7)));
         }
-        assert_eq!(threads(&World::solo(), None).unwrap(), None);
+        assert_eq!(threads(&Mesh::solo().all, None).unwrap(), None);
     }
 }

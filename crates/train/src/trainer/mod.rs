@@ -26,6 +26,7 @@ use ferropt_device::bf16;
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
 use ferropt_mesh::{Join, Label, Mesh, World};
 use run::Trainer;
+pub(crate) use run::view;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -107,14 +108,14 @@ pub fn train_in(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Re
 
 fn train_on(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Result<Outcome> {
     let resolved = config.resolve_for(world.size())?;
-    let threads = cores::threads(&world, resolved.config.run.threads)?;
-    let device = open_device_beside(threads, world.size())?;
+    let mesh = Mesh::new(world, resolved.axes)?;
+    let threads = cores::threads(&mesh.all, resolved.config.run.threads)?;
+    let device = open_device_beside(threads, mesh.all.size())?;
     let plan = Plan::new(&resolved, &device);
-    if world.rank() == 0 {
+    if mesh.all.rank() == 0 {
         hook(Event::Planned { resolved: &resolved, plan: &plan });
     }
     stop.on_signals_of_a_job()?;
-    let mesh = Mesh::new(world, resolved.axes)?;
     let Some(data) = open_data(&mesh, &resolved, stop)? else { return Ok(stopped_early(&resolved, &mesh)) };
     match resolved.config.run.precision {
         Precision::F32 => Trainer::<_, f32>::new(device, mesh, resolved, data, &plan, hook)?.run(stop),

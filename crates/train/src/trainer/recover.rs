@@ -1,7 +1,7 @@
 //! What the loop does when its guard does not accept a step: it skips, goes back or gives up, keeps the batch for a look,
 //! and writes down what it did and why.
 
-use super::run::{Trainer, described, found_by_first, view};
+use super::run::{Trainer, described, view};
 use super::state;
 use crate::checkpoint::{Checkpoint, Event as Saving, Store};
 use crate::recovery::{Cause, Finding, GaveUp, State, Trouble, Verdict, find};
@@ -9,7 +9,7 @@ use crate::telemetry::{Record, Skipped};
 use anyhow::{Context, Result};
 use ferropt_data::Batch;
 use ferropt_device::{Device, Element};
-use ferropt_mesh::Label;
+use ferropt_mesh::{Label, Mesh};
 use ferropt_model::Pass;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
@@ -223,5 +223,16 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
 
     fn warn(&self, text: &str) {
         self.say(&format!("warning: {text}"));
+    }
+}
+
+/// The checkpoint that the first rank found, on all of them.
+fn found_by_first(mesh: &Mesh, run: &Path, found: Option<Checkpoint>) -> Result<Option<Checkpoint>> {
+    let step = found.as_ref().map(|found| found.manifest().run.step);
+    let told = mesh.all.gather_bytes(Label::new("resume"), &serde_json::to_vec(&step)?)?;
+    let first = told.first().context("the first rank said nothing of checkpoints")?;
+    match serde_json::from_slice::<Option<u64>>(first)? {
+        Some(step) if found.is_none() => Store::open(run)?.load(step).map(Some),
+        _ => Ok(found),
     }
 }

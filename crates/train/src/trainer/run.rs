@@ -4,9 +4,7 @@ use super::data::Data;
 use super::folder::{self, Folder};
 use super::watch::Watch;
 use super::{Ending, Event, Hook, Outcome, compatible, state, write_whole};
-use crate::checkpoint::{
-    Checkpoint, DEFAULT_SHARD_BYTES, Event as Saving, Retention, Store, Writer, human_bytes,
-};
+use crate::checkpoint::{DEFAULT_SHARD_BYTES, Event as Saving, Retention, Writer, human_bytes};
 use crate::collect::Collector;
 use crate::config::Resolved;
 use crate::logbook::Logbook;
@@ -19,7 +17,7 @@ use anyhow::{Context, Result};
 use ferropt_data::Batch;
 use ferropt_device::{Device, Element, Store as Put};
 use ferropt_mesh::{Label, Mesh};
-use ferropt_model::{Backprop, Model, Pass, Task, part_of, schedule};
+use ferropt_model::{Backprop, Model, Part, Pass, Task, schedule};
 use std::time::{Duration, Instant};
 
 /// How long other ranks' parts of a checkpoint are waited for when a run has failed.
@@ -83,7 +81,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             write_whole(&run.join("config.toml"), &resolved.config.to_toml()?)?;
         }
 
-        let mut model = Model::part(&device, &resolved.model, part_of(&mesh, resolved.model.layers))?;
+        let part = Part::of_rank(mesh.axes, resolved.model.layers, mesh.world.rank());
+        let mut model = Model::part(&device, &resolved.model, part)?;
         let mut optimizer = Optimizer::new(&device, &model, resolved.optimizer)?;
         let backprop = Backprop::on(&device, &resolved.model, resolved.options(), mesh.clone())?;
         let (mut step, mut energy, mut remembered) = (0, Energy::default(), State::after(0));
@@ -110,7 +109,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let trainer = Trainer {
             guard: Guard::new(resolved.recovery, remembered),
             book,
-            collector: Collector::new(mesh.clone(), model.held(), mesh.world.size()),
+            collector: Collector::new(mesh.clone(), model.held()),
             watch: Watch::new(&mesh, plan, resolved.config.log.trace),
             writer: Some(writer),
             flops: plan.flops_per_token,
@@ -246,7 +245,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         self.mesh.world.beat(Label::of("step", step as usize));
         self.watch.begin(&self.mesh);
         self.backprop.begin();
-        for task in schedule(part_of(&self.mesh, r.model.layers).stage.place, r.accumulation()) {
+        let part = Part::of_rank(self.mesh.axes, r.model.layers, self.mesh.world.rank());
+        for task in schedule(part.stage.place, r.accumulation()) {
             let (device, model) = (&self.device, &self.model);
             match task {
                 Task::Forward(part) => {
@@ -383,23 +383,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
 }
 
 /// A loader's batch, as the model takes it.
-pub(super) fn view(batch: &Batch) -> ferropt_model::Batch<'_> {
+pub(crate) fn view(batch: &Batch) -> ferropt_model::Batch<'_> {
     ferropt_model::Batch { tokens: &batch.tokens, targets: &batch.targets, doc_start: &batch.doc_start }
-}
-
-/// The checkpoint that the first rank found, on all of them.
-pub(super) fn found_by_first(
-    mesh: &Mesh,
-    run: &std::path::Path,
-    found: Option<Checkpoint>,
-) -> Result<Option<Checkpoint>> {
-    let step = found.as_ref().map(|found| found.manifest().run.step);
-    let told = mesh.all.gather_bytes(Label::new("resume"), &serde_json::to_vec(&step)?)?;
-    let first = told.first().context("the first rank said nothing of checkpoints")?;
-    match serde_json::from_slice::<Option<u64>>(first)? {
-        Some(step) if found.is_none() => Store::open(run)?.load(step).map(Some),
-        _ => Ok(found),
-    }
 }
 
 /// Sums over all ranks that have sequences of their own, and over the stages, of which the last has them, in the order of the

@@ -4,7 +4,7 @@ use super::super::store::{Found, Store};
 use super::super::team::{Share, Team};
 use super::super::writer::Event;
 use super::{Copies, check};
-use anyhow::Result;
+use anyhow::{Result, bail};
 use std::path::PathBuf;
 
 /// A mirror; there is none in this build.
@@ -16,7 +16,7 @@ impl Mirror {
     /// Always: this build has no object stores.
     pub fn open(url: &str) -> Result<Mirror> {
         check(url)?;
-        unreachable!("a build without object stores accepts no mirror")
+        bail!("this build has no object stores, so it cannot reach {url}")
     }
 
     /// Nothing is newer.
