@@ -18,7 +18,7 @@ mod optimizer;
 mod pack;
 mod packed;
 mod peak;
-mod pool;
+pub(crate) mod pool;
 mod random;
 mod simd;
 
@@ -86,12 +86,7 @@ impl CpuDevice {
             "instruction set {} asked for, but this processor has only {all}; unset FERROPT_ISA to use the best",
             isa.name()
         );
-        let available = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let threads = options.threads.unwrap_or(available);
-        anyhow::ensure!(
-            (1..=1024).contains(&threads),
-            "threads = {threads}: expected 1 to 1024 (this machine offers {available})"
-        );
+        let threads = pool::threads(options.threads)?;
         Ok(CpuDevice {
             isa,
             pool: Pool::new(threads, options.pin),
@@ -164,6 +159,8 @@ impl Device for CpuDevice {
     fn download<T: Element>(&self, src: &CpuBuf<T>, offset: usize, dst: &mut [T]) {
         dst.copy_from_slice(&src[offset..offset + dst.len()]);
     }
+
+    fn wait(&self) {}
 
     fn fill<T: Element>(&self, dst: &mut CpuBuf<T>, value: T) {
         elementwise::fill(self, dst, value);

@@ -61,7 +61,7 @@ const WORKSPACE: usize = 32 << 20;
 
 /// cublasLtMatmulHeuristicResult_t.
 #[repr(C)]
-struct Found {
+pub(super) struct Found {
     algorithm: [u64; 8],
     workspace: usize,
     state: c_int,
@@ -207,8 +207,9 @@ impl Blas {
             let set = |attribute, value: *const c_void, size| {
                 check((f.cublasLtMatmulPreferenceSetAttribute)(preference, attribute, value, size));
             };
-            set(MOST_WORKSPACE, (&raw const WORKSPACE).cast(), 8);
-            set(REDUCTIONS, (&raw const IN_ORDER).cast(), 4);
+            let (workspace, in_order) = (WORKSPACE, IN_ORDER);
+            set(MOST_WORKSPACE, (&raw const workspace).cast(), 8);
+            set(REDUCTIONS, (&raw const in_order).cast(), 4);
             let [right, left, out] = key.alignments;
             for (attribute, value) in ALIGNMENTS.into_iter().zip([right, left, out, out]) {
                 set(attribute, (&raw const value).cast(), 4);

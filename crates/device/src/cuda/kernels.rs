@@ -126,8 +126,9 @@ impl Kernels {
             let text = CString::new(name).unwrap_or_default();
             let mut function = null_mut();
             // SAFETY: modules are alive, the name ends with 0, the result goes to a variable.
-            let in_module =
-                |module: &Handle| unsafe { (driver.cuModuleGetFunction)(&mut function, *module, text.as_ptr()) == 0 };
+            let in_module = |module: &Handle| unsafe {
+                (driver.cuModuleGetFunction)(&mut function, *module, text.as_ptr()) == 0
+            };
             assert!(self.modules.iter().any(in_module), "there is no kernel {name}");
             found.insert(name.to_string(), (function, SHARED));
         }

@@ -35,7 +35,8 @@ impl Library {
     /// When it is nowhere, or none that there is can be loaded; says where it was looked for and what to install.
     pub(super) fn load(wanted: &Wanted) -> Result<Library> {
         let given = std::env::var_os(VARIABLE).unwrap_or_default();
-        let given: Vec<PathBuf> = std::env::split_paths(&given).filter(|p| !p.as_os_str().is_empty()).collect();
+        let given: Vec<PathBuf> =
+            std::env::split_paths(&given).filter(|p| !p.as_os_str().is_empty()).collect();
         let folders = folders(wanted.packages);
         // An empty folder is the system's own search, LD_LIBRARY_PATH included.
         let places = given.iter().cloned().chain([PathBuf::new()]).chain(folders.iter().cloned());
@@ -168,7 +169,13 @@ mod tests {
             install: "install nothing",
         };
         let text = Library::load(&wanted).err().expect("no such library").to_string();
-        for part in ["the library of nothing", "libferropt-nothing.so.1", "/usr/local/cuda/lib64", "install nothing", VARIABLE] {
+        for part in [
+            "the library of nothing",
+            "libferropt-nothing.so.1",
+            "/usr/local/cuda/lib64",
+            "install nothing",
+            VARIABLE,
+        ] {
             assert!(text.contains(part), "{text}");
         }
     }

@@ -162,7 +162,9 @@ fn folder() -> Option<PathBuf> {
     let folder = match variable("FERROPT_CACHE") {
         Some(off) if off.as_os_str() == "off" => return None,
         Some(folder) => folder,
-        None => variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")))?.join("ferropt"),
+        None => {
+            variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")))?.join("ferropt")
+        }
     };
     Some(folder.join("kernels"))
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::CudaBuf;
 use super::driver::{Address, Gpu};
+use crate::Buffer;
 
 /// A piece of workspace.
 #[derive(Clone, Copy)]
@@ -18,15 +19,13 @@ pub(super) enum Scratch {
     Rows,
     /// Of attention's backward pass, for each query.
     Delta,
-    /// Which pages belong to which rows.
-    Pages,
     /// Activations in 8 bits.
     Rounded,
     /// Master values on their way.
     Masters,
 }
 
-const PIECES: usize = 8;
+const PIECES: usize = 7;
 
 /// Each piece grows to the largest size asked for, in the first step, and is then reused: the work of one stream is done in
 /// order, so that the next operation's use of it begins when the last one's is over.
@@ -47,10 +46,11 @@ impl Workspace {
     pub(super) fn take(&mut self, which: Scratch, bytes: usize) -> Address {
         let words = bytes.div_ceil(4).max(1);
         let slot = &mut self.pieces[which as usize];
-        if slot.as_ref().is_none_or(|piece| piece.at(0, 0) == 0 || crate::Buffer::len(piece) < words) {
+        if slot.as_ref().is_none_or(|piece| piece.len() < words) {
             // The old piece is given back before the new one is made.
             *slot = None;
-            *slot = Some(CudaBuf::new(&self.gpu, words).unwrap_or_else(|e| panic!("kernel workspace: {e:#}")));
+            *slot =
+                Some(CudaBuf::new(&self.gpu, words).unwrap_or_else(|e| panic!("kernel workspace: {e:#}")));
         }
         slot.as_ref().expect("made above").at(0, words)
     }
@@ -58,6 +58,6 @@ impl Workspace {
     /// Bytes of all pieces.
     #[cfg(test)]
     pub(super) fn bytes(&self) -> usize {
-        self.pieces.iter().flatten().map(|piece| 4 * crate::Buffer::len(piece)).sum()
+        self.pieces.iter().flatten().map(|piece| 4 * piece.len()).sum()
     }
 }
