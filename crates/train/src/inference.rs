@@ -216,12 +216,7 @@ fn decoder_of(
 
 /// The model that guesses ahead. It must know the same tokens by the same ids; whether it does can only be seen where no
 /// tokenizer was named for both.
-fn draft(
-    device: &Chip,
-    path: &Path,
-    opening: &Opening,
-    tokenizer: &Tokenizer,
-) -> Result<Decoder<Chip>> {
+fn draft(device: &Chip, path: &Path, opening: &Opening, tokenizer: &Tokenizer) -> Result<Decoder<Chip>> {
     let load = || {
         let named = named(path, None, opening)?;
         if opening.tokenizer.is_none() {

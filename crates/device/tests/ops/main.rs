@@ -34,6 +34,11 @@ fn gpu() -> Option<&'static Chip> {
     GPU.get_or_init(open).as_ref()
 }
 
+/// Whether the GPU is one that the processor plays, for which large products take too long.
+fn emulated() -> bool {
+    gpu().is_some_and(|gpu| gpu.describe().contains("emulated"))
+}
+
 /// Runs `f` on every instruction set with 1, 2 and 3 threads, demands the same bits from all thread numbers, and
 /// returns the outputs by instruction set; or on a GPU.
 fn on_every_device(f: impl Fn(&Chip) -> Vec<Vec<f32>>) -> Vec<(String, Vec<Vec<f32>>)> {
