@@ -41,7 +41,7 @@ pub enum Chip {
     /// The processor.
     Cpu(CpuDevice),
     /// An NVIDIA GPU.
-    Cuda(CudaDevice),
+    Cuda(Box<CudaDevice>),
 }
 
 /// Memory of a [`Chip`].
@@ -71,7 +71,7 @@ impl Chip {
         match which {
             Which::Cpu => CpuDevice::new(CpuOptions { threads, pin, ..CpuOptions::default() }).map(Chip::Cpu),
             Which::Cuda(number) => CudaDevice::new(number, threads)
-                .map(Chip::Cuda)
+                .map(|device| Chip::Cuda(Box::new(device)))
                 .map_err(|error| error.context("--device cpu works without a GPU")),
         }
     }
@@ -152,7 +152,7 @@ side!(OnCpu, Cpu, CpuDevice, CpuBuf, Packed);
 side!(OnCuda, Cuda, CudaDevice, CudaBuf, CudaPacked);
 
 /// Writes each method of [`Device`] as a call of the chosen device's, from its signature and the kinds of its arguments.
-/// `-> memory` and `-> matrix` stand for results that belong to the device.
+/// `as` names what wraps a result that belongs to the device.
 macro_rules! chip {
     ($(fn $name:ident $(<$($generic:ident),*>)? ($($arg:ident: $type:ty => $kind:ident),* $(,)?)
         -> $result:ty $(as $wrap:ident)?;)*) => {

@@ -420,7 +420,7 @@ fn two_texts_cannot_write_to_one_page() {
     let device = one_device();
     let pages = || device.alloc::<f32>(PAGE * 2).expect("memory");
     let segment = Segment { rows: 1, past: 0, pages: &[0] };
-    let (qkv, mut out) = (put(&device, &[0.0f32; 12]), put(&device, &[0.0f32; 4]));
+    let (qkv, mut out) = (put(device, &[0.0f32; 12]), put(device, &[0.0f32; 4]));
     device.attention_paged(1, 2, &[segment, segment], &qkv, &mut pages(), &mut pages(), &mut out);
 }
 

@@ -212,8 +212,8 @@ fn codes_are_packed_as_rounding_would() {
                     Ok(())
                 })
                 .unwrap();
-            let rounded = pack(&device, format, (n, k), &w);
-            assert!(same_bits(&unpacked(&device, &packed, (n, k)), &unpacked(&device, &rounded, (n, k))));
+            let rounded = pack(device, format, (n, k), &w);
+            assert!(same_bits(&unpacked(device, &packed, (n, k)), &unpacked(device, &rounded, (n, k))));
         }
     }
     let refused = |format, code| {
