@@ -22,6 +22,8 @@ mod mapped;
 pub mod quantise;
 pub mod rng;
 mod strided;
+#[cfg(test)]
+mod take_workspace;
 mod timed;
 
 pub use chip::{Chip, ChipBuf, ChipPacked, Which};

@@ -592,7 +592,7 @@ impl Device for CudaDevice {
         let sums = linear::sums_bytes(rows, widest).max(rows::layer_norm_bytes(rows, width));
         Blas::workspace_bytes()
             + linear::forward_bytes(rows, widest)
-            + sums
+            + sums.max(optimizer::squares_bytes(vocab.max(widest) * width))
             + loss::workspace_bytes::<E>(rows, vocab)
             + attention::workspace_bytes(attention)
             + packed::rounded_bytes(rows, widest)
@@ -606,5 +606,31 @@ impl Device for CudaDevice {
 
     fn measured_bandwidth(&self) -> anyhow::Result<f64> {
         peak::bandwidth(self).context("the copy whose speed is measured does not fit")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::take_workspace::take_workspace;
+
+    #[test]
+    #[ignore = "needs a GPU, real or emulated; scripts/check-cuda-kernels runs it"]
+    fn workspace_is_at_most_what_is_announced() {
+        fn check<E: Element>(rows: usize, width: usize, widest: usize, vocab: usize) {
+            let device = CudaDevice::new(0, Some(1)).expect("a GPU");
+            let shape = take_workspace::<_, E>(&device, rows, width, widest, vocab);
+            let taken =
+                Blas::workspace_bytes() + device.workspace().bytes() + device.loss_workspace().bytes();
+            let announced = device.workspace_bytes::<E>(rows, widest, vocab, width, shape);
+            assert!(
+                taken <= announced,
+                "{rows} rows, {width} to {widest}, {vocab}: took {taken}, said {announced}"
+            );
+        }
+        for (rows, width, widest, vocab) in [(1, 8, 32, 50), (100, 64, 256, 1000), (300, 96, 384, 3000)] {
+            check::<f32>(rows, width, widest, vocab);
+            check::<bf16>(rows, width, widest, vocab);
+        }
     }
 }

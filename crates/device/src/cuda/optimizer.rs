@@ -122,10 +122,15 @@ pub(super) fn get_master<E: Element>(
     }
 }
 
+/// Bytes of workspace of [`sum_of_squares`].
+pub(super) fn squares_bytes(len: usize) -> usize {
+    8 * (len.div_ceil(EACH) + 1)
+}
+
 pub(super) fn sum_of_squares(d: &CudaDevice, x: &CudaBuf<f32>) -> f64 {
     let (len, blocks) = (x.len(), x.len().div_ceil(EACH));
     let mut workspace = d.workspace();
-    let parts = workspace.take(Scratch::Parts, 8 * (blocks + 1));
+    let parts = workspace.take(Scratch::Parts, squares_bytes(len));
     let sum = parts + 8 * blocks as u64;
     let arguments = args![x.at(0, len), len as u64, EACH as u32, parts];
     d.kernels.launch("squares", (blocks, 1), (THREADS, 1), 0, arguments);
