@@ -72,7 +72,7 @@ impl Chip {
             Which::Cpu => CpuDevice::new(CpuOptions { threads, pin, ..CpuOptions::default() }).map(Chip::Cpu),
             Which::Cuda(number) => CudaDevice::new(number, threads)
                 .map(|device| Chip::Cuda(Box::new(device)))
-                .map_err(|error| error.context("--device cpu works without a GPU")),
+                .map_err(|error| anyhow::anyhow!("{error:#}\n(--device cpu works without a GPU)")),
         }
     }
 
