@@ -1,7 +1,7 @@
 //! A model with the weights of a fixture, trained with AdamW as PyTorch does it.
 
 use super::fixture::Fixture;
-use ferropt_device::{AdamW, Chip, ChipBuf, Device, Element, IGNORE, Param, Store};
+use ferropt_device::{AdamW, Buffer, Chip, ChipBuf, Device, Element, IGNORE, Param, Store};
 use ferropt_model::{Backprop, Batch, Model, Options, Parameter, Pass, Recompute, Tensor, TensorMut};
 
 pub struct Learner<E: Element> {
