@@ -14,14 +14,19 @@
 // An optional pair of buffers is plainer than a name for it.
 #![allow(clippy::type_complexity)]
 
+mod chip;
 pub mod cpu;
+pub mod cuda;
 mod element;
 mod mapped;
 pub mod quantise;
 pub mod rng;
 mod strided;
+#[cfg(test)]
+mod take_workspace;
 mod timed;
 
+pub use chip::{Chip, ChipBuf, ChipPacked, Which};
 pub use element::{DType, Element};
 pub use half::bf16;
 pub use mapped::Mapped;
@@ -75,6 +80,20 @@ pub struct Dropout {
     pub stream: Stream,
     /// Index in the global batch of the buffer's first row (a row is one token position).
     pub first_row: u64,
+}
+
+impl Dropout {
+    /// Smallest word of a kept element: `word >= p * 2^32` for an integral word; p < 1 has 24 bits, so this fits.
+    #[inline(always)]
+    pub(crate) fn threshold(&self) -> u32 {
+        (self.p as f64 * 4_294_967_296.0).ceil() as u32
+    }
+
+    /// What a kept element is multiplied by.
+    #[inline(always)]
+    pub(crate) fn keep(&self) -> f32 {
+        1.0 / (1.0 - self.p)
+    }
 }
 
 /// `y[m, n] = x[m, k] * w[n, k]^T`.
@@ -154,6 +173,28 @@ pub struct Segment<'a> {
     pub past: usize,
     /// The sequence's pages, in order; at least as many as `past + rows` tokens need.
     pub pages: &'a [u32],
+}
+
+impl Segment<'_> {
+    /// Page numbers are within the cache, and no two segments write to the same page.
+    pub(crate) fn check(segments: &[Segment<'_>], capacity: usize) {
+        let mut written = Vec::with_capacity(segments.len());
+        for s in segments.iter().filter(|s| s.rows > 0) {
+            let needed = (s.past + s.rows).div_ceil(PAGE);
+            assert!(
+                s.pages.len() >= needed,
+                "{} tokens need {needed} pages, not {}",
+                s.past + s.rows,
+                s.pages.len()
+            );
+            for page in &s.pages[..needed] {
+                assert!((*page as usize) < capacity, "page {page} of a cache of {capacity}");
+            }
+            written.extend_from_slice(&s.pages[s.past / PAGE..needed]);
+        }
+        written.sort_unstable();
+        assert!(written.windows(2).all(|w| w[0] != w[1]), "two sequences write to one page: {written:?}");
+    }
 }
 
 /// Sizes of the fused LM head and loss.
@@ -248,6 +289,8 @@ pub trait Device: Send + Sync + Sized + 'static {
     fn upload<T: Element>(&self, dst: &mut Self::Buf<T>, offset: usize, src: &[T]);
     /// Copies `src[offset..offset + dst.len()]` to `dst`.
     fn download<T: Element>(&self, src: &Self::Buf<T>, offset: usize, dst: &mut [T]);
+    /// Waits until all operations are done. Where they are done when they return, there is nothing to wait for.
+    fn wait(&self);
     /// Sets every element.
     fn fill<T: Element>(&self, dst: &mut Self::Buf<T>, value: T);
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crate::*;
 
-/// Delegates every operation to an inner device and adds up wall-clock time by operation.
+/// Delegates every operation to an inner device, waits until it is done, and adds up wall-clock time by operation.
 pub struct Timed<D> {
     inner: D,
     nanoseconds: [AtomicU64; NAMES.len()],
@@ -34,6 +34,7 @@ impl<D: Device> Timed<D> {
     fn time<R>(&self, operation: Operation, run: impl FnOnce(&D) -> R) -> R {
         let start = Instant::now();
         let result = run(&self.inner);
+        self.inner.wait();
         self.nanoseconds[operation as usize].fetch_add(start.elapsed().as_nanos() as u64, Relaxed);
         result
     }
@@ -65,6 +66,9 @@ macro_rules! timed {
 
             fn describe(&self) -> String {
                 self.inner.describe()
+            }
+            fn wait(&self) {
+                self.inner.wait();
             }
             fn alloc<T: Element>(&self, len: usize) -> anyhow::Result<Self::Buf<T>> {
                 self.inner.alloc(len)

@@ -1,7 +1,7 @@
 //! `ferropt bench`: how fast this machine is.
 
 use crate::model::{weight_cache, weights};
-use ferropt_device::WeightFormat;
+use ferropt_device::{WeightFormat, Which};
 use ferropt_train::bench::inference::{Inference, WeightsOf, inference};
 use ferropt_train::bench::{Training, training};
 use ferropt_train::config::{Precision, Recompute};
@@ -44,6 +44,9 @@ struct InferenceArgs {
     /// Texts to generate together; several numbers with commas
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [8, 32])]
     batch: Vec<usize>,
+    /// What computes: cpu, cuda or cuda:N (the N-th GPU)
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: Which,
     /// Threads; all available unless given
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -88,6 +91,9 @@ struct TrainArgs {
     /// Dropout of both kinds. None unless given, as in the benchmarks of others; OPT trains with 0.1
     #[arg(long, value_name = "P", default_value_t = 0.0)]
     dropout: f64,
+    /// What computes: cpu, cuda or cuda:N (the N-th GPU)
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: Which,
     /// Threads; all available unless given
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -137,6 +143,7 @@ fn infer(args: InferenceArgs) -> anyhow::Result<()> {
         tokens: args.tokens,
         prompt: args.prompt,
         batches: args.batch,
+        device: args.device,
         threads: args.threads,
         runs: args.runs,
         cache: weight_cache(args.no_cache)?,
@@ -153,6 +160,7 @@ fn train(args: TrainArgs) -> anyhow::Result<()> {
         precision: args.precision,
         recompute: args.recompute.into(),
         dropout: args.dropout,
+        device: args.device,
         threads: args.threads,
         steps: args.steps,
     })?;

@@ -1,19 +1,22 @@
 //! `ferropt info`: what this machine can do.
 
-use ferropt_device::{Device, bf16};
+use ferropt_device::{Device, Which, bf16};
 use ferropt_train::trainer::open_device;
 
 /// Arguments of `ferropt info`.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  ferropt info\n  ferropt info --threads 1")]
 pub(crate) struct Args {
+    /// What computes: cpu, cuda or cuda:N (the N-th GPU)
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: Which,
     /// Threads; all available unless given
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let device = open_device(args.threads)?;
+    let device = open_device(args.device, args.threads)?;
     println!("version        ferropt {}", env!("CARGO_PKG_VERSION"));
     println!("device         {}", device.describe());
     println!("measured peak  f32  {:.1} GFLOP/s", device.measured_peak::<f32>() * 1e-9);

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Error, Result};
 use clap::builder::RangedU64ValueParser;
-use ferropt_device::WeightFormat;
+use ferropt_device::{WeightFormat, Which};
 use ferropt_engine::{DRAFT_TOKENS, Parameters, Refusal};
 use ferropt_train::checkpoint::human_bytes;
 use ferropt_train::inference::{Model, Opening};
@@ -34,6 +34,9 @@ pub(crate) struct OpeningArgs {
     /// How weights are stored in memory: f32, bf16, int8 or int4; as the run computed with them, or as on the disk, unless given
     #[arg(long, value_name = "FORMAT", value_parser = weights)]
     weights: Option<WeightFormat>,
+    /// What computes: cpu, cuda or cuda:N (the N-th GPU)
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: Which,
     /// Threads; all available unless given. Results do not depend on it
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -107,6 +110,7 @@ impl OpeningArgs {
             preset: self.preset.clone(),
             tokenizer: self.tokenizer.clone(),
             weights: self.weights,
+            device: self.device,
             threads: self.threads,
             sequences,
             longest,

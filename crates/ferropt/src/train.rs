@@ -1,6 +1,7 @@
 //! `ferropt train`: arguments and what is printed.
 
 use anyhow::Context;
+use ferropt_device::Which;
 use ferropt_train::config::{Config, Resolved};
 use ferropt_train::launch::{self, AGAIN, Group, Supervision};
 use ferropt_train::planner::grouped;
@@ -19,6 +20,9 @@ pub(crate) struct Args {
     /// Override one key, as section.key=value; may be repeated. Nothing after `=` removes the key
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    /// What computes: cpu, cuda or cuda:N (the N-th GPU); as run.device says unless given
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<Which>,
     /// Print the resolved configuration, memory by part, FLOPs and the estimated time, then stop; nothing is allocated
     #[arg(long)]
     dry_run: bool,
@@ -53,6 +57,7 @@ Examples:
   ferropt train config.toml --set run.steps=5000 --set optimizer.lr=3e-4
   ferropt train config.toml --set schedule.warmup=\"375M tokens\"
   ferropt train config.toml --ranks 4 --supervise
+  ferropt train config.toml --device cuda
 
 Ctrl-C saves a checkpoint and stops; the same command then continues, with the same bits as if never stopped.
 
@@ -71,9 +76,10 @@ The smallest configuration:
   tokens = \"1B\"";
 
 /// Trains, and returns the exit status.
-pub(crate) fn run(args: Args) -> anyhow::Result<u8> {
+pub(crate) fn run(mut args: Args) -> anyhow::Result<u8> {
     launch::end_with_launcher()?;
     anyhow::ensure!(args.ranks != Some(0), "--ranks 0 trains nothing; give 1 or more");
+    args.set.extend(args.device.map(|device| format!("run.device={device}")));
     let config = Config::load(&args.config, &args.set)?;
     let named = || format!("the configuration {} cannot be used", args.config.display());
     if args.dry_run {

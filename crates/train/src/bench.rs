@@ -9,9 +9,8 @@ use crate::planner::{Flops, Memory, grouped};
 use crate::telemetry::peak_resident_bytes;
 use crate::trainer::open_device;
 use anyhow::{Result, anyhow, ensure};
-use ferropt_device::cpu::CpuDevice;
 use ferropt_device::rng::{Purpose, Stream};
-use ferropt_device::{Device, Element, Store, Timed, bf16};
+use ferropt_device::{Chip, Device, Element, Store, Timed, Which, bf16};
 use ferropt_model::{Backprop, Batch, Config, Model, Options, Part, Pass, Recompute};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -51,6 +50,8 @@ pub struct Training {
     pub recompute: Recompute,
     /// Dropout of both kinds.
     pub dropout: f64,
+    /// What computes.
+    pub device: Which,
     /// Threads; all available unless given.
     pub threads: Option<usize>,
     /// Steps to measure; one more goes before them.
@@ -120,7 +121,7 @@ pub fn training(wanted: &Training) -> Result<Report> {
         micro_batch(sequences, seq)
     );
     let options = Options { batch, seq, recompute: wanted.recompute, stop_at_documents: false };
-    let device = Timed::new(open_device(wanted.threads)?);
+    let device = Timed::new(open_device(wanted.device, wanted.threads)?);
     match wanted.precision {
         Precision::F32 => measure::<f32>(wanted, model, options, &device),
         Precision::Bf16 => measure::<bf16>(wanted, model, options, &device),
@@ -131,7 +132,7 @@ fn measure<E: Element>(
     wanted: &Training,
     config: Config,
     options: Options,
-    device: &Timed<CpuDevice>,
+    device: &Timed<Chip>,
 ) -> Result<Report> {
     let settings = Settings {
         rule: Rule::AdamW { betas: [0.9, 0.95], eps: 1e-8 },
@@ -272,6 +273,7 @@ mod tests {
             precision: Precision::Bf16,
             recompute: Recompute::Full,
             dropout: 0.1,
+            device: Which::Cpu,
             threads: Some(1),
             steps: 2,
         }

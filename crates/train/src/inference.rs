@@ -8,9 +8,8 @@ use crate::trainer::open_device;
 use crate::weight_cache::{Outcome, WeightCache};
 use anyhow::{Context, Error, Result, ensure};
 use ferropt_data::Tokenizer;
-use ferropt_device::cpu::CpuDevice;
 use ferropt_device::quantise::Codes;
-use ferropt_device::{WeightFormat, bf16};
+use ferropt_device::{Chip, WeightFormat, Which, bf16};
 use ferropt_engine::{DRAFT_TOKENS, Handle, Options};
 use ferropt_model::formats::{Dtype, Source};
 use ferropt_model::{Config, Decoder, Matrices, initial_rows};
@@ -33,6 +32,8 @@ pub struct Opening {
     /// How weights are stored in memory. When absent, as the run computed with them, or as they are on the disk (IEEE
     /// halves as bf16). Of a quantised model they are what they are.
     pub weights: Option<WeightFormat>,
+    /// What computes.
+    pub device: Which,
     /// Threads; all available when absent.
     pub threads: Option<usize>,
     /// Texts that are computed together, at least 1.
@@ -60,6 +61,7 @@ impl Default for Opening {
             preset: None,
             tokenizer: None,
             weights: None,
+            device: Which::Cpu,
             threads: None,
             sequences: 1,
             longest: None,
@@ -114,7 +116,7 @@ impl Model {
         let source = &named.source;
         let load = || -> Result<Model> {
             let format = weights(&named, opening.weights)?;
-            let device = open_device(opening.threads)?;
+            let device = open_device(opening.device, opening.threads)?;
             let (tokenizer, (decoder, kept)) = tokenizer_and(source, opening, |wanted| {
                 decoder_of(&device, &named, format, opening.cache.as_ref(), wanted)
             })?;
@@ -140,7 +142,7 @@ impl Model {
             Ok(())
         };
         let weights = opening.weights.unwrap_or(WeightFormat::F32);
-        let device = open_device(opening.threads)?;
+        let device = open_device(opening.device, opening.threads)?;
         let decoder = Decoder::new(&device, config, weights, &read, Matrices::Rows)?;
         let model = start(device, decoder, None, tokenizer, opening, weights)?;
         Ok(Model { load_seconds: began.elapsed().as_secs_f64(), ..model })
@@ -183,12 +185,12 @@ fn tokenizer_and<T>(
 
 /// The weights of a model, and what came of keeping them.
 fn decoder_of(
-    device: &CpuDevice,
+    device: &Chip,
     named: &Named,
     format: WeightFormat,
     cache: Option<&WeightCache>,
     wanted: &AtomicBool,
-) -> Result<(Decoder<CpuDevice>, Option<Outcome>)> {
+) -> Result<(Decoder<Chip>, Option<Outcome>)> {
     let (source, config) = (&named.source, named.source.config());
     let table = config.parameters();
     let read = |index: usize, rows: Range<usize>, out: &mut [f32]| {
@@ -214,12 +216,7 @@ fn decoder_of(
 
 /// The model that guesses ahead. It must know the same tokens by the same ids; whether it does can only be seen where no
 /// tokenizer was named for both.
-fn draft(
-    device: &CpuDevice,
-    path: &Path,
-    opening: &Opening,
-    tokenizer: &Tokenizer,
-) -> Result<Decoder<CpuDevice>> {
+fn draft(device: &Chip, path: &Path, opening: &Opening, tokenizer: &Tokenizer) -> Result<Decoder<Chip>> {
     let load = || {
         let named = named(path, None, opening)?;
         if opening.tokenizer.is_none() {
@@ -275,9 +272,9 @@ impl From<Precision> for WeightFormat {
 
 /// A model of no step at work.
 fn start(
-    device: CpuDevice,
-    decoder: Decoder<CpuDevice>,
-    draft: Option<Decoder<CpuDevice>>,
+    device: Chip,
+    decoder: Decoder<Chip>,
+    draft: Option<Decoder<Chip>>,
     tokenizer: Tokenizer,
     opening: &Opening,
     weights: WeightFormat,
@@ -289,8 +286,8 @@ fn start(
     options.limits.reuse = opening.reuse;
     let tokenizer = Arc::new(tokenizer);
     let engine = match weights {
-        WeightFormat::F32 => Handle::start::<CpuDevice, f32>(device, decoder, draft, tokenizer, options),
-        _ => Handle::start::<CpuDevice, bf16>(device, decoder, draft, tokenizer, options),
+        WeightFormat::F32 => Handle::start::<Chip, f32>(device, decoder, draft, tokenizer, options),
+        _ => Handle::start::<Chip, bf16>(device, decoder, draft, tokenizer, options),
     }?;
     let (damaged, kept) = (Vec::new(), None);
     Ok(Model { engine, config, weights, weight_bytes, step: 0, damaged, kept, load_seconds: 0.0 })

@@ -4,7 +4,7 @@ use crate::models::Named;
 use crate::trainer::open_device;
 use anyhow::{Context, Result, ensure};
 use ferropt_data::{Corpus, EOS, Tokenizer};
-use ferropt_device::WeightFormat;
+use ferropt_device::{WeightFormat, Which};
 use ferropt_model::formats::{self, CalibrationText, Converted, Quantisation, Source};
 use ferropt_model::{Parameter, Rounded, RoundingError, Walk};
 use std::ops::Range;
@@ -55,7 +55,7 @@ pub fn quantise(
 ) -> Result<Quantised> {
     let source = &named.source;
     let tokenizer = options.tokenizer.as_deref().map(Tokenizer::load).transpose()?;
-    let device = open_device(options.threads)?;
+    let device = open_device(Which::Cpu, options.threads)?;
     let threads = device.threads();
     let table = source.config().parameters();
     let mut errors = Errors(Vec::new());

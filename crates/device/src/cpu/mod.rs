@@ -18,7 +18,7 @@ mod optimizer;
 mod pack;
 mod packed;
 mod peak;
-mod pool;
+pub(crate) mod pool;
 mod random;
 mod simd;
 
@@ -86,12 +86,7 @@ impl CpuDevice {
             "instruction set {} asked for, but this processor has only {all}; unset FERROPT_ISA to use the best",
             isa.name()
         );
-        let available = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let threads = options.threads.unwrap_or(available);
-        anyhow::ensure!(
-            (1..=1024).contains(&threads),
-            "threads = {threads}: expected 1 to 1024 (this machine offers {available})"
-        );
+        let threads = pool::threads(options.threads)?;
         Ok(CpuDevice {
             isa,
             pool: Pool::new(threads, options.pin),
@@ -164,6 +159,8 @@ impl Device for CpuDevice {
     fn download<T: Element>(&self, src: &CpuBuf<T>, offset: usize, dst: &mut [T]) {
         dst.copy_from_slice(&src[offset..offset + dst.len()]);
     }
+
+    fn wait(&self) {}
 
     fn fill<T: Element>(&self, dst: &mut CpuBuf<T>, value: T) {
         elementwise::fill(self, dst, value);
@@ -569,51 +566,12 @@ impl Device for CpuDevice {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::take_workspace::take_workspace;
 
     /// Runs what takes workspace, and compares with what was announced.
     fn check<E: Element>(rows: usize, width: usize, widest: usize, vocab: usize) {
         let device = CpuDevice::new(CpuOptions::default()).expect("a device");
-        let zeros = |len| CpuBuf::<E>::zeroed(len).expect("memory");
-        let zeros_f32 = |len| CpuBuf::<f32>::zeroed(len).expect("memory");
-        for (n, k) in [(widest, width), (width, widest)] {
-            let s = LinearShape { m: rows, n, k };
-            let (x, w, mut y) = (zeros(rows * k), zeros(n * k), zeros(rows * n));
-            device.linear(s, &x, &w, None, Activation::Identity, &mut y);
-            device.linear_backward_input(s, &y, &w, None, &mut zeros(rows * k));
-            device.linear_backward_weight(s, &y, &x, &mut zeros_f32(n * k), None, Store::Overwrite);
-        }
-        let (x, per_row, per_column) = (zeros_f32(rows * width), zeros_f32(rows), zeros_f32(width));
-        let (mut dx, mut dgamma, mut dbeta) = (zeros_f32(rows * width), zeros_f32(width), zeros_f32(width));
-        let (dx, dgamma, dbeta, store) = (&mut dx, &mut dgamma, &mut dbeta, Store::Overwrite);
-        let (mean, rstd, gamma) = (&per_row, &per_row, &per_column);
-        device.layer_norm_backward(width, &x, &x, mean, rstd, gamma, dx, store, dgamma, dbeta, store);
-        let s = LossShape { rows, vocab, width, first: 0 };
-        let (h, w, targets) =
-            (zeros(rows * width), zeros(vocab * width), CpuBuf::zeroed(rows).expect("memory"));
-        let (mut losses, mut dh, mut dw) = (zeros_f32(rows), zeros(rows * width), zeros_f32(vocab * width));
-        device.lm_loss_backward(
-            s,
-            &h,
-            &w,
-            &targets,
-            None,
-            1.0,
-            &mut losses,
-            &mut dh,
-            &mut dw,
-            Store::Overwrite,
-        );
-
-        let shape = AttentionShape { batch: 1, seq: rows, heads: 2, width: width / 2, among: (0, 2) };
-        let (qkv, out) = (zeros(rows * 3 * width), zeros(rows * width));
-        let lse = zeros_f32(2 * rows);
-        device.attention(shape, &qkv, None, None, &mut zeros(rows * width), &mut zeros_f32(2 * rows));
-        device.attention_backward(shape, &qkv, None, None, &out, &lse, &out, &mut zeros(rows * 3 * width));
-        let pages: Vec<u32> = (0..rows.div_ceil(PAGE) as u32).collect();
-        let (mut k, mut v) = (zeros(pages.len() * PAGE * width), zeros(pages.len() * PAGE * width));
-        let segments = [Segment { rows, past: 0, pages: &pages }];
-        device.attention_paged(2, width / 2, &segments, &qkv, &mut k, &mut v, &mut zeros(rows * width));
-
+        let shape = take_workspace::<_, E>(&device, rows, width, widest, vocab);
         let words = |w: &Workspace| w.bytes.iter().flatten().map(|piece| piece.len()).sum::<usize>();
         let taken = 4 * (words(&device.workspace()) + words(&device.loss_workspace()));
         let announced = device.workspace_bytes::<E>(rows, widest, vocab, width, shape);

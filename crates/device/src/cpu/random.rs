@@ -175,16 +175,10 @@ pub(super) fn mask_row<S: Simd>(s: S, d: &Dropout, row: u64, first_column: usize
     }
 }
 
-/// Smallest word of a kept element: `word >= p * 2^32` for an integral word; p < 1 has 24 bits, so this fits.
-#[inline(always)]
-fn threshold(d: &Dropout) -> u32 {
-    (d.p as f64 * 4_294_967_296.0).ceil() as u32
-}
-
 /// Which of columns `64 * block ..` of a row are kept: a bit each, lowest first. The row is as in [`mask_row`].
 #[inline(always)]
 pub(super) fn kept<S: Simd>(s: S, d: &Dropout, row: u64, block: usize) -> [u32; 2] {
-    let threshold = threshold(d);
+    let threshold = d.threshold();
     let words = words(s, &d.stream, row, block);
     let mut kept = [0; 2];
     for (kept, words) in kept.iter_mut().zip(words.as_chunks::<32>().0) {
@@ -197,8 +191,8 @@ pub(super) fn kept<S: Simd>(s: S, d: &Dropout, row: u64, block: usize) -> [u32; 
 
 #[inline(always)]
 fn mask_block<S: Simd>(s: S, d: &Dropout, row: u64, block: usize, out: &mut [f32; BLOCK]) {
-    let threshold = threshold(d);
-    let keep = 1.0 / (1.0 - d.p);
+    let threshold = d.threshold();
+    let keep = d.keep();
     let words = words(s, &d.stream, row, block);
     for (out, word) in out.iter_mut().zip(&words) {
         *out = if *word >= threshold { keep } else { 0.0 };

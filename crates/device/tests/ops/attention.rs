@@ -171,7 +171,7 @@ fn the_reference_is_its_own_derivative() {
 }
 
 /// Leaves NaN in all workspace that `s` needs.
-fn spoil_workspace<E: Element>(device: &CpuDevice, s: AttentionShape) {
+fn spoil_workspace<E: Element>(device: &Chip, s: AttentionShape) {
     let (tokens, all) = (s.batch * s.seq, s.heads * s.width);
     let (qkv, mut out) = (poisoned::<E>(device, tokens * 3 * all), poisoned::<E>(device, tokens * all));
     let mut lse = poisoned(device, s.batch * s.heads * s.seq);
@@ -279,7 +279,7 @@ fn one_more_or_less_key_would_show() {
 
 /// Texts cut into calls, several in each, over pages that were dealt at random. Returns the outputs by text.
 fn paged<E: Element>(
-    device: &CpuDevice,
+    device: &Chip,
     s: AttentionShape,
     texts: &[Vec<E>],
     calls: &[Vec<usize>],
@@ -417,10 +417,10 @@ fn texts_share_pages_and_copies_are_texts_of_their_own() {
 #[test]
 #[should_panic(expected = "two sequences write to one page")]
 fn two_texts_cannot_write_to_one_page() {
-    let device = CpuDevice::new(CpuOptions::default()).expect("a device");
+    let device = one_device();
     let pages = || device.alloc::<f32>(PAGE * 2).expect("memory");
     let segment = Segment { rows: 1, past: 0, pages: &[0] };
-    let (qkv, mut out) = (put(&device, &[0.0f32; 12]), put(&device, &[0.0f32; 4]));
+    let (qkv, mut out) = (put(device, &[0.0f32; 12]), put(device, &[0.0f32; 4]));
     device.attention_paged(1, 2, &[segment, segment], &qkv, &mut pages(), &mut pages(), &mut out);
 }
 

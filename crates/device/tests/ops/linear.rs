@@ -59,7 +59,7 @@ impl<E: Element> Operands<E> {
         (0..m * n).map(element).unzip()
     }
 
-    fn what(&self, isa: Isa) -> String {
+    fn what(&self, isa: &str) -> String {
         format!("{isa:?}, {}, {:?}", E::DTYPE, self.s)
     }
 }
@@ -81,7 +81,7 @@ fn check_forward<E: Element>(shape: (usize, usize, usize)) {
         assert!(y_relu.split_off(len).iter().all(|x| x.is_nan()), "beyond the shape");
         vec![get(device, &y), get(device, &y_f32), y_relu]
     }) {
-        let what = o.what(isa);
+        let what = o.what(&isa);
         assert_close(&format!("y, {what}"), E::DTYPE, &got[0], &plain, |i| plain_slack[i]);
         assert_close(&format!("y in f32, {what}"), DType::F32, &got[1], &biased, |i| biased_slack[i]);
         assert_close(&format!("relu(y), {what}"), E::DTYPE, &got[2], &relu, |i| biased_slack[i]);
@@ -107,7 +107,7 @@ fn check_residual<E: Element>(shape: (usize, usize, usize)) {
             device.linear_residual(o.s, &x, &w, Some(&bias), dropout, &residual, &mut out);
             vec![get(device, &out)]
         }) {
-            let what = format!("out, {}, dropout {}", o.what(isa), dropout.is_some());
+            let what = format!("out, {}, dropout {}", o.what(&isa), dropout.is_some());
             assert_close(&what, DType::F32, &got[0], &want, |i| {
                 factor(i) * slack[i] + 4.0 * UNIT * (factor(i) * y[i]).abs()
             });
@@ -146,7 +146,7 @@ fn check_backward<E: Element>(shape: (usize, usize, usize)) {
         let all = (get(device, &dx), get(device, &dx_masked), get(device, &dw), get(device, &db));
         vec![all.0, all.1, all.2, all.3, get(device, &dw_sum), get(device, &db_sum)]
     }) {
-        let what = o.what(isa);
+        let what = o.what(&isa);
         assert_close(&format!("dx, {what}"), DType::F32, &got[0], &dx, |i| dx_slack[i]);
         assert_close(&format!("masked dx, {what}"), E::DTYPE, &got[1], &masked, |i| dx_slack[i]);
         assert_close(&format!("dw, {what}"), DType::F32, &got[2], &dw, |i| dw_slack[i]);

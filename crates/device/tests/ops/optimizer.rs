@@ -128,7 +128,7 @@ fn stochastic_rounding_of_a_part_is_that_of_the_whole() {
     let (rows, columns) = (37, 200);
     let hyper = Sgd { lr: 1e-3, momentum: 0.0, weight_decay: 0.0, grad_scale: 1.0 };
     let stream = Stream::new(1, Purpose::Rounding, 3, 5);
-    let step = |device: &CpuDevice, place: Strided, len: usize| {
+    let step = |device: &Chip, place: Strided, len: usize| {
         let (mut w, g) = (put(device, &vec![bf16::ONE; len]), put(device, &vec![1.0f32; len]));
         let rounding = Some(Rounding { stream, place });
         device.sgd(hyper, Param { w: &mut w, low: None, rounding }, &g, None);
@@ -207,15 +207,18 @@ fn sums_of_squares_are_those_of_f64() {
     for len in [0, 1, 7, 1000, 100_003] {
         let x: Vec<f32> = numbers(3, len, 3.0);
         let want: f64 = x.iter().map(|x| *x as f64 * *x as f64).sum();
-        let mut sums = Vec::new();
-        for threads in [1, 2, 3] {
-            for isa in Isa::available() {
-                let device =
-                    CpuDevice::new(CpuOptions { isa: Some(isa), threads: Some(threads), pin: false });
-                let device = device.expect("device");
-                sums.push(device.sum_of_squares(&put(&device, &x)));
-            }
-        }
+        let mut sums: Vec<f64> = Vec::new();
+        on_every_device(|device| {
+            let sum = device.sum_of_squares(&put(device, &x));
+            // As two halves of 32 bits, which are compared.
+            let bits = sum.to_bits();
+            vec![vec![f32::from_bits(bits as u32), f32::from_bits((bits >> 32) as u32)]]
+        })
+        .iter()
+        .for_each(|(_, got)| {
+            let [low, high] = [0, 1].map(|i| got[0][i].to_bits() as u64);
+            sums.push(f64::from_bits(high << 32 | low));
+        });
         assert!((sums[0] - want).abs() <= 1e-13 * want, "{len}: {} is not {want}", sums[0]);
         assert!(sums.iter().all(|s| s.to_bits() == sums[0].to_bits()), "{len}: {sums:?}");
     }

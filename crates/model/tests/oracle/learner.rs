@@ -1,30 +1,29 @@
 //! A model with the weights of a fixture, trained with AdamW as PyTorch does it.
 
 use super::fixture::Fixture;
-use ferropt_device::cpu::{CpuBuf, CpuDevice};
-use ferropt_device::{AdamW, Device, Element, IGNORE, Param, Store};
+use ferropt_device::{AdamW, Buffer, Chip, ChipBuf, Device, Element, IGNORE, Param, Store};
 use ferropt_model::{Backprop, Batch, Model, Options, Parameter, Pass, Recompute, Tensor, TensorMut};
 
 pub struct Learner<E: Element> {
-    model: Model<CpuDevice, E>,
-    backprop: Backprop<CpuDevice, E>,
+    model: Model<Chip, E>,
+    backprop: Backprop<Chip, E>,
     /// Low halves of f32 masters, for bf16 matrices.
-    low: Vec<Option<CpuBuf<i16>>>,
-    moments: Vec<(CpuBuf<f32>, CpuBuf<f32>)>,
+    low: Vec<Option<ChipBuf<i16>>>,
+    moments: Vec<(ChipBuf<f32>, ChipBuf<f32>)>,
 }
 
 const PASS: Pass = Pass { seed: 1, step: 1, first_sequence: 0 };
 
 impl<E: Element> Learner<E> {
-    pub fn new(device: &CpuDevice, f: &Fixture, recompute: Recompute) -> Self {
+    pub fn new(device: &Chip, f: &Fixture, recompute: Recompute) -> Self {
         Self::with(device, f, recompute, 0.0)
     }
 
-    pub fn with_dropout(device: &CpuDevice, f: &Fixture, recompute: Recompute) -> Self {
+    pub fn with_dropout(device: &Chip, f: &Fixture, recompute: Recompute) -> Self {
         Self::with(device, f, recompute, 0.1)
     }
 
-    fn with(device: &CpuDevice, f: &Fixture, recompute: Recompute, dropout: f64) -> Self {
+    fn with(device: &Chip, f: &Fixture, recompute: Recompute, dropout: f64) -> Self {
         let mut config = f.config.clone();
         (config.dropout, config.attention_dropout) = (dropout, dropout);
         let mut model = Model::zeros(device, &config).unwrap();
@@ -44,12 +43,12 @@ impl<E: Element> Learner<E> {
         Learner { model, backprop, low, moments }
     }
 
-    pub fn logits(&mut self, device: &CpuDevice, f: &Fixture) -> Vec<f32> {
+    pub fn logits(&mut self, device: &Chip, f: &Fixture) -> Vec<f32> {
         self.backprop.logits(device, &self.model, batch(f, &vec![0; f.tokens.len()])).unwrap()
     }
 
     /// Mean loss; leaves its gradients.
-    pub fn train(&mut self, device: &CpuDevice, f: &Fixture) -> f64 {
+    pub fn train(&mut self, device: &Chip, f: &Fixture) -> f64 {
         let targets = f.targets.iter().filter(|t| **t != IGNORE).count();
         let documents = vec![0; f.tokens.len()];
         let (batch, scale) = (batch(f, &documents), 1.0 / targets as f32);
@@ -58,13 +57,13 @@ impl<E: Element> Learner<E> {
     }
 
     /// Gradients under Hugging Face names.
-    pub fn gradients(&self, device: &CpuDevice) -> Vec<(String, Vec<f32>)> {
-        let values = |tensor: Tensor<'_, CpuDevice, f32>| download(device, tensor.flat());
+    pub fn gradients(&self, device: &Chip) -> Vec<(String, Vec<f32>)> {
+        let values = |tensor: Tensor<'_, Chip, f32>| download(device, tensor.flat());
         apart(&self.model.config().parameters(), self.backprop.gradients.tensors().into_iter().map(values))
     }
 
     /// Master weights under Hugging Face names.
-    pub fn masters(&self, device: &CpuDevice) -> Vec<(String, Vec<f32>)> {
+    pub fn masters(&self, device: &Chip) -> Vec<(String, Vec<f32>)> {
         let tensors = self.model.weights.tensors();
         let values = tensors.iter().zip(&self.low).map(|(tensor, low)| match tensor {
             Tensor::Matrix(w) => {
@@ -77,7 +76,7 @@ impl<E: Element> Learner<E> {
         apart(&self.model.config().parameters(), values)
     }
 
-    pub fn step(&mut self, device: &CpuDevice, f: &Fixture, t: u64) {
+    pub fn step(&mut self, device: &Chip, f: &Fixture, t: u64) {
         let o = &f.optimizer;
         let hyper = AdamW {
             lr: o.lr as f32,
@@ -109,7 +108,7 @@ fn batch<'a>(f: &'a Fixture, documents: &'a [u32]) -> Batch<'a> {
     Batch { tokens: &f.tokens, targets: &f.targets, doc_start: documents }
 }
 
-fn download(device: &CpuDevice, buf: &CpuBuf<f32>) -> Vec<f32> {
+fn download(device: &Chip, buf: &ChipBuf<f32>) -> Vec<f32> {
     let mut values = vec![0.0; buf.len()];
     device.download(buf, 0, &mut values);
     values

@@ -7,7 +7,7 @@ mod fixture;
 mod learner;
 
 use ferropt_device::cpu::{CpuDevice, CpuOptions, Isa};
-use ferropt_device::{Element, PAGE, Segment, WeightFormat, bf16};
+use ferropt_device::{Chip, Device, Element, PAGE, Segment, WeightFormat, bf16};
 use ferropt_model::{Cache, Decoder, Matrices, Memory, Recompute};
 use fixture::{Fixture, all};
 use learner::Learner;
@@ -23,9 +23,15 @@ const NOISE: f64 = 1e-6;
 const ROUGHLY: f64 = 1.4;
 const AT_MOST: f64 = 3.5;
 
-fn devices() -> Vec<CpuDevice> {
+/// The processor with each instruction set that it has, or the device that `FERROPT_TEST_DEVICE` names.
+fn devices() -> Vec<Chip> {
+    if let Ok(name) = std::env::var("FERROPT_TEST_DEVICE") {
+        let which = name.parse().expect("a device's name in FERROPT_TEST_DEVICE");
+        return vec![Chip::open(which, Some(2), false).expect("the device that is to be tested")];
+    }
     let open = |isa| CpuDevice::new(CpuOptions { isa: Some(isa), threads: Some(2), pin: false });
-    Isa::available().into_iter().map(|isa| open(isa).expect("an available instruction set")).collect()
+    let processor = |isa| Chip::Cpu(open(isa).expect("an available instruction set"));
+    Isa::available().into_iter().map(processor).collect()
 }
 
 fn norm(values: impl IntoIterator<Item = f64>) -> f64 {
@@ -53,7 +59,7 @@ fn used<'a>(fixture: &'a Fixture, logits: &'a [f32]) -> impl Iterator<Item = f32
 fn f32_logits_losses_and_gradients() {
     for device in devices() {
         for f in all() {
-            let what = format!("{} on {:?}", f.name, device.isa());
+            let what = format!("{} on {}", f.name, device.describe());
             let mut learner = Learner::<f32>::new(&device, &f, Recompute::None);
             let logits = learner.logits(&device, &f);
             for (got, want) in used(&f, &logits).zip(used(&f, &f.values("logits"))) {
@@ -75,7 +81,7 @@ fn f32_logits_losses_and_gradients() {
 }
 
 /// Logits of all rows of a fixture through the paged cache, its sequences beside each other and cut into pieces.
-fn decoded<E: Element>(device: &CpuDevice, f: &Fixture, format: WeightFormat) -> Vec<f32> {
+fn decoded<E: Element>(device: &Chip, f: &Fixture, format: WeightFormat) -> Vec<f32> {
     let table = f.config.parameters();
     let values: Vec<Vec<f32>> =
         table.iter().map(|p| p.names.iter().flat_map(|name| f.values(name)).collect()).collect();
@@ -113,7 +119,7 @@ fn decoded<E: Element>(device: &CpuDevice, f: &Fixture, format: WeightFormat) ->
 fn logits_through_the_paged_cache() {
     for device in devices() {
         for f in all() {
-            let what = format!("{} on {:?}", f.name, device.isa());
+            let what = format!("{} on {}", f.name, device.describe());
             let want: Vec<f32> = used(&f, &f.values("logits")).collect();
             let got = decoded::<f32>(&device, &f, WeightFormat::F32);
             for (got, want) in used(&f, &got).zip(&want) {
@@ -131,7 +137,7 @@ fn logits_through_the_paged_cache() {
 fn f32_twenty_adamw_steps() {
     for device in devices() {
         for f in all() {
-            let what = format!("{} on {:?}", f.name, device.isa());
+            let what = format!("{} on {}", f.name, device.describe());
             let mut learner = Learner::<f32>::new(&device, &f, Recompute::None);
             let losses = f.values("loss20");
             // Relative to the first: rounding errors grow while losses shrink.
@@ -163,7 +169,7 @@ fn bf16_is_as_exact_as_pytorch() {
     for device in devices() {
         let mut ratios = Vec::new();
         for f in all() {
-            let what = format!("{} on {:?}", f.name, device.isa());
+            let what = format!("{} on {}", f.name, device.describe());
             let mut learner = Learner::<bf16>::new(&device, &f, Recompute::None);
             let exact: Vec<f32> = used(&f, &f.values("logits")).collect();
             let got: Vec<f32> = used(&f, &learner.logits(&device, &f)).collect();
@@ -212,15 +218,15 @@ fn bf16_is_as_exact_as_pytorch() {
         let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
         assert!(
             mean < ROUGHLY,
-            "{:?}: errors of gradients are {mean} times PyTorch's on average",
-            device.isa()
+            "{}: errors of gradients are {mean} times PyTorch's on average",
+            device.describe()
         );
     }
 }
 
 #[test]
 fn recomputation_changes_no_bit() {
-    fn check<E: Element>(device: &CpuDevice, f: &Fixture) {
+    fn check<E: Element>(device: &Chip, f: &Fixture) {
         let run = |recompute| {
             let mut learner = Learner::<E>::with_dropout(device, f, recompute);
             let loss = learner.train(device, f);

@@ -7,7 +7,7 @@ use crate::trainer::open_device;
 use crate::weight_cache::WeightCache;
 use anyhow::{Result, ensure};
 use ferropt_data::Tokenizer;
-use ferropt_device::{Device, WeightFormat, bf16};
+use ferropt_device::{Device, WeightFormat, Which, bf16};
 use ferropt_engine::{Parameters, Request};
 use ferropt_model::Config;
 use serde::Serialize;
@@ -35,6 +35,8 @@ pub struct Inference {
     pub prompt: usize,
     /// Numbers of texts to generate together, beside one alone.
     pub batches: Vec<usize>,
+    /// What computes.
+    pub device: Which,
     /// Threads; all available unless given.
     pub threads: Option<usize>,
     /// Runs to measure, after one to warm up.
@@ -113,6 +115,7 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
     let sequences = wanted.batches.iter().copied().max().unwrap_or(1).max(SCORED);
     let opening = Opening {
         weights: wanted.weights,
+        device: wanted.device,
         threads: wanted.threads,
         sequences,
         longest: Some(wanted.prompt.max(SHORT + wanted.tokens).max(SCORED_TOKENS)),
@@ -166,7 +169,7 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
     lines.push((format!("score of {SCORED} x {scored}"), seconds, SCORED * scored, Limit::Arithmetic, flops));
 
     let peak_rss_bytes = peak_resident_bytes();
-    let device = open_device(wanted.threads)?;
+    let device = open_device(wanted.device, wanted.threads)?;
     let bandwidth = device.measured_bandwidth()?;
     let peak_flops = match model.weights {
         WeightFormat::F32 => device.measured_peak::<f32>(),
@@ -290,6 +293,7 @@ mod tests {
             tokens: 4,
             prompt: 70,
             batches: vec![2, 3],
+            device: Which::Cpu,
             threads: Some(1),
             runs: 2,
             cache: None,

@@ -183,6 +183,8 @@ section! {
         recompute: Recompute = Recompute::None,
         /// Threads; all available unless given. Same bits for any number.
         threads: Option<usize> = None,
+        /// What computes: "cpu", "cuda" or "cuda:N".
+        device: String = "cpu".into(),
     }
 }
 

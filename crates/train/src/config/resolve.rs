@@ -7,6 +7,7 @@ use crate::optimizer::{Rule, Settings};
 use crate::recovery::Policy;
 use crate::schedule::{Kind, Schedule};
 use anyhow::{anyhow, bail, ensure};
+use ferropt_device::Which;
 use ferropt_mesh::Axes;
 use ferropt_model::{Config as Model, Options, Part};
 
@@ -80,6 +81,8 @@ pub struct Resolved {
     pub micro_batch: usize,
     /// How the ranks are arranged.
     pub axes: Axes,
+    /// What computes.
+    pub device: Which,
     /// Last step of the run.
     pub steps: u64,
     /// Learning rate by step.
@@ -177,11 +180,13 @@ impl Config {
         let schedule = self.resolve_schedule(steps, batch_tokens)?;
         let optimizer = self.resolve_optimizer()?;
         self.resolve_run()?;
+        let device = self.resolve_device(ranks)?;
         let keep_every = self.check_reports(batch_tokens)?;
         let recovery = self.resolve_recovery(schedule.warmup, batch_tokens)?;
         let copies = self.resolve_copies(batch_tokens)?;
         Ok(Resolved {
             model,
+            device,
             seq,
             sequences,
             micro_batch,
@@ -470,6 +475,16 @@ impl Config {
                 Ok(Rule::Sgd { momentum })
             }
         }
+    }
+
+    fn resolve_device(&self, ranks: usize) -> anyhow::Result<Which> {
+        let device = self.run.device.parse().map_err(|e| anyhow!("run.device = {e}"))?;
+        ensure!(
+            device == Which::Cpu || ranks == 1,
+            "run.device = \"{device}\" on {ranks} ranks: many ranks work on processors only; use run.device = \"cpu\", or one \
+             rank"
+        );
+        Ok(device)
     }
 
     fn resolve_run(&mut self) -> anyhow::Result<()> {

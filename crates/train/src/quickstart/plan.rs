@@ -6,8 +6,7 @@ use crate::config::{Config, Precision, Resolved};
 use crate::optimizer::Optimizer;
 use crate::trainer::open_device;
 use anyhow::Result;
-use ferropt_device::cpu::CpuDevice;
-use ferropt_device::{Device, Element, Store, bf16};
+use ferropt_device::{Chip, Device, Element, Store, Which, bf16};
 use ferropt_model::{Backprop, Batch, Model, Pass, initial_values};
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -51,7 +50,7 @@ pub(super) struct Planned {
 impl Planned {
     /// Measures this machine, and takes as many steps as fit before `deadline`.
     pub(super) fn measure(options: &Options, counts: &Counts, deadline: Instant) -> Result<Planned> {
-        let device = open_device(options.threads)?;
+        let device = open_device(Which::Cpu, options.threads)?;
         let most = MOST_EPOCHS * counts.train / BATCH_TOKENS as u64 + 1;
         let resolve = |precision, steps| -> Result<_> {
             let toml = toml(options, counts, precision, steps)?;
@@ -92,7 +91,7 @@ impl Planned {
 }
 
 /// Tokens per second of optimiser steps on made-up tokens, measured for about so long.
-fn speed<E: Element>(device: &CpuDevice, run: &Resolved, time: Duration) -> Result<f64> {
+fn speed<E: Element>(device: &Chip, run: &Resolved, time: Duration) -> Result<f64> {
     let mut model = Model::<_, E>::zeros(device, &run.model)?;
     for (index, parameter) in run.model.parameters().iter().enumerate() {
         model.set(device, index, &initial_values(parameter, index, 1))?;

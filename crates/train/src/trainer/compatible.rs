@@ -5,12 +5,13 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// Keys and sections that may change between two parts of a run. Data is compared by content, not by path.
-const FREE: [&str; 18] = [
+const FREE: [&str; 19] = [
     "run.dir",
     "run.steps",
     "run.tokens",
     "run.max_minutes",
     "run.threads",
+    "run.device",
     "run.recompute",
     "parallel",
     "batch.micro_batch",

@@ -22,8 +22,7 @@ use crate::signals::Stop;
 use crate::telemetry::{Training, Validation};
 use anyhow::{Context, Result};
 use data::Data;
-use ferropt_device::bf16;
-use ferropt_device::cpu::{CpuDevice, CpuOptions};
+use ferropt_device::{Chip, Which, bf16};
 use ferropt_mesh::{Join, Label, Mesh, World};
 use run::Trainer;
 pub(crate) use run::view;
@@ -110,7 +109,7 @@ fn train_on(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Result
     let resolved = config.resolve_for(world.size())?;
     let mesh = Mesh::new(world, resolved.axes)?;
     let threads = cores::threads(&mesh.all, resolved.config.run.threads)?;
-    let device = open_device_beside(threads, mesh.all.size())?;
+    let device = Chip::open(resolved.device, threads, mesh.all.size() == 1)?;
     let plan = Plan::new(&resolved, &device);
     if mesh.all.rank() == 0 {
         hook(Event::Planned { resolved: &resolved, plan: &plan });
@@ -151,22 +150,16 @@ fn stopped_early(resolved: &Resolved, mesh: &Mesh) -> Outcome {
 /// Those of [`Config::resolve_for`].
 pub fn plan(config: Config, ranks: usize) -> Result<(Resolved, Plan)> {
     let resolved = config.resolve_for(ranks)?;
-    let plan = Plan::new(&resolved, &open_device(resolved.config.run.threads)?);
+    let plan = Plan::new(&resolved, &open_device(resolved.device, resolved.config.run.threads)?);
     Ok((resolved, plan))
 }
 
-/// The device to work on: the processor, with so many threads.
+/// The device to work on alone, with so many threads of the processor.
 ///
 /// # Errors
-/// When the number of threads is out of range, or the processor cannot be used as the environment asks
-/// (`FERROPT_ISA`).
-pub fn open_device(threads: Option<usize>) -> Result<CpuDevice> {
-    open_device_beside(threads, 1)
-}
-
-/// The device of one of so many ranks, which may share the processor: whoever started them says which cores are whose.
-fn open_device_beside(threads: Option<usize>, ranks: usize) -> Result<CpuDevice> {
-    CpuDevice::new(CpuOptions { threads, pin: ranks == 1, ..CpuOptions::default() })
+/// Those of [`Chip::open`].
+pub fn open_device(which: Which, threads: Option<usize>) -> Result<Chip> {
+    Chip::open(which, threads, true)
 }
 
 /// Writes a small file beside its place, then renames it, so that readers find the old or the new one.

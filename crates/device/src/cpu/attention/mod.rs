@@ -160,7 +160,7 @@ impl HeadDropout {
 
     /// What a kept probability is multiplied by.
     fn factor(&self) -> f32 {
-        1.0 / (1.0 - self.dropout.p)
+        self.dropout.keep()
     }
 
     /// Which probabilities are kept, of queries `queries` and the 64 keys of `block`: bit `i` of word `w * nr + j`

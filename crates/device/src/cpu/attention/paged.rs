@@ -28,7 +28,7 @@ pub(in crate::cpu) fn paged<E: Element>(
     v_pages: &mut [E],
     out: &mut [E],
 ) {
-    check(segments, k_pages.len().min(v_pages.len()) / (heads * width * PAGE));
+    Segment::check(segments, k_pages.len().min(v_pages.len()) / (heads * width * PAGE));
     append(device, heads, width, segments, qkv, k_pages, v_pages);
     let groups = groups(segments);
     let (all, block, padded) = (heads * width, width * PAGE, width.next_multiple_of(16));
@@ -86,26 +86,6 @@ fn groups<'a>(segments: &[Segment<'a>]) -> Vec<Group<'a>> {
         }
     }
     groups
-}
-
-/// Page numbers are within the cache, and no two segments write to the same page.
-fn check(segments: &[Segment<'_>], capacity: usize) {
-    let mut written = Vec::with_capacity(segments.len());
-    for s in segments.iter().filter(|s| s.rows > 0) {
-        let needed = (s.past + s.rows).div_ceil(PAGE);
-        assert!(
-            s.pages.len() >= needed,
-            "{} tokens need {needed} pages, not {}",
-            s.past + s.rows,
-            s.pages.len()
-        );
-        for page in &s.pages[..needed] {
-            assert!((*page as usize) < capacity, "page {page} of a cache of {capacity}");
-        }
-        written.extend_from_slice(&s.pages[s.past / PAGE..needed]);
-    }
-    written.sort_unstable();
-    assert!(written.windows(2).all(|w| w[0] != w[1]), "two sequences write to one page: {written:?}");
 }
 
 /// Writes the new tokens' keys and values to their places.

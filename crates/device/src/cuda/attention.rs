@@ -1,0 +1,169 @@
+//! Attention over whole sequences, and of new tokens over a paged cache.
+
+use anyhow::Result;
+
+use super::driver::Address;
+use super::kernels::args;
+use super::workspace::Scratch;
+use super::{CudaBuf, CudaDevice, DropoutWords, name, optional};
+use crate::{AttentionShape, Dropout, Element, PAGE, Segment};
+
+/// Queries and keys of a tile, and threads of a block; see kernels/attention.cuh.
+const QUERIES: usize = 16;
+const KEYS: usize = 32;
+const THREADS: usize = 128;
+/// The widest head that kernels exist for.
+const WIDEST: usize = 256;
+
+/// `Heads` of kernels/attention.cuh.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Heads {
+    seq: u32,
+    heads: u32,
+    width: u32,
+    before: u32,
+    among: u32,
+    scale: f32,
+}
+
+impl Heads {
+    fn new(s: AttentionShape) -> Heads {
+        Heads {
+            seq: s.seq as u32,
+            heads: s.heads as u32,
+            width: s.width as u32,
+            before: s.among.0 as u32,
+            among: s.among.1 as u32,
+            scale: 1.0 / (s.width as f32).sqrt(),
+        }
+    }
+}
+
+/// A kernel's name for elements `E` and heads of this width.
+fn named<E: Element>(kernel: &str, width: usize) -> String {
+    assert!(width <= WIDEST, "heads of width {width}; on a GPU they may be at most {WIDEST} wide");
+    let rounded = if width <= 64 { 64 } else { width.next_power_of_two() };
+    format!("{kernel}_{}_{rounded}", name::<E>())
+}
+
+/// Bytes of workspace of the backward pass.
+pub(super) fn workspace_bytes(s: AttentionShape) -> usize {
+    4 * s.batch * s.heads * s.seq
+}
+
+pub(super) fn forward<E: Element>(
+    d: &CudaDevice,
+    s: AttentionShape,
+    qkv: &CudaBuf<E>,
+    doc_start: Option<&CudaBuf<u32>>,
+    dropout: Option<Dropout>,
+    out: &mut CudaBuf<E>,
+    lse: &mut CudaBuf<f32>,
+) {
+    let (tokens, all) = (s.batch * s.seq, s.heads * s.width);
+    let arguments = args![
+        qkv.at(0, tokens * 3 * all),
+        optional(doc_start, tokens),
+        Heads::new(s),
+        DropoutWords::new(dropout),
+        out.at(0, tokens * all),
+        lse.at(0, tokens * s.heads)
+    ];
+    let shared = 4 * (QUERIES * s.width + KEYS * (2 * s.width + 1) + QUERIES * KEYS);
+    let blocks = (s.seq.div_ceil(QUERIES), s.batch * s.heads);
+    d.kernels.launch(&named::<E>("attention", s.width), blocks, (THREADS, 1), shared, arguments);
+}
+
+pub(super) fn backward<E: Element>(
+    d: &CudaDevice,
+    s: AttentionShape,
+    qkv: &CudaBuf<E>,
+    doc_start: Option<&CudaBuf<u32>>,
+    dropout: Option<Dropout>,
+    out: &CudaBuf<E>,
+    lse: &CudaBuf<f32>,
+    dout: &CudaBuf<E>,
+    dqkv: &mut CudaBuf<E>,
+) {
+    let (tokens, all) = (s.batch * s.seq, s.heads * s.width);
+    let (rows, heads) = (tokens * s.heads, Heads::new(s));
+    let mut workspace = d.workspace();
+    let delta = workspace.take(Scratch::Delta, workspace_bytes(s));
+    let arguments = args![out.at(0, tokens * all), dout.at(0, tokens * all), heads, delta, rows as u64];
+    let kernel = format!("attention_delta_{}", name::<E>());
+    d.kernels.launch(&kernel, (rows.div_ceil(THREADS / 32), 1), (THREADS, 1), 0, arguments);
+    let shared = 4 * (2 * QUERIES * s.width + 2 * KEYS * (s.width + 1) + 2 * QUERIES * KEYS);
+    for (kernel, tile) in [("attention_dq", QUERIES), ("attention_dkv", KEYS)] {
+        let arguments = args![
+            qkv.at(0, tokens * 3 * all),
+            optional(doc_start, tokens),
+            heads,
+            DropoutWords::new(dropout),
+            lse.at(0, rows),
+            delta,
+            dout.at(0, tokens * all),
+            dqkv.at(0, tokens * 3 * all)
+        ];
+        let blocks = (s.seq.div_ceil(tile), s.batch * s.heads);
+        d.kernels.launch(&named::<E>(kernel, s.width), blocks, (THREADS, 1), shared, arguments);
+    }
+}
+
+/// Where the rows of the last call are, on the GPU: all layers of a step ask the same.
+#[derive(Default)]
+pub(super) struct Places {
+    /// For each row where its pages begin among `pages`, and its position; then `pages`.
+    words: Vec<u32>,
+    rows: usize,
+    device: Option<CudaBuf<u32>>,
+}
+
+impl Places {
+    /// Addresses of rows and pages, and the number of rows.
+    fn put(&mut self, d: &CudaDevice, segments: &[Segment<'_>]) -> Result<(Address, Address, usize)> {
+        let rows: usize = segments.iter().map(|s| s.rows).sum();
+        let mut words = Vec::with_capacity(2 * rows);
+        let mut first = 0;
+        for s in segments {
+            words.extend((s.past..s.past + s.rows).flat_map(|position| [first, position as u32]));
+            first += s.pages.len() as u32;
+        }
+        words.extend(segments.iter().flat_map(|s| s.pages));
+        if self.device.is_none() || self.words != words {
+            if self.device.as_ref().is_none_or(|device| crate::Buffer::len(device) < words.len()) {
+                self.device = None;
+                self.device = Some(CudaBuf::new(&d.gpu, words.len().next_power_of_two())?);
+            }
+            (self.words, self.rows) = (words, rows);
+            self.device.iter().for_each(|device| device.upload(0, &self.words));
+        }
+        let device = self.device.as_ref().map_or(0, |device| device.at(0, self.words.len()));
+        Ok((device, device + 8 * self.rows as u64, rows))
+    }
+}
+
+pub(super) fn paged<E: Element>(
+    d: &CudaDevice,
+    heads: usize,
+    width: usize,
+    segments: &[Segment<'_>],
+    qkv: &CudaBuf<E>,
+    k_pages: &mut CudaBuf<E>,
+    v_pages: &mut CudaBuf<E>,
+    out: &mut CudaBuf<E>,
+) {
+    use crate::Buffer;
+    let all = heads * width;
+    Segment::check(segments, k_pages.len().min(v_pages.len()) / (all * PAGE));
+    let mut places = d.places();
+    let (rows, pages, count) =
+        places.put(d, segments).unwrap_or_else(|e| panic!("no memory for the places of pages: {e:#}"));
+    let (qkv, k, v) = (qkv.at(0, count * 3 * all), k_pages.at(0, 0), v_pages.at(0, 0));
+    let (h, w) = (heads as u32, width as u32);
+    let append = format!("append_{}", name::<E>());
+    d.by_row(&append, count, all, args![qkv, rows, pages, h, w, k, v]);
+    let scale = 1.0 / (width as f32).sqrt();
+    let arguments = args![qkv, rows, pages, h, w, scale, k, v, out.at(0, count * all)];
+    d.kernels.launch(&named::<E>("attend", width), (count, heads), (THREADS, 1), 0, arguments);
+}

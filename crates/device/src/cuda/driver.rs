@@ -1,0 +1,273 @@
+//! CUDA's driver: a GPU's memory, its stream of work, and errors in words.
+
+use std::cell::Cell;
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ptr::null_mut;
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::library::{Library, Wanted, functions};
+
+/// Handle of something in the driver.
+pub(super) type Handle = *mut c_void;
+/// Address in a GPU's memory.
+pub(super) type Address = u64;
+
+functions! {
+    /// Functions of libcuda (cuda.h). All return 0 or the number of an error.
+    Functions {
+        fn cuInit(c_uint) -> c_int;
+        fn cuDriverGetVersion(*mut c_int) -> c_int;
+        fn cuDeviceGetCount(*mut c_int) -> c_int;
+        fn cuDeviceGet(*mut c_int, c_int) -> c_int;
+        fn cuDeviceGetName(*mut c_char, c_int, c_int) -> c_int;
+        fn cuDeviceGetAttribute(*mut c_int, c_int, c_int) -> c_int;
+        fn cuDeviceTotalMem_v2(*mut usize, c_int) -> c_int;
+        fn cuDevicePrimaryCtxRetain(*mut Handle, c_int) -> c_int;
+        fn cuDevicePrimaryCtxRelease_v2(c_int) -> c_int;
+        fn cuCtxSetCurrent(Handle) -> c_int;
+        fn cuGetErrorName(c_int, *mut *const c_char) -> c_int;
+        fn cuGetErrorString(c_int, *mut *const c_char) -> c_int;
+        fn cuMemGetInfo_v2(*mut usize, *mut usize) -> c_int;
+        fn cuMemAlloc_v2(*mut Address, usize) -> c_int;
+        fn cuMemFree_v2(Address) -> c_int;
+        fn cuMemsetD8Async(Address, u8, usize, Handle) -> c_int;
+        fn cuMemcpyHtoDAsync_v2(Address, *const c_void, usize, Handle) -> c_int;
+        fn cuMemcpyDtoHAsync_v2(*mut c_void, Address, usize, Handle) -> c_int;
+        fn cuMemcpyDtoDAsync_v2(Address, Address, usize, Handle) -> c_int;
+        fn cuStreamCreate(*mut Handle, c_uint) -> c_int;
+        fn cuStreamDestroy_v2(Handle) -> c_int;
+        fn cuStreamSynchronize(Handle) -> c_int;
+        fn cuEventCreate(*mut Handle, c_uint) -> c_int;
+        fn cuEventDestroy_v2(Handle) -> c_int;
+        fn cuEventRecord(Handle, Handle) -> c_int;
+        fn cuEventSynchronize(Handle) -> c_int;
+        fn cuEventElapsedTime(*mut f32, Handle, Handle) -> c_int;
+        fn cuModuleLoadData(*mut Handle, *const c_void) -> c_int;
+        fn cuModuleUnload(Handle) -> c_int;
+        fn cuModuleGetFunction(*mut Handle, Handle, *const c_char) -> c_int;
+        fn cuFuncSetAttribute(Handle, c_int, c_int) -> c_int;
+        fn cuLaunchKernel(
+            Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void
+        ) -> c_int;
+    }
+}
+
+const DRIVER: Wanted = Wanted {
+    what: "NVIDIA's driver",
+    files: &["libcuda.so.1"],
+    packages: &[],
+    install: "Install the driver of the GPU (https://www.nvidia.com/drivers)",
+};
+
+const OUT_OF_MEMORY: c_int = 2;
+/// CUdevice_attribute.
+const MULTIPROCESSORS: c_int = 16;
+const CAPABILITY: (c_int, c_int) = (75, 76);
+/// Work on this stream does not wait for that on the default one.
+const NON_BLOCKING: c_uint = 1;
+
+thread_local! {
+    /// The context that this thread works in.
+    static CURRENT: Cell<Handle> = const { Cell::new(null_mut()) };
+}
+
+/// One GPU, and the one stream on which all of its work is done in order.
+pub(super) struct Gpu {
+    functions: Functions,
+    device: c_int,
+    context: Handle,
+    stream: Handle,
+    /// As the driver calls it.
+    pub name: String,
+    /// Compute capability: 9 and 0 for Hopper.
+    pub capability: (c_int, c_int),
+    /// Number of multiprocessors.
+    pub multiprocessors: usize,
+}
+
+// SAFETY: the driver's functions may be called from any thread; the handles are only passed to them.
+unsafe impl Send for Gpu {}
+// SAFETY: as above.
+unsafe impl Sync for Gpu {}
+
+impl Gpu {
+    /// Opens GPU `number`.
+    ///
+    /// # Errors
+    /// When the driver is missing or refuses, or there is no such GPU, or it is older than Ampere.
+    pub(super) fn open(number: usize) -> Result<Gpu> {
+        let functions = Functions::of(&Library::load(&DRIVER)?)?;
+        let f = &functions;
+        let (mut count, mut device, mut context, mut stream) = (0, 0, null_mut(), null_mut());
+        // SAFETY: results go to variables of the right types, which outlive the calls.
+        unsafe {
+            check(f, (f.cuInit)(0)).context("NVIDIA's driver does not start")?;
+            check(f, (f.cuDeviceGetCount)(&mut count))?;
+            ensure!(
+                number < count as usize,
+                "there is no GPU {number}: the driver sees {count} (CUDA_VISIBLE_DEVICES can hide some)"
+            );
+            check(f, (f.cuDeviceGet)(&mut device, number as c_int))?;
+        }
+        let attribute = |which| {
+            let mut value = 0;
+            // SAFETY: as above.
+            check(f, unsafe { (f.cuDeviceGetAttribute)(&mut value, which, device) }).map(|()| value)
+        };
+        let capability = (attribute(CAPABILITY.0)?, attribute(CAPABILITY.1)?);
+        let multiprocessors = attribute(MULTIPROCESSORS)? as usize;
+        let mut name = [0 as c_char; 128];
+        // SAFETY: as above; the name is cut to its room and ends with 0.
+        let name = unsafe {
+            check(f, (f.cuDeviceGetName)(name.as_mut_ptr(), name.len() as c_int, device))?;
+            CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned()
+        };
+        ensure!(
+            capability.0 >= 8,
+            "GPU {number}, {name}, has compute capability {}.{}; bf16 needs 8.0 (Ampere) or later",
+            capability.0,
+            capability.1
+        );
+        // SAFETY: as above.
+        unsafe {
+            check(f, (f.cuDevicePrimaryCtxRetain)(&mut context, device))?;
+            check(f, (f.cuCtxSetCurrent)(context))?;
+            CURRENT.set(context);
+            check(f, (f.cuStreamCreate)(&mut stream, NON_BLOCKING))?;
+        }
+        Ok(Gpu { functions, device, context, stream, name, capability, multiprocessors })
+    }
+
+    /// The driver's functions, with this GPU's context current on this thread.
+    pub(super) fn driver(&self) -> &Functions {
+        if CURRENT.get() != self.context {
+            // SAFETY: the context lives as long as `self`.
+            self.expect("cannot be used from this thread", unsafe {
+                (self.functions.cuCtxSetCurrent)(self.context)
+            });
+            CURRENT.set(self.context);
+        }
+        &self.functions
+    }
+
+    /// The stream of all work.
+    pub(super) fn stream(&self) -> Handle {
+        self.stream
+    }
+
+    /// An error of the driver in words.
+    ///
+    /// # Errors
+    /// When `code` is one.
+    pub(super) fn check(&self, code: c_int) -> Result<()> {
+        check(&self.functions, code)
+    }
+
+    /// Ends with the driver's words where an operation fails that has no way to say so: a kernel that crashed, or a GPU
+    /// that is lost. Nothing that was computed can be trusted then.
+    pub(super) fn expect(&self, what: &str, code: c_int) {
+        if let Err(error) = self.check(code) {
+            panic!("the GPU {} failed: {what}: {error:#}", self.name);
+        }
+    }
+
+    /// Waits for all work.
+    pub(super) fn wait(&self) {
+        // SAFETY: the stream lives as long as `self`.
+        self.expect("work on it ended badly", unsafe { (self.driver().cuStreamSynchronize)(self.stream) });
+    }
+
+    /// Memory with unspecified contents; `bytes` is above 0.
+    ///
+    /// # Errors
+    /// When there is not enough; says how much was asked for and how much is free.
+    pub(super) fn allocate(&self, bytes: usize) -> Result<Address> {
+        let f = self.driver();
+        let (mut address, mut free, mut total) = (0, 0, 0);
+        // SAFETY: results go to variables that outlive the calls.
+        let code = unsafe { (f.cuMemAlloc_v2)(&mut address, bytes) };
+        if code == OUT_OF_MEMORY {
+            // SAFETY: as above.
+            self.check(unsafe { (f.cuMemGetInfo_v2)(&mut free, &mut total) })?;
+            let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
+            bail!(
+                "out of memory on the GPU: {:.2} GiB asked for, {:.2} of {:.2} GiB are free; use a smaller model or \
+                 micro-batch, or recompute = \"full\"",
+                gib(bytes),
+                gib(free),
+                gib(total)
+            );
+        }
+        self.check(code)?;
+        Ok(address)
+    }
+
+    /// Gives memory back, once the work that uses it is done.
+    pub(super) fn free(&self, address: Address) {
+        // SAFETY: from `allocate`, given back once; the driver waits for work in progress.
+        self.expect("memory cannot be given back", unsafe { (self.driver().cuMemFree_v2)(address) });
+    }
+
+    /// Seconds that the GPU takes for the work that `enqueue` starts.
+    pub(super) fn time(&self, enqueue: impl FnOnce()) -> f64 {
+        let f = self.driver();
+        let (mut events, mut ms) = ([null_mut(); 2], 0.0);
+        // SAFETY: events are made, recorded on the living stream, read when both are over, and given back.
+        unsafe {
+            for event in &mut events {
+                self.expect("no event", (f.cuEventCreate)(event, 0));
+            }
+            self.expect("no event", (f.cuEventRecord)(events[0], self.stream));
+            enqueue();
+            self.expect("no event", (f.cuEventRecord)(events[1], self.stream));
+            self.expect("work on it ended badly", (f.cuEventSynchronize)(events[1]));
+            self.expect("no time", (f.cuEventElapsedTime)(&mut ms, events[0], events[1]));
+            for event in events {
+                self.expect("no event", (f.cuEventDestroy_v2)(event));
+            }
+        }
+        ms as f64 * 1e-3
+    }
+
+    /// Bytes of its memory, and the driver's version of CUDA.
+    pub(super) fn facts(&self) -> Result<(usize, c_int)> {
+        let (mut bytes, mut version) = (0, 0);
+        let f = self.driver();
+        // SAFETY: results go to variables that outlive the calls.
+        unsafe {
+            self.check((f.cuDeviceTotalMem_v2)(&mut bytes, self.device))?;
+            self.check((f.cuDriverGetVersion)(&mut version))?;
+        }
+        Ok((bytes, version))
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        let f = self.driver();
+        // SAFETY: made by `open`; everything that uses them is gone. Errors can change nothing any more.
+        unsafe {
+            (f.cuStreamDestroy_v2)(self.stream);
+            (f.cuDevicePrimaryCtxRelease_v2)(self.device);
+        }
+        CURRENT.set(null_mut());
+    }
+}
+
+fn check(f: &Functions, code: c_int) -> Result<()> {
+    if code == 0 {
+        return Ok(());
+    }
+    let word = |function: unsafe extern "C" fn(c_int, *mut *const c_char) -> c_int| {
+        let mut text = std::ptr::null();
+        // SAFETY: the driver answers with a text of its own that stays, or with none.
+        unsafe {
+            match function(code, &mut text) {
+                0 if !text.is_null() => CStr::from_ptr(text).to_string_lossy().into_owned(),
+                _ => format!("error {code}"),
+            }
+        }
+    };
+    bail!("{} ({})", word(f.cuGetErrorString), word(f.cuGetErrorName))
+}

@@ -1,0 +1,220 @@
+//! The kernels: their sources, the machine code of a GPU, and how they are started.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_int, c_uint, c_void};
+use std::mem::MaybeUninit;
+use std::ptr::null_mut;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context as _, Result};
+
+use super::driver::{Gpu, Handle};
+use super::nvrtc::{Compiler, Source};
+
+/// Names and texts of files in `kernels/`.
+macro_rules! sources {
+    ($($name:literal),* $(,)?) => { &[$(($name, include_str!(concat!("kernels/", $name)))),*] };
+}
+
+/// What other files include.
+pub(super) const HEADERS: &[Source] = sources!["common.cuh", "attention.cuh"];
+/// Programs.
+pub(super) const PROGRAMS: &[Source] = sources![
+    "attention.cu",
+    "attention_backward.cu",
+    "attention_paged.cu",
+    "column_sums.cu",
+    "elementwise.cu",
+    "embed.cu",
+    "layer_norm.cu",
+    "loss.cu",
+    "optimizer.cu",
+    "packed.cu",
+    "residual.cu",
+];
+
+/// Memory that a block may use without asking for more.
+const SHARED: usize = 48 << 10;
+/// CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES.
+const MOST_SHARED: c_int = 8;
+
+/// All kernels of one GPU.
+pub(super) struct Kernels {
+    gpu: Arc<Gpu>,
+    modules: Vec<Handle>,
+    /// Those that were used, and the shared memory that they may take.
+    found: Mutex<HashMap<String, (Handle, usize)>>,
+}
+
+// SAFETY: the handles are only passed to the driver, whose functions may be called from any thread.
+unsafe impl Send for Kernels {}
+// SAFETY: as above.
+unsafe impl Sync for Kernels {}
+
+impl Kernels {
+    /// Loads all programs, which the first time on a machine are compiled.
+    ///
+    /// # Errors
+    /// When there is no compiler, or the GPU does not take what it made.
+    pub(super) fn load(gpu: &Arc<Gpu>) -> Result<Kernels> {
+        let compiler = Compiler::load()?;
+        let codes: Vec<Result<Vec<u8>>> = std::thread::scope(|scope| {
+            let compiler = &compiler;
+            let compile =
+                |source: &'static Source| move || compiler.machine_code(*source, HEADERS, gpu.capability);
+            let threads: Vec<_> = PROGRAMS.iter().map(|source| scope.spawn(compile(source))).collect();
+            threads
+                .into_iter()
+                .map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                .collect()
+        });
+        let mut kernels = Kernels { gpu: gpu.clone(), modules: Vec::new(), found: Mutex::default() };
+        for (source, code) in PROGRAMS.iter().zip(codes) {
+            let (code, mut module) = (code?, null_mut());
+            // SAFETY: the code is whole and outlives the call; the result goes to a variable.
+            gpu.check(unsafe { (gpu.driver().cuModuleLoadData)(&mut module, code.as_ptr().cast()) })
+                .with_context(|| format!("the GPU does not take the kernels in {}", source.0))?;
+            kernels.modules.push(module);
+        }
+        Ok(kernels)
+    }
+
+    /// Starts a kernel: `blocks` and `threads` in x and y, bytes of shared memory, and arguments in order. Nothing happens
+    /// where there are no blocks.
+    ///
+    /// # Panics
+    /// When there is no such kernel, or the GPU refuses it.
+    pub(super) fn launch(
+        &self,
+        name: &str,
+        blocks: (usize, usize),
+        threads: (usize, usize),
+        shared: usize,
+        arguments: &mut Arguments,
+    ) {
+        if blocks.0 == 0 || blocks.1 == 0 {
+            return;
+        }
+        let function = self.function(name, shared);
+        let mut pointers = arguments.pointers();
+        let [bx, by, tx, ty] = [blocks.0, blocks.1, threads.0, threads.1].map(|n| n as c_uint);
+        // SAFETY: the arguments are those of the kernel, which callers of this crate keep next to its name; the driver
+        // copies them before it returns. What they point to is alive until the work on the stream is done, because giving
+        // memory back waits for that.
+        let code = unsafe {
+            (self.gpu.driver().cuLaunchKernel)(
+                function,
+                bx,
+                by,
+                1,
+                tx,
+                ty,
+                1,
+                shared as c_uint,
+                self.gpu.stream(),
+                pointers.as_mut_ptr(),
+                null_mut(),
+            )
+        };
+        self.gpu.expect(&format!("kernel {name} with {blocks:?} blocks of {threads:?} threads"), code);
+    }
+
+    fn function(&self, name: &str, shared: usize) -> Handle {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let driver = self.gpu.driver();
+        if !found.contains_key(name) {
+            let text = CString::new(name).unwrap_or_default();
+            let mut function = null_mut();
+            // SAFETY: modules are alive, the name ends with 0, the result goes to a variable.
+            let in_module = |module: &Handle| unsafe {
+                (driver.cuModuleGetFunction)(&mut function, *module, text.as_ptr()) == 0
+            };
+            assert!(self.modules.iter().any(in_module), "there is no kernel {name}");
+            found.insert(name.to_string(), (function, SHARED));
+        }
+        let (function, allowed) = found.get_mut(name).expect("inserted above");
+        if shared > *allowed {
+            // SAFETY: the function is of a living module.
+            let code = unsafe { (driver.cuFuncSetAttribute)(*function, MOST_SHARED, shared as c_int) };
+            self.gpu.expect(&format!("kernel {name} wants {shared} bytes of shared memory"), code);
+            *allowed = shared;
+        }
+        *function
+    }
+}
+
+impl Drop for Kernels {
+    fn drop(&mut self) {
+        for module in &self.modules {
+            // SAFETY: loaded once, given back once. An error can change nothing any more.
+            unsafe { (self.gpu.driver().cuModuleUnload)(*module) };
+        }
+    }
+}
+
+/// Arguments of a kernel, as bytes: numbers, addresses, and structs that are declared alike on both sides.
+#[derive(Default)]
+pub(super) struct Arguments {
+    words: Vec<MaybeUninit<u64>>,
+    starts: Vec<usize>,
+}
+
+impl Arguments {
+    /// Adds one; plain data without anything to drop.
+    pub(super) fn with<T: Copy>(mut self, value: T) -> Self {
+        const { assert!(align_of::<T>() <= 8) };
+        let start = self.words.len();
+        self.words.resize(start + size_of::<T>().div_ceil(8), MaybeUninit::uninit());
+        // SAFETY: there is room for it from `start` on, and words are aligned as it needs.
+        unsafe { self.words.as_mut_ptr().add(start).cast::<T>().write(value) };
+        self.starts.push(start);
+        self
+    }
+
+    fn pointers(&mut self) -> Vec<*mut c_void> {
+        let words = self.words.as_mut_ptr();
+        self.starts.iter().map(|start| words.wrapping_add(*start).cast()).collect()
+    }
+}
+
+/// The arguments of a kernel, in order.
+macro_rules! args {
+    ($($value:expr),* $(,)?) => { &mut $crate::cuda::kernels::Arguments::default()$(.with($value))* };
+}
+pub(super) use args;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::nvrtc::Compiler;
+
+    #[test]
+    fn every_file_of_kernels_is_known() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/src/cuda/kernels");
+        let mut there: Vec<String> = std::fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        let mut known: Vec<String> =
+            HEADERS.iter().chain(PROGRAMS).map(|(name, _)| name.to_string()).collect();
+        there.sort();
+        known.sort();
+        assert_eq!(there, known);
+    }
+
+    #[test]
+    #[ignore = "needs NVRTC, no GPU; scripts/check-cuda-kernels runs it"]
+    fn every_kernel_compiles_for_ampere_and_hopper() {
+        let compiler = &Compiler::load().unwrap();
+        std::thread::scope(|scope| {
+            for capability in [(8, 0), (9, 0)] {
+                scope.spawn(move || {
+                    for source in PROGRAMS {
+                        let code = compiler.machine_code(*source, HEADERS, capability).unwrap();
+                        assert_eq!(&code[..4], b"\x7fELF", "{}", source.0);
+                    }
+                });
+            }
+        });
+    }
+}

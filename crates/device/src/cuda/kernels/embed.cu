@@ -1,0 +1,65 @@
+// Rows of tables by number: token and position embeddings.
+#include "common.cuh"
+
+// A block for each row.
+template <class E, class O>
+__device__ void embed(const u32* ids, const E* table, const u32* ids2, const E* table2, O* out, u32 width) {
+    u64 row = blockIdx.x;
+    u32 id = ids[row];
+    const E* first = table + u64(id) * width;
+    const E* second = ids2 ? table2 + u64(ids2[row]) * width : nullptr;
+    for (u32 c = 4 * threadIdx.x; c < width; c += 4 * blockDim.x) {
+        float x[4] = {0.0f, 0.0f, 0.0f, 0.0f}, y[4];
+        if (id != IGNORE) {
+            load4(first + c, width - c, x);
+            if (second) {
+                load4(second + c, width - c, y);
+                for (int j = 0; j < 4; j++) x[j] += y[j];
+            }
+        }
+        store4(out + row * width + c, width - c, x);
+    }
+}
+
+#define EMBED(name, E, O)                                                                                          \
+    KERNEL(name, const u32* ids, const E* table, const u32* ids2, const E* table2, O* out, u32 width) {            \
+        embed(ids, table, ids2, table2, out, width);                                                               \
+    }
+EMBED(embed_f32_f32, float, float)
+EMBED(embed_f32_bf16, float, bf16)
+EMBED(embed_bf16_f32, bf16, float)
+EMBED(embed_bf16_bf16, bf16, bf16)
+
+// dtable[ids[i]] += dout[i], in the order of i. A block for each i; the one whose id is met for the first time adds all
+// rows of that id, one after the other: the bits do not depend on which block runs when.
+template <class G> __device__ void embed_backward(const u32* ids, const G* dout, float* dtable, u32 count, u32 width) {
+    __shared__ u32 found[32];
+    u32 id = ids[blockIdx.x];
+    if (id == IGNORE) return;
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    bool before = false;
+    for (u32 i = threadIdx.x; i < blockIdx.x; i += blockDim.x) before = before || ids[i] == id;
+    if (__syncthreads_or(before)) return;
+    float* sum = dtable + u64(id) * width;
+    for (u32 start = blockIdx.x; start < count; start += blockDim.x) {
+        u32 i = start + threadIdx.x;
+        u32 same = __ballot_sync(ALL_LANES, i < count && ids[i] == id);
+        if (lane == 0) found[warp] = same;
+        __syncthreads();
+        for (u32 w = 0; w < blockDim.x / 32; w++) {
+            for (u32 bits = found[w]; bits != 0; bits &= bits - 1) {
+                const G* row = dout + u64(start + 32 * w + (__ffs(bits) - 1)) * width;
+                // Each column is one thread's from first to last.
+                for (u32 c = threadIdx.x; c < width; c += blockDim.x) sum[c] += to_f32(row[c]);
+            }
+        }
+        __syncthreads();
+    }
+}
+
+KERNEL(embed_backward_f32, const u32* ids, const float* dout, float* dtable, u32 count, u32 width) {
+    embed_backward(ids, dout, dtable, count, width);
+}
+KERNEL(embed_backward_bf16, const u32* ids, const bf16* dout, float* dtable, u32 count, u32 width) {
+    embed_backward(ids, dout, dtable, count, width);
+}

@@ -1,0 +1,182 @@
+//! CUDA's libraries, found when they are asked for: the program is the same where there are none.
+
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+
+/// Folders to look in first, separated by colons.
+const VARIABLE: &str = "FERROPT_CUDA_LIBRARIES";
+
+/// A library that is wanted.
+pub(super) struct Wanted {
+    /// What it is, for people.
+    pub what: &'static str,
+    /// Names of its file, the best first.
+    pub files: &'static [&'static str],
+    /// Folders below `site-packages/nvidia` where packages of Python put it.
+    pub packages: &'static [&'static str],
+    /// What to do where it is missing.
+    pub install: &'static str,
+}
+
+/// A loaded library. It stays loaded as long as the process lives, and so do its functions.
+#[derive(Clone, Copy)]
+pub(super) struct Library {
+    handle: *mut c_void,
+    what: &'static str,
+}
+
+impl Library {
+    /// Loads it from where the system, CUDA's installer or a package of Python has it.
+    ///
+    /// # Errors
+    /// When it is nowhere, or none that there is can be loaded; says where it was looked for and what to install.
+    pub(super) fn load(wanted: &Wanted) -> Result<Library> {
+        let given = std::env::var_os(VARIABLE).unwrap_or_default();
+        let given: Vec<PathBuf> =
+            std::env::split_paths(&given).filter(|p| !p.as_os_str().is_empty()).collect();
+        let folders = folders(wanted.packages);
+        // An empty folder is the system's own search, LD_LIBRARY_PATH included.
+        let places = given.iter().cloned().chain([PathBuf::new()]).chain(folders.iter().cloned());
+        let mut broken = Vec::new();
+        for place in places {
+            for file in wanted.files {
+                let path = place.join(file);
+                if !place.as_os_str().is_empty() && !path.exists() {
+                    continue;
+                }
+                match open(&path) {
+                    Ok(handle) => return Ok(Library { handle, what: wanted.what }),
+                    // The system says so of a library that is nowhere, too.
+                    Err(_) if place.as_os_str().is_empty() => {}
+                    Err(error) => broken.push(error),
+                }
+            }
+        }
+        let mut text = format!("{} ({}) ", wanted.what, wanted.files.join(" or "));
+        if broken.is_empty() {
+            text.push_str("was not found");
+        } else {
+            let _ = write!(text, "cannot be loaded: {}", broken.join("; "));
+        }
+        let mut looked = vec!["the system's library path".to_string()];
+        looked.extend(given.iter().chain(&folders).map(|folder| folder.display().to_string()));
+        bail!(
+            "{text}\nlooked in: {}\n{}, or name its folder in {VARIABLE}",
+            looked.join(", "),
+            wanted.install
+        )
+    }
+
+    /// A function.
+    ///
+    /// # Errors
+    /// When the library has none of this name.
+    pub(super) fn function(&self, name: &str) -> Result<*mut c_void> {
+        let text = CString::new(name)?;
+        // SAFETY: the handle is of a library that is never closed.
+        let found = unsafe { libc::dlsym(self.handle, text.as_ptr()) };
+        if found.is_null() {
+            bail!("{} has no function {name}: it is older than CUDA 12; install a newer one", self.what);
+        }
+        Ok(found)
+    }
+}
+
+fn open(path: &std::path::Path) -> Result<*mut c_void, String> {
+    let name = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| e.to_string())?;
+    // SAFETY: loading runs the library's own start-up code: these are NVIDIA's, or what the user put in their place.
+    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+    if !handle.is_null() {
+        return Ok(handle);
+    }
+    // SAFETY: the error's text, which is of this thread and stays until the next call.
+    let text: *const c_char = unsafe { libc::dlerror() };
+    if text.is_null() {
+        return Err(format!("{}: no reason given", path.display()));
+    }
+    // SAFETY: as above.
+    Err(unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
+}
+
+/// Where CUDA's installer and packages of Python put libraries on this machine.
+fn folders(packages: &[&str]) -> Vec<PathBuf> {
+    let mut folders = vec![PathBuf::from("/usr/local/cuda/lib64")];
+    let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    let environments = [
+        variable("VIRTUAL_ENV"),
+        variable("CONDA_PREFIX"),
+        Some(PathBuf::from(".venv")),
+        variable("HOME").map(|home| home.join(".local")),
+        Some(PathBuf::from("/usr/local")),
+        Some(PathBuf::from("/usr")),
+    ];
+    for environment in environments.into_iter().flatten() {
+        let Ok(versions) = std::fs::read_dir(environment.join("lib")) else { continue };
+        let mut versions: Vec<PathBuf> = versions
+            .flatten()
+            .filter(|entry| entry.file_name().to_string_lossy().starts_with("python3"))
+            .map(|entry| entry.path())
+            .collect();
+        versions.sort();
+        for (version, site) in
+            versions.iter().flat_map(|v| ["site-packages", "dist-packages"].map(|site| (v, site)))
+        {
+            let nvidia = version.join(site).join("nvidia");
+            folders.extend(packages.iter().map(|package| nvidia.join(package)).filter(|p| p.is_dir()));
+        }
+    }
+    folders
+}
+
+/// Declares a table of a library's functions, as its header has them, and how it is filled.
+macro_rules! functions {
+    ($(#[$doc:meta])* $name:ident { $(fn $function:ident($($type:ty),*) -> $result:ty;)* }) => {
+        $(#[$doc])*
+        #[allow(non_snake_case)]
+        pub(super) struct $name {
+            $(pub $function: unsafe extern "C" fn($($type),*) -> $result,)*
+        }
+
+        impl $name {
+            fn of(library: &$crate::cuda::library::Library) -> anyhow::Result<Self> {
+                Ok($name {
+                    // SAFETY: the functions have these types in the headers of CUDA 12 and 13.
+                    $($function: unsafe {
+                        std::mem::transmute::<*mut std::ffi::c_void, unsafe extern "C" fn($($type),*) -> $result>(
+                            library.function(stringify!($function))?,
+                        )
+                    },)*
+                })
+            }
+        }
+    };
+}
+pub(super) use functions;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_named_with_where_it_was_looked_for() {
+        let wanted = Wanted {
+            what: "the library of nothing",
+            files: &["libferropt-nothing.so.1"],
+            packages: &[],
+            install: "install nothing",
+        };
+        let text = Library::load(&wanted).err().expect("no such library").to_string();
+        for part in [
+            "the library of nothing",
+            "libferropt-nothing.so.1",
+            "/usr/local/cuda/lib64",
+            "install nothing",
+            VARIABLE,
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+}

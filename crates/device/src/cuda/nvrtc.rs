@@ -1,0 +1,180 @@
+//! Kernels compiled for the GPU that is there, by NVRTC, once: what it made is kept on the disk.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::path::PathBuf;
+use std::ptr::null_mut;
+
+use anyhow::{Result, bail};
+
+use super::library::{Library, Wanted, functions};
+
+functions! {
+    /// Functions of libnvrtc (nvrtc.h). All that return a number return 0 or that of an error.
+    Functions {
+        fn nvrtcVersion(*mut c_int, *mut c_int) -> c_int;
+        fn nvrtcGetErrorString(c_int) -> *const c_char;
+        fn nvrtcCreateProgram(
+            *mut *mut c_void, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char
+        ) -> c_int;
+        fn nvrtcDestroyProgram(*mut *mut c_void) -> c_int;
+        fn nvrtcCompileProgram(*mut c_void, c_int, *const *const c_char) -> c_int;
+        fn nvrtcGetProgramLogSize(*mut c_void, *mut usize) -> c_int;
+        fn nvrtcGetProgramLog(*mut c_void, *mut c_char) -> c_int;
+        fn nvrtcGetCUBINSize(*mut c_void, *mut usize) -> c_int;
+        fn nvrtcGetCUBIN(*mut c_void, *mut c_char) -> c_int;
+    }
+}
+
+const NVRTC: Wanted = Wanted {
+    what: "NVIDIA's run-time compiler",
+    files: &["libnvrtc.so.13", "libnvrtc.so.12"],
+    packages: &["cu13/lib", "cuda_nvrtc/lib"],
+    install: "Install CUDA 12 or 13, or in a Python environment `pip install nvidia-cuda-nvrtc`",
+};
+
+/// A file of kernels: its name and text.
+pub(super) type Source = (&'static str, &'static str);
+
+/// The compiler, loaded when the first program is not on the disk.
+pub(super) struct Compiler {
+    functions: Functions,
+    version: (c_int, c_int),
+}
+
+impl Compiler {
+    pub(super) fn load() -> Result<Compiler> {
+        let functions = Functions::of(&Library::load(&NVRTC)?)?;
+        let mut version = (0, 0);
+        // SAFETY: results go to variables that outlive the call.
+        let code = unsafe { (functions.nvrtcVersion)(&mut version.0, &mut version.1) };
+        anyhow::ensure!(code == 0, "NVIDIA's run-time compiler does not say its version (error {code})");
+        Ok(Compiler { functions, version })
+    }
+
+    /// Machine code of a program for a GPU of this compute capability, from the disk where it is there.
+    ///
+    /// # Errors
+    /// When it does not compile; the compiler's words are in the message.
+    pub(super) fn machine_code(
+        &self,
+        source: Source,
+        headers: &[Source],
+        capability: (c_int, c_int),
+    ) -> Result<Vec<u8>> {
+        let options = options(capability);
+        let kept = folder().map(|folder| folder.join(self.file_name(source, headers, &options)));
+        if let Some(code) = kept.as_ref().and_then(|path| std::fs::read(path).ok()) {
+            return Ok(code);
+        }
+        let code = self.compile(source, headers, &options)?;
+        // Only a saving of time: a folder that cannot be written to changes nothing else.
+        if let Some(path) = kept {
+            let _ = keep(&path, &code);
+        }
+        Ok(code)
+    }
+
+    /// A name that is another one when anything changes that the code depends on.
+    fn file_name(&self, source: Source, headers: &[Source], options: &[String]) -> String {
+        let mut text = format!("{:?} {options:?}", self.version);
+        for (name, content) in headers.iter().chain([&source]) {
+            text.push_str(name);
+            text.push_str(content);
+        }
+        // FNV-1a, 128 bits: no two texts that differ by chance have the same.
+        let mut hash = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128;
+        for byte in text.bytes() {
+            hash = (hash ^ byte as u128).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b);
+        }
+        format!("{}-{hash:032x}.cubin", source.0.trim_end_matches(".cu"))
+    }
+
+    fn compile(&self, source: Source, headers: &[Source], options: &[String]) -> Result<Vec<u8>> {
+        let f = &self.functions;
+        let text = |text: &str| CString::new(text).map_err(anyhow::Error::from);
+        let texts = |list: Vec<&str>| list.into_iter().map(text).collect::<Result<Vec<CString>>>();
+        let (name, program_text) = (text(source.0)?, text(source.1)?);
+        let names = texts(headers.iter().map(|h| h.0).collect())?;
+        let contents = texts(headers.iter().map(|h| h.1).collect())?;
+        let options = texts(options.iter().map(String::as_str).collect())?;
+        let pointers = |list: &[CString]| list.iter().map(|text| text.as_ptr()).collect::<Vec<_>>();
+        let mut program = null_mut();
+        // SAFETY: all texts end with 0 and outlive the calls; sizes are those that the compiler says.
+        unsafe {
+            let (count, contents, names) = (headers.len() as c_int, pointers(&contents), pointers(&names));
+            let code = (f.nvrtcCreateProgram)(
+                &mut program,
+                program_text.as_ptr(),
+                name.as_ptr(),
+                count,
+                contents.as_ptr(),
+                names.as_ptr(),
+            );
+            self.check(code)?;
+            let compiled =
+                (f.nvrtcCompileProgram)(program, options.len() as c_int, pointers(&options).as_ptr());
+            let result = if compiled == 0 {
+                let mut size = 0;
+                self.check((f.nvrtcGetCUBINSize)(program, &mut size)).and_then(|()| {
+                    let mut code = vec![0u8; size];
+                    self.check((f.nvrtcGetCUBIN)(program, code.as_mut_ptr().cast()))?;
+                    Ok(code)
+                })
+            } else {
+                let mut size = 0;
+                (f.nvrtcGetProgramLogSize)(program, &mut size);
+                let mut log = vec![0u8; size];
+                (f.nvrtcGetProgramLog)(program, log.as_mut_ptr().cast());
+                let log = String::from_utf8_lossy(&log).trim_end_matches(['\0', '\n']).to_string();
+                self.check(compiled).and_then(|()| bail!("no reason")).map_err(|error| {
+                    error.context(format!("the kernels in {} do not compile:\n{log}", source.0))
+                })
+            };
+            (f.nvrtcDestroyProgram)(&mut program);
+            result
+        }
+    }
+
+    fn check(&self, code: c_int) -> Result<()> {
+        if code == 0 {
+            return Ok(());
+        }
+        // SAFETY: the compiler answers with a text of its own that stays.
+        let words = unsafe { CStr::from_ptr((self.functions.nvrtcGetErrorString)(code)) };
+        bail!("NVIDIA's run-time compiler: {}", words.to_string_lossy())
+    }
+}
+
+/// What every program is compiled with. Hopper has instructions of its own in code that runs on nothing else. Products and
+/// sums are not contracted: where that is wanted it is written down.
+fn options((major, minor): (c_int, c_int)) -> Vec<String> {
+    let special = if (major, minor) == (9, 0) { "a" } else { "" };
+    vec![
+        format!("--gpu-architecture=sm_{major}{minor}{special}"),
+        "--std=c++17".to_string(),
+        "--fmad=false".to_string(),
+    ]
+}
+
+/// Where machine code is kept: below `FERROPT_CACHE` or the user's folder of caches; nowhere when that is off.
+fn folder() -> Option<PathBuf> {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let folder = match variable("FERROPT_CACHE") {
+        Some(off) if off.as_os_str() == "off" => return None,
+        Some(folder) => folder,
+        None => {
+            variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")))?.join("ferropt")
+        }
+    };
+    Some(folder.join("kernels"))
+}
+
+/// Writes beside the place, then renames, so that readers find a whole file or none.
+fn keep(path: &std::path::Path, code: &[u8]) -> std::io::Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
+    let beside = path.with_extension(format!("{}.tmp", std::process::id()));
+    std::fs::write(&beside, code)?;
+    std::fs::rename(&beside, path)
+}
