@@ -9,6 +9,7 @@
 //! is computed beside them, and random numbers depend on the request's seed, the number of the text, the place in it and the
 //! token. A draft, which guesses ahead, changes no token either.
 
+mod adjust;
 pub mod beam;
 mod choose;
 mod conversation;
@@ -28,7 +29,9 @@ pub mod text;
 pub use conversation::{Conversation, Speaker};
 pub use engine::{DRAFT_TOKENS, Engine, Options};
 pub use handle::{Completion, Events, Handle, Text};
-pub use parameters::{Capacity, MOST_CHOICES, MOST_LOG_PROBS, MOST_STOPS, Parameters, Refusal, Request};
+pub use parameters::{
+    Capacity, Decay, MOST_CHOICES, MOST_LOG_PROBS, MOST_STOPS, Parameters, Refusal, Request,
+};
 pub use request::{Event, Finish, Usage};
 pub use scheduler::{Limits, Load};
 pub use score::{Score, scoring};

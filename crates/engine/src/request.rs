@@ -1,9 +1,10 @@
 //! One request on its way: what was asked for, what has come of it, and what it still waits for.
 
+use crate::adjust::end_allowed;
 use crate::beam::{Ended, Search};
 use crate::draft::ACCEPTANCE;
 use crate::parameters::{Parameters, Request};
-use crate::sampler::{Place, end_allowed};
+use crate::sampler::Place;
 use crate::text::{Output, Piece, Token};
 use ferropt_data::{EOS, Tokenizer};
 

@@ -29,6 +29,9 @@ pub(crate) struct Asked {
     pub(crate) parameters: Parameters,
     /// 1, or 0 for what is never sampled, unless given.
     pub(crate) temperature: Option<f32>,
+    /// metaseq's factual nucleus sampling, which is off unless the first is above 0.
+    pub(crate) lambda_decay: f32,
+    pub(crate) omega_bound: f32,
     /// Chosen at random unless given.
     pub(crate) seed: Option<u64>,
     pub(crate) stream: bool,
@@ -50,6 +53,8 @@ impl Default for Asked {
             messages: Vec::new(),
             parameters: Parameters::default(),
             temperature: None,
+            lambda_decay: -1.0,
+            omega_bound: 0.3,
             seed: None,
             stream: false,
             include_usage: None,

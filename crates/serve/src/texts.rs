@@ -88,6 +88,7 @@ fn complete(asked: &mut Asked, body: u8) -> Result<(), ApiError> {
     }
     if body == METASEQ {
         p.log_probs.get_or_insert(0);
+        p.penalties_after_temperature = true;
         for prompt in &mut asked.prompts {
             if let Prompt::Text(text) = prompt {
                 *text = text.replace("\r\n", "\n").replace('\r', "\n");

@@ -3,6 +3,7 @@
 mod answers;
 mod company;
 mod drafts;
+mod metaseq;
 mod threads;
 
 use ferropt_data::Tokenizer;
