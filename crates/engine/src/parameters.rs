@@ -1,5 +1,6 @@
 //! What a request may ask for, and the refusal of what makes no sense.
 
+use crate::embed::Pooling;
 use std::fmt;
 
 /// Most choices that a request may compute.
@@ -64,6 +65,8 @@ pub struct Parameters {
     /// Give log-probabilities, and so many of the likeliest tokens with each. They are those of the model, before
     /// temperature, penalties and bias.
     pub log_probs: Option<usize>,
+    /// Give the prompt's hidden states as one vector of length 1, and nothing else; see [`Parameters::embedding`].
+    pub pooling: Option<Pooling>,
 }
 
 impl Default for Parameters {
@@ -94,6 +97,7 @@ impl Default for Parameters {
             length_penalty: 1.0,
             echo: None,
             log_probs: None,
+            pooling: None,
         }
     }
 }
@@ -150,6 +154,8 @@ pub struct Capacity {
     pub pages: usize,
     /// Sequences that are computed together.
     pub sequences: usize,
+    /// Numbers of a prompt's vector.
+    pub width: usize,
 }
 
 macro_rules! refuse_unless {
@@ -161,6 +167,11 @@ macro_rules! refuse_unless {
 }
 
 impl Parameters {
+    /// No text, but the prompt as a vector.
+    pub fn embedding(pooling: Pooling) -> Parameters {
+        Parameters { max_tokens: Some(0), pooling: Some(pooling), ..Parameters::default() }
+    }
+
     /// Refuses values that are out of range or contradict each other, whatever the model.
     ///
     /// # Errors
@@ -277,6 +288,15 @@ impl Parameters {
                  use beams"
             );
         }
+        if let Some(pooling) = self.pooling {
+            let alone = self.max_tokens == Some(0) && self.computed() == 1 && self.beams.is_none();
+            refuse_unless!(
+                alone && self.echo.is_none(),
+                "pooling",
+                "pooling = {} makes a vector of the prompt alone; set max_tokens = 0, and neither n, beams nor echo",
+                pooling.name()
+            );
+        }
         let Some(beams) = self.beams else { return Ok(()) };
         refuse_unless!(
             (self.n..=MOST_CHOICES).contains(&beams) && beams > 0,
@@ -330,7 +350,7 @@ impl Request {
         let (p, prompt) = (&self.parameters, self.prompt.len());
         p.check()?;
         refuse_unless!(prompt > 0, "prompt", "the prompt has no tokens; OPT's texts begin with </s>");
-        let Capacity { vocab, positions, pages, sequences } = *capacity;
+        let Capacity { vocab, positions, pages, sequences, .. } = *capacity;
         refuse_unless!(
             prompt <= positions,
             "prompt",

@@ -1,6 +1,6 @@
 //! What a request asks for, whichever route it came by.
 
-use ferropt_engine::Parameters;
+use ferropt_engine::{Parameters, Pooling};
 
 /// A text to continue, as it was given.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,6 +43,10 @@ pub(crate) struct Asked {
     pub(crate) special: bool,
     pub(crate) token_names: bool,
     pub(crate) tokens: Vec<u32>,
+    /// Of embeddings: what they are made of, how they are written, and how many numbers are expected.
+    pub(crate) pooling: Pooling,
+    pub(crate) base64: bool,
+    pub(crate) dimensions: Option<usize>,
 }
 
 impl Default for Asked {
@@ -63,6 +67,9 @@ impl Default for Asked {
             special: true,
             token_names: false,
             tokens: Vec::new(),
+            pooling: Pooling::Mean,
+            base64: false,
+            dimensions: None,
         }
     }
 }

@@ -12,10 +12,11 @@ pub(crate) const GENERATE: u8 = 4;
 pub(crate) const METASEQ: u8 = 8;
 pub(crate) const TOKENIZE: u8 = 16;
 pub(crate) const DETOKENIZE: u8 = 32;
+pub(crate) const EMBED: u8 = 64;
 
 const TEXTS: u8 = COMPLETION | GENERATE | METASEQ;
 const ALL_TEXTS: u8 = TEXTS | CHAT;
-const ALL: u8 = ALL_TEXTS | TOKENIZE | DETOKENIZE;
+const ALL: u8 = ALL_TEXTS | TOKENIZE | DETOKENIZE | EMBED;
 const OPENAI: u8 = COMPLETION | CHAT;
 
 /// A field.
@@ -62,6 +63,17 @@ pub(crate) static FIELDS: &[Field] = &[
     field("prompt", TEXTS, Shaped(shapes::PROMPT, shapes::prompt),
         "A text, its token ids, or a list of texts or of lists of ids. `</s>` is put in front of texts, as \
          OPT was trained; ids are taken as they are."),
+    field("input", EMBED, Shaped(shapes::PROMPT, shapes::prompt),
+        "A text, its token ids, or a list of texts or of lists of ids. `</s>` is put in front of texts, as \
+         OPT was trained; ids are taken as they are."),
+    field("encoding_format", EMBED, Shaped(shapes::ENCODING, shapes::encoding),
+        "Numbers as a list (`float`, the default), or as the Base64 of little-endian floats of 32 bits."),
+    field("dimensions", EMBED, Whole(1, MANY, |a, v| a.dimensions = Some(v as usize)),
+        "Numbers of an embedding, which are as many as the model's hidden states have: it was not trained to \
+         say anything with fewer."),
+    field("pooling", EMBED, Shaped(shapes::POOLING, shapes::pooling),
+        "Which hidden states are the embedding: the mean of all tokens' (`mean`, the default; without the \
+         `</s>` in front), or the `last` token's."),
     field("prompt", TOKENIZE, Text(|a, v| a.prompts.push(crate::asked::Prompt::Text(v.into()))),
         "The text. Other than in prompts, `</s>` and `<pad>` in it are these tokens, as Hugging Face's \
          tokenizer reads them."),
@@ -154,7 +166,7 @@ pub(crate) static FIELDS: &[Field] = &[
     field("function_call", CHAT, Only(&["\"none\"", "\"auto\""]), "OPT knows no functions."),
     field("response_format", CHAT, Only(&["{\"type\":\"text\"}"]), "Answers are text."),
     field("modalities", CHAT, Only(&["[\"text\"]"]), "Answers are text."),
-    field("user", ALL_TEXTS, Ignored,
+    field("user", ALL_TEXTS | EMBED, Ignored,
         "Taken, and not used: who asks is known by the API key or the address."),
     field("metadata", OPENAI, Ignored, "Taken, and not used."),
     field("store", OPENAI, Ignored, "Taken, and not used: nothing is stored."),
@@ -285,7 +297,7 @@ mod tests {
 
     #[test]
     fn every_name_is_there_once_in_each_body_and_schemas_are_json() {
-        for body in [COMPLETION, CHAT, GENERATE, METASEQ, TOKENIZE, DETOKENIZE] {
+        for body in [COMPLETION, CHAT, GENERATE, METASEQ, TOKENIZE, DETOKENIZE, EMBED] {
             let mut names: Vec<&str> = of(body).map(|field| field.name).collect();
             let count = names.len();
             names.sort_unstable();
@@ -369,6 +381,10 @@ mod tests {
             (METASEQ, r#"{"alpha_src_penalty_end_idx": 0.5}"#, "alpha_src_penalty_end_idx", "whole number"),
             (COMPLETION, r#"{"alpha_presence_src": 1}"#, "alpha_presence_src", "not known"),
             (DETOKENIZE, r#"{"tokens": "x"}"#, "tokens", "list"),
+            (EMBED, r#"{"input": [[2], "x"]}"#, "input", "place 1"),
+            (EMBED, r#"{"encoding_format": "hex"}"#, "encoding_format", "base64"),
+            (EMBED, r#"{"pooling": "max"}"#, "pooling", "mean"),
+            (EMBED, r#"{"dimensions": 0}"#, "dimensions", "from 1"),
         ] {
             let error = read_text(text, body).unwrap_err();
             assert_eq!((error.status.as_u16(), error.param.as_deref()), (400, Some(param)), "{text}");

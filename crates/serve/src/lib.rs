@@ -12,6 +12,7 @@ mod app;
 mod asked;
 mod body;
 mod cors;
+mod embeddings;
 mod error;
 mod fields;
 mod job;

@@ -33,6 +33,8 @@ fn every_value_out_of_range_is_named_with_its_limit() {
         (Parameters { n: 3, best_of: Some(2), ..base() }, "best_of", "n = 3"),
         (Parameters { best_of: Some(2), temperature: 0.0, ..base() }, "best_of", "temperature = 0"),
         (Parameters { n: 5, ..beams.clone() }, "beams", "n = 5"),
+        (Parameters { pooling: Some(Pooling::Mean), ..base() }, "pooling", "max_tokens = 0"),
+        (Parameters { echo: Some(0), ..Parameters::embedding(Pooling::Last) }, "pooling", "last"),
         (Parameters { temperature: 1.0, ..beams.clone() }, "beams", "temperature = 0"),
         (Parameters { top_k: Some(4), ..beams.clone() }, "beams", "top_k"),
         (Parameters { stop: vec!["a".into()], ..beams.clone() }, "beams", "stop"),
@@ -48,7 +50,7 @@ fn every_value_out_of_range_is_named_with_its_limit() {
 
 #[test]
 fn requests_fit_the_engine() {
-    let capacity = Capacity { vocab: 100, positions: 200, pages: 3, sequences: 2 };
+    let capacity = Capacity { vocab: 100, positions: 200, pages: 3, sequences: 2, width: 8 };
     let request = |prompt: usize, parameters| Request { prompt: vec![2; prompt], parameters };
     let beams = |beams| Parameters { beams: Some(beams), temperature: 0.0, ..limited(50) };
     fn limited(max: usize) -> Parameters {

@@ -2,7 +2,7 @@
 
 use crate::*;
 use ferropt_device::bf16;
-use ferropt_engine::Decay;
+use ferropt_engine::{Decay, Pooling};
 
 /// Requests of every kind, several of which begin alike.
 pub(crate) fn requests() -> Vec<Request> {
@@ -38,6 +38,8 @@ pub(crate) fn requests() -> Vec<Request> {
             },
         ),
         request(prompt(10, 128, 190), sampled(50, 13)),
+        request(prompt(13, 140, 30), Parameters::embedding(Pooling::Mean)),
+        request(prompt(14, 140, 10), Parameters::embedding(Pooling::Last)),
         request(
             prompt(12, 100, 20),
             Parameters {

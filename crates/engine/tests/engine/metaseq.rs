@@ -1,10 +1,8 @@
 //! metaseq's penalties and factual nucleus sampling, against its formulas written down plainly, in double precision.
 
 use crate::*;
-use ferropt_device::{PAGE, Segment};
 use ferropt_engine::Decay;
 use ferropt_engine::sampler::{Place, Sampler};
-use ferropt_model::{Cache, Memory};
 
 /// A request's fields by metaseq's names.
 #[derive(Clone, Copy)]
@@ -100,24 +98,19 @@ impl Fields {
     }
 }
 
-/// Logits behind every token of a text, computed at once and alone, of the tokens that the tokenizer knows.
+/// Logits behind every token of a text, of the tokens that the tokenizer knows.
 fn logits(text: &[u32]) -> Vec<Vec<f32>> {
-    let (device, config) = (device(), config());
-    let decoder = decoder(&device, &config, WeightFormat::F32);
-    let pages: Vec<u32> = (0..text.len().div_ceil(PAGE) as u32).collect();
-    let mut cache = Cache::<_, f32>::new(&device, &config, pages.len()).unwrap();
-    let mut memory = Memory::new(&device, &config, text.len(), text.len()).unwrap();
-    let segments = [Segment { rows: text.len(), past: 0, pages: &pages }];
-    decoder.forward(&device, text, &segments, &mut cache, &mut memory).unwrap();
-    let rows: Vec<u32> = (0..text.len() as u32).collect();
-    let logits = decoder.head(&device, &rows, &mut memory).unwrap();
-    let read = |row| {
-        let mut logits_of_row = vec![];
-        logits.read(row, &mut logits_of_row);
-        logits_of_row.truncate(280);
-        logits_of_row
-    };
-    (0..text.len()).map(read).collect()
+    plainly::<f32, _>(WeightFormat::F32, text, |device, decoder, memory| {
+        let rows: Vec<u32> = (0..text.len() as u32).collect();
+        let logits = decoder.head(device, &rows, memory).unwrap();
+        let read = |row| {
+            let mut all = vec![];
+            logits.read(row, &mut all);
+            all.truncate(280);
+            all
+        };
+        (0..text.len()).map(read).collect()
+    })
 }
 
 #[test]
