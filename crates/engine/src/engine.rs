@@ -62,6 +62,9 @@ pub struct Engine<'t, D: Device, E: Element> {
     /// Ids that may be chosen: a model may have more rows than the tokenizer has tokens.
     known: usize,
     scratches: Scratches,
+    /// Tokens that the draft guessed so far, and how many of them were right.
+    drafted: u64,
+    accepted: u64,
     /// Events that are not handed out yet.
     events: Vec<(u64, Event)>,
 }
@@ -127,6 +130,8 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             count: 0,
             known,
             scratches: Scratches::default(),
+            drafted: 0,
+            accepted: 0,
             events: Vec::new(),
         })
     }
@@ -138,7 +143,8 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
 
     /// How busy it is.
     pub fn load(&self) -> Load {
-        self.scheduler.load()
+        let (drafted_tokens, accepted_tokens) = (self.drafted, self.accepted);
+        Load { drafted_tokens, accepted_tokens, ..self.scheduler.load() }
     }
 
     /// Whether there is nothing to do.
@@ -229,6 +235,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
         for (number, made) in ahead.into_iter().zip(draft.guess(&self.device, &self.scratches, &texts)?) {
             guesses[number] = made;
         }
+        self.drafted += guesses.iter().map(|guesses| guesses.len() as u64).sum::<u64>();
         for (work, guesses) in plan.work.iter().zip(&guesses) {
             if let Some(running) = self.requests.get_mut(&work.key.request) {
                 running.guessed(work.key.part, guesses.len());
@@ -326,7 +333,9 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
                     events.extend(running.take_echo());
                 }
                 What::Next { work, guessed } => {
+                    let before = running.usage.accepted;
                     go_on(*key, running, found, &guesses[*work], *guessed, &mut self.scheduler, &mut events);
+                    self.accepted += (running.usage.accepted - before) as u64;
                 }
             }
             self.events.extend(events.into_iter().map(|event| (key.request, event)));

@@ -23,7 +23,7 @@ pub(crate) struct Running<'t> {
     pub(crate) texts: Texts<'t>,
     /// With `pooling`, instead of texts.
     pub(crate) pool: Option<Pool>,
-    usage: Usage,
+    pub(crate) usage: Usage,
 }
 
 /// Texts behind the prompt.

@@ -53,6 +53,8 @@ pub(crate) struct Metrics {
     total_pages: Gauges,
     reused: Counters,
     preemptions: Counters,
+    drafted: Counters,
+    accepted: Counters,
     in_flight: Gauge,
 }
 
@@ -109,6 +111,12 @@ impl Metrics {
             total_pages: gauges(r, "cache_pages", "Pages of the cache"),
             reused: counters(r, "reused_tokens", "Tokens of prompts that an earlier text had"),
             preemptions: counters(r, "preemptions", "Times that a text lost its place in the cache"),
+            drafted: counters(r, "draft_tokens", "Tokens that the draft guessed"),
+            accepted: counters(
+                r,
+                "draft_accepted_tokens",
+                "Tokens that the draft guessed and that were right",
+            ),
             in_flight,
             registry,
         }
@@ -153,8 +161,14 @@ impl Metrics {
             self.pages.get_or_create(&labels).set(load.pages as i64);
             self.total_pages.get_or_create(&labels).set(load.total_pages as i64);
             // The engine counts these itself.
-            self.reused.get_or_create(&labels).inner().store(load.reused_tokens, Ordering::Relaxed);
-            self.preemptions.get_or_create(&labels).inner().store(load.preemptions, Ordering::Relaxed);
+            for (counters, count) in [
+                (&self.reused, load.reused_tokens),
+                (&self.preemptions, load.preemptions),
+                (&self.drafted, load.drafted_tokens),
+                (&self.accepted, load.accepted_tokens),
+            ] {
+                counters.get_or_create(&labels).inner().store(count, Ordering::Relaxed);
+            }
         }
         let mut text = String::new();
         // A String takes everything.

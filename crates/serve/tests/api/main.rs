@@ -2,6 +2,7 @@
 //! server's own description of it.
 
 mod client;
+mod drafts;
 mod embeddings;
 mod faults;
 mod operation;
