@@ -3,7 +3,7 @@
 use crate::model::{OpeningArgs, draft_tokens};
 use anyhow::{Context, Result, bail, ensure};
 use ferropt_engine::DRAFT_TOKENS;
-use ferropt_serve::{Keys, Limits, Log, ModelSource, Options, Server, new_key};
+use ferropt_serve::{Keys, Limits, Log, ModelSource, Options, Server, Tls, new_key};
 use ferropt_train::inference::{Model, Opening};
 use ferropt_train::models;
 use ferropt_train::signals::Stop;
@@ -43,6 +43,13 @@ pub(crate) struct Args {
     /// Only for those with a key in this file, see `ferropt serve key`
     #[arg(long, value_name = "FILE")]
     api_keys: Option<PathBuf>,
+    /// Encrypt connections: PEM file of the certificate, with those that lead to its authority behind it. Read again when it
+    /// changes
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// PEM file of the certificate's private key
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
     /// Let web pages of this origin use the API, such as `https://example.org`; may be repeated
     #[arg(long, value_name = "ORIGIN")]
     cors: Vec<String>,
@@ -62,7 +69,7 @@ pub(crate) struct Args {
     /// Seconds that a request may take, waiting included
     #[arg(long, value_name = "S", default_value_t = Limits::default().request_time.as_secs())]
     timeout_seconds: u64,
-    /// Seconds that a client may take to send a request, or to take in what is sent to it
+    /// Seconds that a client may take for the handshake of TLS, to send a request, or to take in what is sent to it
     #[arg(long, value_name = "S", default_value_t = Limits::default().client_time.as_secs())]
     client_seconds: u64,
     /// Texts of a request: prompts times `n`, `best_of` or `beams`
@@ -100,7 +107,7 @@ Examples:
   ferropt serve --model small=runs/a --model large=opt-1.3b --alias gpt-3.5-turbo-instruct=large --weights int8
   ferropt serve --model large=opt-6.7b --draft large=opt-125m
   ferropt serve key alice >> keys
-  ferropt serve --model runs/a --host 0.0.0.0 --api-keys keys
+  ferropt serve --model runs/a --host 0.0.0.0 --api-keys keys --tls-cert fullchain.pem --tls-key privkey.pem
 
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{\"prompt\": \"Once upon\"}'
 
@@ -129,7 +136,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let stop = Stop::default();
     stop.on_signals()?;
     let server = Server::start(args.options(keys)?)?;
-    println!("listening on http://{}; Ctrl-C stops", server.address());
+    let scheme = if args.tls_cert.is_some() { "https" } else { "http" };
+    println!("listening on {scheme}://{}; Ctrl-C stops", server.address());
     while !stop.requested() {
         if let Some(failure) = server.failure() {
             server.stop(Duration::ZERO);
@@ -163,6 +171,10 @@ impl Args {
                 format!("--alias {alias}: expected another name and a model's, such as gpt=small")
             })
         };
+        let tls = match (&self.tls_cert, &self.tls_key) {
+            (Some(certificate), Some(key)) => Some(Tls::read(certificate, key)?),
+            _ => None,
+        };
         let models = self.models.iter().map(|model| named(model)).collect::<Result<Vec<_>>>()?;
         let drafts = drafts_of(&models, &self.drafts)?;
         let sources =
@@ -172,6 +184,7 @@ impl Args {
             models: sources.collect::<Result<_>>()?,
             aliases: self.aliases.iter().map(pair).collect::<Result<_>>()?,
             keys,
+            tls,
             cors: self.cors.clone(),
             limits: Limits {
                 queue: self.queue,

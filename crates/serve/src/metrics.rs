@@ -56,6 +56,7 @@ pub(crate) struct Metrics {
     drafted: Counters,
     accepted: Counters,
     in_flight: Gauge,
+    handshakes: Counter,
 }
 
 /// Those of one model, to be counted without looking anything up.
@@ -92,8 +93,9 @@ impl Metrics {
             family
         };
         let r = &mut registry;
-        let in_flight = Gauge::default();
+        let (in_flight, handshakes) = (Gauge::default(), Counter::default());
         r.register("requests_in_flight", "Requests whose answer is not complete", in_flight.clone());
+        r.register("tls_failures", "TLS handshakes that failed or took too long", handshakes.clone());
         Metrics {
             requests: counters(r, "requests", "Answers, by route and status"),
             refusals: counters(r, "refusals", "Requests that were refused or failed, by the error's code"),
@@ -118,6 +120,7 @@ impl Metrics {
                 "Tokens that the draft guessed and that were right",
             ),
             in_flight,
+            handshakes,
             registry,
         }
     }
@@ -143,6 +146,11 @@ impl Metrics {
         if let Some(code) = code {
             self.refusals.get_or_create(&vec![("code", code.to_string())]).inc();
         }
+    }
+
+    /// Counts a connection that came to nothing.
+    pub(crate) fn handshake_failed(&self) {
+        self.handshakes.inc();
     }
 
     /// All of them as text.
