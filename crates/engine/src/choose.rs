@@ -1,8 +1,9 @@
 //! Reading logits: which token follows, how likely it is, and what else was likely. Many rows are read at once, on all
 //! threads.
 
+use crate::adjust::takes_largest;
 use crate::parameters::Parameters;
-use crate::sampler::{Place, Sampler, takes_largest, top};
+use crate::sampler::{Place, Sampler, top};
 use crate::text::Token;
 use ferropt_data::EOS;
 use ferropt_device::Device;

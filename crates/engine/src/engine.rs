@@ -2,8 +2,10 @@
 
 use crate::choose::{Chooser, Scratches, on_all_threads};
 use crate::draft::{self, Draft};
+use crate::embed::Pool;
+use crate::event::Event;
 use crate::parameters::{Capacity, Refusal, Request};
-use crate::request::{Event, Running, Texts};
+use crate::request::{Running, Texts};
 use crate::scheduler::{Key, Limits, Load, Plan, Scheduler};
 use crate::text::Token;
 use anyhow::{Context, Result};
@@ -60,6 +62,9 @@ pub struct Engine<'t, D: Device, E: Element> {
     /// Ids that may be chosen: a model may have more rows than the tokenizer has tokens.
     known: usize,
     scratches: Scratches,
+    /// Tokens that the draft guessed so far, and how many of them were right.
+    drafted: u64,
+    accepted: u64,
     /// Events that are not handed out yet.
     events: Vec<(u64, Event)>,
 }
@@ -101,6 +106,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             positions: config.positions,
             pages,
             sequences: options.limits.sequences,
+            width: config.embedding_width,
         };
         let known = tokenizer.vocab_size().min(config.vocab);
         let draft = match draft {
@@ -124,6 +130,8 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             count: 0,
             known,
             scratches: Scratches::default(),
+            drafted: 0,
+            accepted: 0,
             events: Vec::new(),
         })
     }
@@ -135,7 +143,8 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
 
     /// How busy it is.
     pub fn load(&self) -> Load {
-        self.scheduler.load()
+        let (drafted_tokens, accepted_tokens) = (self.drafted, self.accepted);
+        Load { drafted_tokens, accepted_tokens, ..self.scheduler.load() }
     }
 
     /// Whether there is nothing to do.
@@ -153,13 +162,14 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
         self.count += 1;
         let mut running = Running::new(request, self.capacity.positions, self.tokenizer);
         // Tokens behind which something is wanted are computed, even if an earlier text has them.
-        let reusable = match running.next_echo() {
-            Some(at) => at.saturating_sub(1),
+        let pooled = running.pool.as_ref().and_then(Pool::next);
+        let reusable = match running.next_echo().map(|at| at.saturating_sub(1)).or(pooled) {
+            Some(at) => at,
             None => usize::MAX,
         };
         self.events.extend(running.take_echo().map(|event| (number, event)));
         let tokens = running.to_read().to_vec();
-        if running.limit == 0 {
+        if running.limit == 0 && running.pool.is_none() {
             running.begin();
         }
         if !tokens.is_empty() {
@@ -188,6 +198,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             let guesses = self.guess(&mut plan)?;
             self.compute(&plan, &guesses)?;
             self.scheduler.done(&plan);
+            self.pool(&plan, &guesses)?;
             let wanted = self.wanted(&plan, &guesses);
             for rows in wanted.chunks(self.memory.head_rows()) {
                 self.choose(rows, &guesses)?;
@@ -224,6 +235,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
         for (number, made) in ahead.into_iter().zip(draft.guess(&self.device, &self.scratches, &texts)?) {
             guesses[number] = made;
         }
+        self.drafted += guesses.iter().map(|guesses| guesses.len() as u64).sum::<u64>();
         for (work, guesses) in plan.work.iter().zip(&guesses) {
             if let Some(running) = self.requests.get_mut(&work.key.request) {
                 running.guessed(work.key.part, guesses.len());
@@ -242,6 +254,26 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             segments.push(Segment { rows, past: work.past, pages: sequence.pages() });
         }
         self.decoder.forward(&self.device, &tokens, &segments, &mut self.cache, &mut self.memory)
+    }
+
+    /// Adds hidden states to the vectors that are made of prompts.
+    fn pool(&mut self, plan: &Plan, guesses: &[Vec<u32>]) -> Result<()> {
+        let mut first = 0;
+        for (work, guesses) in plan.work.iter().zip(guesses) {
+            let end = work.past + work.count;
+            let row = |position: usize| (first + position - work.past) as u32;
+            let running = self.requests.get_mut(&work.key.request);
+            if let Some(pool) = running.and_then(|running| running.pool.as_mut()) {
+                while let Some(next) = pool.next().filter(|next| (work.past..end).contains(next)) {
+                    let rows: Vec<u32> = (next..end.min(next + self.memory.head_rows())).map(row).collect();
+                    let hidden = self.decoder.hidden(&self.device, &rows, &mut self.memory)?;
+                    pool.add(&hidden, hidden.len() / rows.len());
+                }
+                self.finish_if_done(work.key.request);
+            }
+            first += work.count + guesses.len();
+        }
+        Ok(())
     }
 
     /// What is wanted of which rows of a step. Texts behind prompts that are read begin here.
@@ -301,7 +333,9 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
                     events.extend(running.take_echo());
                 }
                 What::Next { work, guessed } => {
+                    let before = running.usage.accepted;
                     go_on(*key, running, found, &guesses[*work], *guessed, &mut self.scheduler, &mut events);
+                    self.accepted += (running.usage.accepted - before) as u64;
                 }
             }
             self.events.extend(events.into_iter().map(|event| (key.request, event)));

@@ -1,8 +1,8 @@
 //! An engine on a thread of its own.
 
 use crate::engine::{Engine, Options};
+use crate::event::{Event, Finish, Usage};
 use crate::parameters::{Capacity, Refusal, Request};
-use crate::request::{Event, Finish, Usage};
 use crate::scheduler::Load;
 use crate::text::{Piece, Token};
 use anyhow::{Context, Result, bail};
@@ -213,6 +213,8 @@ pub struct Completion {
     pub prompt: Vec<Token>,
     /// The texts.
     pub choices: Vec<Text>,
+    /// The prompt as a vector, with `pooling`.
+    pub embedding: Option<Vec<f32>>,
     /// Tokens computed.
     pub usage: Usage,
 }
@@ -242,6 +244,7 @@ impl Completion {
                 to.tokens.extend(tokens);
             }
             Event::End { choice, finish } => self.choice(choice).finish = Some(finish),
+            Event::Embedding(vector) => self.embedding = Some(vector),
             Event::Done(usage) => {
                 self.usage = usage;
                 return Ok(true);

@@ -1,4 +1,4 @@
-//! Generation and scoring: many requests at once, each as if it were alone.
+//! Generation, scoring and embedding: many requests at once, each as if it were alone.
 //!
 //! Small state machines that know nothing of models: [`pages`] (who uses which page of the KV cache, and which pages hold
 //! the beginning of a text that may come again), [`scheduler`] (which tokens are computed in the next step), [`sampler`],
@@ -9,11 +9,14 @@
 //! is computed beside them, and random numbers depend on the request's seed, the number of the text, the place in it and the
 //! token. A draft, which guesses ahead, changes no token either.
 
+mod adjust;
 pub mod beam;
 mod choose;
 mod conversation;
 mod draft;
+mod embed;
 mod engine;
+mod event;
 mod handle;
 pub mod pages;
 mod parameters;
@@ -26,10 +29,13 @@ pub mod stop;
 pub mod text;
 
 pub use conversation::{Conversation, Speaker};
+pub use embed::Pooling;
 pub use engine::{DRAFT_TOKENS, Engine, Options};
+pub use event::{Event, Finish, Usage};
 pub use handle::{Completion, Events, Handle, Text};
-pub use parameters::{Capacity, MOST_CHOICES, MOST_LOG_PROBS, MOST_STOPS, Parameters, Refusal, Request};
-pub use request::{Event, Finish, Usage};
+pub use parameters::{
+    Capacity, Decay, MOST_CHOICES, MOST_LOG_PROBS, MOST_STOPS, Parameters, Refusal, Request,
+};
 pub use scheduler::{Limits, Load};
 pub use score::{Score, scoring};
 pub use text::{Piece, Token};

@@ -1,5 +1,6 @@
 //! What a request may ask for, and the refusal of what makes no sense.
 
+use crate::embed::Pooling;
 use std::fmt;
 
 /// Most choices that a request may compute.
@@ -22,6 +23,8 @@ pub struct Parameters {
     pub top_k: Option<usize>,
     /// Of those, only the fewest that together have this probability (Holtzman et al., 2020).
     pub top_p: f32,
+    /// `top_p` becomes smaller as a sentence becomes longer.
+    pub decay: Option<Decay>,
     /// Of those, only the ones at least this share as likely as the likeliest (Nguyen et al., 2024).
     pub min_p: f32,
     /// Logits of tokens that the prompt or the text has are divided by it where positive, else multiplied (Keskar et al.,
@@ -31,6 +34,15 @@ pub struct Parameters {
     pub presence_penalty: f32,
     /// Taken off the logits of tokens as often as they were generated.
     pub frequency_penalty: f32,
+    /// Taken off the logits of tokens that the prompt has.
+    pub prompt_presence_penalty: f32,
+    /// Taken off the logits of tokens as often as the prompt has them.
+    pub prompt_frequency_penalty: f32,
+    /// The two look at so many of the prompt's first tokens; at all when absent.
+    pub penalised_prompt: Option<usize>,
+    /// These four penalties are taken off when the temperature has divided the logits already, as metaseq does, instead of
+    /// before.
+    pub penalties_after_temperature: bool,
     /// Added to the logits of these tokens.
     pub logit_bias: Vec<(u32, f32)>,
     /// Seed of the choices. A choice depends on it, on the number of the choice and on the place in the text.
@@ -53,6 +65,8 @@ pub struct Parameters {
     /// Give log-probabilities, and so many of the likeliest tokens with each. They are those of the model, before
     /// temperature, penalties and bias.
     pub log_probs: Option<usize>,
+    /// Give the prompt's hidden states as one vector of length 1, and nothing else; see [`Parameters::embedding`].
+    pub pooling: Option<Pooling>,
 }
 
 impl Default for Parameters {
@@ -64,10 +78,15 @@ impl Default for Parameters {
             temperature: 1.0,
             top_k: None,
             top_p: 1.0,
+            decay: None,
             min_p: 0.0,
             repetition_penalty: 1.0,
             presence_penalty: 0.0,
             frequency_penalty: 0.0,
+            prompt_presence_penalty: 0.0,
+            prompt_frequency_penalty: 0.0,
+            penalised_prompt: None,
+            penalties_after_temperature: false,
             logit_bias: Vec::new(),
             seed: 1,
             stop: Vec::new(),
@@ -78,8 +97,24 @@ impl Default for Parameters {
             length_penalty: 1.0,
             echo: None,
             log_probs: None,
+            pooling: None,
         }
     }
+}
+
+/// Factual nucleus sampling (Lee et al., "Factuality Enhanced Language Models for Open-Ended Text Generation", 2022), as
+/// metaseq has it: the longer a sentence is, the less may be left to chance.
+///
+/// Behind s tokens of a sentence, `top_p` is max(`least`, `top_p` · `rate`^max(0, s - 1)). A sentence begins with the text,
+/// and behind each token that ends one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decay {
+    /// Above 0, up to 1.
+    pub rate: f32,
+    /// From 0 to 1.
+    pub least: f32,
+    /// Tokens that end a sentence.
+    pub ends: Vec<u32>,
 }
 
 /// A text to continue.
@@ -119,6 +154,8 @@ pub struct Capacity {
     pub pages: usize,
     /// Sequences that are computed together.
     pub sequences: usize,
+    /// Numbers of a prompt's vector.
+    pub width: usize,
 }
 
 macro_rules! refuse_unless {
@@ -130,6 +167,11 @@ macro_rules! refuse_unless {
 }
 
 impl Parameters {
+    /// No text, but the prompt as a vector.
+    pub fn embedding(pooling: Pooling) -> Parameters {
+        Parameters { max_tokens: Some(0), pooling: Some(pooling), ..Parameters::default() }
+    }
+
     /// Refuses values that are out of range or contradict each other, whatever the model.
     ///
     /// # Errors
@@ -173,18 +215,19 @@ impl Parameters {
             "repetition_penalty = {} is not a number above 0; 1 does nothing",
             self.repetition_penalty
         );
-        refuse_unless!(
-            (-2.0..=2.0).contains(&self.presence_penalty),
-            "presence_penalty",
-            "presence_penalty = {} is not between -2 and 2",
-            self.presence_penalty
-        );
-        refuse_unless!(
-            (-2.0..=2.0).contains(&self.frequency_penalty),
-            "frequency_penalty",
-            "frequency_penalty = {} is not between -2 and 2",
-            self.frequency_penalty
-        );
+        for (parameter, penalty) in self.penalties() {
+            if !(-2.0..=2.0).contains(&penalty) {
+                let message = format!("{parameter} = {penalty} is not between -2 and 2");
+                return Err(Refusal { parameter, message });
+            }
+        }
+        if let Some(Decay { rate, least, .. }) = self.decay {
+            refuse_unless!(
+                rate > 0.0 && rate <= 1.0 && (0.0..=1.0).contains(&least),
+                "decay",
+                "decay at a rate of {rate} down to {least}: the rate must be above 0 and up to 1, the least from 0 to 1"
+            );
+        }
         for (id, bias) in &self.logit_bias {
             refuse_unless!(
                 (-100.0..=100.0).contains(bias),
@@ -213,6 +256,16 @@ impl Parameters {
         self.check_choices()
     }
 
+    /// What is taken off logits, by name.
+    fn penalties(&self) -> [(&'static str, f32); 4] {
+        [
+            ("presence_penalty", self.presence_penalty),
+            ("frequency_penalty", self.frequency_penalty),
+            ("prompt_presence_penalty", self.prompt_presence_penalty),
+            ("prompt_frequency_penalty", self.prompt_frequency_penalty),
+        ]
+    }
+
     /// The part about several texts.
     fn check_choices(&self) -> Result<(), Refusal> {
         refuse_unless!(
@@ -235,6 +288,15 @@ impl Parameters {
                  use beams"
             );
         }
+        if let Some(pooling) = self.pooling {
+            let alone = self.max_tokens == Some(0) && self.computed() == 1 && self.beams.is_none();
+            refuse_unless!(
+                alone && self.echo.is_none(),
+                "pooling",
+                "pooling = {} makes a vector of the prompt alone; set max_tokens = 0, and neither n, beams nor echo",
+                pooling.name()
+            );
+        }
         let Some(beams) = self.beams else { return Ok(()) };
         refuse_unless!(
             (self.n..=MOST_CHOICES).contains(&beams) && beams > 0,
@@ -255,12 +317,14 @@ impl Parameters {
             ("top_p", self.top_p == plain.top_p),
             ("min_p", self.min_p == plain.min_p),
             ("repetition_penalty", self.repetition_penalty == plain.repetition_penalty),
-            ("presence_penalty", self.presence_penalty == plain.presence_penalty),
-            ("frequency_penalty", self.frequency_penalty == plain.frequency_penalty),
+            ("decay", self.decay == plain.decay),
             ("logit_bias", self.logit_bias.is_empty()),
             ("stop", self.stop.is_empty()),
             ("best_of", self.best_of.is_none()),
-        ] {
+        ]
+        .into_iter()
+        .chain(self.penalties().map(|(parameter, penalty)| (parameter, penalty == 0.0)))
+        {
             refuse_unless!(
                 is_plain,
                 "beams",
@@ -286,7 +350,7 @@ impl Request {
         let (p, prompt) = (&self.parameters, self.prompt.len());
         p.check()?;
         refuse_unless!(prompt > 0, "prompt", "the prompt has no tokens; OPT's texts begin with </s>");
-        let Capacity { vocab, positions, pages, sequences } = *capacity;
+        let Capacity { vocab, positions, pages, sequences, .. } = *capacity;
         refuse_unless!(
             prompt <= positions,
             "prompt",
@@ -332,69 +396,4 @@ impl Request {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_value_out_of_range_is_named_with_its_limit() {
-        let good = Parameters { max_tokens: Some(5), ..Parameters::default() };
-        good.check().unwrap();
-        let beams = Parameters { beams: Some(4), temperature: 0.0, ..good.clone() };
-        beams.check().unwrap();
-        let base = || good.clone();
-        for (wrong, parameter, part) in [
-            (Parameters { min_tokens: 6, ..base() }, "min_tokens", "max_tokens = 5"),
-            (Parameters { temperature: -1.0, ..base() }, "temperature", "-1"),
-            (Parameters { temperature: f32::NAN, ..base() }, "temperature", "NaN"),
-            (Parameters { top_k: Some(0), ..base() }, "top_k", "0"),
-            (Parameters { top_p: 0.0, ..base() }, "top_p", "0"),
-            (Parameters { top_p: 1.5, ..base() }, "top_p", "1.5"),
-            (Parameters { min_p: -0.1, ..base() }, "min_p", "-0.1"),
-            (Parameters { repetition_penalty: 0.0, ..base() }, "repetition_penalty", "above 0"),
-            (Parameters { presence_penalty: 2.5, ..base() }, "presence_penalty", "2.5"),
-            (Parameters { frequency_penalty: f32::NAN, ..base() }, "frequency_penalty", "NaN"),
-            (Parameters { logit_bias: vec![(7, 101.0)], ..base() }, "logit_bias", "token 7"),
-            (Parameters { stop: vec!["a".into(); 65], ..base() }, "stop", "64"),
-            (Parameters { stop: vec![String::new()], ..base() }, "stop", "empty"),
-            (Parameters { log_probs: Some(101), ..base() }, "log_probs", "100"),
-            (Parameters { n: 0, ..base() }, "n", "1 and 128"),
-            (Parameters { n: 3, best_of: Some(2), ..base() }, "best_of", "n = 3"),
-            (Parameters { best_of: Some(2), temperature: 0.0, ..base() }, "best_of", "temperature = 0"),
-            (Parameters { n: 5, ..beams.clone() }, "beams", "n = 5"),
-            (Parameters { temperature: 1.0, ..beams.clone() }, "beams", "temperature = 0"),
-            (Parameters { top_k: Some(4), ..beams.clone() }, "beams", "top_k"),
-            (Parameters { stop: vec!["a".into()], ..beams.clone() }, "beams", "stop"),
-            (Parameters { length_penalty: f32::INFINITY, ..beams.clone() }, "length_penalty", "inf"),
-        ] {
-            let refusal = wrong.check().unwrap_err();
-            assert_eq!(refusal.parameter, parameter, "{refusal}");
-            assert!(refusal.message.contains(part), "{refusal}");
-        }
-    }
-
-    #[test]
-    fn requests_fit_the_engine() {
-        let capacity = Capacity { vocab: 100, positions: 200, pages: 3, sequences: 2 };
-        let request = |prompt: usize, parameters| Request { prompt: vec![2; prompt], parameters };
-        let beams = |beams| Parameters { beams: Some(beams), temperature: 0.0, ..limited(50) };
-        fn limited(max: usize) -> Parameters {
-            Parameters { max_tokens: Some(max), ..Parameters::default() }
-        }
-        request(150, limited(42)).check(&capacity).unwrap();
-        for (wrong, parameter, part) in [
-            (request(0, limited(1)), "prompt", "no tokens"),
-            (request(201, limited(1)), "prompt", "200 positions"),
-            (Request { prompt: vec![100], parameters: limited(1) }, "prompt", "100"),
-            (request(5, Parameters { logit_bias: vec![(150, 1.0)], ..limited(1) }), "logit_bias", "150"),
-            (request(5, Parameters { echo: Some(5), ..limited(1) }), "echo", "5"),
-            (request(150, limited(43)), "max_tokens", "4 pages"),
-            (request(5, Parameters::default()), "max_tokens", "200 tokens"),
-            (request(5, beams(3)), "beams", "2 sequences"),
-            (request(5, beams(2)), "max_tokens", "4 pages"),
-        ] {
-            let refusal = wrong.check(&capacity).unwrap_err();
-            assert_eq!(refusal.parameter, parameter, "{refusal}");
-            assert!(refusal.message.contains(part), "{refusal}");
-        }
-    }
-}
+mod tests;

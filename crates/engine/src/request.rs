@@ -1,74 +1,14 @@
 //! One request on its way: what was asked for, what has come of it, and what it still waits for.
 
+use crate::adjust::end_allowed;
 use crate::beam::{Ended, Search};
 use crate::draft::ACCEPTANCE;
+use crate::embed::Pool;
+use crate::event::{Event, Finish, Usage};
 use crate::parameters::{Parameters, Request};
-use crate::sampler::{Place, end_allowed};
+use crate::sampler::Place;
 use crate::text::{Output, Piece, Token};
 use ferropt_data::{EOS, Tokenizer};
-
-/// Why a text ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
-    /// The model closed the document with `</s>`.
-    EndOfText,
-    /// A stop string came, before which the text ends.
-    Stop,
-    /// As many tokens as were asked for.
-    MaxTokens,
-    /// The model knows no position for another token.
-    Positions,
-}
-
-impl Finish {
-    /// Name for programs.
-    pub fn name(self) -> &'static str {
-        match self {
-            Finish::EndOfText => "end-of-text",
-            Finish::Stop => "stop-string",
-            Finish::MaxTokens => "max-tokens",
-            Finish::Positions => "positions",
-        }
-    }
-}
-
-/// Tokens of a request.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Usage {
-    /// Of the prompt.
-    pub prompt: usize,
-    /// Generated, in all texts that were computed, without the `</s>` that ended some.
-    pub generated: usize,
-    /// Guessed by the draft and computed on trial. How many depends on what else the engine has to do.
-    pub drafted: usize,
-    /// Of those, the ones that were right.
-    pub accepted: usize,
-}
-
-/// What comes of a request, in this order; texts of different choices alternate.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Event {
-    /// Tokens of the prompt, with `echo`.
-    Prompt(Vec<Token>),
-    /// More of a text.
-    Text {
-        /// Its number, below `n`.
-        choice: usize,
-        /// What is new.
-        piece: Piece,
-    },
-    /// A text is complete.
-    End {
-        /// Its number.
-        choice: usize,
-        /// Why.
-        finish: Finish,
-    },
-    /// All texts are complete.
-    Done(Usage),
-    /// The engine failed; there is no more to come.
-    Failed(String),
-}
 
 /// A request in work.
 pub(crate) struct Running<'t> {
@@ -81,7 +21,9 @@ pub(crate) struct Running<'t> {
     echoed: Vec<Token>,
     known: usize,
     pub(crate) texts: Texts<'t>,
-    usage: Usage,
+    /// With `pooling`, instead of texts.
+    pub(crate) pool: Option<Pool>,
+    pub(crate) usage: Usage,
 }
 
 /// Texts behind the prompt.
@@ -138,6 +80,7 @@ impl<'t> Running<'t> {
             _ => (room, Finish::Positions),
         };
         let usage = Usage { prompt: request.prompt.len(), ..Usage::default() };
+        let pool = request.parameters.pooling.map(|pooling| Pool::new(pooling, &request.prompt));
         let mut running = Running {
             request,
             tokenizer,
@@ -146,6 +89,7 @@ impl<'t> Running<'t> {
             echoed: Vec::new(),
             known: 0,
             texts: Texts::None,
+            pool,
             usage,
         };
         running.echo_plainly();
@@ -159,6 +103,9 @@ impl<'t> Running<'t> {
     /// Tokens that are to be computed before the first one is chosen: without one to choose, the last needs no computing.
     pub(crate) fn to_read(&self) -> &[u32] {
         let prompt = &self.request.prompt;
+        if self.pool.is_some() {
+            return prompt;
+        }
         let scored = self.limit > 0 || self.next_echo().is_some();
         match (self.limit, scored) {
             (0, false) => &[],
@@ -349,8 +296,11 @@ impl<'t> Running<'t> {
         end_allowed(self.parameters(), beams.search.live().first().map_or(0, |text| text.tokens.len()))
     }
 
-    /// The last events, once all texts are complete.
+    /// The last events, once all is complete.
     pub(crate) fn finish(&mut self) -> Option<Vec<Event>> {
+        if let Some(pool) = &self.pool {
+            return Some(vec![Event::Embedding(pool.vector()?), Event::Done(self.usage)]);
+        }
         let complete = match &self.texts {
             Texts::None => false,
             Texts::Sampled(choices) => choices.iter().all(|choice| choice.finish.is_some()),

@@ -1,9 +1,8 @@
 //! Choosing a token from logits.
 
+use crate::adjust::{adjust, nucleus};
 use crate::parameters::Parameters;
 use crate::race::{BLOCK, Race, largest, largest_of_blocks};
-use ferropt_data::EOS;
-use std::collections::HashMap;
 
 /// Where in which text a token is chosen.
 #[derive(Clone, Copy, Debug)]
@@ -39,21 +38,6 @@ pub struct Sampler {
     candidates: Vec<u64>,
 }
 
-/// Whether the token is the one with the largest logit as the model gives it.
-pub fn takes_largest(p: &Parameters, generated: usize) -> bool {
-    p.temperature == 0.0
-        && p.repetition_penalty == 1.0
-        && p.presence_penalty == 0.0
-        && p.frequency_penalty == 0.0
-        && p.logit_bias.is_empty()
-        && end_allowed(p, generated)
-}
-
-/// Whether the text may end here.
-pub fn end_allowed(p: &Parameters, generated: usize) -> bool {
-    !p.ignore_end && generated >= p.min_tokens
-}
-
 impl Sampler {
     /// The token that follows. The logits are changed on the way. The same parameters, place and logits give the same
     /// token.
@@ -63,7 +47,7 @@ impl Sampler {
         if p.temperature > 0.0 {
             self.weigh(p, logits, most);
             if let Some(likely) = self.weights.iter().position(|w| *w == 1.0) {
-                self.leave_out(p);
+                self.leave_out(p, nucleus(p, place));
                 let race = Race::new(p.seed, place.choice, place.position());
                 return race.winner(&self.weights, &self.most, likely as u32);
             }
@@ -81,10 +65,10 @@ impl Sampler {
     }
 
     /// Takes the weight from tokens that are not to be chosen.
-    fn leave_out(&mut self, p: &Parameters) {
+    fn leave_out(&mut self, p: &Parameters, top_p: f32) {
         let top_k = p.top_k.filter(|k| *k < self.weights.len());
-        if top_k.is_some() || p.top_p < 1.0 {
-            let (weight, id) = self.last_kept(top_k, p.top_p);
+        if top_k.is_some() || top_p < 1.0 {
+            let (weight, id) = self.last_kept(top_k, top_p);
             self.keep(|w, i| w > weight || (w == weight && i <= id), weight);
         }
         if p.min_p > 0.0 {
@@ -195,40 +179,6 @@ fn exp(x: f32) -> f32 {
     if x > -87.0 { result } else { 0.0 }
 }
 
-/// Penalties, bias, and whether the text may end.
-fn adjust(p: &Parameters, place: Place<'_>, logits: &mut [f32]) {
-    let get = |logits: &mut [f32], id: u32| logits.get(id as usize).copied();
-    if p.repetition_penalty != 1.0 {
-        let mut seen: Vec<u32> = [place.prompt, place.generated, place.guessed].concat();
-        seen.sort_unstable();
-        seen.dedup();
-        for id in seen {
-            if let Some(logit) = get(logits, id) {
-                let r = p.repetition_penalty;
-                logits[id as usize] = if logit > 0.0 { logit / r } else { logit * r };
-            }
-        }
-    }
-    if p.presence_penalty != 0.0 || p.frequency_penalty != 0.0 {
-        let mut counts: HashMap<u32, u32> = HashMap::new();
-        let written = place.generated.iter().chain(place.guessed);
-        written.for_each(|id| *counts.entry(*id).or_default() += 1);
-        for (id, count) in counts {
-            if let Some(logit) = get(logits, id) {
-                logits[id as usize] = logit - p.presence_penalty - p.frequency_penalty * count as f32;
-            }
-        }
-    }
-    for (id, bias) in &p.logit_bias {
-        if let Some(logit) = get(logits, *id) {
-            logits[*id as usize] = logit + bias;
-        }
-    }
-    if !end_allowed(p, place.written()) {
-        logits[EOS as usize] = f32::NEG_INFINITY;
-    }
-}
-
 /// The `count` largest logits with their ids, largest first, equal ones by id.
 pub fn top(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
     let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
@@ -319,7 +269,7 @@ mod tests {
                         mass += w as f64;
                         want[id] = if w >= min_p { w } else { 0.0 };
                     }
-                    sampler.leave_out(&p);
+                    sampler.leave_out(&p, top_p);
                     // Blocks without weight are marked as such.
                     for (block, most) in sampler.weights.chunks_mut(BLOCK).zip(&sampler.most) {
                         if *most == 0.0 {
@@ -340,25 +290,6 @@ mod tests {
             assert!(error < 4.0 * f32::EPSILON as f64, "e^{x}: {error}");
         }
         assert_eq!([0.0, -88.0, f32::NEG_INFINITY, f32::NAN].map(exp), [1.0, 0.0, 0.0, 0.0]);
-    }
-
-    #[test]
-    fn penalties_and_bias_do_what_their_papers_say() {
-        let place = Place { prompt: &[0, 1], generated: &[4, 4], guessed: &[3], choice: 0 };
-        let adjusted = |p: Parameters| {
-            let mut logits = vec![2.0, -2.0, 1.0, 3.0, 4.0];
-            adjust(&p, place, &mut logits);
-            logits
-        };
-        assert_eq!(adjusted(Parameters { repetition_penalty: 2.0, ..sampled() }), [1.0, -4.0, 1.0, 1.5, 2.0]);
-        assert_eq!(adjusted(Parameters { presence_penalty: 0.5, ..sampled() }), [2.0, -2.0, 1.0, 2.5, 3.5]);
-        assert_eq!(adjusted(Parameters { frequency_penalty: 1.5, ..sampled() }), [2.0, -2.0, 1.0, 1.5, 1.0]);
-        let biased = Parameters { logit_bias: vec![(1, 5.0), (99, 1.0)], ..sampled() };
-        assert_eq!(adjusted(biased), [2.0, 3.0, 1.0, 3.0, 4.0]);
-        let end = |p| adjusted(p)[EOS as usize];
-        assert_eq!(end(Parameters { min_tokens: 4, ..sampled() }), f32::NEG_INFINITY);
-        assert_eq!(end(Parameters { min_tokens: 3, ..sampled() }), 1.0);
-        assert_eq!(end(Parameters { ignore_end: true, ..sampled() }), f32::NEG_INFINITY);
     }
 
     #[test]

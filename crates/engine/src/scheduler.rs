@@ -108,6 +108,10 @@ pub struct Load {
     pub reused_tokens: u64,
     /// Times that a sequence lost its pages.
     pub preemptions: u64,
+    /// Tokens that a draft guessed.
+    pub drafted_tokens: u64,
+    /// Of those, the ones that were right.
+    pub accepted_tokens: u64,
 }
 
 /// All sequences that are not finished.
@@ -202,7 +206,7 @@ impl Scheduler {
         self.sequences.get(&key)
     }
 
-    /// How things stand.
+    /// How things stand; of guesses it knows nothing.
     pub fn load(&self) -> Load {
         let running = self.running();
         Load {
@@ -212,6 +216,7 @@ impl Scheduler {
             total_pages: self.pages.total(),
             reused_tokens: self.reused,
             preemptions: self.preemptions,
+            ..Load::default()
         }
     }
 

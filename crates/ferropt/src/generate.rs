@@ -176,7 +176,7 @@ fn stream(engine: &Handle, prompt: &str, request: Request, started: Instant) -> 
             }
             Event::Failed(message) => anyhow::bail!(message),
             Event::Done(all) => usage = Some(all),
-            Event::Prompt(_) | Event::End { .. } => {}
+            Event::Prompt(_) | Event::End { .. } | Event::Embedding(_) => {}
         }
     }
     if !ends_line {

@@ -57,9 +57,14 @@ pub(crate) struct DraftArgs {
         value_name = "N",
         default_value_t = DRAFT_TOKENS,
         requires = "draft",
-        value_parser = RangedU64ValueParser::<usize>::new().range(1..=64)
+        value_parser = draft_tokens()
     )]
     draft_tokens: usize,
+}
+
+/// How many tokens a draft may guess.
+pub(crate) fn draft_tokens() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..=64)
 }
 
 impl ModelArgs {

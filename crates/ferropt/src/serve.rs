@@ -1,8 +1,9 @@
 //! `ferropt serve`: models over HTTP.
 
-use crate::model::OpeningArgs;
+use crate::model::{OpeningArgs, draft_tokens};
 use anyhow::{Context, Result, bail, ensure};
-use ferropt_serve::{Keys, Limits, Log, ModelSource, Options, Server, new_key};
+use ferropt_engine::DRAFT_TOKENS;
+use ferropt_serve::{Keys, Limits, Log, ModelSource, Options, Server, Tls, new_key};
 use ferropt_train::inference::{Model, Opening};
 use ferropt_train::models;
 use ferropt_train::signals::Stop;
@@ -23,6 +24,13 @@ pub(crate) struct Args {
     models: Vec<String>,
     #[command(flatten)]
     opening: OpeningArgs,
+    /// A smaller model with the same tokenizer that guesses ahead, and for which model, which may be left out where there is
+    /// one only; may be repeated. Texts stay the same and come faster while few are computed together
+    #[arg(long = "draft", value_name = "[NAME=]PATH")]
+    drafts: Vec<String>,
+    /// Tokens that a draft guesses at most
+    #[arg(long, value_name = "N", default_value_t = DRAFT_TOKENS, requires = "drafts", value_parser = draft_tokens())]
+    draft_tokens: usize,
     /// Another name of a model; may be repeated
     #[arg(long = "alias", value_name = "ALIAS=NAME")]
     aliases: Vec<String>,
@@ -35,6 +43,13 @@ pub(crate) struct Args {
     /// Only for those with a key in this file, see `ferropt serve key`
     #[arg(long, value_name = "FILE")]
     api_keys: Option<PathBuf>,
+    /// Encrypt connections: PEM file of the certificate, with those that lead to its authority behind it. Read again when it
+    /// changes
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// PEM file of the certificate's private key
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
     /// Let web pages of this origin use the API, such as `https://example.org`; may be repeated
     #[arg(long, value_name = "ORIGIN")]
     cors: Vec<String>,
@@ -54,7 +69,7 @@ pub(crate) struct Args {
     /// Seconds that a request may take, waiting included
     #[arg(long, value_name = "S", default_value_t = Limits::default().request_time.as_secs())]
     timeout_seconds: u64,
-    /// Seconds that a client may take to send a request, or to take in what is sent to it
+    /// Seconds that a client may take for the handshake of TLS, to send a request, or to take in what is sent to it
     #[arg(long, value_name = "S", default_value_t = Limits::default().client_time.as_secs())]
     client_seconds: u64,
     /// Texts of a request: prompts times `n`, `best_of` or `beams`
@@ -90,8 +105,9 @@ const EXAMPLES: &str = "\
 Examples:
   ferropt serve --model runs/a
   ferropt serve --model small=runs/a --model large=opt-1.3b --alias gpt-3.5-turbo-instruct=large --weights int8
+  ferropt serve --model large=opt-6.7b --draft large=opt-125m
   ferropt serve key alice >> keys
-  ferropt serve --model runs/a --host 0.0.0.0 --api-keys keys
+  ferropt serve --model runs/a --host 0.0.0.0 --api-keys keys --tls-cert fullchain.pem --tls-key privkey.pem
 
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{\"prompt\": \"Once upon\"}'
 
@@ -120,7 +136,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let stop = Stop::default();
     stop.on_signals()?;
     let server = Server::start(args.options(keys)?)?;
-    println!("listening on http://{}; Ctrl-C stops", server.address());
+    let scheme = if args.tls_cert.is_some() { "https" } else { "http" };
+    println!("listening on {scheme}://{}; Ctrl-C stops", server.address());
     while !stop.requested() {
         if let Some(failure) = server.failure() {
             server.stop(Duration::ZERO);
@@ -154,11 +171,20 @@ impl Args {
                 format!("--alias {alias}: expected another name and a model's, such as gpt=small")
             })
         };
+        let tls = match (&self.tls_cert, &self.tls_key) {
+            (Some(certificate), Some(key)) => Some(Tls::read(certificate, key)?),
+            _ => None,
+        };
+        let models = self.models.iter().map(|model| named(model)).collect::<Result<Vec<_>>>()?;
+        let drafts = drafts_of(&models, &self.drafts)?;
+        let sources =
+            models.into_iter().zip(drafts).map(|((name, path), draft)| self.source(name, path, draft));
         Ok(Options {
             address: SocketAddr::new(self.host, self.port),
-            models: self.models.iter().map(|model| self.source(model)).collect::<Result<_>>()?,
+            models: sources.collect::<Result<_>>()?,
             aliases: self.aliases.iter().map(pair).collect::<Result<_>>()?,
             keys,
+            tls,
             cors: self.cors.clone(),
             limits: Limits {
                 queue: self.queue,
@@ -173,22 +199,57 @@ impl Args {
         })
     }
 
-    fn source(&self, model: &str) -> Result<ModelSource> {
-        let (name, path) = match model.split_once('=') {
-            Some((name, path)) if !Path::new(model).exists() => (name.to_string(), PathBuf::from(path)),
-            _ => {
-                let path = PathBuf::from(model);
-                let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
-                (name.with_context(|| format!("--model {model}: give it a name, NAME={model}"))?, path)
-            }
-        };
+    fn source(&self, name: String, path: PathBuf, draft: Option<PathBuf>) -> Result<ModelSource> {
         let (sequences, cache_tokens) = (self.sequences, self.cache_tokens);
-        let opening = self.opening.opening(sequences, None)?;
+        let opening =
+            Opening { draft, draft_tokens: self.draft_tokens, ..self.opening.opening(sequences, None)? };
         let open = move || {
             Model::open(&path, &Opening { longest: Some(longest(&path, &opening, cache_tokens)?), ..opening })
         };
         Ok(ModelSource { name, open: Box::new(open) })
     }
+}
+
+/// Name and path of a model. A path that exists is one, whatever is in it.
+fn split(text: &str) -> (Option<&str>, &Path) {
+    match text.split_once('=') {
+        Some((name, path)) if !Path::new(text).exists() => (Some(name), Path::new(path)),
+        _ => (None, Path::new(text)),
+    }
+}
+
+fn named(model: &str) -> Result<(String, PathBuf)> {
+    let (name, path) = split(model);
+    let name = match name {
+        Some(name) => Some(name.to_string()),
+        None => path.file_name().map(|name| name.to_string_lossy().into_owned()),
+    };
+    Ok((name.with_context(|| format!("--model {model}: give it a name, NAME={model}"))?, path.into()))
+}
+
+/// The draft of each model.
+fn drafts_of(models: &[(String, PathBuf)], drafts: &[String]) -> Result<Vec<Option<PathBuf>>> {
+    let mut all = vec![None; models.len()];
+    let names = || models.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(", ");
+    for draft in drafts {
+        let (name, path) = split(draft);
+        let place = match name {
+            Some(name) => models.iter().position(|(own, _)| own == name).with_context(|| {
+                format!("--draft {draft}: there is no model {name:?}; there is {}", names())
+            })?,
+            None => {
+                ensure!(
+                    models.len() == 1,
+                    "--draft {draft}: there is {}; say whose draft it is, NAME={draft}",
+                    names()
+                );
+                0
+            }
+        };
+        let before = all[place].replace(path.into());
+        ensure!(before.is_none(), "--draft {draft}: the model {:?} has a draft already", models[place].0);
+    }
+    Ok(all)
 }
 
 /// Tokens of a text for which the cache has room when all of them are equally long; one of the longest always fits.
@@ -197,4 +258,30 @@ fn longest(path: &Path, opening: &Opening, cache_tokens: Option<usize>) -> Resul
     let positions = named.source.config().positions;
     let tokens = cache_tokens.unwrap_or(opening.sequences * positions / 4).max(positions);
     Ok(tokens.div_ceil(opening.sequences))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drafts_find_their_models() {
+        let model = |text: &str| named(text).unwrap();
+        assert_eq!(model("runs/a"), ("a".into(), "runs/a".into()));
+        let models = [model("small=runs/a"), model("large=runs/b=c")];
+        let found = |models: &[(String, PathBuf)], drafts: &[&str]| {
+            let drafts: Vec<String> = drafts.iter().map(|draft| draft.to_string()).collect();
+            drafts_of(models, &drafts).map_err(|error| error.to_string())
+        };
+        assert_eq!(found(&models, &["large=runs/d"]).unwrap(), [None, Some("runs/d".into())]);
+        assert_eq!(found(&models[..1], &["runs/d"]).unwrap(), [Some("runs/d".into())]);
+        for (drafts, part) in [
+            (&["runs/d"][..], "say whose draft it is, NAME=runs/d"),
+            (&["big=runs/d"], "no model \"big\"; there is small, large"),
+            (&["large=a", "large=b"], "has a draft already"),
+        ] {
+            let error = found(&models, drafts).unwrap_err();
+            assert!(error.contains(part), "{error}");
+        }
+    }
 }

@@ -260,27 +260,46 @@ impl<D: Device> Decoder<D> {
         rows: &[u32],
         memory: &'p mut Memory<D, E>,
     ) -> Result<Logits<'p, D>> {
-        let m = rows.len();
-        ensure!(m <= memory.head_rows, "logits of {m} rows are more than {}", memory.head_rows);
-        let vocab = self.config.vocab;
+        let (m, vocab) = (rows.len(), self.config.vocab);
+        self.choose(d, rows, memory)?;
         if m > 0 {
-            let (none, c) = (Activation::Identity, self.config.width);
-            let numbers = &mut memory.numbers;
-            d.upload(&mut numbers.tokens, 0, rows);
-            d.embed(m, c, &numbers.tokens, &memory.activations.normed, None, &mut memory.chosen);
-            match (&mut memory.narrow, &self.projections) {
-                (Some((_, narrow)), Some((_, weight))) => {
-                    d.packed_linear(m, &memory.chosen, weight, None, none, narrow);
-                    d.packed_linear(m, narrow, &self.tokens, None, none, &mut memory.logits);
-                }
-                _ => d.packed_linear(m, &memory.chosen, &self.tokens, None, none, &mut memory.logits),
-            }
+            let hidden = memory.narrow.as_ref().map_or(&memory.chosen, |(_, narrow)| narrow);
+            d.packed_linear(m, hidden, &self.tokens, None, Activation::Identity, &mut memory.logits);
             d.log_sum_exp(m, vocab, &memory.logits, &mut memory.lse, &mut memory.largest);
         }
         let (mut lse, mut largest) = (vec![0.0; m], vec![0; m]);
         d.download(&memory.lse, 0, &mut lse);
         d.download(&memory.largest, 0, &mut largest);
         Ok(Logits { device: d, vocab, logits: &memory.logits, lse, largest })
+    }
+
+    /// Hidden states of some rows of the last forward pass, `[M, W]` with the embeddings' width W: what the LM head
+    /// multiplies with the embedding table, which is Hugging Face's `last_hidden_state`.
+    ///
+    /// # Errors
+    /// When there are more than the memory has room for.
+    pub fn hidden<E: Element>(&self, d: &D, rows: &[u32], memory: &mut Memory<D, E>) -> Result<Vec<f32>> {
+        self.choose(d, rows, memory)?;
+        let hidden = memory.narrow.as_ref().map_or(&memory.chosen, |(_, narrow)| narrow);
+        let mut values = vec![E::default(); rows.len() * self.config.embedding_width];
+        d.download(hidden, 0, &mut values);
+        Ok(values.into_iter().map(E::to_f32).collect())
+    }
+
+    /// Brings together what the head reads of some rows, in the embeddings' width.
+    fn choose<E: Element>(&self, d: &D, rows: &[u32], memory: &mut Memory<D, E>) -> Result<()> {
+        let m = rows.len();
+        ensure!(m <= memory.head_rows, "{m} rows are more than the {} of the memory", memory.head_rows);
+        if m == 0 {
+            return Ok(());
+        }
+        let numbers = &mut memory.numbers;
+        d.upload(&mut numbers.tokens, 0, rows);
+        d.embed(m, self.config.width, &numbers.tokens, &memory.activations.normed, None, &mut memory.chosen);
+        if let (Some((_, narrow)), Some((_, weight))) = (&mut memory.narrow, &self.projections) {
+            d.packed_linear(m, &memory.chosen, weight, None, Activation::Identity, narrow);
+        }
+        Ok(())
     }
 }
 

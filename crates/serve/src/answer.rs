@@ -54,7 +54,7 @@ impl Answer {
                 }
                 Event::End { choice, finish } => texts[prompt * self.n + choice].finish = Some(finish),
                 Event::Done(usage) => add(&mut used, usage),
-                Event::Failed(_) => {}
+                Event::Embedding(_) | Event::Failed(_) => {}
             }
         }
         self.note(used);
@@ -164,7 +164,7 @@ impl Stream {
                 self.send(&end);
             }
             Event::Done(usage) => add(&mut self.used, usage),
-            Event::Failed(_) => {}
+            Event::Embedding(_) | Event::Failed(_) => {}
         }
     }
 

@@ -4,6 +4,7 @@ use crate::keys::Keys;
 use crate::metrics::Metrics;
 use crate::models::Models;
 use crate::record::Log;
+use crate::tls::Tls;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -23,7 +24,7 @@ pub struct Limits {
     pub texts: usize,
     /// Bytes of a request's body.
     pub body: usize,
-    /// How long a client may take to send headers, to send a body, or to take in what is sent to it.
+    /// How long a client may take for the handshake of TLS, to send headers, to send a body, or to take in what is sent to it.
     pub client_time: Duration,
     /// Connections at one time.
     pub connections: usize,
@@ -73,6 +74,8 @@ pub(crate) enum Phase {
 pub(crate) struct App {
     pub(crate) models: Models,
     pub(crate) keys: Keys,
+    /// How connections are encrypted, if they are.
+    pub(crate) tls: Option<Tls>,
     /// Origins of web pages that may use the API.
     pub(crate) cors: Vec<String>,
     pub(crate) limits: Limits,
@@ -88,10 +91,18 @@ pub(crate) struct App {
 pub(crate) struct Busy(Arc<AtomicUsize>);
 
 impl App {
-    pub(crate) fn new(models: Models, keys: Keys, cors: Vec<String>, limits: Limits, log: Log) -> App {
+    pub(crate) fn new(
+        models: Models,
+        keys: Keys,
+        tls: Option<Tls>,
+        cors: Vec<String>,
+        limits: Limits,
+        log: Log,
+    ) -> App {
         App {
             models,
             keys,
+            tls,
             cors,
             limits,
             metrics: Metrics::new(),

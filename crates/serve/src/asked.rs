@@ -1,6 +1,6 @@
 //! What a request asks for, whichever route it came by.
 
-use ferropt_engine::Parameters;
+use ferropt_engine::{Parameters, Pooling};
 
 /// A text to continue, as it was given.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,6 +29,9 @@ pub(crate) struct Asked {
     pub(crate) parameters: Parameters,
     /// 1, or 0 for what is never sampled, unless given.
     pub(crate) temperature: Option<f32>,
+    /// metaseq's factual nucleus sampling, which is off unless the first is above 0.
+    pub(crate) lambda_decay: f32,
+    pub(crate) omega_bound: f32,
     /// Chosen at random unless given.
     pub(crate) seed: Option<u64>,
     pub(crate) stream: bool,
@@ -40,6 +43,10 @@ pub(crate) struct Asked {
     pub(crate) special: bool,
     pub(crate) token_names: bool,
     pub(crate) tokens: Vec<u32>,
+    /// Of embeddings: what they are made of, how they are written, and how many numbers are expected.
+    pub(crate) pooling: Pooling,
+    pub(crate) base64: bool,
+    pub(crate) dimensions: Option<usize>,
 }
 
 impl Default for Asked {
@@ -50,6 +57,8 @@ impl Default for Asked {
             messages: Vec::new(),
             parameters: Parameters::default(),
             temperature: None,
+            lambda_decay: -1.0,
+            omega_bound: 0.3,
             seed: None,
             stream: false,
             include_usage: None,
@@ -58,6 +67,9 @@ impl Default for Asked {
             special: true,
             token_names: false,
             tokens: Vec::new(),
+            pooling: Pooling::Mean,
+            base64: false,
+            dimensions: None,
         }
     }
 }

@@ -12,10 +12,11 @@ pub(crate) const GENERATE: u8 = 4;
 pub(crate) const METASEQ: u8 = 8;
 pub(crate) const TOKENIZE: u8 = 16;
 pub(crate) const DETOKENIZE: u8 = 32;
+pub(crate) const EMBED: u8 = 64;
 
 const TEXTS: u8 = COMPLETION | GENERATE | METASEQ;
 const ALL_TEXTS: u8 = TEXTS | CHAT;
-const ALL: u8 = ALL_TEXTS | TOKENIZE | DETOKENIZE;
+const ALL: u8 = ALL_TEXTS | TOKENIZE | DETOKENIZE | EMBED;
 const OPENAI: u8 = COMPLETION | CHAT;
 
 /// A field.
@@ -62,6 +63,17 @@ pub(crate) static FIELDS: &[Field] = &[
     field("prompt", TEXTS, Shaped(shapes::PROMPT, shapes::prompt),
         "A text, its token ids, or a list of texts or of lists of ids. `</s>` is put in front of texts, as \
          OPT was trained; ids are taken as they are."),
+    field("input", EMBED, Shaped(shapes::PROMPT, shapes::prompt),
+        "A text, its token ids, or a list of texts or of lists of ids. `</s>` is put in front of texts, as \
+         OPT was trained; ids are taken as they are."),
+    field("encoding_format", EMBED, Shaped(shapes::ENCODING, shapes::encoding),
+        "Numbers as a list (`float`, the default), or as the Base64 of little-endian floats of 32 bits."),
+    field("dimensions", EMBED, Whole(1, MANY, |a, v| a.dimensions = Some(v as usize)),
+        "Numbers of an embedding, which are as many as the model's hidden states have: it was not trained to \
+         say anything with fewer."),
+    field("pooling", EMBED, Shaped(shapes::POOLING, shapes::pooling),
+        "Which hidden states are the embedding: the mean of all tokens' (`mean`, the default; without the \
+         `</s>` in front), or the `last` token's."),
     field("prompt", TOKENIZE, Text(|a, v| a.prompts.push(crate::asked::Prompt::Text(v.into()))),
         "The text. Other than in prompts, `</s>` and `<pad>` in it are these tokens, as Hugging Face's \
          tokenizer reads them."),
@@ -97,17 +109,21 @@ pub(crate) static FIELDS: &[Field] = &[
         "metaseq's name of `presence_penalty`."),
     field("alpha_frequency", METASEQ, Number(-2.0, 2.0, |a, v| a.parameters.frequency_penalty = v as f32),
         "metaseq's name of `frequency_penalty`."),
-    field("alpha_presence_src", METASEQ, Only(&["0", "0.0"]),
-        "metaseq's presence penalty for the prompt's tokens; use `repetition_penalty`, which looks at the \
-         prompt too."),
-    field("alpha_frequency_src", METASEQ, Only(&["0", "0.0"]),
-        "metaseq's frequency penalty for the prompt's tokens; use `repetition_penalty`, which looks at the \
-         prompt too."),
-    field("alpha_src_penalty_end_idx", METASEQ, Ignored,
-        "Has no effect without the penalties for the prompt's tokens."),
-    field("lambda_decay", METASEQ, Only(&["-1", "-1.0", "0", "0.0"]),
-        "Factual nucleus sampling; use `top_p` or `min_p`."),
-    field("omega_bound", METASEQ, Ignored, "Has no effect without `lambda_decay`."),
+    field("alpha_presence_src", METASEQ,
+        Number(-2.0, 2.0, |a, v| a.parameters.prompt_presence_penalty = v as f32),
+        "Taken off the scores of tokens that the prompt has."),
+    field("alpha_frequency_src", METASEQ,
+        Number(-2.0, 2.0, |a, v| a.parameters.prompt_frequency_penalty = v as f32),
+        "Taken off the scores of tokens as often as the prompt has them."),
+    field("alpha_src_penalty_end_idx", METASEQ,
+        Whole(-MANY, MANY, |a, v| a.parameters.penalised_prompt = (v > 0).then_some(v as usize)),
+        "These two look at so many of the prompt's first tokens, of which `</s>` is one; at all of them \
+         unless it is above 0."),
+    field("lambda_decay", METASEQ, Number(-1.0, 1.0, |a, v| a.lambda_decay = v as f32),
+        "Factual nucleus sampling: `top_p` is multiplied by it for each token of a sentence behind the second. \
+         A sentence ends with the tokens `.`, `?` and `!`. Off unless it is above 0."),
+    field("omega_bound", METASEQ, Number(0.0, 1.0, |a, v| a.omega_bound = v as f32),
+        "With `lambda_decay`: `top_p` does not become smaller than this; 0.3 unless given."),
     field("logit_bias", ALL_TEXTS, Shaped(shapes::LOGIT_BIAS, shapes::logit_bias),
         "Added to the logits of these token ids, from -100 to 100."),
     field("seed", ALL_TEXTS, Whole(i64::MIN, i64::MAX, |a, v| a.seed = Some(v as u64)),
@@ -150,7 +166,7 @@ pub(crate) static FIELDS: &[Field] = &[
     field("function_call", CHAT, Only(&["\"none\"", "\"auto\""]), "OPT knows no functions."),
     field("response_format", CHAT, Only(&["{\"type\":\"text\"}"]), "Answers are text."),
     field("modalities", CHAT, Only(&["[\"text\"]"]), "Answers are text."),
-    field("user", ALL_TEXTS, Ignored,
+    field("user", ALL_TEXTS | EMBED, Ignored,
         "Taken, and not used: who asks is known by the API key or the address."),
     field("metadata", OPENAI, Ignored, "Taken, and not used."),
     field("store", OPENAI, Ignored, "Taken, and not used: nothing is stored."),
@@ -281,7 +297,7 @@ mod tests {
 
     #[test]
     fn every_name_is_there_once_in_each_body_and_schemas_are_json() {
-        for body in [COMPLETION, CHAT, GENERATE, METASEQ, TOKENIZE, DETOKENIZE] {
+        for body in [COMPLETION, CHAT, GENERATE, METASEQ, TOKENIZE, DETOKENIZE, EMBED] {
             let mut names: Vec<&str> = of(body).map(|field| field.name).collect();
             let count = names.len();
             names.sort_unstable();
@@ -359,9 +375,16 @@ mod tests {
                 "image_url",
             ),
             (CHAT, r#"{"messages": []}"#, "messages", "empty"),
-            (METASEQ, r#"{"lambda_decay": 0.9}"#, "lambda_decay", "top_p"),
-            (METASEQ, r#"{"alpha_presence_src": 1}"#, "alpha_presence_src", "repetition_penalty"),
+            (METASEQ, r#"{"lambda_decay": 1.5}"#, "lambda_decay", "from -1 to 1"),
+            (METASEQ, r#"{"omega_bound": -0.3}"#, "omega_bound", "from 0 to 1"),
+            (METASEQ, r#"{"alpha_presence_src": 3}"#, "alpha_presence_src", "from -2 to 2"),
+            (METASEQ, r#"{"alpha_src_penalty_end_idx": 0.5}"#, "alpha_src_penalty_end_idx", "whole number"),
+            (COMPLETION, r#"{"alpha_presence_src": 1}"#, "alpha_presence_src", "not known"),
             (DETOKENIZE, r#"{"tokens": "x"}"#, "tokens", "list"),
+            (EMBED, r#"{"input": [[2], "x"]}"#, "input", "place 1"),
+            (EMBED, r#"{"encoding_format": "hex"}"#, "encoding_format", "base64"),
+            (EMBED, r#"{"pooling": "max"}"#, "pooling", "mean"),
+            (EMBED, r#"{"dimensions": 0}"#, "dimensions", "from 1"),
         ] {
             let error = read_text(text, body).unwrap_err();
             assert_eq!((error.status.as_u16(), error.param.as_deref()), (400, Some(param)), "{text}");

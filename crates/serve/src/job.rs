@@ -222,7 +222,7 @@ impl Meter {
             }
             // Texts that were not given back were computed, too.
             Event::Done(usage) => self.charge(usage.generated.saturating_sub(self.charged)),
-            Event::Prompt(_) | Event::End { .. } | Event::Failed(_) => {}
+            Event::Prompt(_) | Event::End { .. } | Event::Embedding(_) | Event::Failed(_) => {}
         }
     }
 

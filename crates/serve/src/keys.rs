@@ -116,7 +116,7 @@ impl Keys {
 }
 
 /// When a file was changed, and its size; none if it is not there.
-fn version(path: &Path) -> Option<(SystemTime, u64)> {
+pub(crate) fn version(path: &Path) -> Option<(SystemTime, u64)> {
     let metadata = fs::metadata(path).ok()?;
     Some((metadata.modified().ok()?, metadata.len()))
 }

@@ -12,6 +12,7 @@ mod app;
 mod asked;
 mod body;
 mod cors;
+mod embeddings;
 mod error;
 mod fields;
 mod job;
@@ -30,12 +31,14 @@ mod routes;
 mod service;
 mod shapes;
 mod texts;
+mod tls;
 mod turn;
 
 pub use app::Limits;
 pub use keys::{Keys, new_key};
 pub use models::ModelSource;
 pub use record::Log;
+pub use tls::Tls;
 
 use anyhow::{Context, Result};
 use app::{App, Phase};
@@ -59,6 +62,8 @@ pub struct Options {
     pub aliases: Vec<(String, String)>,
     /// Who may use it; everybody when there are none.
     pub keys: Keys,
+    /// How connections are encrypted; plain HTTP without.
+    pub tls: Option<Tls>,
     /// Origins of web pages that may use it.
     pub cors: Vec<String>,
     /// What a request, a client and the server may take.
@@ -84,9 +89,10 @@ impl Server {
     /// # Errors
     /// When the address cannot be listened on, or names of models contradict each other.
     pub fn start(options: Options) -> Result<Server> {
-        let Options { address, models, aliases, keys, cors, limits, log } = options;
+        let Options { address, models, aliases, keys, tls, cors, limits, log } = options;
         let names = models.iter().map(|model| model.name.clone()).collect();
-        let app = Arc::new(App::new(Models::new(names, aliases)?, keys, cors, limits.possible(), log));
+        let models_by_name = Models::new(names, aliases)?;
+        let app = Arc::new(App::new(models_by_name, keys, tls, cors, limits.possible(), log));
         let runtime =
             Builder::new_multi_thread().worker_threads(THREADS).thread_name("http").enable_all().build();
         let runtime = runtime.context("cannot start the threads for connections")?;
@@ -95,7 +101,7 @@ impl Server {
         })?;
         let address = listener.local_addr().context("the system does not say on which port it listens")?;
         app.log.line("listening", json!({ "address": address.to_string() }));
-        runtime.spawn(watch_keys(app.clone()));
+        runtime.spawn(watch_files(app.clone()));
         let accepting = runtime.spawn(listen::accept(listener, app.clone()));
         let opening = app.clone();
         let open = move || models.into_iter().for_each(|model| models::open(&opening, model));
@@ -136,14 +142,19 @@ impl Server {
     }
 }
 
-/// Takes over changes of the file of keys.
-async fn watch_keys(app: Arc<App>) {
+/// Takes over changes of the file of keys, and of those of the certificate.
+async fn watch_files(app: Arc<App>) {
     loop {
         tokio::time::sleep(Duration::from_secs(2)).await;
         match app.keys.refresh() {
             Ok(None) => {}
             Ok(Some(count)) => app.log.line("keys_read", json!({ "keys": count })),
             Err(error) => app.log.line("keys_failed", json!({ "error": format!("{error:#}") })),
+        }
+        match app.tls.as_ref().map(Tls::refresh) {
+            None | Some(Ok(false)) => {}
+            Some(Ok(true)) => app.log.line("certificate_read", json!({})),
+            Some(Err(error)) => app.log.line("certificate_failed", json!({ "error": format!("{error:#}") })),
         }
     }
 }

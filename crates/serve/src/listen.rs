@@ -19,7 +19,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Sleep, sleep, timeout};
 
 /// Bytes of a request's headers at most.
 const HEADERS: usize = 1 << 16;
@@ -48,7 +48,7 @@ pub(crate) async fn accept(listener: TcpListener, app: Arc<App>) {
     drop(listener);
     let all = places.acquire_many(u32::try_from(limit).unwrap_or(u32::MAX));
     // What a client does not take in by then is lost with it.
-    let _ = tokio::time::timeout(Duration::from_secs(5), all).await;
+    let _ = timeout(Duration::from_secs(5), all).await;
 }
 
 /// Further connections wait in the system's queue while there are as many as may be.
@@ -71,6 +71,27 @@ async fn connection(
     // Events are small, and none should wait for the next. Without it the stream still works.
     let _ = stream.set_nodelay(true);
     let patience = app.limits.client_time;
+    let stream = Patient { stream, patience, timer: None };
+    let Some(tls) = &app.tls else { return requests(stream, address, &app, router).await };
+    let mut phase = app.phase.subscribe();
+    let accepted = tokio::select! {
+        accepted = timeout(patience, tls.acceptor().accept(stream)) => accepted,
+        _ = phase.wait_for(|phase| *phase == Phase::Ending) => return,
+    };
+    match accepted {
+        Ok(Ok(stream)) => requests(stream, address, &app, router).await,
+        // Too slow, or no TLS. Scanners come all the time, so they are counted and no more.
+        Ok(Err(_)) | Err(_) => app.metrics.handshake_failed(),
+    }
+}
+
+/// Answers the requests of a connection.
+async fn requests(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+    address: SocketAddr,
+    app: &App,
+    router: Router,
+) {
     let router = TowerToHyperService::new(router);
     let service = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(Peer(address));
@@ -78,9 +99,9 @@ async fn connection(
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(patience)
+        .header_read_timeout(app.limits.client_time)
         .max_buf_size(HEADERS)
-        .serve_connection(TokioIo::new(Patient { stream, patience, timer: None }), service);
+        .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
     let mut phase = app.phase.subscribe();
     // How a connection ends is the client's affair; its requests are logged by themselves.

@@ -53,7 +53,10 @@ pub(crate) struct Metrics {
     total_pages: Gauges,
     reused: Counters,
     preemptions: Counters,
+    drafted: Counters,
+    accepted: Counters,
     in_flight: Gauge,
+    handshakes: Counter,
 }
 
 /// Those of one model, to be counted without looking anything up.
@@ -90,8 +93,9 @@ impl Metrics {
             family
         };
         let r = &mut registry;
-        let in_flight = Gauge::default();
+        let (in_flight, handshakes) = (Gauge::default(), Counter::default());
         r.register("requests_in_flight", "Requests whose answer is not complete", in_flight.clone());
+        r.register("tls_failures", "TLS handshakes that failed or took too long", handshakes.clone());
         Metrics {
             requests: counters(r, "requests", "Answers, by route and status"),
             refusals: counters(r, "refusals", "Requests that were refused or failed, by the error's code"),
@@ -109,7 +113,14 @@ impl Metrics {
             total_pages: gauges(r, "cache_pages", "Pages of the cache"),
             reused: counters(r, "reused_tokens", "Tokens of prompts that an earlier text had"),
             preemptions: counters(r, "preemptions", "Times that a text lost its place in the cache"),
+            drafted: counters(r, "draft_tokens", "Tokens that the draft guessed"),
+            accepted: counters(
+                r,
+                "draft_accepted_tokens",
+                "Tokens that the draft guessed and that were right",
+            ),
             in_flight,
+            handshakes,
             registry,
         }
     }
@@ -137,6 +148,11 @@ impl Metrics {
         }
     }
 
+    /// Counts a connection that came to nothing.
+    pub(crate) fn handshake_failed(&self) {
+        self.handshakes.inc();
+    }
+
     /// All of them as text.
     pub(crate) fn text(&self, models: &Models, in_flight: usize) -> String {
         self.in_flight.set(in_flight as i64);
@@ -153,8 +169,14 @@ impl Metrics {
             self.pages.get_or_create(&labels).set(load.pages as i64);
             self.total_pages.get_or_create(&labels).set(load.total_pages as i64);
             // The engine counts these itself.
-            self.reused.get_or_create(&labels).inner().store(load.reused_tokens, Ordering::Relaxed);
-            self.preemptions.get_or_create(&labels).inner().store(load.preemptions, Ordering::Relaxed);
+            for (counters, count) in [
+                (&self.reused, load.reused_tokens),
+                (&self.preemptions, load.preemptions),
+                (&self.drafted, load.drafted_tokens),
+                (&self.accepted, load.accepted_tokens),
+            ] {
+                counters.get_or_create(&labels).inner().store(count, Ordering::Relaxed);
+            }
         }
         let mut text = String::new();
         // A String takes everything.

@@ -45,6 +45,8 @@ pub(crate) struct Live {
     pub(crate) created: u64,
     /// Bytes of the longest token.
     pub(crate) longest_token: usize,
+    /// Tokens that end a sentence, as metaseq looks them up: without those that have a space in front.
+    pub(crate) sentence_ends: Vec<u32>,
 }
 
 impl Live {
@@ -54,9 +56,11 @@ impl Live {
         // A few more than are computed at a time, so that who comes next is there when a place is free.
         let gate = Turnstile::new(sequences + sequences / 8 + 1, waiting);
         let tokenizer = engine.tokenizer();
-        let longest_token = (0..tokenizer.vocab_size() as u32).map(|id| tokenizer.byte_len(id)).max();
-        let longest_token = longest_token.unwrap_or(1).max(1);
-        Live { name, engine, gate, metrics, created: unix_seconds(), longest_token }
+        let ids = || 0..tokenizer.vocab_size() as u32;
+        let longest_token = ids().map(|id| tokenizer.byte_len(id)).max().unwrap_or(1).max(1);
+        let ends = |id: &u32| [&b"."[..], b"?", b"!"].contains(&tokenizer.token_bytes(*id));
+        let sentence_ends = ids().filter(ends).collect();
+        Live { name, engine, gate, metrics, created: unix_seconds(), longest_token, sentence_ends }
     }
 
     pub(crate) fn tokenizer(&self) -> &Arc<Tokenizer> {

@@ -1,6 +1,6 @@
 //! The OpenAPI page: made of the table of routes, the table of fields, and the schemas of answers.
 
-use crate::fields::{self, CHAT, COMPLETION, DETOKENIZE, GENERATE, METASEQ, TOKENIZE};
+use crate::fields::{self, CHAT, COMPLETION, DETOKENIZE, EMBED, GENERATE, METASEQ, TOKENIZE};
 use crate::routes::{PAGE, ROUTES, Route};
 use serde_json::{Map, Value, json};
 
@@ -8,13 +8,14 @@ use serde_json::{Map, Value, json};
 const ANSWERS: &str = include_str!("answers.json");
 
 /// Kinds of bodies, and what the page calls them.
-const BODIES: [(u8, &str); 6] = [
+const BODIES: [(u8, &str); 7] = [
     (COMPLETION, "CompletionRequest"),
     (CHAT, "ChatRequest"),
     (GENERATE, "GenerateRequest"),
     (METASEQ, "MetaseqRequest"),
     (TOKENIZE, "TokenizeRequest"),
     (DETOKENIZE, "DetokenizeRequest"),
+    (EMBED, "EmbeddingRequest"),
 ];
 
 /// Statuses of errors, and whether only routes that take a turn have them.
@@ -49,7 +50,7 @@ impl Needs {
             Needs::Body => route.body != 0,
             Needs::Key => !route.open,
             Needs::Name => route.body != 0 || route.path.contains('{'),
-            Needs::Turn => route.generates(),
+            Needs::Turn => route.computes(),
             Needs::Model => route.body != 0 || ["/ready", "/tokenizer_info"].contains(&route.path),
         }
     }
@@ -72,7 +73,7 @@ pub(crate) fn description() -> Value {
         "info": {
             "title": "Ferropt",
             "version": env!("CARGO_PKG_VERSION"),
-            "description": "OPT language models: OpenAI's completions and conversations, metaseq's completions, and more.",
+            "description": "OPT language models: OpenAI's completions, conversations and embeddings, metaseq's completions, and more.",
         },
         "servers": [{ "url": "/" }],
         "paths": paths,

@@ -5,7 +5,7 @@ use crate::asked::{Asked, Prompt, Role};
 use crate::error::ApiError;
 use crate::models::Live;
 use ferropt_data::Marks;
-use ferropt_engine::{Conversation, Parameters, Refusal, Request, Speaker};
+use ferropt_engine::{Conversation, Decay, Parameters, Refusal, Request, Speaker};
 
 /// Bytes of text from which tokenising would make others wait.
 const LONG: usize = 1 << 16;
@@ -24,6 +24,8 @@ pub(crate) fn requests(
         converse(asked);
     }
     let p = &mut asked.parameters;
+    let (rate, least) = (asked.lambda_decay, asked.omega_bound);
+    p.decay = (rate > 0.0).then(|| Decay { rate, least, ends: live.sentence_ends.clone() });
     p.temperature = asked.temperature.unwrap_or(if p.beams.is_some() { 0.0 } else { 1.0 });
     let (prompts, computed) = (asked.prompts.len(), p.computed().max(p.beams.unwrap_or(1)));
     if prompts * computed > limits.texts {

@@ -2,9 +2,9 @@
 
 use crate::app::App;
 use crate::error::ApiError;
-use crate::fields::{CHAT, COMPLETION, DETOKENIZE, GENERATE, METASEQ, TOKENIZE};
+use crate::fields::{CHAT, COMPLETION, DETOKENIZE, EMBED, GENERATE, METASEQ, TOKENIZE};
 use crate::record::Record;
-use crate::{operate, page, texts};
+use crate::{embeddings, operate, page, texts};
 use axum::body::Body;
 use axum::http::{Request, Response};
 use std::pin::Pin;
@@ -48,9 +48,14 @@ impl Route {
         (self.handler)(call)
     }
 
-    /// Whether texts are generated, which takes a turn and may be streamed.
+    /// Whether texts are generated, which may be streamed.
     pub(crate) fn generates(&self) -> bool {
         self.body & (COMPLETION | CHAT | GENERATE | METASEQ) != 0
+    }
+
+    /// Whether the engine computes something, which takes a turn.
+    pub(crate) fn computes(&self) -> bool {
+        self.generates() || self.body == EMBED
     }
 }
 
@@ -90,6 +95,8 @@ pub(crate) static ROUTES: &[Route] = &[
         |call| Box::pin(texts::generate(call)), "Reply in a conversation."),
     post("/generate", GENERATE, &["prompt"], "Generated",
         |call| Box::pin(texts::generate(call)), "Continue texts, with all that the engine tells."),
+    post("/v1/embeddings", EMBED, &["input"], "Embeddings",
+        |call| Box::pin(embeddings::embeddings(call)), "Texts as vectors of length 1."),
     post("/tokenize", TOKENIZE, &["prompt"], "Tokens",
         |call| Box::pin(texts::tokenize(call)), "The token ids of a text."),
     post("/detokenize", DETOKENIZE, &["tokens"], "Text",

@@ -48,7 +48,7 @@ async fn answer(app: Arc<App>, path: Option<&'static str>, request: Request<Body
     let mut stays = false;
     let mut response = match find(&app, path, &record, request).await {
         Ok(call) => {
-            stays = call.route.generates();
+            stays = call.route.computes();
             call.route.handle(call).await
         }
         Err(error) => Err(error),
@@ -59,7 +59,7 @@ async fn answer(app: Arc<App>, path: Option<&'static str>, request: Request<Body
         error.response()
     });
     record.status(response.status().as_u16());
-    // Where texts are generated, the job knows when all of them were.
+    // Where the engine computes, the job knows when all was computed.
     if !stays {
         record.complete();
     }
@@ -85,7 +85,7 @@ async fn find(
         address(&parts).into()
     } else {
         let key = app.keys.find(parts.headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes))?;
-        if there().any(Route::generates) {
+        if there().any(Route::computes) {
             record.is_under(key.begin(Instant::now())?);
         }
         key.name.clone()

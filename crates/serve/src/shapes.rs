@@ -2,6 +2,7 @@
 
 use crate::asked::{Asked, Prompt, Role};
 use crate::fields::whole;
+use ferropt_engine::Pooling;
 use serde_json::Value;
 
 pub(crate) const IDS: &str =
@@ -35,6 +36,10 @@ pub(crate) const LOGIT_BIAS: &str = r#"{"type": ["object", "null"], "propertyNam
 pub(crate) const STREAM_OPTIONS: &str = r#"{"type": ["object", "null"], "additionalProperties": false, "properties": {
     "include_usage": {"type": ["boolean", "null"]},
     "include_obfuscation": {"type": ["boolean", "null"], "description": "Taken, and not used."}}}"#;
+
+pub(crate) const ENCODING: &str = r#"{"enum": ["float", "base64", null]}"#;
+
+pub(crate) const POOLING: &str = r#"{"enum": ["mean", "last", null]}"#;
 
 /// One prompt or several.
 pub(crate) fn prompt(asked: &mut Asked, value: &Value) -> Result<(), String> {
@@ -160,6 +165,23 @@ pub(crate) fn stream_options(asked: &mut Asked, value: &Value) -> Result<(), Str
         }
     }
     asked.include_usage.get_or_insert(false);
+    Ok(())
+}
+
+/// How embeddings are written down.
+pub(crate) fn encoding(asked: &mut Asked, value: &Value) -> Result<(), String> {
+    asked.base64 = match value.as_str() {
+        Some("float") => false,
+        Some("base64") => true,
+        _ => return Err(format!("{} is neither float nor base64", short(value))),
+    };
+    Ok(())
+}
+
+/// Which hidden states are an embedding.
+pub(crate) fn pooling(asked: &mut Asked, value: &Value) -> Result<(), String> {
+    let known = [Pooling::Mean, Pooling::Last].into_iter().find(|own| Some(own.name()) == value.as_str());
+    asked.pooling = known.ok_or_else(|| format!("{} is neither mean nor last", short(value)))?;
     Ok(())
 }
 

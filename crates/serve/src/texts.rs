@@ -15,12 +15,13 @@ use axum::body::Body;
 use axum::http::{Response, StatusCode};
 use ferropt_data::Marks;
 use serde_json::json;
+use std::sync::Arc;
 
 /// Tokens of a completion when nothing is said, as OpenAI's.
 const COMPLETION_TOKENS: usize = 16;
 
 /// Reads the body and finds the model.
-async fn begin(call: &mut Call) -> Result<(std::sync::Arc<Live>, Asked), ApiError> {
+pub(crate) async fn begin(call: &mut Call) -> Result<(Arc<Live>, Asked), ApiError> {
     let request = std::mem::take(&mut call.request);
     let object = body::object(request, &call.app.limits).await?;
     let asked = fields::read(&object, call.route.body, call.route.required)?;
@@ -31,8 +32,8 @@ async fn begin(call: &mut Call) -> Result<(std::sync::Arc<Live>, Asked), ApiErro
     Ok((live, asked))
 }
 
-/// Continues texts.
-pub(crate) async fn generate(mut call: Call) -> Result<Response<Body>, ApiError> {
+/// Refuses what needs a turn, once the server is to end.
+pub(crate) fn still_serving(call: &Call) -> Result<(), ApiError> {
     if *call.app.phase.borrow() > Phase::Serving {
         return Err(ApiError::unavailable(
             "server_stopping",
@@ -40,13 +41,14 @@ pub(crate) async fn generate(mut call: Call) -> Result<Response<Body>, ApiError>
             "the server is stopping and takes no new requests",
         ));
     }
-    let (live, mut asked) = begin(&mut call).await?;
-    let body = call.route.body;
-    complete(&mut asked, body)?;
-    let (app, record) = (call.app, call.record);
-    let requests = prepare::requests(&live, &mut asked, &app.limits, || app.random())?;
-    let (prompts, n) = (requests.len(), asked.parameters.n);
-    record.note("texts_wanted", prompts * n);
+    Ok(())
+}
+
+/// Lines up for the engine with all prompts.
+pub(crate) fn line_up(call: &Call, live: &Arc<Live>, asked: &mut Asked) -> Result<Job, ApiError> {
+    let (app, record) = (&call.app, &call.record);
+    let requests = prepare::requests(live, asked, &app.limits, || app.random())?;
+    record.note("texts_wanted", requests.len() * asked.parameters.n);
     record.note("stream", asked.stream);
     if app.log.has_texts() {
         let shown = |prompt: &Prompt| match prompt {
@@ -55,7 +57,18 @@ pub(crate) async fn generate(mut call: Call) -> Result<Response<Body>, ApiError>
         };
         record.note("prompts", asked.prompts.iter().map(shown).collect::<Vec<_>>());
     }
-    let job = Job::start(&app, live.clone(), &call.client, record.clone(), requests)?;
+    Job::start(app, live.clone(), &call.client, record.clone(), requests)
+}
+
+/// Continues texts.
+pub(crate) async fn generate(mut call: Call) -> Result<Response<Body>, ApiError> {
+    still_serving(&call)?;
+    let (live, mut asked) = begin(&mut call).await?;
+    let body = call.route.body;
+    complete(&mut asked, body)?;
+    let job = line_up(&call, &live, &mut asked)?;
+    let (app, record) = (call.app, call.record);
+    let (prompts, n) = (asked.prompts.len(), asked.parameters.n);
     let include_usage = asked.include_usage.unwrap_or(body == GENERATE);
     let prefix = if body == CHAT { "chatcmpl" } else { "cmpl" };
     let head = Head {
@@ -88,6 +101,7 @@ fn complete(asked: &mut Asked, body: u8) -> Result<(), ApiError> {
     }
     if body == METASEQ {
         p.log_probs.get_or_insert(0);
+        p.penalties_after_temperature = true;
         for prompt in &mut asked.prompts {
             if let Prompt::Text(text) = prompt {
                 *text = text.replace("\r\n", "\n").replace('\r', "\n");

@@ -2,6 +2,7 @@
 
 use crate::*;
 use ferropt_device::bf16;
+use ferropt_engine::{Decay, Pooling};
 
 /// Requests of every kind, several of which begin alike.
 pub(crate) fn requests() -> Vec<Request> {
@@ -37,6 +38,22 @@ pub(crate) fn requests() -> Vec<Request> {
             },
         ),
         request(prompt(10, 128, 190), sampled(50, 13)),
+        request(prompt(13, 140, 30), Parameters::embedding(Pooling::Mean)),
+        request(prompt(14, 140, 10), Parameters::embedding(Pooling::Last)),
+        request(
+            prompt(12, 100, 20),
+            Parameters {
+                n: 2,
+                prompt_presence_penalty: 0.5,
+                prompt_frequency_penalty: 0.2,
+                penalised_prompt: Some(70),
+                penalties_after_temperature: true,
+                temperature: 0.7,
+                top_p: 0.9,
+                decay: Some(Decay { rate: 0.9, least: 0.3, ends: (0..30).map(|i| 9 * i).collect() }),
+                ..sampled(60, 15)
+            },
+        ),
         request(
             prompt(11, 1, 62),
             Parameters { ignore_end: true, stop: vec!["th".into(), " ".into()], ..sampled(64, 14) },

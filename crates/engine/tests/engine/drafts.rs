@@ -101,6 +101,7 @@ fn check<E: Element>(format: WeightFormat) {
                 numbers[*next] = engine.submit(requests[*next].clone()).unwrap();
             }
         });
+        let counted = (drafted, accepted);
         for (i, want) in want.iter().enumerate() {
             let (got, guesses, right) = apart(made[&numbers[i]].clone());
             assert_eq!(&got, want, "{format:?}, request {i} with {options:?}");
@@ -109,6 +110,8 @@ fn check<E: Element>(format: WeightFormat) {
         }
         let load = engine.load();
         assert_eq!((load.running, load.waiting, load.pages), (0, 0, 0), "pages are left over");
+        let counted = (drafted - counted.0, accepted - counted.1);
+        assert_eq!((load.drafted_tokens as usize, load.accepted_tokens as usize), counted);
         (reused, preemptions) = (reused + load.reused_tokens, preemptions + load.preemptions);
     }
     println!("{format:?}: {accepted} of {drafted} guesses right, {reused} reused, {preemptions} preemptions");

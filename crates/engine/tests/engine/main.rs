@@ -3,14 +3,16 @@
 mod answers;
 mod company;
 mod drafts;
+mod embeddings;
+mod metaseq;
 mod threads;
 
 use ferropt_data::Tokenizer;
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
 use ferropt_device::rng::{Purpose, Stream};
-use ferropt_device::{Element, WeightFormat};
+use ferropt_device::{Element, PAGE, Segment, WeightFormat};
 use ferropt_engine::{Completion, Engine, Limits, Options, Parameters, Request};
-use ferropt_model::{Config, Decoder, Matrices};
+use ferropt_model::{Cache, Config, Decoder, Matrices, Memory};
 use std::collections::BTreeMap;
 
 /// One thread, as tests run beside each other; that results do not depend on it is tested with the operations.
@@ -97,6 +99,22 @@ fn alone<E: Element>(tokenizer: &Tokenizer, format: WeightFormat, request: &Requ
     let mut engine = engine::<E>(tokenizer, format, roomy());
     let number = engine.submit(request.clone()).unwrap();
     run(&mut engine, |_, _| {}).remove(&number).unwrap()
+}
+
+/// A text computed by the model alone, at once and without an engine; `look` may look at every row.
+fn plainly<E: Element, R>(
+    format: WeightFormat,
+    text: &[u32],
+    look: impl FnOnce(&CpuDevice, &Decoder<CpuDevice>, &mut Memory<CpuDevice, E>) -> R,
+) -> R {
+    let (device, config) = (device(), config());
+    let decoder = decoder(&device, &config, format);
+    let pages: Vec<u32> = (0..text.len().div_ceil(PAGE) as u32).collect();
+    let mut cache = Cache::<_, E>::new(&device, &config, pages.len()).unwrap();
+    let mut memory = Memory::new(&device, &config, text.len(), text.len()).unwrap();
+    let segments = [Segment { rows: text.len(), past: 0, pages: &pages }];
+    decoder.forward(&device, text, &segments, &mut cache, &mut memory).unwrap();
+    look(&device, &decoder, &mut memory)
 }
 
 /// Whole numbers below `below`, of a fixed stream.

@@ -7,7 +7,7 @@ mod fixture;
 mod learner;
 
 use ferropt_device::cpu::{CpuDevice, CpuOptions, Isa};
-use ferropt_device::{Chip, Device, Element, PAGE, Segment, WeightFormat, bf16};
+use ferropt_device::{Chip, DType, Device, Element, PAGE, Segment, WeightFormat, bf16};
 use ferropt_model::{Cache, Decoder, Matrices, Memory, Recompute};
 use fixture::{Fixture, all};
 use learner::Learner;
@@ -80,7 +80,8 @@ fn f32_logits_losses_and_gradients() {
     }
 }
 
-/// Logits of all rows of a fixture through the paged cache, its sequences beside each other and cut into pieces.
+/// Logits of all rows of a fixture through the paged cache, its sequences beside each other and cut into pieces. Hidden states
+/// times the embedding table are these logits, too.
 fn decoded<E: Element>(device: &Chip, f: &Fixture, format: WeightFormat) -> Vec<f32> {
     let table = f.config.parameters();
     let values: Vec<Vec<f32>> =
@@ -110,6 +111,20 @@ fn decoded<E: Element>(device: &Chip, f: &Fixture, format: WeightFormat) -> Vec<
         for (i, place) in places.iter().enumerate() {
             logits.read(i, &mut row);
             all[place * vocab..(place + 1) * vocab].copy_from_slice(&row);
+        }
+        if E::DTYPE == DType::F32 {
+            let (hidden, width) =
+                (decoder.hidden(device, &rows, &mut memory).unwrap(), f.config.embedding_width);
+            for (hidden, place) in hidden.chunks(width).zip(&places) {
+                for (embedding, logit) in values[0].chunks(width).zip(&all[place * vocab..]) {
+                    let product: f64 = hidden.iter().zip(embedding).map(|(a, b)| *a as f64 * *b as f64).sum();
+                    assert!(
+                        (product - *logit as f64).abs() < LOGIT / 2.0,
+                        "{}: {product}, not {logit}",
+                        f.name
+                    );
+                }
+            }
         }
     }
     all

@@ -98,11 +98,11 @@ fn refusals_name_the_field_the_value_and_the_limit() {
         ("/v1/chat/completions", r#"{"prompt": "x"}"#, 400, "missing_field", Some("messages"), "messages"),
         (
             "/completions",
-            r#"{"prompt": "x", "lambda_decay": 0.5}"#,
+            r#"{"prompt": "x", "lambda_decay": 1.5}"#,
             400,
             "invalid_value",
             Some("lambda_decay"),
-            "top_p",
+            "from -1 to 1",
         ),
         ("/detokenize", r#"{"tokens": [300]}"#, 400, "invalid_value", Some("tokens"), "300"),
         ("/v1/nothing", "{}", 404, "unknown_route", None, "/v1/nothing"),

@@ -2,11 +2,14 @@
 //! server's own description of it.
 
 mod client;
+mod drafts;
+mod embeddings;
 mod faults;
 mod operation;
 mod page;
 mod schema;
 mod texts;
+mod tls;
 
 use client::Client;
 use ferropt_data::Tokenizer;
@@ -63,6 +66,7 @@ fn options() -> Options {
         models: vec![source("opt", 4)],
         aliases: vec![("gpt-3.5-turbo-instruct".into(), "opt".into())],
         keys: Keys::default(),
+        tls: None,
         cors: vec![],
         limits: Limits { client_time: Duration::from_secs(5), ..Limits::default() },
         log: Log::off(),

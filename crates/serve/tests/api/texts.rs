@@ -1,7 +1,7 @@
 //! What the routes that generate and tokenise answer.
 
 use crate::{model, options, serve, stop};
-use ferropt_engine::{Completion, Parameters, Request};
+use ferropt_engine::{Completion, Decay, Parameters, Request};
 use serde_json::{Value, json};
 
 /// What the engine gives when it is asked directly.
@@ -223,6 +223,41 @@ fn metaseqs_routes_take_its_fields_and_answer_in_its_layout() {
     ] {
         let answer = client.post(path, &body);
         assert_eq!((&answer["choices"], &answer["model"]), (&first["choices"], &json!("opt")), "{path}");
+    }
+    // Its penalties and its nucleus are the engine's, for each prompt and each of n, whoever else asks.
+    let prompts = ["the cat. the dog", "the cat sat"];
+    let fields = json!({
+        "prompt": prompts, "max_tokens": 12, "temperature": 0.7, "top_p": 0.9, "n": 2, "seed": 7, "ignore_eos": true,
+        "alpha_presence": 0.5, "alpha_presence_src": -2, "alpha_frequency_src": -1.5, "alpha_src_penalty_end_idx": 3,
+        "omega_bound": 0.2, "lambda_decay": 0.9,
+    });
+    let texts = |answer: &Value| -> Vec<String> {
+        answer["choices"].as_array().unwrap().iter().map(|c| c["text"].as_str().unwrap().into()).collect()
+    };
+    let got = texts(&client.post("/completions", &fields));
+    let tokenizer = crate::tokenizer();
+    let ends = [".", "?", "!"].map(|end| tokenizer.encode(end).unwrap()).concat();
+    let made = prompts.map(|prompt| {
+        let parameters = Parameters {
+            temperature: 0.7,
+            top_p: 0.9,
+            n: 2,
+            log_probs: Some(0),
+            presence_penalty: 0.5,
+            prompt_presence_penalty: -2.0,
+            prompt_frequency_penalty: -1.5,
+            penalised_prompt: Some(3),
+            penalties_after_temperature: true,
+            decay: Some(Decay { rate: 0.9, least: 0.2, ends: ends.clone() }),
+            ..sampled(12)
+        };
+        engine(&tokenizer.encode_prompt(prompt).unwrap(), parameters)
+    });
+    let want: Vec<&str> = made.iter().flat_map(|m| m.choices.iter().map(|c| c.text.as_str())).collect();
+    assert_eq!(got, want);
+    for without in ["alpha_presence_src", "alpha_src_penalty_end_idx", "lambda_decay"] {
+        let fewer = with(fields.clone(), json!({ (without): null }));
+        assert_ne!(texts(&client.post("/completions", &fewer)), got, "{without} changes nothing");
     }
     stop(server);
 }

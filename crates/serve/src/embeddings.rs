@@ -1,0 +1,92 @@
+//! The route that makes vectors of texts.
+
+use crate::error::{ApiError, json_response};
+use crate::routes::Call;
+use crate::texts::{begin, line_up, still_serving};
+use axum::body::Body;
+use axum::http::{Response, StatusCode};
+use ferropt_engine::{Event, Parameters};
+use serde_json::{Value, json};
+
+/// Texts as vectors.
+pub(crate) async fn embeddings(mut call: Call) -> Result<Response<Body>, ApiError> {
+    still_serving(&call)?;
+    let (live, mut asked) = begin(&mut call).await?;
+    let width = live.engine.capacity().width;
+    if let Some(dimensions) = asked.dimensions.filter(|dimensions| *dimensions != width) {
+        let message = format!(
+            "dimensions = {dimensions}: embeddings of this model have {width} numbers, and it was not trained to say anything \
+             with fewer; leave it out"
+        );
+        return Err(ApiError::field("dimensions", message));
+    }
+    asked.parameters = Parameters::embedding(asked.pooling);
+    let mut job = line_up(&call, &live, &mut asked).map_err(|error| match error.param.as_deref() {
+        Some("prompt") => ApiError { param: Some("input".into()), ..error },
+        _ => error,
+    })?;
+    let (mut vectors, mut tokens) = (vec![Vec::new(); asked.prompts.len()], 0);
+    while let Some(message) = job.next().await {
+        match message? {
+            (prompt, Event::Embedding(vector)) => vectors[prompt] = vector,
+            (_, Event::Done(usage)) => tokens += usage.prompt,
+            _ => {}
+        }
+    }
+    call.record.note("prompt_tokens", tokens);
+    if vectors.iter().flatten().any(|x| !x.is_finite()) {
+        return Err(ApiError::internal("the model's hidden states are not finite"));
+    }
+    let data = vectors.iter().enumerate().map(|(index, vector)| {
+        let vector: Value = if asked.base64 { base64(&bytes(vector)).into() } else { json!(vector) };
+        json!({ "object": "embedding", "index": index, "embedding": vector })
+    });
+    let answer = json!({
+        "object": "list",
+        "data": data.collect::<Vec<_>>(),
+        "model": asked.model.as_deref().unwrap_or(&live.name),
+        "usage": { "prompt_tokens": tokens, "total_tokens": tokens },
+    });
+    Ok(json_response(StatusCode::OK, &answer))
+}
+
+fn bytes(vector: &[f32]) -> Vec<u8> {
+    vector.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+/// Base64 of RFC 4648, with padding.
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for three in bytes.chunks(3) {
+        let mut block = [0; 4];
+        block[1..=three.len()].copy_from_slice(three);
+        let bits = u32::from_be_bytes(block);
+        for digit in 0..4 {
+            let value = bits >> (18 - 6 * digit) & 63;
+            text.push(if digit <= three.len() { char::from(DIGITS[value as usize]) } else { '=' });
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::base64;
+
+    #[test]
+    fn base64_is_that_of_its_rfc() {
+        for (text, want) in [
+            ("", ""),
+            ("f", "Zg=="),
+            ("fo", "Zm8="),
+            ("foo", "Zm9v"),
+            ("foob", "Zm9vYg=="),
+            ("fooba", "Zm9vYmE="),
+            ("foobar", "Zm9vYmFy"),
+        ] {
+            assert_eq!(base64(text.as_bytes()), want);
+        }
+        assert_eq!(base64(&[0xfb, 0xff, 0xfe]), "+//+");
+    }
+}
