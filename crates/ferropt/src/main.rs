@@ -8,6 +8,7 @@ mod exit;
 mod generate;
 mod info;
 mod model;
+mod notify;
 mod presets;
 mod quickstart;
 mod score;

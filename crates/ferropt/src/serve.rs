@@ -1,6 +1,7 @@
 //! `ferropt serve`: models over HTTP.
 
 use crate::model::{OpeningArgs, draft_tokens};
+use crate::notify::{READY, STOPPING, notify};
 use anyhow::{Context, Result, bail, ensure};
 use ferropt_engine::DRAFT_TOKENS;
 use ferropt_serve::{Keys, Limits, Log, ModelSource, Options, Server, Tls, new_key};
@@ -138,13 +139,19 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let server = Server::start(args.options(keys)?)?;
     let scheme = if args.tls_cert.is_some() { "https" } else { "http" };
     println!("listening on {scheme}://{}; Ctrl-C stops", server.address());
+    let mut told = false;
     while !stop.requested() {
         if let Some(failure) = server.failure() {
             server.stop(Duration::ZERO);
             bail!("no model can be used\n{failure}");
         }
+        if !told && server.is_ready() {
+            told = true;
+            notify(READY);
+        }
         sleep(Duration::from_millis(50));
     }
+    notify(STOPPING);
     match server.stop(Duration::from_secs(args.drain_seconds)) {
         0 => Ok(()),
         left => bail!("{left} requests were not complete after {} s and were ended", args.drain_seconds),

@@ -114,6 +114,13 @@ impl Server {
         self.address
     }
 
+    /// Whether no model is to be opened any more, and one can be used.
+    pub fn is_ready(&self) -> bool {
+        let states: Vec<State> = self.app.models.states().map(|(_, state)| state).collect();
+        let is = |wanted: fn(&State) -> bool| states.iter().any(wanted);
+        is(|state| matches!(state, State::Ready(_))) && !is(|state| matches!(state, State::Loading))
+    }
+
     /// What is wrong with the models, if none can be used and none is being opened.
     pub fn failure(&self) -> Option<String> {
         let failed = self.app.models.states().map(|(name, state)| match state {
