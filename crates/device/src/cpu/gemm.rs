@@ -12,7 +12,9 @@ use std::ops::Range;
 
 use super::buffer::Shards;
 use super::pack::{Matrix, pack};
-use super::simd::{Avx512, Isa, Portable, Simd, dispatch, prefetch, prefetch_l2, with_avx512};
+use super::simd::{
+    Avx512, Isa, Portable, Simd, dispatch, prefetch, prefetch_l2, with_avx512, with_avx512_bf16,
+};
 use super::{CpuDevice, Scratch};
 use crate::{DType, Element};
 
@@ -211,7 +213,7 @@ impl<W: Element> Block<'_, W> {
         each_task(device, self.panels(), group, |a, b| match device.isa {
             // SAFETY: the processor has AVX-512 BF16.
             Isa::Avx512Bf16 if self.tile.per_unit == 2 => unsafe {
-                with_avx512(
+                with_avx512_bf16(
                     #[inline(always)]
                     |s| self.task::<_, Dot, _, 8, 3>(s, a, b, partials, epilogue),
                 )
@@ -331,7 +333,7 @@ pub(super) struct Dot;
 impl Mac<Avx512> for Dot {
     #[inline(always)]
     fn mac(_: Avx512, a: __m512, b: __m512, c: __m512) -> __m512 {
-        // SAFETY: the token says that the processor has AVX-512 BF16; the types only rename 512 bits.
+        // SAFETY: only used through `with_avx512_bf16`; the types only rename 512 bits.
         unsafe {
             _mm512_dpbf16_ps(
                 c,

@@ -9,9 +9,9 @@ pub enum Isa {
     Portable,
     /// AVX2 and FMA.
     Avx2,
-    /// AVX-512 F, BW, DQ, VL with BF16 and VNNI; products of bf16 are widened to f32.
+    /// AVX-512 F, BW, DQ, VL with VNNI; products of bf16 are widened to f32.
     Avx512,
-    /// The same, with products of bf16 by `vdpbf16ps`.
+    /// The same with BF16, whose `vdpbf16ps` multiplies bf16.
     Avx512Bf16,
 }
 
@@ -34,11 +34,10 @@ impl Isa {
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512bf16")
             && is_x86_feature_detected!("avx512vnni")
             && is_x86_feature_detected!("fma")
         {
-            Isa::Avx512Bf16
+            if is_x86_feature_detected!("avx512bf16") { Isa::Avx512Bf16 } else { Isa::Avx512 }
         } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             Isa::Avx2
         } else {

@@ -1,7 +1,7 @@
 //! Vectors of f32 for three instruction sets, chosen at run time.
 //!
 //! A kernel is written once, generic over [`Simd`], and run through [`dispatch!`], which compiles it for AVX-512
-//! (with BF16 and VNNI), AVX2 with FMA, and plain Rust. A token of each set can only be had where the processor
+//! (with VNNI), AVX2 with FMA, and plain Rust. A token of each set can only be had where the processor
 //! has the instructions, which is what makes the methods safe to call.
 
 use std::arch::x86_64::*;
@@ -221,7 +221,7 @@ impl Simd for Portable {
 #[derive(Clone, Copy)]
 pub struct Avx2(());
 
-/// AVX-512 with BF16; sixteen lanes.
+/// AVX-512; sixteen lanes.
 #[derive(Clone, Copy)]
 pub struct Avx512(());
 
@@ -342,11 +342,8 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn store_bf16(self, x: &mut [bf16], v: __m512) {
         let x = &mut x[..16];
-        // SAFETY: sixteen elements of 16 bits; the token. The conversion rounds to nearest even.
-        unsafe {
-            let halves: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(v));
-            _mm256_storeu_si256(x.as_mut_ptr().cast(), halves);
-        }
+        // SAFETY: sixteen elements of 16 bits; the token.
+        unsafe { _mm256_storeu_si256(x.as_mut_ptr().cast(), self.round_bf16(v)) }
     }
     #[inline(always)]
     fn load_part<E: Element>(self, x: &[E]) -> __m512 {
@@ -375,10 +372,7 @@ impl Simd for Avx512 {
         unsafe {
             match E::DTYPE {
                 DType::F32 => _mm512_mask_storeu_ps(x.as_mut_ptr().cast(), mask, v),
-                DType::Bf16 => {
-                    let halves: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(v));
-                    _mm256_mask_storeu_epi16(x.as_mut_ptr().cast(), mask, halves);
-                }
+                DType::Bf16 => _mm256_mask_storeu_epi16(x.as_mut_ptr().cast(), mask, self.round_bf16(v)),
                 _ => {
                     for (x, v) in x.iter_mut().zip(self.to_array(v)) {
                         *x = E::from_f32(v);
@@ -434,6 +428,24 @@ impl Simd for Avx512 {
     }
 }
 
+impl Avx512 {
+    /// Rounded to bf16, nearest even. Not by the instruction for it, which not every processor with AVX-512 has, and
+    /// which makes denormal numbers zero.
+    #[inline(always)]
+    fn round_bf16(self, v: __m512) -> __m256i {
+        // SAFETY: the token.
+        unsafe {
+            let bits = _mm512_castps_si512(v);
+            // Add 0x7fff plus the lowest kept bit, then drop 16 bits. NaN keeps its top bits, quieted.
+            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+            let high = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x40_0000));
+            _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(high))
+        }
+    }
+}
+
 /// Asks for the cache line of an address, which need not be valid.
 #[inline(always)]
 pub(super) fn prefetch<T>(x: *const T) {
@@ -457,12 +469,21 @@ pub unsafe fn with_avx2<R>(f: impl FnOnce(Avx2) -> R) -> R {
     f(Avx2(()))
 }
 
-/// Calls a closure inside a function compiled for AVX-512 with BF16, into which it is inlined.
+/// Calls a closure inside a function compiled for AVX-512, into which it is inlined.
 ///
 /// # Safety
-/// The processor has AVX-512 F, BW, DQ, VL, BF16 and VNNI, and FMA.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma")]
+/// The processor has AVX-512 F, BW, DQ, VL and VNNI, and FMA.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")]
 pub unsafe fn with_avx512<R>(f: impl FnOnce(Avx512) -> R) -> R {
+    f(Avx512(()))
+}
+
+/// [`with_avx512`] for the few kernels that multiply bf16 by the instruction for it.
+///
+/// # Safety
+/// The processor has what [`with_avx512`] needs, and AVX-512 BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,avx2,fma")]
+pub unsafe fn with_avx512_bf16<R>(f: impl FnOnce(Avx512) -> R) -> R {
     f(Avx512(()))
 }
 

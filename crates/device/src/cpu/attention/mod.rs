@@ -20,7 +20,7 @@ pub(super) use paged::paged;
 
 use super::gemm::{Dot, Fma, Mac};
 use super::pack::Matrix;
-use super::simd::{Avx512, Isa, Portable, Simd, with_avx2, with_avx512};
+use super::simd::{Avx512, Isa, Portable, Simd, with_avx2, with_avx512, with_avx512_bf16};
 use super::{CpuDevice, random};
 use crate::rng::BLOCK;
 use crate::{AttentionShape, DType, Dropout, Element, bf16};
@@ -69,7 +69,7 @@ fn on_tile<E: Element>(isa: Isa, kernel: impl Kernel) {
         },
         // SAFETY: as above.
         Isa::Avx512Bf16 if E::DTYPE == DType::Bf16 => unsafe {
-            with_avx512(
+            with_avx512_bf16(
                 #[inline(always)]
                 |s| kernel.run::<_, Dot, 8, 3>(s),
             )
@@ -112,7 +112,7 @@ impl Units<Avx512> for Dot {
 
     #[inline(always)]
     fn put(s: Avx512, even: __m512, odd: __m512, out: &mut [f32], _: usize) {
-        // SAFETY: the token says that the processor has AVX-512 BF16; the types only rename 512 bits.
+        // SAFETY: only used through `with_avx512_bf16`; the types only rename 512 bits.
         let pairs = unsafe {
             let halves: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(odd, even));
             let low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));

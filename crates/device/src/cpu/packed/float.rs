@@ -7,7 +7,7 @@ use crate::cpu::buffer::Shards;
 use crate::cpu::elementwise::convert;
 use crate::cpu::gemm::{self, Block, Dot, Fma, Mac, Operand, Tile, tile};
 use crate::cpu::pack::{Matrix, pack, pack_panels};
-use crate::cpu::simd::{Isa, Portable, Simd, dispatch, with_avx512};
+use crate::cpu::simd::{Isa, Portable, Simd, dispatch, with_avx512, with_avx512_bf16};
 use crate::cpu::{CpuDevice, Scratch};
 use crate::{DType, Element};
 
@@ -208,7 +208,7 @@ fn multiply_rows<E: Element, W: Element>(
     gemm::each_task(device, block.panels(), usize::MAX, |a, b| match device.isa {
         // SAFETY: the processor has AVX-512 BF16.
         Isa::Avx512Bf16 if per_unit == 2 => unsafe {
-            with_avx512(
+            with_avx512_bf16(
                 #[inline(always)]
                 |s| few::<_, Dot, _, 8, 3>(s, &block, a, b, finish),
             )
