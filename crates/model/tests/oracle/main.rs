@@ -1,9 +1,11 @@
 //! Against Hugging Face's `OPTForCausalLM` and PyTorch, with the fixtures of `scripts/make_fixtures.py`: logits, loss,
-//! every gradient and 20 AdamW steps, in f32 to rounding, and in bf16 with no larger errors than PyTorch's own autocast.
+//! every gradient and 20 AdamW steps, in f32 to rounding, and in bf16 with no larger errors than PyTorch's own autocast; and
+//! the texts that the models write greedily.
 //!
 //! `FERROPT_FIXTURES` names a folder of other cases made by the script.
 
 mod fixture;
+mod greedy;
 mod learner;
 
 use ferropt_device::cpu::{CpuDevice, CpuOptions, Isa};
@@ -74,8 +76,8 @@ fn f32_logits_losses_and_gradients() {
     }
 }
 
-/// Logits of all rows of a fixture through the paged cache, its sequences beside each other and cut into pieces.
-fn decoded<E: Element>(device: &CpuDevice, f: &Fixture, format: WeightFormat) -> Vec<f32> {
+/// A fixture's model, to be read only.
+fn decoder(device: &CpuDevice, f: &Fixture, format: WeightFormat) -> Decoder<CpuDevice> {
     let table = f.config.parameters();
     let values: Vec<Vec<f32>> =
         table.iter().map(|p| p.names.iter().flat_map(|name| f.values(name)).collect()).collect();
@@ -84,7 +86,12 @@ fn decoded<E: Element>(device: &CpuDevice, f: &Fixture, format: WeightFormat) ->
         out.copy_from_slice(&values[index][rows.start * width..rows.end * width]);
         Ok(())
     };
-    let decoder = Decoder::new(device, &f.config, format, &read, Matrices::Rows).unwrap();
+    Decoder::new(device, &f.config, format, &read, Matrices::Rows).unwrap()
+}
+
+/// Logits of all rows of a fixture through the paged cache, its sequences beside each other and cut into pieces.
+fn decoded<E: Element>(device: &CpuDevice, f: &Fixture, format: WeightFormat) -> Vec<f32> {
+    let decoder = decoder(device, f, format);
     let each = f.seq.div_ceil(PAGE);
     let mut cache = Cache::<_, E>::new(device, &f.config, f.batch * each).unwrap();
     let mut memory = Memory::new(device, &f.config, f.batch * f.seq, f.batch * f.seq).unwrap();
