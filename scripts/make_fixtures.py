@@ -27,6 +27,9 @@ One safetensors file per case. With N tokens = B x T, all in f32 on one thread u
   params        JSON [hf name, ...], the order of the rows of after20_norms and bf16.grad_errors
   seed, torch, transformers
 
+Beside them greedy.json: for each case, texts that its model continues greedily, three prompts of different lengths, each
+{prompt, tokens, log_probs} with ids and nats. No token has another within 1e-3 nats of it, so that rounding chooses none.
+
 Two facts for readers of the numbers. A key bias shifts all scores of a row alike, so its true gradient is zero: what is
 stored is rounding noise, and AdamW turns noise into steps of up to lr. The position table has max_seq + 2 rows and the
 first token uses row 2; rows that no token used have gradient zero and only decay.
@@ -248,6 +251,42 @@ def write(name, case, out):
     )
 
 
+# Lengths of the prompts of greedy.json, how many of each are tried, and nats between a token that is chosen and the next likely.
+PROMPTS = (2, 5, 9)
+TRIED = 20
+CLEAR = 1e-3
+
+
+@torch.no_grad()
+def continued(case):
+    """Prompts and what the model makes of them, up to its last position for the longest; </s> is no end here. Of the prompts
+    that are tried, those with the most different tokens behind them."""
+    model = build(case).eval()
+    new = case["max_seq"] - max(PROMPTS)
+    texts = []
+    for length in PROMPTS:
+        found = []
+        for seed in range(TRIED):
+            generator = torch.Generator().manual_seed(1000 * case["seed"] + seed)
+            prompt = torch.randint(4, case["vocab"], (1, length), generator=generator)
+            prompt[0, 0] = 2
+            ids = model.generate(prompt, do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=1, attention_mask=torch.ones_like(prompt))
+            log_probs = model(ids).logits[0, length - 1 : -1].double().log_softmax(-1)
+            made, two = ids[0, length:], log_probs.topk(2).values
+            if (two[:, 0] - two[:, 1]).min() > CLEAR and torch.equal(log_probs.argmax(-1), made):
+                chosen = [round(x, 6) for x in log_probs.gather(1, made[:, None])[:, 0].tolist()]
+                found.append({"prompt": prompt[0].tolist(), "tokens": made.tolist(), "log_probs": chosen})
+        texts.append(max(found, key=lambda text: len(set(text["tokens"]))))
+    return texts
+
+
+def write_greedy(cases, out):
+    path = out / "greedy.json"
+    lines = [f"{json.dumps(name)}: [\n " + ",\n ".join(json.dumps(text) for text in continued(case)) + "\n]" for name, case in cases]
+    path.write_text("{" + ",\n".join(lines) + "}\n")
+    print(f"{path}: {path.stat().st_size / 1e3:.0f} kB")
+
+
 def sort_header(path):
     """Rewrites a safetensors header with sorted keys (the library's order of metadata varies), so that the same numbers
     always give the same bytes."""
@@ -270,12 +309,14 @@ def main():
         "--case", action="append", metavar="NAME[:KEY=VALUE,...]",
         help="a case of your own, for instance 'mine:width=160,heads=2,layers=2'; may be given several times (default: the committed cases)",
     )
+    parser.add_argument("--only-greedy", action="store_true", help="write greedy.json alone")
     arguments = parser.parse_args()
     cases = [parse_case(text) for text in arguments.case or CASES]
     torch.set_num_threads(1)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for name, case in cases:
+    for name, case in cases if not arguments.only_greedy else []:
         write(name, case, arguments.out)
+    write_greedy(cases, arguments.out)
 
 
 if __name__ == "__main__":

@@ -40,10 +40,15 @@ struct Sizes {
     max_seq: usize,
 }
 
+/// The folder of cases.
+pub fn folder() -> PathBuf {
+    let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    std::env::var_os("FERROPT_FIXTURES").map_or(committed, PathBuf::from)
+}
+
 /// Every case of the folder.
 pub fn all() -> Vec<Fixture> {
-    let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
-    let folder = std::env::var_os("FERROPT_FIXTURES").map_or(committed, PathBuf::from);
+    let folder = folder();
     let listing = std::fs::read_dir(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
     let mut files: Vec<PathBuf> = listing.map(|entry| entry.unwrap().path()).collect();
     files.retain(|file| file.extension().is_some_and(|e| e == "safetensors"));

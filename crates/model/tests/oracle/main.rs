@@ -1,9 +1,11 @@
 //! Against Hugging Face's `OPTForCausalLM` and PyTorch, with the fixtures of `scripts/make_fixtures.py`: logits, loss,
-//! every gradient and 20 AdamW steps, in f32 to rounding, and in bf16 with no larger errors than PyTorch's own autocast.
+//! every gradient and 20 AdamW steps, in f32 to rounding, and in bf16 with no larger errors than PyTorch's own autocast; and
+//! the texts that the models write greedily.
 //!
 //! `FERROPT_FIXTURES` names a folder of other cases made by the script.
 
 mod fixture;
+mod greedy;
 mod learner;
 
 use ferropt_device::cpu::{CpuDevice, CpuOptions, Isa};
@@ -80,9 +82,8 @@ fn f32_logits_losses_and_gradients() {
     }
 }
 
-/// Logits of all rows of a fixture through the paged cache, its sequences beside each other and cut into pieces. Hidden states
-/// times the embedding table are these logits, too.
-fn decoded<E: Element>(device: &Chip, f: &Fixture, format: WeightFormat) -> Vec<f32> {
+/// A fixture's model, to be read only.
+fn decoder(device: &Chip, f: &Fixture, format: WeightFormat) -> Decoder<Chip> {
     let table = f.config.parameters();
     let values: Vec<Vec<f32>> =
         table.iter().map(|p| p.names.iter().flat_map(|name| f.values(name)).collect()).collect();
@@ -91,7 +92,13 @@ fn decoded<E: Element>(device: &Chip, f: &Fixture, format: WeightFormat) -> Vec<
         out.copy_from_slice(&values[index][rows.start * width..rows.end * width]);
         Ok(())
     };
-    let decoder = Decoder::new(device, &f.config, format, &read, Matrices::Rows).unwrap();
+    Decoder::new(device, &f.config, format, &read, Matrices::Rows).unwrap()
+}
+
+/// Logits of all rows of a fixture through the paged cache, its sequences beside each other and cut into pieces. Hidden states
+/// times the embedding table are these logits, too.
+fn decoded<E: Element>(device: &Chip, f: &Fixture, format: WeightFormat) -> Vec<f32> {
+    let decoder = decoder(device, f, format);
     let each = f.seq.div_ceil(PAGE);
     let mut cache = Cache::<_, E>::new(device, &f.config, f.batch * each).unwrap();
     let mut memory = Memory::new(device, &f.config, f.batch * f.seq, f.batch * f.seq).unwrap();
@@ -113,8 +120,8 @@ fn decoded<E: Element>(device: &Chip, f: &Fixture, format: WeightFormat) -> Vec<
             all[place * vocab..(place + 1) * vocab].copy_from_slice(&row);
         }
         if E::DTYPE == DType::F32 {
-            let (hidden, width) =
-                (decoder.hidden(device, &rows, &mut memory).unwrap(), f.config.embedding_width);
+            let hidden = decoder.hidden(device, &rows, &mut memory).unwrap();
+            let width = f.config.embedding_width;
             for (hidden, place) in hidden.chunks(width).zip(&places) {
                 for (embedding, logit) in values[0].chunks(width).zip(&all[place * vocab..]) {
                     let product: f64 = hidden.iter().zip(embedding).map(|(a, b)| *a as f64 * *b as f64).sum();
