@@ -5,6 +5,7 @@ use ferropt_device::{WeightFormat, Which};
 use ferropt_train::bench::inference::{Inference, WeightsOf, inference};
 use ferropt_train::bench::{Training, training};
 use ferropt_train::config::{Precision, Recompute};
+use std::io::Write;
 use std::path::PathBuf;
 
 /// Arguments of `ferropt bench`.
@@ -168,10 +169,11 @@ fn train(args: TrainArgs) -> anyhow::Result<()> {
 }
 
 fn print(report: &(impl serde::Serialize + std::fmt::Display), json: bool) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
     if json {
-        println!("{}", serde_json::to_string_pretty(report)?);
+        writeln!(out, "{}", serde_json::to_string_pretty(report)?)?;
     } else {
-        println!("{report}");
+        writeln!(out, "{report}")?;
     }
     Ok(())
 }

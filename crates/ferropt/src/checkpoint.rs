@@ -157,13 +157,13 @@ enum Type {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    crate::until_reader_leaves(match args.action {
+    match args.action {
         Action::Inspect(args) => inspect(args),
         Action::Convert(args) => convert(args),
         Action::Quantize(args) => quantize::run(args),
         Action::Verify(args) => verify(args),
         Action::Cache(args) => crate::cache::run(args),
-    })
+    }
 }
 
 fn open(path: &PathBuf, which: &Which, whole: Whole<'_>) -> anyhow::Result<Named> {
@@ -292,12 +292,13 @@ fn convert(args: Convert) -> anyhow::Result<()> {
         formats::convert(&named.source, &args.destination, &options, &mut |n, of| bar.show(n, of));
     bar.0.finish_and_clear();
     let converted = converted?;
-    println!(
+    writeln!(
+        std::io::stdout(),
         "{}: {} files, {}",
         args.destination.display(),
         converted.files.len(),
         human_bytes(converted.bytes)
-    );
+    )?;
     if named.source.tokenizer_files().is_empty() {
         eprintln!(
             "warning: there is no tokenizer beside {}, so there is none in {}",
@@ -315,16 +316,18 @@ fn verify(args: Verify) -> anyhow::Result<()> {
         let findings = named.verify(&mut |n, of| bar.show(n, of));
         bar.0.finish_and_clear();
         let findings = findings?;
-        findings.iter().for_each(|finding| println!("{finding}"));
+        let told = findings.iter().try_for_each(|finding| writeln!(std::io::stdout(), "{finding}"));
         if !findings.is_empty() {
             bail!("{} is not sound: {} findings", args.path.display(), findings.len());
         }
-        println!(
+        told?;
+        writeln!(
+            std::io::stdout(),
             "{} is sound: {} tensors, {}",
             args.path.display(),
             named.source.tensors().count(),
             human_bytes(named.source.bytes())
-        );
+        )?;
         return Ok(());
     };
     let second = open(&other, &args.which, Whole::Sizes)?;
@@ -332,7 +335,7 @@ fn verify(args: Verify) -> anyhow::Result<()> {
     bar.0.finish_and_clear();
     let differences = differences?;
     if differences.is_empty() {
-        println!("the same values in all {} tensors", named.source.tensors().count());
+        writeln!(std::io::stdout(), "the same values in all {} tensors", named.source.tensors().count())?;
         return Ok(());
     }
     let mut out = std::io::stdout().lock();

@@ -80,10 +80,10 @@ Examples:
 pub(crate) fn run(args: Args) -> Result<()> {
     let parameters = args.parameters();
     parameters.check().map_err(refused)?;
-    crate::until_reader_leaves(match &args.file {
+    match &args.file {
         Some(file) => run_file(&args, file, &parameters),
         None => run_prompt(&args, parameters),
-    })
+    }
 }
 
 impl Args {

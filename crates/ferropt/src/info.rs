@@ -2,6 +2,7 @@
 
 use ferropt_device::{Device, Which, bf16};
 use ferropt_train::trainer::open_device;
+use std::io::Write;
 
 /// Arguments of `ferropt info`.
 #[derive(clap::Args)]
@@ -17,9 +18,10 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let device = open_device(args.device, args.threads)?;
-    println!("version        ferropt {}", env!("CARGO_PKG_VERSION"));
-    println!("device         {}", device.describe());
-    println!("measured peak  f32  {:.1} GFLOP/s", device.measured_peak::<f32>() * 1e-9);
-    println!("               bf16 {:.1} GFLOP/s", device.measured_peak::<bf16>() * 1e-9);
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "version        ferropt {}", env!("CARGO_PKG_VERSION"))?;
+    writeln!(out, "device         {}", device.describe())?;
+    writeln!(out, "measured peak  f32  {:.1} GFLOP/s", device.measured_peak::<f32>() * 1e-9)?;
+    writeln!(out, "               bf16 {:.1} GFLOP/s", device.measured_peak::<bf16>() * 1e-9)?;
     Ok(())
 }

@@ -4,6 +4,7 @@ use ferropt_model::PRESETS;
 use ferropt_train::config::published;
 use ferropt_train::planner::grouped;
 use serde_json::json;
+use std::io::Write;
 
 /// Arguments of `ferropt presets`.
 #[derive(clap::Args)]
@@ -15,6 +16,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
     if args.json {
         let list: Vec<_> = PRESETS
             .iter()
@@ -32,22 +34,24 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
                 })
             })
             .collect();
-        println!("{}", serde_json::to_string_pretty(&list)?);
+        writeln!(out, "{}", serde_json::to_string_pretty(&list)?)?;
         return Ok(());
     }
-    println!("name   layers  heads  width       parameters   peak lr  batch (tokens)");
+    writeln!(out, "name   layers  heads  width       parameters   peak lr  batch (tokens)")?;
     for p in &PRESETS {
         let parameters = grouped(p.config().parameter_count());
         let (lr, batch) = published(p.name).map_or(("-".into(), "-".into()), |published| {
             (format!("{:.1e}", published.lr), grouped(published.batch_tokens))
         });
-        println!(
+        writeln!(
+            out,
             "{:<6} {:>6} {:>6} {:>6}  {parameters:>15}  {lr:>8}  {batch:>14}",
             p.name, p.layers, p.heads, p.width
-        );
+        )?;
     }
-    println!(
+    writeln!(
+        out,
         "\nPeak learning rate and batch are those of the OPT paper, and the defaults of `ferropt train`."
-    );
+    )?;
     Ok(())
 }

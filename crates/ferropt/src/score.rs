@@ -39,10 +39,6 @@ standard error, has the perplexity of all tokens: exp(-mean log-probability), an
 type Item = (usize, (String, String));
 
 pub(crate) fn run(args: Args) -> Result<()> {
-    crate::until_reader_leaves(score(&args))
-}
-
-fn score(args: &Args) -> Result<()> {
     ensure!(args.batch > 0, "--batch: 0 texts at a time would never end; use 1 or more");
     let (name, text, jsonl) = match &args.file {
         Some(file) => {
