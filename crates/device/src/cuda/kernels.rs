@@ -17,11 +17,13 @@ macro_rules! sources {
 }
 
 /// What other files include.
-pub(super) const HEADERS: &[Source] = sources!["common.cuh", "attention.cuh"];
+pub(super) const HEADERS: &[Source] = sources!["common.cuh", "mma.cuh", "attention.cuh", "attention_mma.cuh"];
 /// Programs.
 pub(super) const PROGRAMS: &[Source] = sources![
     "attention.cu",
     "attention_backward.cu",
+    "attention_mma.cu",
+    "attention_mma_backward.cu",
     "attention_paged.cu",
     "column_sums.cu",
     "elementwise.cu",
