@@ -6,7 +6,7 @@ use super::driver::Address;
 use super::kernels::args;
 use super::workspace::Scratch;
 use super::{CudaBuf, CudaDevice, DropoutWords, name, optional};
-use crate::{AttentionShape, Dropout, Element, PAGE, Segment};
+use crate::{AttentionShape, DType, Dropout, Element, PAGE, Segment};
 
 /// Queries and keys of a tile, and threads of a block; see kernels/attention.cuh.
 const QUERIES: usize = 16;
@@ -14,6 +14,20 @@ const KEYS: usize = 32;
 const THREADS: usize = 128;
 /// The widest head that kernels exist for.
 const WIDEST: usize = 256;
+
+/// Rows of a tile on tensor cores, and the queries of one whose keys stay; see kernels/attention_mma.cuh.
+const TILE: usize = 64;
+const FEW: usize = 32;
+
+/// Whether tensor cores can be used: bf16, and heads as OPT has them.
+fn on_tensor_cores<E: Element>(width: usize) -> bool {
+    E::DTYPE == DType::Bf16 && matches!(width, 64 | 80 | 128)
+}
+
+/// Bytes of so many rows of a head in shared memory, in bf16, their ends being spread over the banks.
+fn staged(rows: usize, width: usize) -> usize {
+    2 * rows * (width + 8)
+}
 
 /// `Heads` of kernels/attention.cuh.
 #[derive(Clone, Copy)]
@@ -70,6 +84,11 @@ pub(super) fn forward<E: Element>(
         out.at(0, tokens * all),
         lse.at(0, tokens * s.heads)
     ];
+    if on_tensor_cores::<E>(s.width) {
+        let (kernel, blocks) =
+            (format!("attention_mma_{}", s.width), (s.seq.div_ceil(TILE), s.batch * s.heads));
+        return d.kernels.launch(&kernel, blocks, (THREADS, 1), staged(2 * TILE, s.width), arguments);
+    }
     let shared = 4 * (QUERIES * s.width + KEYS * (2 * s.width + 1) + QUERIES * KEYS);
     let blocks = (s.seq.div_ceil(QUERIES), s.batch * s.heads);
     d.kernels.launch(&named::<E>("attention", s.width), blocks, (THREADS, 1), shared, arguments);
@@ -94,7 +113,14 @@ pub(super) fn backward<E: Element>(
     let kernel = format!("attention_delta_{}", name::<E>());
     d.kernels.launch(&kernel, (rows.div_ceil(THREADS / 32), 1), (THREADS, 1), 0, arguments);
     let shared = 4 * (2 * QUERIES * s.width + 2 * KEYS * (s.width + 1) + 2 * QUERIES * KEYS);
-    for (kernel, tile) in [("attention_dq", QUERIES), ("attention_dkv", KEYS)] {
+    let plain = |kernel, tile| (named::<E>(kernel, s.width), tile, shared);
+    let mma = |kernel, rows| (format!("{kernel}_{}", s.width), TILE, staged(rows, s.width));
+    let kernels = if on_tensor_cores::<E>(s.width) {
+        [mma("attention_mma_dq", 2 * TILE), mma("attention_mma_dkv", 2 * TILE + 2 * FEW)]
+    } else {
+        [plain("attention_dq", QUERIES), plain("attention_dkv", KEYS)]
+    };
+    for (kernel, tile, shared) in kernels {
         let arguments = args![
             qkv.at(0, tokens * 3 * all),
             optional(doc_start, tokens),
@@ -106,7 +132,7 @@ pub(super) fn backward<E: Element>(
             dqkv.at(0, tokens * 3 * all)
         ];
         let blocks = (s.seq.div_ceil(tile), s.batch * s.heads);
-        d.kernels.launch(&named::<E>(kernel, s.width), blocks, (THREADS, 1), shared, arguments);
+        d.kernels.launch(&kernel, blocks, (THREADS, 1), shared, arguments);
     }
 }
 

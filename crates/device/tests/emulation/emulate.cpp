@@ -180,6 +180,44 @@ const uint64_t* exchange(uint64_t value) {
     return warp.given[turn];
 }
 
+namespace {
+
+float half_of(uint64_t words, unsigned which) { return value<float>((words >> 16 * which & 0xffff) << 16); }
+
+}  // namespace
+
+void mma(float* sums, const unsigned* left, const unsigned* right) {
+    auto both = [](unsigned a, unsigned b) { return a | uint64_t(b) << 32; };
+    uint64_t first[32], second[32], factors[32];
+    std::memcpy(first, exchange(both(left[0], left[1])), sizeof first);
+    std::memcpy(second, exchange(both(left[2], left[3])), sizeof second);
+    std::memcpy(factors, exchange(both(right[0], right[1])), sizeof factors);
+    unsigned g = running_index % 32 / 4, t = running_index % 4;
+    for (unsigned r = 0; r < 2; r++) {
+        for (unsigned e = 0; e < 2; e++) {
+            for (unsigned k = 0; k < 16; k++) {
+                unsigned lane = k % 8 / 2, odd = k % 2;
+                float a = half_of(k < 8 ? first[4 * g + lane] : second[4 * g + lane], 2 * r + odd);
+                float b = half_of(factors[4 * (2 * t + e) + lane], 2 * (k / 8) + odd);
+                sums[2 * r + e] += a * b;
+            }
+        }
+    }
+}
+
+void load_turned(unsigned* right, const void* row) {
+    uint64_t rows[32];
+    std::memcpy(rows, exchange(reinterpret_cast<uint64_t>(row)), sizeof rows);
+    unsigned g = running_index % 32 / 4, t = running_index % 4;
+    for (unsigned half = 0; half < 2; half++) {
+        auto at = [&](unsigned i) {
+            if (rows[8 * half + i] % 16 != 0) fail("a row of a factor does not begin at a multiple of 16 bytes");
+            return unsigned(reinterpret_cast<const uint16_t*>(rows[8 * half + i])[g]);
+        };
+        right[half] = at(2 * t) | at(2 * t + 1) << 16;
+    }
+}
+
 Registered::Registered(const char* name, Body body) {
     if (!kernels().emplace(name, body).second) std::fprintf(stderr, "emulation: two kernels are called %s\n", name), std::abort();
 }

@@ -54,6 +54,10 @@ bool barrier(bool any);
 /// Gives a value to the warp, waits for its other lanes, and returns what all 32 gave.
 const uint64_t* exchange(uint64_t value);
 
+/// Products of a tensor core, and how it loads a factor from 16 rows of memory; see mma.cuh.
+void mma(float* sums, const unsigned* left, const unsigned* right);
+void load_turned(unsigned* right, const void* row);
+
 typedef void (*Body)(void** arguments);
 /// A kernel that can be found by its name.
 struct Registered {

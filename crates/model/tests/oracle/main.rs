@@ -99,6 +99,8 @@ fn decoder(device: &Chip, f: &Fixture, format: WeightFormat) -> Decoder<Chip> {
 /// times the embedding table are these logits, too.
 fn decoded<E: Element>(device: &Chip, f: &Fixture, format: WeightFormat) -> Vec<f32> {
     let decoder = decoder(device, f, format);
+    let embeddings: Vec<f32> =
+        f.config.parameters()[0].names.iter().flat_map(|name| f.values(name)).collect();
     let each = f.seq.div_ceil(PAGE);
     let mut cache = Cache::<_, E>::new(device, &f.config, f.batch * each).unwrap();
     let mut memory = Memory::new(device, &f.config, f.batch * f.seq, f.batch * f.seq).unwrap();
@@ -123,7 +125,7 @@ fn decoded<E: Element>(device: &Chip, f: &Fixture, format: WeightFormat) -> Vec<
             let hidden = decoder.hidden(device, &rows, &mut memory).unwrap();
             let width = f.config.embedding_width;
             for (hidden, place) in hidden.chunks(width).zip(&places) {
-                for (embedding, logit) in values[0].chunks(width).zip(&all[place * vocab..]) {
+                for (embedding, logit) in embeddings.chunks(width).zip(&all[place * vocab..]) {
                     let product: f64 = hidden.iter().zip(embedding).map(|(a, b)| *a as f64 * *b as f64).sum();
                     assert!(
                         (product - *logit as f64).abs() < LOGIT / 2.0,

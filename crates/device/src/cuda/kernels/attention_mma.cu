@@ -1,0 +1,99 @@
+// Causal attention on tensor cores (Dao, 2023), in bf16.
+#include "attention_mma.cuh"
+
+// A block for 64 queries of one head of one sequence.
+template <int D>
+__device__ void attention_mma(const bf16* qkv, const u32* doc_start, Heads s, Dropout dropout, bf16* out, float* lse) {
+    DYNAMIC_SHARED(bf16, shared);
+    const u32 LD = Row<D>::LD;
+    bf16* k = shared;          // [64][LD], at first the queries
+    bf16* v = k + TILE * LD;   // [64][LD]
+    u32 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32 g = lane / 4, t = lane % 4;
+    // The last queries have the most keys, so they come first.
+    u32 first = (gridDim.x - 1 - blockIdx.x) * TILE, count = min(TILE, s.seq - first);
+    u64 ld = 3 * u64(s.heads) * D;
+    stage16<D>(qkv, s.at(b, h, 0, first), ld, TILE, count, k);
+    __syncthreads();
+    u32 q[D / 16][4];
+    for (int i = 0; i < D / 16; i++) load_left(q[i], k + 16 * warp * LD + 16 * i, LD);
+    u32 start = doc_start ? first_key(doc_start + b * s.seq + first, count) : 0;
+    u32 query[2], from[2];
+    float most[2] = {NOTHING, NOTHING}, weight[2] = {0.0f, 0.0f}, sums[D / 8][4];
+    for (int r = 0; r < 2; r++) {
+        query[r] = first + 16 * warp + g + 8 * r;
+        from[r] = doc_start && query[r] < s.seq ? doc_start[b * s.seq + query[r]] : 0;
+    }
+    for (int n = 0; n < D / 8; n++) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
+    const float scale = s.scale * LOG2E;
+    for (u32 key = start / TILE * TILE; key < first + count; key += TILE) {
+        u32 keys = min(TILE, s.seq - key);
+        __syncthreads();
+        stage16<D>(qkv, s.at(b, h, 1, key), ld, TILE, keys, k);
+        stage16<D>(qkv, s.at(b, h, 2, key), ld, TILE, keys, v);
+        __syncthreads();
+        float p[8][4];
+        for (int j = 0; j < 8; j++) {
+            p[j][0] = p[j][1] = p[j][2] = p[j][3] = 0.0f;
+            for (int i = 0; i < D / 16; i++) {
+                u32 right[2];
+                load_right(right, k + 8 * j * LD + 16 * i, LD);
+                mma(p[j], q[i], right);
+            }
+        }
+        for (int r = 0; r < 2; r++) {
+            float now = most[r];
+            for (int j = 0; j < 8; j++) {
+                for (int e = 0; e < 2; e++) {
+                    u32 own = key + 8 * j + 2 * t + e;
+                    float* x = &p[j][2 * r + e];
+                    *x = own <= query[r] && own >= from[r] ? *x * scale : NEVER;
+                    now = fmaxf(now, *x);
+                }
+            }
+            now = fmaxf(now, __shfl_xor_sync(ALL_LANES, now, 1));
+            now = fmaxf(now, __shfl_xor_sync(ALL_LANES, now, 2));
+            float shrink = exp2f(most[r] - now);
+            most[r] = now;
+            weight[r] *= shrink;
+            for (int n = 0; n < D / 8; n++) sums[n][2 * r] *= shrink, sums[n][2 * r + 1] *= shrink;
+            for (int j = 0; j < 8; j++) {
+                for (int e = 0; e < 2; e++) {
+                    p[j][2 * r + e] = exp2f(p[j][2 * r + e] - now);
+                    weight[r] += p[j][2 * r + e];
+                }
+            }
+            if (dropout.on()) {
+                float factors[8][2];
+                mask_row(dropout, s.mask_row(dropout, b, h, query[r]), key / TILE, factors);
+                for (int j = 0; j < 8; j++) p[j][2 * r] *= factors[j][0], p[j][2 * r + 1] *= factors[j][1];
+            }
+        }
+        for (int i = 0; i < 4; i++) {
+            u32 left[4], right[2];
+            as_left(left, p, i);
+            for (int n = 0; n < D / 8; n++) {
+                load_right_turned(right, v + 16 * i * LD + 8 * n, LD);
+                mma(sums[n], left, right);
+            }
+        }
+    }
+    for (int r = 0; r < 2; r++) {
+        float total = weight[r] + __shfl_xor_sync(ALL_LANES, weight[r], 1);
+        total += __shfl_xor_sync(ALL_LANES, total, 2);
+        if (query[r] < s.seq) {
+            float factor = 1.0f / total;
+            bf16* row = out + s.out(b, h, query[r]) + 2 * t;
+            for (int n = 0; n < D / 8; n++) put_two(row + 8 * n, sums[n][2 * r] * factor, sums[n][2 * r + 1] * factor);
+            if (t == 0) lse[u64(blockIdx.y) * s.seq + query[r]] = (most[r] + log2f(total)) * LN2;
+        }
+    }
+}
+
+#define ATTENTION(D)                                                                                              \
+    KERNEL(attention_mma_##D, const bf16* qkv, const u32* doc_start, Heads s, Dropout dropout, bf16* out, float* lse) { \
+        attention_mma<D>(qkv, doc_start, s, dropout, out, lse);                                                   \
+    }
+ATTENTION(64)
+ATTENTION(80)
+ATTENTION(128)
