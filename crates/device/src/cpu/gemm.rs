@@ -302,7 +302,7 @@ pub(super) fn each_task(
     // Small enough that threads finish together, large enough that a task is not all overhead.
     let span = (b_panels * groups / (16 * device.threads())).clamp(1, 4);
     let spans = b_panels.div_ceil(span);
-    device.pool.for_each(groups * spans, |at, _| {
+    device.pool.for_neighbours(groups * spans, |at, _| {
         let a = at / spans * group..((at / spans + 1) * group).min(a_panels);
         let b = at % spans * span..((at % spans + 1) * span).min(b_panels);
         task(a, b);

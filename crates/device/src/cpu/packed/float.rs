@@ -2,17 +2,16 @@
 
 use half::bf16;
 
-use super::{Finish, Kept, Rows};
+use super::{Finish, Kept, widened};
 use crate::cpu::buffer::Shards;
-use crate::cpu::elementwise::convert;
 use crate::cpu::gemm::{self, Block, Dot, Fma, Mac, Operand, Tile, tile};
 use crate::cpu::pack::{Matrix, pack, pack_panels};
 use crate::cpu::simd::{Isa, Portable, Simd, dispatch, with_avx512, with_avx512_bf16};
 use crate::cpu::{CpuDevice, Scratch};
 use crate::{DType, Element};
 
-/// At most this many rows are multiplied in one pass over the weights, all of k at once: what the L2 cache holds of
-/// them. More go block by block, as in training.
+/// At most this many rows are multiplied with units in one pass over the weights, all of k at once: what the L2 cache
+/// holds of them. More go block by block, as in training.
 const FEW_ROWS: usize = 64;
 
 /// Elements of k that are packed at a time, on the way to another type: with a panel's width, what a near cache holds.
@@ -21,7 +20,7 @@ const STEP: usize = 64;
 /// `[panel][unit][nr]`.
 pub(super) struct Panels<W: Element> {
     pub(super) words: Kept,
-    tile: Tile,
+    pub(super) tile: Tile,
     k: usize,
     unit: std::marker::PhantomData<W>,
 }
@@ -83,7 +82,7 @@ impl<W: Element> Panels<W> {
         Panels { words, tile: tile(isa, dtype), k, unit: std::marker::PhantomData }
     }
 
-    fn data(&self) -> &[W] {
+    pub(super) fn data(&self) -> &[W] {
         bytemuck::cast_slice(&self.words)
     }
 
@@ -136,53 +135,50 @@ impl Operand for Panels<u32> {
     }
 }
 
-impl Operand for Panels<bf16> {
-    /// Widens: once for all rows of the product.
-    fn prepare(&self, device: &CpuDevice, cols: Range, ks: Range, t: Tile, scratch: &mut [u32]) {
-        let (size, stride) = (ks.len() * t.nr, self.k * t.nr);
-        let panels = cols.len().div_ceil(t.nr);
-        let shards = Shards::new(&mut scratch[..panels * size]);
-        let data = self.data();
-        device.pool.for_each(panels, |p, _| {
-            // SAFETY: each task writes its own panel.
-            let out = unsafe { shards.range(p * size..(p + 1) * size) };
-            let x = &data[(cols.start / t.nr + p) * stride + ks.start * t.nr..][..size];
-            dispatch!(device.isa, s => convert(s, x, bytemuck::cast_slice_mut::<u32, f32>(out)));
-        });
-    }
-}
-
 type Range = std::ops::Range<usize>;
 
-/// `x[m, k] * w^T`.
-pub(super) fn multiply<W: Element>(
+/// `x[m, k] * w^T` with units as they are multiplied.
+pub(super) fn multiply_words<E: Element>(
     device: &CpuDevice,
     shape: (usize, usize, usize),
-    x: Rows,
-    w: &Panels<W>,
+    x: &[E],
+    w: &Panels<u32>,
     finish: &Finish,
-) where
-    Panels<W>: Operand,
-{
-    match x {
-        Rows::F32(x) => multiply_rows(device, shape, x, w, finish),
-        Rows::Bf16(x) => multiply_rows(device, shape, x, w, finish),
+) {
+    let (m, _, k) = shape;
+    let x = Matrix { data: &x[..m * k], ld: k, k_contiguous: true };
+    if m > FEW_ROWS {
+        gemm::product(device, w.tile, shape, x, w, finish)
+    } else {
+        multiply_few(device, shape, x, w, finish)
     }
 }
 
-fn multiply_rows<E: Element, W: Element>(
+/// `x[m, k] * w^T` with single bf16.
+pub(super) fn multiply_halves<E: Element>(
+    device: &CpuDevice,
+    shape: (usize, usize, usize),
+    x: &[E],
+    w: &Panels<bf16>,
+    finish: &Finish,
+) {
+    let (m, _, k) = shape;
+    let x = Matrix { data: &x[..m * k], ld: k, k_contiguous: true };
+    if m > w.tile.mr {
+        widened::multiply(device, shape, x, w, finish)
+    } else {
+        multiply_few(device, shape, x, w, finish)
+    }
+}
+
+/// All rows in one pass over the weights, all of k at once.
+fn multiply_few<E: Element, W: Element>(
     device: &CpuDevice,
     (m, n, k): (usize, usize, usize),
-    x: &[E],
+    x: Matrix<E>,
     w: &Panels<W>,
     finish: &Finish,
-) where
-    Panels<W>: Operand,
-{
-    let x = Matrix { data: &x[..m * k], ld: k, k_contiguous: true };
-    if m > FEW_ROWS {
-        return gemm::product(device, w.tile, (m, n, k), x, w, finish);
-    }
+) {
     // As many rows in a tile as there are, so that none is computed for nothing.
     let mr = [1, 2, 4].into_iter().find(|mr| *mr >= m).unwrap_or(w.tile.mr).min(w.tile.mr);
     let Tile { nr, per_unit, .. } = w.tile;

@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::{Finish, Kept, Rows};
+use super::{Finish, Kept};
 use crate::cpu::buffer::Shards;
 use crate::cpu::gemm::{Epilogue, each_task};
 use crate::cpu::simd::{Isa, Simd, dispatch, prefetch_l2, with_avx512};
@@ -211,14 +211,14 @@ fn round_group<S: Simd, E: Element>(_: S, x: &[E], codes: &mut [i8; GROUP]) -> (
 }
 
 /// `x[m, k] * w^T`.
-pub(super) fn multiply(device: &CpuDevice, m: usize, k: usize, x: Rows, w: &Panels, finish: &Finish) {
-    match x {
-        Rows::F32(x) => multiply_rows(device, m, k, x, w, finish),
-        Rows::Bf16(x) => multiply_rows(device, m, k, x, w, finish),
-    }
-}
-
-fn multiply_rows<E: Element>(device: &CpuDevice, m: usize, k: usize, x: &[E], w: &Panels, finish: &Finish) {
+pub(super) fn multiply<E: Element>(
+    device: &CpuDevice,
+    m: usize,
+    k: usize,
+    x: &[E],
+    w: &Panels,
+    finish: &Finish,
+) {
     if m == 0 {
         return;
     }

@@ -1,7 +1,7 @@
 //! Weight matrices that are only read: laid out once, for products with one row or thousands.
 //!
 //! A matrix `[n, k]` is cut into panels of output columns, in which the inner loops walk k in memory's order: `f32`
-//! and `bf16` in [`float`], groups of 8-bit or 4-bit numbers in [`groups`]. Every element of a product is summed along k
+//! and `bf16` in [`float`], many rows of bf16 in [`widened`], groups of 8-bit or 4-bit numbers in [`groups`]. Every element of a product is summed along k
 //! in one order that depends on k alone, by the same instructions for few rows and for many, so that a row's result
 //! does not depend on the rows beside it: a request gives the same tokens alone and in any batch.
 
@@ -9,6 +9,7 @@ mod float;
 mod groups;
 mod kept;
 mod rounding;
+mod widened;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -296,9 +297,16 @@ impl Epilogue for Finish<'_> {
 
 /// `x[m, k] * w^T`, handed to `finish`.
 pub(super) fn multiply(device: &CpuDevice, m: usize, x: Rows, w: &Packed, finish: &Finish) {
+    match x {
+        Rows::F32(x) => multiply_rows(device, m, x, w, finish),
+        Rows::Bf16(x) => multiply_rows(device, m, x, w, finish),
+    }
+}
+
+fn multiply_rows<E: Element>(device: &CpuDevice, m: usize, x: &[E], w: &Packed, finish: &Finish) {
     match &w.data {
-        Data::Words(panels) => float::multiply(device, (m, w.n, w.k), x, panels, finish),
-        Data::Halves(panels) => float::multiply(device, (m, w.n, w.k), x, panels, finish),
+        Data::Words(panels) => float::multiply_words(device, (m, w.n, w.k), x, panels, finish),
+        Data::Halves(panels) => float::multiply_halves(device, (m, w.n, w.k), x, panels, finish),
         Data::Groups(panels) => groups::multiply(device, m, w.k, x, panels, finish),
     }
 }
