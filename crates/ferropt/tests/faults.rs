@@ -231,9 +231,9 @@ fn a_disk_that_is_full_for_a_while_costs_checkpoints_only() {
 #[test]
 fn a_rank_without_room_for_its_files_costs_checkpoints_only() {
     let lab = Lab::new();
-    undisturbed(&lab, "whole", 600, &[], 2);
+    undisturbed(&lab, "whole", 300, &[], 2);
     // Writing beyond the limit is an error, as on a full disk, and no signal that kills; children inherit that.
-    let ranks = ranks(&lab.config("limited", 600), &[], 2, &[]);
+    let ranks = ranks(&lab.config("limited", 300), &[], 2, &[]);
     let mut command = Command::new("sh");
     command.args(["-c", "trap '' XFSZ; exec \"$@\"", "sh"]).arg(ranks.get_program()).args(ranks.get_args());
     let supervisor = saying(&lab, "limited", command);
@@ -250,7 +250,7 @@ fn a_rank_without_room_for_its_files_costs_checkpoints_only() {
         std::thread::sleep(Duration::from_millis(2));
     }
     limit("unlimited");
-    ends_alike(&lab, supervisor, "limited", 600);
+    ends_alike(&lab, supervisor, "limited", 300);
     let events = events(&lab, "limited");
     let failed: Vec<_> = events.iter().filter(|entry| entry["event"] == "checkpoint-failed").collect();
     assert!(failed.iter().any(|entry| entry["text"].as_str().unwrap().contains("rank 1")), "{events:?}");
