@@ -39,6 +39,7 @@ const CUBLASLT: Wanted = Wanted {
     what: "NVIDIA's library of matrix products",
     files: &["libcublasLt.so.13", "libcublasLt.so.12"],
     packages: &["cu13/lib", "cublas/lib"],
+    loads: None,
     install: "Install CUDA 12 or 13, or in a Python environment `pip install nvidia-cublas`",
 };
 

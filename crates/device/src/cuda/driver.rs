@@ -57,6 +57,7 @@ const DRIVER: Wanted = Wanted {
     what: "NVIDIA's driver",
     files: &["libcuda.so.1"],
     packages: &[],
+    loads: None,
     install: "Install the driver of the GPU (https://www.nvidia.com/drivers)",
 };
 

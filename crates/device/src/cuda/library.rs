@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 
@@ -17,6 +17,8 @@ pub(super) struct Wanted {
     pub files: &'static [&'static str],
     /// Folders below `site-packages/nvidia` where packages of Python put it.
     pub packages: &'static [&'static str],
+    /// How the names of files begin that it loads itself, by name alone; packages of Python have them in the same folder.
+    pub loads: Option<&'static str>,
     /// What to do where it is missing.
     pub install: &'static str,
 }
@@ -48,7 +50,10 @@ impl Library {
                     continue;
                 }
                 match open(&path) {
-                    Ok(handle) => return Ok(Library { handle, what: wanted.what }),
+                    Ok(handle) => {
+                        load_beside(&place, wanted.loads);
+                        return Ok(Library { handle, what: wanted.what });
+                    }
                     // The system says so of a library that is nowhere, too.
                     Err(_) if place.as_os_str().is_empty() => {}
                     Err(error) => broken.push(error),
@@ -85,7 +90,16 @@ impl Library {
     }
 }
 
-fn open(path: &std::path::Path) -> Result<*mut c_void, String> {
+/// Loads what a library is going to ask for by name, which the system finds in no other folder than its own, unless it is
+/// loaded. Failures are told by the library when it asks.
+fn load_beside(folder: &Path, names: Option<&str>) {
+    let (Some(names), Ok(files)) = (names, std::fs::read_dir(folder)) else { return };
+    for file in files.flatten().filter(|file| file.file_name().to_string_lossy().starts_with(names)) {
+        let _ = open(&file.path());
+    }
+}
+
+fn open(path: &Path) -> Result<*mut c_void, String> {
     let name = CString::new(path.as_os_str().as_encoded_bytes()).map_err(|e| e.to_string())?;
     // SAFETY: loading runs the library's own start-up code: these are NVIDIA's, or what the user put in their place.
     let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
@@ -166,6 +180,7 @@ mod tests {
             what: "the library of nothing",
             files: &["libferropt-nothing.so.1"],
             packages: &[],
+            loads: None,
             install: "install nothing",
         };
         let text = Library::load(&wanted).err().expect("no such library").to_string();

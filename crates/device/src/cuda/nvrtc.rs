@@ -29,6 +29,7 @@ const NVRTC: Wanted = Wanted {
     what: "NVIDIA's run-time compiler",
     files: &["libnvrtc.so.13", "libnvrtc.so.12"],
     packages: &["cu13/lib", "cuda_nvrtc/lib"],
+    loads: Some("libnvrtc-builtins.so."),
     install: "Install CUDA 12 or 13, or in a Python environment `pip install nvidia-cuda-nvrtc`",
 };
 
