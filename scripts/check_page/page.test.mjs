@@ -305,9 +305,11 @@ test("the keyboard alone is enough", async () => {
     for (let i = 0; i < 10; i += 1) {
         if (await box(page).locator("li button").count()) break;
         await page.keyboard.press("ArrowRight");
+        // The box follows with the next frame.
+        await page.evaluate(() => new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn))));
     }
     await page.keyboard.press("Enter");
-    assert.equal(await page.evaluate(() => document.activeElement.closest("li") !== null), true);
+    await page.waitForFunction(() => document.activeElement.closest("li") !== null);
     await page.keyboard.press("ArrowDown");
     await page.keyboard.press("ArrowUp");
     await finish(page, () => page.keyboard.press("Enter"));
