@@ -1,7 +1,8 @@
 //! Matrix products: `C[m, n] = sum over k of A(m, k) * B(n, k)`, f32 accumulation, result handed row by row to an epilogue.
 //!
 //! Both operands are packed into panels: A in panels of `MR` rows, B in panels of `NR` columns, so that the inner loop
-//! reads both in order. One 32-bit *unit* of a panel is an f32 (which bf16 are widened to), or where `vdpbf16ps` is
+//! reads both in order. B is packed first, by all threads; of A each thread packs as many rows as its second-level cache
+//! holds, and multiplies them with all of B at once, so that packed rows never go to memory. One 32-bit *unit* of a panel is an f32 (which bf16 are widened to), or where `vdpbf16ps` is
 //! used a pair of bf16 that are neighbours in k, which is what it consumes. The micro-kernel keeps an MR x NR tile in
 //! registers (8 x 48 with AVX-512: 24 accumulators, 3 columns, 1 broadcast) over a whole block of k.
 //!
@@ -11,7 +12,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::buffer::Shards;
-use super::pack::{Matrix, pack};
+use super::pack::{Matrix, pack, pack_panels};
 use super::simd::{
     Avx512, Isa, Portable, Simd, dispatch, prefetch, prefetch_l2, with_avx512, with_avx512_bf16,
 };
@@ -28,12 +29,17 @@ pub(super) trait Epilogue: Sync {
 
 /// Units of k in one block; packed panels of a block stay in the L2 cache.
 const KC: usize = 1024;
-/// Units in a packed super-block of either operand: 8 MiB, a part of the L3 cache.
+/// Units in a packed super-block of B: 8 MiB, a part of the L3 cache.
 const PACKED_UNITS: usize = 2 << 20;
-/// Units of A that a thread works through per panel of B: 256 KiB, a part of its L2 cache.
+/// Most sums of a super-block that wait for the next block of k.
+const PARTIAL_SUMS: usize = 4 << 20;
+/// Units of A that a thread packs and works through per panel of B: 256 KiB, a part of its L2 cache.
 const GROUP_UNITS: usize = 64 << 10;
-/// Units of k by which a panel of A is fetched ahead of its use.
-const AHEAD: usize = 16;
+/// Tasks for each thread at least, so that threads finish together.
+const TASKS: usize = 4;
+/// Units of k by which a panel of A, and one of B, are fetched to the first-level cache ahead of their use.
+const A_AHEAD: usize = 16;
+const B_AHEAD: usize = 8;
 
 /// Sizes of the register tile, and how units are made, for one instruction set and element type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,10 +74,15 @@ fn blocks(t: Tile, m: usize, n: usize, k: usize) -> Blocks {
     // Equal blocks of k, an even number of elements each.
     let k_blocks = k.div_ceil(KC * t.per_unit).max(1);
     let kc = k.div_ceil(k_blocks).next_multiple_of(2);
+    let side =
+        |size: usize, step: usize, most: usize| size.next_multiple_of(step).min((most / step).max(1) * step);
     // With several blocks of k, a super-block's partial sums are bounded too.
-    let most = PACKED_UNITS / if k_blocks > 1 { KC } else { kc.div_ceil(t.per_unit).max(1) };
-    let side = |size: usize, step: usize| size.next_multiple_of(step).min((most / step).max(1) * step);
-    Blocks { m: side(m, t.mr), n: side(n, t.nr), k: kc }
+    if k_blocks > 1 {
+        let n = side(n, t.nr, PACKED_UNITS / KC);
+        return Blocks { m: side(m, t.mr, PARTIAL_SUMS / n), n, k: kc };
+    }
+    let n = side(n, t.nr, PACKED_UNITS / kc.div_ceil(t.per_unit).max(1));
+    Blocks { m: m.next_multiple_of(t.mr), n, k: kc }
 }
 
 /// The right operand of a product, in whatever form.
@@ -135,52 +146,84 @@ pub(super) fn product<E: Element, B: Operand, P: Epilogue>(
     let k_blocks = k.div_ceil(step.k).max(1);
     let units = step.k.div_ceil(t.per_unit);
     let partial = if k_blocks > 1 { step.m * step.n } else { 0 };
+    let a_panels = (GROUP_UNITS / (units * t.mr).max(1)).max(1);
+    let group = a_panels * t.mr * units;
     let mut workspace = device.workspace();
     let [packed_a, scratch, partials] = workspace.take([
-        (Scratch::PackedA, step.m * units),
+        (Scratch::PackedA, device.threads() * group),
         (Scratch::PackedB, b.scratch(step.n * units)),
         (Scratch::Partials, partial),
     ]);
-    let (mut in_a, mut in_b) = (None, None);
+    let (packed_a, partials) = (Shards::new(packed_a), Shards::new(bytemuck::cast_slice_mut(partials)));
+    let mut in_scratch = None;
     for n0 in (0..n).step_by(step.n) {
-        let n1 = (n0 + step.n).min(n);
+        let cols = n0..(n0 + step.n).min(n);
         for m0 in (0..m).step_by(step.m) {
-            let m1 = (m0 + step.m).min(m);
+            let rows = m0..(m0 + step.m).min(m);
             for k_block in 0..k_blocks {
                 let ks = k_block * step.k..((k_block + 1) * step.k).min(k);
                 let units = ks.len().div_ceil(t.per_unit);
-                if in_b != Some((n0, k_block)) {
-                    b.prepare(device, n0..n1, ks.clone(), t, scratch);
-                    in_b = Some((n0, k_block));
+                if in_scratch != Some((n0, k_block)) {
+                    b.prepare(device, cols.clone(), ks.clone(), t, scratch);
+                    in_scratch = Some((n0, k_block));
                 }
-                if in_a != Some((m0, k_block)) {
-                    pack(device, a, m0..m1, ks.clone(), t.mr, t.per_unit, packed_a);
-                    in_a = Some((m0, k_block));
-                }
-                let block = Block {
-                    tile: t,
-                    units,
-                    rows: m0..m1,
-                    cols: n0..n1,
-                    first: k_block == 0,
-                    last: k_block + 1 == k_blocks,
-                    a: packed_a,
-                    b: b.panels(scratch, n0, ks.start, units, t),
-                };
-                block.run(device, Shards::new(bytemuck::cast_slice_mut(partials)), epilogue);
+                let panels = b.panels(scratch, n0, ks.start, units, t);
+                each_group(device, t, rows.len(), cols.len(), a_panels, |here, b_panels, thread| {
+                    let (start, rows) = (here.start, rows.start + here.start..rows.start + here.end);
+                    let len = rows.len().next_multiple_of(t.mr) * units;
+                    // SAFETY: each thread has its own part.
+                    let packed = unsafe { packed_a.range(thread * group..thread * group + len) };
+                    pack_panels(device.isa, a, rows.clone(), ks.clone(), t.mr, t.per_unit, packed);
+                    let block = Block {
+                        tile: t,
+                        units,
+                        rows,
+                        cols: cols.clone(),
+                        first: k_block == 0,
+                        last: k_block + 1 == k_blocks,
+                        a: packed,
+                        b: panels,
+                        partials_from: start * cols.len().next_multiple_of(t.nr),
+                    };
+                    block.run(device.isa, b_panels, partials, epilogue);
+                });
             }
         }
     }
+}
+
+/// Calls `task(rows, panels of B, thread)` on all threads: rows in groups of at most `a_panels` panels of A, by all panels
+/// of B or, where there are few groups, by some.
+fn each_group(
+    device: &CpuDevice,
+    t: Tile,
+    rows: usize,
+    cols: usize,
+    a_panels: usize,
+    task: impl Fn(Range<usize>, Range<usize>, usize) + Sync,
+) {
+    let (all_a, all_b) = (rows.div_ceil(t.mr), cols.div_ceil(t.nr));
+    let groups = all_a.div_ceil(a_panels);
+    let group = all_a.div_ceil(groups) * t.mr;
+    let parts = (TASKS * device.threads()).div_ceil(groups).min(all_b);
+    let span = all_b.div_ceil(parts);
+    device.pool.for_each(groups * parts, |at, thread| {
+        let rows = at / parts * group..((at / parts + 1) * group).min(rows);
+        let b_panels = at % parts * span..((at % parts + 1) * span).min(all_b);
+        if !rows.is_empty() && !b_panels.is_empty() {
+            task(rows, b_panels, thread);
+        }
+    });
 }
 
 /// Workspace of the largest product over `rows` rows whose widest side is `widest`.
 pub(super) fn workspace_bytes<E: Element>(device: &CpuDevice, rows: usize, widest: usize) -> usize {
     let t = tile(device.isa, E::DTYPE);
     let longest = rows.max(widest);
-    let packed = |side: usize| (side.next_multiple_of(t.nr) * KC).min(PACKED_UNITS);
-    let side = |side: usize| side.next_multiple_of(t.nr).min(PACKED_UNITS / KC);
-    let partials = if longest > KC * t.per_unit { side(longest) * side(widest) } else { 0 };
-    4 * (packed(longest) + packed(widest) + partials)
+    let packed = (widest.next_multiple_of(t.nr) * KC).min(PACKED_UNITS);
+    let sums = longest.next_multiple_of(t.mr) * widest.next_multiple_of(t.nr);
+    let partials = if longest > KC * t.per_unit { sums.min(PARTIAL_SUMS) } else { 0 };
+    4 * (device.threads() * GROUP_UNITS + packed + partials)
 }
 
 /// Panels of B over one block of k: that of panel `p` begins at `p * stride + start`. `W` is u32 for units as they are
@@ -192,7 +235,7 @@ pub(super) struct Panels<'a, W> {
     pub(super) start: usize,
 }
 
-/// One super-block of packed operands.
+/// Packed operands: some rows of A, and a super-block of B.
 pub(super) struct Block<'a, W> {
     pub(super) tile: Tile,
     /// Units of k.
@@ -204,13 +247,15 @@ pub(super) struct Block<'a, W> {
     pub(super) last: bool,
     pub(super) a: &'a [u32],
     pub(super) b: Panels<'a, W>,
+    /// Where the sums of these rows begin among those that wait for the next block of k.
+    pub(super) partials_from: usize,
 }
 
 impl<W: Element> Block<'_, W> {
-    /// Multiplies on all threads.
-    pub(super) fn run<P: Epilogue>(&self, device: &CpuDevice, partials: Shards<f32>, epilogue: &P) {
-        let group = GROUP_UNITS / (self.units * self.tile.mr).max(1);
-        each_task(device, self.panels(), group, |a, b| match device.isa {
+    /// Multiplies all rows with some panels of B.
+    fn run<P: Epilogue>(&self, isa: Isa, b: Range<usize>, partials: Shards<f32>, epilogue: &P) {
+        let a = 0..self.panels().0;
+        match isa {
             // SAFETY: the processor has AVX-512 BF16.
             Isa::Avx512Bf16 if self.tile.per_unit == 2 => unsafe {
                 with_avx512_bf16(
@@ -229,7 +274,7 @@ impl<W: Element> Block<'_, W> {
                 dispatch!(Isa::Avx2, s => self.task::<_, Fma, _, 6, 2>(s, a, b, partials, epilogue))
             }
             Isa::Portable => self.task::<_, Fma, _, 4, 2>(Portable, a, b, partials, epilogue),
-        });
+        }
     }
 
     /// Panels of A and of B.
@@ -260,7 +305,7 @@ impl<W: Element> Block<'_, W> {
                 let at = (start + self.b.stride + (ap - a_panels.start) * share).min(all.len());
                 let next = &all[at..(at + share).min(all.len())];
                 // What earlier blocks of k gave.
-                let keep = (bp * a_count + ap) * MR * nr;
+                let keep = self.partials_from + (bp * a_count + ap) * MR * nr;
                 let keep = keep..keep + MR * nr;
                 if !(self.first && self.last) {
                     partials.prefetch(keep.end, MR * nr);
@@ -379,7 +424,11 @@ pub(super) fn micro_kernel<S: Simd, M: Mac<S>, W: Element, const MR: usize, cons
         if lines > 2 {
             prefetch_l2(next.wrapping_byte_add(128));
         }
-        prefetch(a.as_ptr().wrapping_add(AHEAD * MR));
+        prefetch(a.as_ptr().wrapping_add(A_AHEAD * MR));
+        // The processor would fetch them too, but not early enough where two streams come from the second-level cache.
+        for at in (0..nr).step_by(64 / size_of::<W>()) {
+            prefetch(b.as_ptr().wrapping_add(B_AHEAD * nr + at));
+        }
         next = next.wrapping_add(next_step);
         // A closure would not always be inlined, and then it lacks the instructions.
         let mut columns = [s.zero(); NV];

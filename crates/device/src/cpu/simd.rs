@@ -35,8 +35,6 @@ pub trait Simd: WordLanes {
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a * b`
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
-    /// `a / b`
-    fn div(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a * b + c`, fused where the processor can.
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// Larger of each lane.
@@ -205,7 +203,6 @@ impl Simd for Portable {
         add(a, b) = a + b;
         sub(a, b) = a - b;
         mul(a, b) = a * b;
-        div(a, b) = a / b;
         // A fused product without hardware support would be a library call.
         fma(a, b, c) = a * b + c;
         max(a, b) = if a > b { a } else { b };
@@ -296,7 +293,6 @@ impl Simd for Avx2 {
         add(a, b) = _mm256_add_ps(a, b);
         sub(a, b) = _mm256_sub_ps(a, b);
         mul(a, b) = _mm256_mul_ps(a, b);
-        div(a, b) = _mm256_div_ps(a, b);
         fma(a, b, c) = _mm256_fmadd_ps(a, b, c);
         max(a, b) = _mm256_max_ps(a, b);
         min(a, b) = _mm256_min_ps(a, b);
@@ -418,7 +414,6 @@ impl Simd for Avx512 {
         add(a, b) = _mm512_add_ps(a, b);
         sub(a, b) = _mm512_sub_ps(a, b);
         mul(a, b) = _mm512_mul_ps(a, b);
-        div(a, b) = _mm512_div_ps(a, b);
         fma(a, b, c) = _mm512_fmadd_ps(a, b, c);
         max(a, b) = _mm512_max_ps(a, b);
         min(a, b) = _mm512_min_ps(a, b);

@@ -5,12 +5,11 @@
 //! A head is one task. Keys are taken a block at a time, whose gradients are then complete; those of queries grow in
 //! f32 in the workspace.
 
-use super::forward::store_turned;
-use super::{HeadDropout, Kernel, MOST_LANES, Panel, Rows, Tile, Units, carve, carved, on_tile};
+use super::product::{Columns, Left, add_products, scores};
+use super::{HeadDropout, Kernel, MOST_LANES, Panel, Rows, Tile, Units, carve, carved, on_tile, store_row};
 use crate::cpu::buffer::Shards;
-use crate::cpu::gemm::micro_kernel;
-use crate::cpu::pack::{Matrix, pack_panels};
-use crate::cpu::simd::{Isa, Simd, dispatch};
+use crate::cpu::pack::pack_panels;
+use crate::cpu::simd::{Isa, Simd};
 use crate::cpu::{CpuDevice, Scratch};
 use crate::rng::BLOCK;
 use crate::{AttentionShape, Dropout, Element};
@@ -87,53 +86,50 @@ struct Head<'a, E> {
 
 /// Words of workspace for each thread.
 pub(super) fn words(tile: Tile, width: usize, seq: usize) -> usize {
-    carved(query_sizes(tile, width, seq)) + carved(key_sizes(tile, width)) + carved(tile_sizes(tile, width))
+    carved(query_sizes(tile, width, seq)) + carved(key_sizes(tile, width)) + carved(tile_sizes(tile))
 }
 
 /// Of all queries: q and dO packed for sums over the width, then for sums over queries; dQ; lse and D.
 fn query_sizes(tile: Tile, width: usize, seq: usize) -> [usize; 7] {
-    let Tile { mr, nr, per_unit } = tile;
-    let seq = seq.next_multiple_of(nr);
-    let (over_width, over_queries) =
-        (width.div_ceil(per_unit) * seq, width.next_multiple_of(mr) * seq / per_unit);
-    [over_width, over_width, over_queries, over_queries, width.next_multiple_of(mr) * seq, seq, seq]
+    let Tile { nr, lanes, per_unit } = tile;
+    let (seq, padded) = (seq.next_multiple_of(nr), width.next_multiple_of(lanes));
+    let (over_width, over_queries) = (width.div_ceil(per_unit) * seq, padded * seq / per_unit);
+    [over_width, over_width, over_queries, over_queries, padded * seq, seq, seq]
 }
 
-/// Of a block of keys: k and v packed for sums over the width, k for sums over keys; dK, dV; units of dS.
-fn key_sizes(tile: Tile, width: usize) -> [usize; 6] {
-    let Tile { mr, nr, per_unit } = tile;
-    let over_width = width.div_ceil(per_unit) * KEYS;
-    let rows = width.next_multiple_of(mr);
-    [over_width, over_width, rows * KEYS / per_unit, rows * KEYS, rows * KEYS, nr * KEYS / per_unit]
+/// Of a block of keys: k and v packed for sums over the width, k for sums over keys; dK, dV.
+fn key_sizes(tile: Tile, width: usize) -> [usize; 5] {
+    let Tile { lanes, per_unit, .. } = tile;
+    let (over_width, padded) = (width.div_ceil(per_unit) * KEYS, width.next_multiple_of(lanes));
+    [over_width, over_width, padded * KEYS / per_unit, padded * KEYS, padded * KEYS]
 }
 
-/// Of a square tile: scores, dP; P and dS as rows, then turned; rows on their way out.
-fn tile_sizes(tile: Tile, width: usize) -> [usize; 7] {
+/// Of a square tile: scores, dP; P and dS as rows, and dS as units of keys where these differ from rows.
+fn tile_sizes(tile: Tile) -> [usize; 5] {
     let Tile { nr, per_unit, .. } = tile;
     let units = nr * nr / per_unit;
-    [nr * nr, nr * nr, units, units, units, units, nr * width.next_multiple_of(16)]
+    [nr * nr, nr * nr, units, units, if per_unit > 1 { units } else { 0 }]
 }
 
 impl<E: Element> Kernel for Head<'_, E> {
     #[inline(always)]
-    fn run<S: Simd, M: Units<S>, const MR: usize, const NV: usize>(self, s: S) {
+    fn run<S: Simd, M: Units<S>, const MR: usize, const NV: usize, const R: usize>(self, s: S) {
         let Head { isa, width, seq, scratch, .. } = self;
         let nr = NV * S::LANES;
         let per_unit = M::PER_UNIT;
-        let tile = Tile { mr: MR, nr, per_unit };
-        let (units, rows) = (width.div_ceil(per_unit), width.next_multiple_of(MR));
+        let tile = Tile { nr, lanes: S::LANES, per_unit };
+        let (units, padded) = (width.div_ceil(per_unit), width.next_multiple_of(S::LANES));
         let scale = 1.0 / (width as f32).sqrt();
         let factor = self.dropout.map_or(1.0, |d| d.factor());
 
         let (queries, rest) = scratch.split_at_mut(carved(query_sizes(tile, width, seq)));
         let (keys, tiles) = rest.split_at_mut(carved(key_sizes(tile, width)));
-        let [q, g, q_turned, g_turned, dq, lse, delta] = carve(queries, query_sizes(tile, width, seq));
-        let [k, v, k_turned, dk, dv, ds] = carve(keys, key_sizes(tile, width));
-        let [scores, dp, p_rows, ds_rows, p_turned, ds_turned, out_rows] =
-            carve(tiles, tile_sizes(tile, width));
-        let [dq, lse, delta, dk, dv, ds, scores, dp, out_rows]: [&mut [f32]; 9] =
-            [dq, lse, delta, dk, dv, ds, scores, dp, out_rows].map(bytemuck::cast_slice_mut);
-        let [p_rows, ds_rows]: [&mut [M::Value]; 2] = [p_rows, ds_rows].map(bytemuck::cast_slice_mut);
+        let [q, g, q_rows, g_rows, dq, lse, delta] = carve(queries, query_sizes(tile, width, seq));
+        let [k, v, k_rows, dk, dv] = carve(keys, key_sizes(tile, width));
+        let [score, dp, p, ds, ds_units] = carve(tiles, tile_sizes(tile));
+        let [dq, lse, delta, dk, dv, score, dp, ds_units] =
+            [dq, lse, delta, dk, dv, score, dp, ds_units].map(bytemuck::cast_slice_mut);
+        let [p, ds]: [&mut [M::Value]; 2] = [p, ds].map(bytemuck::cast_slice_mut);
 
         dq.fill(0.0);
         lse[..seq].copy_from_slice(self.lse);
@@ -143,29 +139,27 @@ impl<E: Element> Kernel for Head<'_, E> {
         for (i, delta) in delta[..seq].iter_mut().enumerate() {
             let out = &self.out.data[i * self.out.ld..][..width];
             let dout = &self.dout.data[i * self.dout.ld..][..width];
-            *delta = dispatch!(isa, s => dot(s, out, dout));
+            *delta = dot(s, out, dout);
         }
-        for (panel, start) in (0..seq).step_by(nr).enumerate() {
-            let queries = start..(start + nr).min(seq);
-            for (x, over_width, over_queries) in
-                [(self.q, &mut *q, &mut *q_turned), (self.dout, &mut *g, &mut *g_turned)]
-            {
-                let to = &mut over_width[panel * units * nr..][..units * nr];
-                pack_panels(isa, x.over_width(), queries.clone(), 0..width, nr, per_unit, to);
-                let to =
-                    &mut over_queries[start / per_unit * rows..][..queries.len().div_ceil(per_unit) * rows];
-                pack_panels(isa, x.over_tokens(), 0..width, queries.clone(), MR, per_unit, to);
-            }
+        for (x, to) in [(self.q, &mut *q), (self.dout, &mut *g)] {
+            pack_panels(isa, x.over_width(), 0..seq, 0..width, nr, per_unit, to);
         }
+        let query_units = seq.div_ceil(per_unit);
+        for (x, to) in [(self.q, &mut *q_rows), (self.dout, &mut *g_rows)] {
+            let to = &mut to[..padded * query_units];
+            pack_panels(isa, x.over_tokens(), 0..width, 0..seq, S::LANES, per_unit, to);
+        }
+        let [q_rows, g_rows] = [q_rows, g_rows].map(|data| Columns { data: &*data, units: query_units });
 
         for block in (0..seq).step_by(KEYS) {
             let block_end = (block + KEYS).min(seq);
             let len = (block_end - block).next_multiple_of(MR) * units;
             pack_panels(isa, self.k.over_width(), block..block_end, 0..width, MR, per_unit, &mut k[..len]);
             pack_panels(isa, self.v.over_width(), block..block_end, 0..width, MR, per_unit, &mut v[..len]);
-            let block_units = (block_end - block).div_ceil(per_unit);
-            let k_turned = &mut k_turned[..block_units * rows];
-            pack_panels(isa, self.k.over_tokens(), 0..width, block..block_end, MR, per_unit, k_turned);
+            let key_units = (block_end - block).div_ceil(per_unit);
+            let to = &mut k_rows[..padded * key_units];
+            pack_panels(isa, self.k.over_tokens(), 0..width, block..block_end, S::LANES, per_unit, to);
+            let k_rows = Columns { data: &*k_rows, units: key_units };
             dk.fill(0.0);
             dv.fill(0.0);
             for start in (block / nr * nr..seq).step_by(nr) {
@@ -176,8 +170,7 @@ impl<E: Element> Kernel for Head<'_, E> {
                 }
                 let (q, g) = (&q[start * units..][..nr * units], &g[start * units..][..nr * units]);
                 let query_units = queries.len().div_ceil(per_unit);
-                let q_turned = &q_turned[start / per_unit * rows..][..query_units * rows];
-                let g_turned = &g_turned[start / per_unit * rows..][..query_units * rows];
+                let dq = &mut dq[start * padded..][..nr * padded];
                 let mut bits = [0; KEYS / 32 * MOST_LANES];
                 if let Some(d) = &self.dropout {
                     for (i, bits) in bits.chunks_exact_mut(2 * nr).take(KEYS / BLOCK).enumerate() {
@@ -190,67 +183,65 @@ impl<E: Element> Kernel for Head<'_, E> {
                     let keys = nr.min(end - block - at);
                     for row in (0..keys).step_by(MR) {
                         let a = (at + row) * units..(at + row + MR) * units;
-                        let tile = row * nr..(row + MR) * nr;
-                        micro_kernel::<S, M, u32, MR, NV>(
+                        let to = row * nr..(row + MR) * nr;
+                        // Registers of queries that all come before these keys.
+                        let skip = (block + at + row).saturating_sub(start) / S::LANES;
+                        let never = f32::NEG_INFINITY;
+                        scores::<S, M, MR, NV>(
                             s,
+                            units,
                             &k[a.clone()],
                             q,
-                            &[],
-                            false,
-                            &mut scores[tile.clone()],
+                            skip,
+                            never,
+                            &mut score[to.clone()],
                         );
-                        micro_kernel::<S, M, u32, MR, NV>(s, &v[a], g, &[], false, &mut dp[tile]);
+                        scores::<S, M, MR, NV>(s, units, &v[a], g, skip, 0.0, &mut dp[to]);
                     }
                     let pairs = keys.next_multiple_of(2);
                     if block + at + pairs > queries.start + 1 || block + at < panel.high {
-                        panel.mask::<S, NV>(s, scores, block + at, 0..pairs);
+                        panel.mask::<S, NV>(s, score, block + at, 0..pairs);
                     }
                     let square = Tiles {
                         lse: &lse[start..],
                         delta: &delta[start..],
                         kept: self.dropout.is_some().then_some((&bits[..], factor)),
-                        scores,
+                        scores: score,
                         dp,
-                        p: p_rows,
-                        ds: ds_rows,
+                        p,
+                        ds,
                     };
-                    square.differentiate::<S, M, NV>(s, pairs, at, scale, &mut ds[at / per_unit * nr..]);
-                    for (x, turned, factors, sums) in [
-                        (&*p_rows, &mut *p_turned, g_turned, &mut *dv),
-                        (&*ds_rows, &mut *ds_turned, q_turned, &mut *dk),
-                    ] {
-                        let x = Matrix { data: x, ld: nr, k_contiguous: true };
-                        pack_panels(isa, x, 0..keys, 0..nr, nr, per_unit, turned);
-                        let sums = &mut sums[at * rows..][..rows * nr];
-                        for (a, sums) in
-                            factors.chunks_exact(MR * query_units).zip(sums.chunks_exact_mut(MR * nr))
-                        {
-                            micro_kernel::<S, M, u32, MR, NV>(s, a, turned, &[], true, sums);
-                        }
+                    square.differentiate::<S, M, NV>(s, pairs, at, scale, ds_units);
+                    // On the diagonal, keys meet later queries only.
+                    let diagonal = block + at == start;
+                    let later =
+                        |key: usize| if diagonal { key / per_unit..query_units } else { 0..query_units };
+                    for (x, factors, sums) in [(&*p, g_rows, &mut *dv), (&*ds, q_rows, &mut *dk)] {
+                        let sums = &mut sums[at * padded..][..nr * padded];
+                        let x = Left { data: bytemuck::cast_slice(x), row: nr / per_unit, unit: 1 };
+                        let first = start / per_unit;
+                        add_products::<S, M, R>(s, keys, later, x, factors, first, sums, padded);
                     }
-                }
-                let ds: &[u32] = bytemuck::cast_slice(&ds[first / per_unit * nr..]);
-                let dq = &mut dq[start * rows..][..rows * nr];
-                let (from, to) = (first / per_unit, (end - block).div_ceil(per_unit));
-                for (a, sums) in k_turned.chunks_exact(MR * block_units).zip(dq.chunks_exact_mut(MR * nr)) {
-                    micro_kernel::<S, M, u32, MR, NV>(s, &a[from * MR..to * MR], ds, &[], true, sums);
-                }
-            }
-            for (which, sums, factor) in [(1, &mut *dk, scale), (2, &mut *dv, factor)] {
-                for start in (block..block_end).step_by(nr) {
-                    let count = nr.min(block_end - start);
-                    let sums = &mut sums[(start - block) * rows..][..rows * nr];
-                    let to = self.start + start * 3 * self.all + which * self.all;
-                    store(isa, s, sums, nr, width, count, factor, self.dqkv, to, 3 * self.all, out_rows);
+                    let earlier = |query: usize| {
+                        0..(if diagonal { keys.min(query + R) } else { keys }).div_ceil(per_unit)
+                    };
+                    let data = if per_unit > 1 {
+                        bytemuck::cast_slice(&*ds_units)
+                    } else {
+                        bytemuck::cast_slice(&*ds)
+                    };
+                    let ds = Left { data, row: 1, unit: nr };
+                    let count = queries.len();
+                    add_products::<S, M, R>(s, count, earlier, ds, k_rows, at / per_unit, dq, padded);
                 }
             }
+            for (which, sums, factor) in [(1, &*dk, scale), (2, &*dv, factor)] {
+                let start = self.start + block * 3 * self.all + which * self.all;
+                let sums = sums.chunks_exact(padded).take(block_end - block);
+                store(s, sums, width, factor, self.dqkv, start, 3 * self.all);
+            }
         }
-        for start in (0..seq).step_by(nr) {
-            let sums = &mut dq[start * rows..][..rows * nr];
-            let to = self.start + start * 3 * self.all;
-            let count = nr.min(seq - start);
-            store(isa, s, sums, nr, width, count, scale, self.dqkv, to, 3 * self.all, out_rows);
-        }
+        store(s, dq.chunks_exact(padded).take(seq), width, scale, self.dqkv, self.start, 3 * self.all);
     }
 }
 
@@ -269,7 +260,8 @@ struct Tiles<'a, V> {
 }
 
 impl<V: Element> Tiles<'_, V> {
-    /// Fills `p`, `ds`, and `units` with the units that rows of `ds` make. Row 0 is key `first` of the block.
+    /// Fills `p`, `ds`, and where a unit is more than a number, `units` with those that rows of `ds` make. Row 0 is key
+    /// `first` of the block.
     #[inline(always)]
     fn differentiate<S: Simd, M: Units<S>, const NV: usize>(
         self,
@@ -301,35 +293,31 @@ impl<V: Element> Tiles<'_, V> {
                     s.store_as(&mut self.ds[at..], ds);
                     pair[i] = ds;
                 }
-                M::put(s, pair[0], pair[1], &mut units[row / M::PER_UNIT * nr + lane..], nr);
+                if M::PER_UNIT > 1 {
+                    M::put(s, pair[0], pair[1], &mut units[row / M::PER_UNIT * nr + lane..], nr);
+                }
             }
         }
     }
 }
 
-/// Stores `factor` times column i of `sums` [width, nr] at `start + i * ld` of `to`, for the first `count` columns.
+/// Stores `factor` times the first `width` numbers of row i of `rows` at `start + i * ld` of `to`.
 #[inline(always)]
-fn store<E: Element, S: Simd>(
-    isa: Isa,
+fn store<'a, E: Element, S: Simd>(
     s: S,
-    sums: &mut [f32],
-    nr: usize,
+    rows: impl Iterator<Item = &'a [f32]>,
     width: usize,
-    count: usize,
     factor: f32,
     to: Shards<E>,
     start: usize,
     ld: usize,
-    rows: &mut [f32],
 ) {
-    for sum in sums.chunks_exact_mut(S::LANES) {
-        s.store(sum, s.mul(s.load(sum), s.splat(factor)));
-    }
-    store_turned(isa, s, sums, nr, width, count, rows, |i| {
+    for (i, row) in rows.enumerate() {
         let start = start + i * ld;
         // SAFETY: every token of every head has its own part.
-        unsafe { to.range(start..start + width) }
-    });
+        let to = unsafe { to.range(start..start + width) };
+        store_row(s, row, width, factor, to);
+    }
 }
 
 /// Sum of products, in four registers.

@@ -2,10 +2,12 @@
 
 use std::ops::Range;
 
-use super::{HeadDropout, Kernel, MOST_LANES, NOTHING, Panel, Rows, Tile, Units, carve, carved, on_tile};
+use super::product::{Columns, Left, add_products, scores};
+use super::{
+    HeadDropout, Kernel, MOST_LANES, NOTHING, Panel, Rows, Tile, Units, carve, carved, on_tile, store_row,
+};
 use crate::cpu::buffer::Shards;
-use crate::cpu::gemm::micro_kernel;
-use crate::cpu::pack::{Matrix, pack_panels};
+use crate::cpu::pack::pack_panels;
 use crate::cpu::simd::{Isa, Simd};
 use crate::cpu::{CpuDevice, Scratch};
 use crate::{AttentionShape, Dropout, Element};
@@ -72,13 +74,12 @@ pub(super) fn words(tile: Tile, width: usize, keys: usize) -> usize {
     carved(sizes(tile, width, keys))
 }
 
-/// Packed queries, a tile of scores, its output transposed and as rows, packed keys and values.
-fn sizes(tile: Tile, width: usize, keys: usize) -> [usize; 6] {
-    let Tile { mr, nr, per_unit } = tile;
+/// Packed queries, a tile of scores, its output, packed keys, rows of values.
+fn sizes(tile: Tile, width: usize, keys: usize) -> [usize; 5] {
+    let Tile { nr, lanes, per_unit } = tile;
     let keys = keys.next_multiple_of(KEYS);
-    let units = width.div_ceil(per_unit);
-    let rows = width.next_multiple_of(mr);
-    [units * nr, KEYS * nr, rows * nr, nr * width.next_multiple_of(16), keys * units, rows * keys / per_unit]
+    let (units, padded) = (width.div_ceil(per_unit), width.next_multiple_of(lanes));
+    [units * nr, KEYS * nr, padded * nr, keys * units, padded * keys / per_unit]
 }
 
 /// Attention of `count` heads with `queries` tokens each.
@@ -123,7 +124,7 @@ struct Task<'a, 'b, E> {
 
 impl<E: Element> Kernel for Task<'_, '_, E> {
     #[inline(always)]
-    fn run<S: Simd, M: Units<S>, const MR: usize, const NV: usize>(self, s: S) {
+    fn run<S: Simd, M: Units<S>, const MR: usize, const NV: usize, const R: usize>(self, s: S) {
         let Task { isa, head, queries, panels, scratch } = self;
         let nr = NV * S::LANES;
         let per_unit = M::PER_UNIT;
@@ -131,22 +132,19 @@ impl<E: Element> Kernel for Task<'_, '_, E> {
         if queries.is_empty() {
             return;
         }
-        let (units, rows) = (head.width.div_ceil(per_unit), head.width.next_multiple_of(MR));
+        let (units, padded) = (head.width.div_ceil(per_unit), head.width.next_multiple_of(S::LANES));
         let keys_end = queries.end;
         let first = head.doc_start.map_or(0, |d| d[queries.clone()].iter().copied().min().unwrap_or(0));
         let first = first as usize / KEYS * KEYS;
-        let [q, scores, out, out_rows, k, v] =
-            carve(scratch, sizes(Tile { mr: MR, nr, per_unit }, head.width, keys_end - first));
-        for block in (first..keys_end).step_by(KEYS) {
-            let keys = block..(block + KEYS).min(keys_end);
-            let len = keys.len().next_multiple_of(MR) * units;
-            let k = &mut k[(block - first) * units..][..len];
-            pack_panels(isa, head.k.over_width(), keys.clone(), 0..head.width, MR, per_unit, k);
-            let len = rows * keys.len().div_ceil(per_unit);
-            let v = &mut v[(block - first) / per_unit * rows..][..len];
-            pack_panels(isa, head.v.over_tokens(), 0..head.width, keys, MR, per_unit, v);
-        }
-        let scores: &mut [f32] = bytemuck::cast_slice_mut(scores);
+        let tile = Tile { nr, lanes: S::LANES, per_unit };
+        let [q, score, out, k, v] = carve(scratch, sizes(tile, head.width, keys_end - first));
+        let k = &mut k[..(keys_end - first).next_multiple_of(MR) * units];
+        pack_panels(isa, head.k.over_width(), first..keys_end, 0..head.width, MR, per_unit, k);
+        let key_units = (keys_end - first).div_ceil(per_unit);
+        let v = &mut v[..padded * key_units];
+        pack_panels(isa, head.v.over_tokens(), 0..head.width, first..keys_end, S::LANES, per_unit, v);
+        let v = Columns { data: &*v, units: key_units };
+        let score: &mut [f32] = bytemuck::cast_slice_mut(score);
         let out: &mut [f32] = bytemuck::cast_slice_mut(out);
         let scale = 1.0 / (head.width as f32).sqrt();
         for panel in panels {
@@ -163,47 +161,37 @@ impl<E: Element> Kernel for Task<'_, '_, E> {
                 let to = keys.next_multiple_of(2);
                 for at in (from..keys).step_by(MR) {
                     let k = &k[(block - first + at) * units..][..MR * units];
-                    micro_kernel::<S, M, u32, MR, NV>(
-                        s,
-                        k,
-                        q,
-                        &[],
-                        false,
-                        &mut scores[at * nr..(at + MR) * nr],
-                    );
+                    // Registers of queries that all come before these keys.
+                    let skip = (block + at).saturating_sub(panel.queries.start) / S::LANES;
+                    let to = &mut score[at * nr..(at + MR) * nr];
+                    scores::<S, M, MR, NV>(s, units, k, q, skip, f32::NEG_INFINITY, to);
                 }
                 if block + to > panel.queries.start + 1 || block + from < panel.high {
-                    panel.mask::<S, NV>(s, scores, block, from..to);
+                    panel.mask::<S, NV>(s, score, block, from..to);
                 }
                 let mut bits = [0; 2 * MOST_LANES];
                 if let Some(d) = &head.dropout {
                     d.bits(s, panel.queries.clone(), block / KEYS, nr, &mut bits);
                 }
                 let kept = head.dropout.is_some().then_some(&bits[..]);
-                if state.update::<S, M, NV>(s, scores, from..to, scale, kept) {
-                    for row in out.chunks_exact_mut(nr) {
-                        for v in 0..NV {
-                            let row = &mut row[v * S::LANES..];
-                            s.store(row, s.mul(s.load(row), s.load(&state.shrink[v * S::LANES..])));
+                if state.update::<S, M, NV>(s, score, from..to, scale, kept) {
+                    for (row, shrink) in out.chunks_exact_mut(padded).zip(&state.shrink) {
+                        for row in row.chunks_exact_mut(S::LANES) {
+                            s.store(row, s.mul(s.load(row), s.splat(*shrink)));
                         }
                     }
                 }
-                let p: &[u32] = bytemuck::cast_slice(scores);
-                let (from, to) = (from / per_unit, keys.div_ceil(per_unit));
-                let packed = KEYS.min(keys_end - block).div_ceil(per_unit);
-                let v = &v[(block - first) / per_unit * rows..][..rows * packed];
-                for (v, out) in v.chunks_exact(MR * packed).zip(out.chunks_exact_mut(MR * nr)) {
-                    micro_kernel::<S, M, u32, MR, NV>(
-                        s,
-                        &v[from * MR..to * MR],
-                        &p[from * nr..],
-                        &[],
-                        true,
-                        out,
-                    );
-                }
+                let p = Left { data: bytemuck::cast_slice(score), row: 1, unit: nr };
+                let start = panel.queries.start;
+                // Keys up to the last that one of `R` queries attends to.
+                let range = |query: usize| {
+                    let to = keys.min((start + query + R).saturating_sub(block)).max(from);
+                    from / per_unit..to.div_ceil(per_unit)
+                };
+                let (count, first) = (panel.queries.len(), (block - first) / per_unit);
+                add_products::<S, M, R>(s, count, range, p, v, first, out, padded);
             }
-            finish::<E, S, NV>(isa, s, &head, &panel, &state, scale, out, bytemuck::cast_slice_mut(out_rows));
+            finish(s, &head, &panel, &state, scale, out, padded);
         }
     }
 }
@@ -279,61 +267,27 @@ impl State {
     }
 }
 
-/// Divides the output of a panel by the sums, turns it around and stores it, with log-sum-exps.
+/// Divides the output of a panel by the sums and stores it, with log-sum-exps.
 #[inline(always)]
-fn finish<E: Element, S: Simd, const NV: usize>(
-    isa: Isa,
+fn finish<E: Element, S: Simd>(
     s: S,
     head: &Head<E>,
     panel: &Panel,
     state: &State,
     scale: f32,
-    out: &mut [f32],
-    rows: &mut [f32],
+    out: &[f32],
+    padded: usize,
 ) {
-    let nr = NV * S::LANES;
-    let factor = s.splat(head.dropout.map_or(1.0, |d| d.factor()));
-    for v in 0..NV {
-        let factor = s.div(factor, s.load(&state.sum[v * S::LANES..]));
-        for row in out.chunks_exact_mut(nr) {
-            let row = &mut row[v * S::LANES..];
-            s.store(row, s.mul(s.load(row), factor));
-        }
-    }
+    let factor = head.dropout.map_or(1.0, |d| d.factor());
     let count = panel.queries.len();
-    store_turned(isa, s, out, nr, head.width, count, rows, |i| {
-        let start = head.out_start + (panel.queries.start + i) * head.out_ld;
-        // SAFETY: every query of every head has its own part.
-        unsafe { head.out.range(start..start + head.width) }
-    });
     let start = head.lse_start + panel.queries.start;
-    // SAFETY: as above.
+    // SAFETY: every query of every head has its own part.
     let lse = unsafe { head.lse.range(start..start + count) };
-    for (i, lse) in lse.iter_mut().enumerate() {
+    for (i, (row, lse)) in out.chunks_exact(padded).zip(lse).enumerate() {
+        let start = head.out_start + (panel.queries.start + i) * head.out_ld;
+        // SAFETY: as above.
+        let to = unsafe { head.out.range(start..start + head.width) };
+        store_row(s, row, head.width, factor / state.sum[i], to);
         *lse = state.max[i] * scale + state.sum[i].ln();
-    }
-}
-
-/// Stores column i of `x` [width, nr] at `row(i)`, for the first `count` columns; `rows` is workspace.
-#[inline(always)]
-pub(super) fn store_turned<'a, E: Element, S: Simd>(
-    isa: Isa,
-    s: S,
-    x: &[f32],
-    nr: usize,
-    width: usize,
-    count: usize,
-    rows: &mut [f32],
-    row: impl Fn(usize) -> &'a mut [E],
-) {
-    let padded = width.next_multiple_of(16);
-    let rows: &mut [u32] = bytemuck::cast_slice_mut(&mut rows[..count * padded]);
-    pack_panels(isa, Matrix { data: x, ld: nr, k_contiguous: true }, 0..width, 0..count, padded, 1, rows);
-    let rows: &[f32] = bytemuck::cast_slice(rows);
-    for (i, values) in rows.chunks_exact(padded).enumerate() {
-        let to = row(i);
-        for at in (0..width).step_by(S::LANES) {
-            s.store_up_to(&mut to[at..], s.load(&values[at..]));
-        }
     }
 }

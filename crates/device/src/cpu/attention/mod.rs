@@ -1,15 +1,17 @@
 //! Causal attention in tiles with an online softmax (Milakov and Gimelshein, 2018; Dao et al., 2022; Dao, 2023).
 //!
 //! Scores are computed transposed: a row of a tile is a key, its columns are queries, which lie across the lanes of a
-//! register. The softmax is then free of sums across lanes, and probabilities leave it in the order in which the next
-//! product wants them. Only the gradients of k and v, whose sums run over queries, need tiles turned around.
+//! register. The softmax is then free of sums across lanes, and the products behind it read the tile as it is, by rows
+//! where they sum over queries and by columns where they sum over keys: results have the head's columns across lanes,
+//! as they lie in memory, and nothing is turned around but queries, keys and values, once, for the scores.
 //!
-//! The products are those of [`super::gemm`]: packed panels and its micro-kernel. A panel of queries is as wide as
-//! the register tile; what happens to it does not depend on how panels are dealt to threads.
+//! A panel of queries is as wide as the scores' register tile; what happens to it does not depend on how panels are
+//! dealt to threads.
 
 mod backward;
 mod forward;
 mod paged;
+mod product;
 
 use std::arch::x86_64::*;
 use std::ops::Range;
@@ -30,11 +32,13 @@ const MOST_LANES: usize = 48;
 /// Score that stands for none yet: it is below all others, and unlike an infinity it can be subtracted from itself.
 const NOTHING: f32 = f32::MIN;
 
-/// Sizes of the register tile of one instruction set and element type: keys or parts of a head by queries.
+/// Sizes that follow from the register tile of one instruction set and element type.
 #[derive(Clone, Copy)]
 struct Tile {
-    mr: usize,
+    /// Queries of a panel.
     nr: usize,
+    /// Numbers in a register.
+    lanes: usize,
     /// Numbers in a unit of packed panels.
     per_unit: usize,
 }
@@ -42,43 +46,46 @@ struct Tile {
 impl Tile {
     fn of<E: Element>(isa: Isa) -> Self {
         match isa {
-            Isa::Portable => Tile { mr: 4, nr: 8, per_unit: 1 },
-            Isa::Avx2 => Tile { mr: 4, nr: 24, per_unit: 1 },
-            Isa::Avx512 => Tile { mr: 8, nr: 48, per_unit: 1 },
-            Isa::Avx512Bf16 => Tile { mr: 8, nr: 48, per_unit: if E::DTYPE == DType::Bf16 { 2 } else { 1 } },
+            Isa::Portable => Tile { nr: 8, lanes: 4, per_unit: 1 },
+            Isa::Avx2 => Tile { nr: 24, lanes: 8, per_unit: 1 },
+            Isa::Avx512 => Tile { nr: 48, lanes: 16, per_unit: 1 },
+            Isa::Avx512Bf16 => {
+                Tile { nr: 48, lanes: 16, per_unit: if E::DTYPE == DType::Bf16 { 2 } else { 1 } }
+            }
         }
     }
 }
 
 /// A task, written once for every register tile.
 trait Kernel {
-    /// Runs with `MR` rows and `NV` registers of columns.
-    fn run<S: Simd, M: Units<S>, const MR: usize, const NV: usize>(self, s: S);
+    /// Runs with tiles of `MR` keys and `NV` registers of queries for scores, and of `R` rows and two registers of the head's
+    /// columns for sums over tokens. `NV` registers are whole tiles of `R` rows.
+    fn run<S: Simd, M: Units<S>, const MR: usize, const NV: usize, const R: usize>(self, s: S);
 }
 
 /// Runs a kernel with the register tile of [`Tile::of`].
 fn on_tile<E: Element>(isa: Isa, kernel: impl Kernel) {
     match isa {
-        Isa::Portable => kernel.run::<_, Fma, 4, 2>(Portable),
+        Isa::Portable => kernel.run::<_, Fma, 4, 2, 4>(Portable),
         // SAFETY: an `Isa` value is only made for a processor that has it.
         Isa::Avx2 => unsafe {
             with_avx2(
                 #[inline(always)]
-                |s| kernel.run::<_, Fma, 4, 3>(s),
+                |s| kernel.run::<_, Fma, 4, 3, 6>(s),
             )
         },
         // SAFETY: as above.
         Isa::Avx512Bf16 if E::DTYPE == DType::Bf16 => unsafe {
             with_avx512_bf16(
                 #[inline(always)]
-                |s| kernel.run::<_, Dot, 8, 3>(s),
+                |s| kernel.run::<_, Dot, 8, 3, 12>(s),
             )
         },
         // SAFETY: as above.
         Isa::Avx512 | Isa::Avx512Bf16 => unsafe {
             with_avx512(
                 #[inline(always)]
-                |s| kernel.run::<_, Fma, 8, 3>(s),
+                |s| kernel.run::<_, Fma, 8, 3, 12>(s),
             )
         },
     }
@@ -225,6 +232,14 @@ impl Panel {
                 s.store(scores, score);
             }
         }
+    }
+}
+
+/// Stores `factor` times the first `width` numbers of `row`, which is of whole registers.
+#[inline(always)]
+fn store_row<E: Element, S: Simd>(s: S, row: &[f32], width: usize, factor: f32, to: &mut [E]) {
+    for at in (0..width).step_by(S::LANES) {
+        s.store_up_to(&mut to[at..], s.mul(s.load(&row[at..]), s.splat(factor)));
     }
 }
 

@@ -204,6 +204,7 @@ fn multiply_rows<E: Element, W: Element>(
         last: true,
         a: packed,
         b: gemm::Panels { data: w.data(), stride: units * nr, start: 0 },
+        partials_from: 0,
     };
     gemm::each_task(device, block.panels(), usize::MAX, |a, b| match device.isa {
         // SAFETY: the processor has AVX-512 BF16.
