@@ -101,7 +101,7 @@ pub(super) trait Operand: Sync {
         _k: usize,
         units: usize,
         t: Tile,
-    ) -> Panels<'a, u32> {
+    ) -> Panels<'a> {
         Panels { data: scratch, stride: units * t.nr, start: 0 }
     }
 }
@@ -226,19 +226,18 @@ pub(super) fn workspace_bytes<E: Element>(device: &CpuDevice, rows: usize, wides
     4 * (device.threads() * GROUP_UNITS + packed + partials)
 }
 
-/// Panels of B over one block of k: that of panel `p` begins at `p * stride + start`. `W` is u32 for units as they are
-/// multiplied, or bf16 for single elements that are widened when they are loaded.
+/// Panels of B over one block of k: that of panel `p` begins at `p * stride + start`.
 #[derive(Clone, Copy)]
-pub(super) struct Panels<'a, W> {
-    pub(super) data: &'a [W],
+pub(super) struct Panels<'a> {
+    pub(super) data: &'a [u32],
     pub(super) stride: usize,
     pub(super) start: usize,
 }
 
 /// Packed operands: some rows of A, and a super-block of B.
-pub(super) struct Block<'a, W> {
+pub(super) struct Block<'a> {
     pub(super) tile: Tile,
-    /// Units of k.
+    /// Units of A.
     pub(super) units: usize,
     pub(super) rows: Range<usize>,
     pub(super) cols: Range<usize>,
@@ -246,12 +245,12 @@ pub(super) struct Block<'a, W> {
     pub(super) first: bool,
     pub(super) last: bool,
     pub(super) a: &'a [u32],
-    pub(super) b: Panels<'a, W>,
+    pub(super) b: Panels<'a>,
     /// Where the sums of these rows begin among those that wait for the next block of k.
     pub(super) partials_from: usize,
 }
 
-impl<W: Element> Block<'_, W> {
+impl Block<'_> {
     /// Multiplies all rows with some panels of B.
     fn run<P: Epilogue>(&self, isa: Isa, b: Range<usize>, partials: Shards<f32>, epilogue: &P) {
         let a = 0..self.panels().0;
@@ -292,12 +291,13 @@ impl<W: Element> Block<'_, W> {
         epilogue: &P,
     ) {
         let nr = NV * S::LANES;
+        let words = nr * self.units.div_ceil(M::IN_WORD);
         let mut out = [0.0f32; 8 * 48];
         let a_count = self.rows.len().div_ceil(MR);
         let all = self.b.data;
         for bp in b_panels {
             let start = bp * self.b.stride + self.b.start;
-            let b = &all[start..start + nr * self.units];
+            let b = &all[start..start + words];
             for ap in a_panels.clone() {
                 let a = &self.a[ap * MR * self.units..(ap + 1) * MR * self.units];
                 // The next panel of B comes to the L2 cache while this one is in use, a share with each panel of A.
@@ -313,7 +313,7 @@ impl<W: Element> Block<'_, W> {
                 if !self.last {
                     // SAFETY: every (ap, bp) belongs to one task.
                     let sums = unsafe { partials.range(keep) };
-                    micro_kernel::<S, M, W, MR, NV>(s, a, b, next, !self.first, sums);
+                    micro_kernel::<S, M, MR, NV>(s, a, b, next, !self.first, sums);
                     continue;
                 }
                 if !self.first {
@@ -325,7 +325,7 @@ impl<W: Element> Block<'_, W> {
                 for i in 0..height {
                     epilogue.prefetch(row + i, col, width);
                 }
-                micro_kernel::<S, M, W, MR, NV>(s, a, b, next, !self.first, &mut out);
+                micro_kernel::<S, M, MR, NV>(s, a, b, next, !self.first, &mut out);
                 for i in 0..height {
                     epilogue.row(s, row + i, col, &out[i * nr..i * nr + width]);
                 }
@@ -347,7 +347,7 @@ pub(super) fn each_task(
     // Small enough that threads finish together, large enough that a task is not all overhead.
     let span = (b_panels * groups / (16 * device.threads())).clamp(1, 4);
     let spans = b_panels.div_ceil(span);
-    device.pool.for_each(groups * spans, |at, _| {
+    device.pool.for_neighbours(groups * spans, |at, _| {
         let a = at / spans * group..((at / spans + 1) * group).min(a_panels);
         let b = at % spans * span..((at % spans + 1) * span).min(b_panels);
         task(a, b);
@@ -356,6 +356,15 @@ pub(super) fn each_task(
 
 /// Multiply-accumulate of one unit.
 pub(super) trait Mac<S: Simd>: Copy {
+    /// Units of B in a word of its panels.
+    const IN_WORD: usize = 1;
+
+    /// Unit `which` of the first `LANES` words of a panel.
+    #[inline(always)]
+    fn load(s: S, words: &[u32], _which: usize) -> S::F {
+        s.load(bytemuck::cast_slice(words))
+    }
+
     /// `c + a * b`, each lane's unit on its own.
     fn mac(s: S, a: S::F, b: S::F, c: S::F) -> S::F;
 }
@@ -365,6 +374,25 @@ pub(super) trait Mac<S: Simd>: Copy {
 pub(super) struct Fma;
 
 impl<S: Simd> Mac<S> for Fma {
+    #[inline(always)]
+    fn mac(s: S, a: S::F, b: S::F, c: S::F) -> S::F {
+        s.fma(a, b, c)
+    }
+}
+
+/// Units of A are f32, those of B are bf16, two in a word, which are widened when they are loaded: one instruction each, where
+/// bf16 that lie on their own would take two.
+#[derive(Clone, Copy)]
+pub(super) struct Widen;
+
+impl<S: Simd> Mac<S> for Widen {
+    const IN_WORD: usize = 2;
+
+    #[inline(always)]
+    fn load(s: S, words: &[u32], which: usize) -> S::F {
+        if which == 0 { s.load_low(words) } else { s.load_high(words) }
+    }
+
     #[inline(always)]
     fn mac(s: S, a: S::F, b: S::F, c: S::F) -> S::F {
         s.fma(a, b, c)
@@ -390,21 +418,21 @@ impl Mac<Avx512> for Dot {
 }
 
 /// `out[MR, NV * LANES] = a * b`, or with `add` `out += a * b`, over packed panels `a` [units, MR] and
-/// `b` [units, NV * LANES]. Meanwhile `next` is brought to the second-level cache.
+/// `b` [units / M::IN_WORD, NV * LANES]. Meanwhile `next` is brought to the second-level cache.
 #[inline(always)]
-pub(super) fn micro_kernel<S: Simd, M: Mac<S>, W: Element, const MR: usize, const NV: usize>(
+pub(super) fn micro_kernel<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(
     s: S,
     a: &[u32],
-    b: &[W],
-    next: &[W],
+    b: &[u32],
+    next: &[u32],
     add: bool,
     out: &mut [f32],
 ) {
+    let nr = NV * S::LANES;
     let (mut next, next_step) = match next {
         [] => (b.as_ptr(), 0),
-        _ => (next.as_ptr(), next.len().div_ceil((a.len() / MR).max(1))),
+        _ => (next.as_ptr(), next.len().div_ceil((b.len() / nr).max(1))),
     };
-    let nr = NV * S::LANES;
     let a: &[f32] = bytemuck::cast_slice(a);
     let mut acc = [[s.zero(); NV]; MR];
     if add {
@@ -415,8 +443,10 @@ pub(super) fn micro_kernel<S: Simd, M: Mac<S>, W: Element, const MR: usize, cons
         }
     }
     // With few panels of A a share is several cache lines a step.
-    let lines = (next_step * size_of::<W>()).div_ceil(64);
-    for (a, b) in a.chunks_exact(MR).zip(b.chunks_exact(nr)) {
+    let lines = (4 * next_step).div_ceil(64);
+    let units = a.chunks_exact(M::IN_WORD * MR);
+    let rest = units.remainder();
+    for (a, b) in units.zip(b.chunks_exact(nr)) {
         prefetch_l2(next);
         if lines > 1 {
             prefetch_l2(next.wrapping_byte_add(64));
@@ -426,21 +456,16 @@ pub(super) fn micro_kernel<S: Simd, M: Mac<S>, W: Element, const MR: usize, cons
         }
         prefetch(a.as_ptr().wrapping_add(A_AHEAD * MR));
         // The processor would fetch them too, but not early enough where two streams come from the second-level cache.
-        for at in (0..nr).step_by(64 / size_of::<W>()) {
+        for at in (0..nr).step_by(16) {
             prefetch(b.as_ptr().wrapping_add(B_AHEAD * nr + at));
         }
         next = next.wrapping_add(next_step);
-        // A closure would not always be inlined, and then it lacks the instructions.
-        let mut columns = [s.zero(); NV];
-        for (j, column) in columns.iter_mut().enumerate() {
-            *column = load_units(s, &b[j * S::LANES..]);
+        for which in 0..M::IN_WORD {
+            unit::<S, M, MR, NV>(s, &a[which * MR..], b, which, &mut acc);
         }
-        for (i, row) in acc.iter_mut().enumerate() {
-            let a = s.splat(a[i]);
-            for (v, b) in row.iter_mut().zip(columns) {
-                *v = M::mac(s, a, b, *v);
-            }
-        }
+    }
+    if M::IN_WORD > 1 && !rest.is_empty() {
+        unit::<S, M, MR, NV>(s, rest, &b[b.len() - nr..], 0, &mut acc);
     }
     for (i, row) in acc.iter().enumerate() {
         for (j, v) in row.iter().enumerate() {
@@ -449,12 +474,25 @@ pub(super) fn micro_kernel<S: Simd, M: Mac<S>, W: Element, const MR: usize, cons
     }
 }
 
-/// The first `LANES` units of a panel.
+/// Multiplies one unit of `MR` rows with unit `which` of the words of a panel.
 #[inline(always)]
-fn load_units<S: Simd, W: Element>(s: S, b: &[W]) -> S::F {
-    match W::DTYPE {
-        DType::Bf16 => s.load_bf16(bytemuck::cast_slice(b)),
-        _ => s.load(bytemuck::cast_slice(b)),
+fn unit<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(
+    s: S,
+    a: &[f32],
+    b: &[u32],
+    which: usize,
+    acc: &mut [[S::F; NV]; MR],
+) {
+    // A closure would not always be inlined, and then it lacks the instructions.
+    let mut columns = [s.zero(); NV];
+    for (j, column) in columns.iter_mut().enumerate() {
+        *column = M::load(s, &b[j * S::LANES..], which);
+    }
+    for (row, a) in acc.iter_mut().zip(a) {
+        let a = s.splat(*a);
+        for (v, b) in row.iter_mut().zip(columns) {
+            *v = M::mac(s, a, b, *v);
+        }
     }
 }
 

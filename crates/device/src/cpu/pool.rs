@@ -3,7 +3,8 @@
 //! A decoder step is hundreds of kernels of 0.01 to 100 ms, so starting one must cost microseconds: workers spin
 //! for a while after each job before they sleep. The caller is worker 0.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::*};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -129,10 +130,67 @@ impl Pool {
         });
     }
 
+    /// The same for tasks that are best done in order, because each brings to the caches what the next will read: every
+    /// thread begins with neighbours of its own, and takes from the end of others' when it has done them.
+    pub fn for_neighbours(&self, tasks: usize, f: impl Fn(usize, usize) + Sync) {
+        if tasks <= 1 || self.workers.is_empty() {
+            return (0..tasks).for_each(|task| f(task, 0));
+        }
+        let count = self.threads().min(SHARES);
+        let edge = |i: usize| (tasks * i / count) as u32;
+        let shares: [Share; SHARES] =
+            std::array::from_fn(|i| Share::new(edge(i.min(count))..edge((i + 1).min(count))));
+        self.run(&|thread| {
+            let own = thread % count;
+            while let Some(task) = shares[own].first() {
+                f(task, thread);
+            }
+            for other in (own + 1..own + count).map(|i| &shares[i % count]) {
+                while let Some(task) = other.last() {
+                    f(task, thread);
+                }
+            }
+        });
+    }
+
     /// Runs `f(range)` for ranges of `size` (the last may be shorter) that cover `0..len`. The ranges do not depend on
     /// the number of threads.
     pub fn for_chunks(&self, len: usize, size: usize, f: impl Fn(std::ops::Range<usize>) + Sync) {
         self.for_each(len.div_ceil(size), |task, _| f(task * size..len.min((task + 1) * size)));
+    }
+}
+
+/// Most parts that tasks are divided into; more threads have some in common.
+const SHARES: usize = 64;
+
+/// Tasks that are left of a thread's own, first and end in one word, on a cache line of its own.
+#[repr(align(64))]
+struct Share(AtomicU64);
+
+impl Share {
+    fn new(tasks: Range<u32>) -> Self {
+        Share(AtomicU64::new((tasks.start as u64) << 32 | tasks.end as u64))
+    }
+
+    fn take(&self, from: impl Fn(u32, u32) -> (u32, u32, u32)) -> Option<usize> {
+        let mut taken = 0;
+        let update = |word: u64| {
+            let (first, end) = ((word >> 32) as u32, word as u32);
+            (first < end).then(|| {
+                let (task, first, end) = from(first, end);
+                taken = task;
+                (first as u64) << 32 | end as u64
+            })
+        };
+        self.0.fetch_update(Relaxed, Relaxed, update).ok().map(|_| taken as usize)
+    }
+
+    fn first(&self) -> Option<usize> {
+        self.take(|first, end| (first, first + 1, end))
+    }
+
+    fn last(&self) -> Option<usize> {
+        self.take(|first, end| (end - 1, first, end - 1))
     }
 }
 
@@ -225,6 +283,24 @@ mod tests {
                 counts[task].fetch_add(1, Relaxed);
             });
             assert!(counts.iter().all(|c| c.load(Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn neighbours_run_once_each_also_those_of_a_slow_thread() {
+        let pool = Pool::new(3, false);
+        for tasks in [0, 1, 2, 3, 17, 300] {
+            let counts: Vec<AtomicU32> = (0..tasks).map(|_| AtomicU32::new(0)).collect();
+            let by_slow = AtomicUsize::new(0);
+            pool.for_neighbours(tasks, |task, thread| {
+                if thread == 0 {
+                    by_slow.fetch_add(1, Relaxed);
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
+                counts[task].fetch_add(1, Relaxed);
+            });
+            assert!(counts.iter().all(|c| c.load(Relaxed) == 1), "of {tasks}: {counts:?}");
+            assert!(tasks < 300 || by_slow.into_inner() < 100, "a thread that sleeps did its whole share");
         }
     }
 

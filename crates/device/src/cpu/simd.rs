@@ -12,6 +12,9 @@ pub use super::isa::Isa;
 use super::random::WordLanes;
 use crate::{DType, Element};
 
+/// The upper half of a word.
+const UPPER: u32 = 0xffff_0000;
+
 /// Operations on one register of f32. All methods are single instructions or a few.
 pub trait Simd: WordLanes {
     /// f32 numbers in a register.
@@ -27,6 +30,10 @@ pub trait Simd: WordLanes {
     fn store(self, x: &mut [f32], v: Self::F);
     /// First `LANES` elements, widened.
     fn load_bf16(self, x: &[bf16]) -> Self::F;
+    /// First `LANES` words, whose lower halves are bf16, widened.
+    fn load_low(self, pairs: &[u32]) -> Self::F;
+    /// The same of upper halves.
+    fn load_high(self, pairs: &[u32]) -> Self::F;
     /// To the first `LANES` elements, rounded to nearest even.
     fn store_bf16(self, x: &mut [bf16], v: Self::F);
     /// `a + b`
@@ -190,6 +197,14 @@ impl Simd for Portable {
         std::array::from_fn(|i| x[i].to_f32())
     }
     #[inline(always)]
+    fn load_low(self, pairs: &[u32]) -> Self::F {
+        std::array::from_fn(|i| f32::from_bits(pairs[i] << 16))
+    }
+    #[inline(always)]
+    fn load_high(self, pairs: &[u32]) -> Self::F {
+        std::array::from_fn(|i| f32::from_bits(pairs[i] & UPPER))
+    }
+    #[inline(always)]
     fn store_bf16(self, x: &mut [bf16], v: Self::F) {
         for (x, v) in x[..4].iter_mut().zip(v) {
             *x = bf16::from_f32(v);
@@ -264,6 +279,21 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn load_low(self, pairs: &[u32]) -> __m256 {
+        let pairs = &pairs[..8];
+        // SAFETY: eight elements of 32 bits; the token.
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_loadu_si256(pairs.as_ptr().cast()))) }
+    }
+    #[inline(always)]
+    fn load_high(self, pairs: &[u32]) -> __m256 {
+        let pairs = &pairs[..8];
+        // SAFETY: eight elements of 32 bits; the token.
+        unsafe {
+            let upper = _mm256_set1_epi32(UPPER as i32);
+            _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(pairs.as_ptr().cast()), upper))
+        }
+    }
+    #[inline(always)]
     fn store_bf16(self, x: &mut [bf16], v: __m256) {
         let x = &mut x[..8];
         // SAFETY: eight elements of 16 bits; the token.
@@ -333,6 +363,21 @@ impl Simd for Avx512 {
         unsafe {
             let halves = _mm256_loadu_si256(x.as_ptr().cast());
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+        }
+    }
+    #[inline(always)]
+    fn load_low(self, pairs: &[u32]) -> __m512 {
+        let pairs = &pairs[..16];
+        // SAFETY: sixteen elements of 32 bits; the token.
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_epi32(pairs.as_ptr().cast()))) }
+    }
+    #[inline(always)]
+    fn load_high(self, pairs: &[u32]) -> __m512 {
+        let pairs = &pairs[..16];
+        // SAFETY: sixteen elements of 32 bits; the token.
+        unsafe {
+            let upper = _mm512_set1_epi32(UPPER as i32);
+            _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_epi32(pairs.as_ptr().cast()), upper))
         }
     }
     #[inline(always)]

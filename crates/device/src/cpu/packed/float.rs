@@ -4,8 +4,7 @@ use half::bf16;
 
 use super::{Finish, Kept, Rows};
 use crate::cpu::buffer::Shards;
-use crate::cpu::elementwise::convert;
-use crate::cpu::gemm::{self, Block, Dot, Fma, Mac, Operand, Tile, tile};
+use crate::cpu::gemm::{self, Block, Dot, Fma, Mac, Operand, Tile, Widen, tile};
 use crate::cpu::pack::{Matrix, pack, pack_panels};
 use crate::cpu::simd::{Isa, Portable, Simd, dispatch, with_avx512, with_avx512_bf16};
 use crate::cpu::{CpuDevice, Scratch};
@@ -15,57 +14,38 @@ use crate::{DType, Element};
 /// them. More go block by block, as in training.
 const FEW_ROWS: usize = 64;
 
-/// Elements of k that are packed at a time, on the way to another type: with a panel's width, what a near cache holds.
-const STEP: usize = 64;
-
-/// `[panel][unit][nr]`.
-pub(super) struct Panels<W: Element> {
+/// `[panel][word][nr]`: a word is an f32, or a pair of bf16 that are neighbours in k.
+pub(super) struct Panels {
     pub(super) words: Kept,
+    /// Of products. Where there is no instruction that multiplies pairs of bf16, they are widened when they are read.
     tile: Tile,
+    /// Elements of k in a word.
+    in_word: usize,
     k: usize,
-    unit: std::marker::PhantomData<W>,
 }
 
-/// Whether bf16 are multiplied in pairs on this device.
-pub(super) fn has_pairs(device: &CpuDevice) -> bool {
-    tile(device.isa, DType::Bf16).per_unit == 2
+/// Elements of k in a word.
+fn in_word(dtype: DType) -> usize {
+    if dtype == DType::Bf16 { 2 } else { 1 }
 }
 
-/// Rows and words of a panel of units of `dtype` as products read them.
-pub(super) fn words_panel(isa: Isa, dtype: DType, k: usize) -> (usize, usize) {
-    let tile = tile(isa, dtype);
-    (tile.nr, tile.nr * k.div_ceil(tile.per_unit))
+/// Rows and words of a panel.
+pub(super) fn panel(isa: Isa, dtype: DType, k: usize) -> (usize, usize) {
+    let nr = tile(isa, dtype).nr;
+    (nr, nr * k.div_ceil(in_word(dtype)))
 }
 
-/// Rows and words of a panel of single bf16.
-pub(super) fn halves_panel(isa: Isa, k: usize) -> (usize, usize) {
-    let tile = tile(isa, DType::F32);
-    (tile.nr, tile.nr * k / 2)
-}
-
-/// Packs rows into a panel of units.
-pub(super) fn pack_words(isa: Isa, dtype: DType, rows: &[f32], k: usize, out: &mut [u32]) {
-    let (tile, count) = (tile(isa, dtype), rows.len() / k);
-    let mut pack = |rows: Matrix<bf16>| pack_panels(isa, rows, 0..count, 0..k, tile.nr, tile.per_unit, out);
+/// Packs rows into a panel.
+pub(super) fn pack_panel(isa: Isa, dtype: DType, rows: &[f32], k: usize, out: &mut [u32]) {
+    let (nr, count) = (tile(isa, dtype).nr, rows.len() / k);
     if dtype == DType::Bf16 {
         let mut halves = vec![bf16::ZERO; rows.len()];
         dispatch!(isa, s => narrow(s, rows, &mut halves));
-        pack(Matrix { data: &halves, ld: k, k_contiguous: true });
+        let rows = Matrix { data: &halves, ld: k, k_contiguous: true };
+        pack_panels(isa, rows, 0..count, 0..k, nr, 2, out);
     } else {
         let rows = Matrix { data: rows, ld: k, k_contiguous: true };
-        pack_panels(isa, rows, 0..count, 0..k, tile.nr, tile.per_unit, out);
-    }
-}
-
-/// Packs rows into a panel of single bf16.
-pub(super) fn pack_halves(isa: Isa, rows: &[f32], k: usize, out: &mut [u32]) {
-    let (nr, count) = (tile(isa, DType::F32).nr, rows.len() / k);
-    let rows = Matrix { data: rows, ld: k, k_contiguous: true };
-    let mut words = vec![0; nr * STEP];
-    for (step, out) in bytemuck::cast_slice_mut::<u32, bf16>(out).chunks_mut(nr * STEP).enumerate() {
-        let words = &mut words[..out.len()];
-        pack_panels(isa, rows, 0..count, step * STEP..(step * STEP + out.len() / nr), nr, 1, words);
-        dispatch!(isa, s => narrow(s, bytemuck::cast_slice(words), out));
+        pack_panels(isa, rows, 0..count, 0..k, nr, 1, out);
     }
 }
 
@@ -78,32 +58,40 @@ fn narrow<S: Simd>(_: S, x: &[f32], out: &mut [bf16]) {
     }
 }
 
-impl<W: Element> Panels<W> {
-    pub(super) fn new(isa: Isa, dtype: DType, k: usize, words: Kept) -> Self {
-        Panels { words, tile: tile(isa, dtype), k, unit: std::marker::PhantomData }
-    }
-
-    fn data(&self) -> &[W] {
-        bytemuck::cast_slice(&self.words)
-    }
-
-    fn units(&self) -> usize {
-        self.k.div_ceil(self.tile.per_unit)
-    }
-
-    /// Words of row `i`, one for each unit.
-    fn row(&self, i: usize) -> impl Iterator<Item = W> + '_ {
-        let (nr, units) = (self.tile.nr, self.units());
-        self.data()[i / nr * nr * units..][i % nr..].iter().step_by(nr).take(units).copied()
+/// Widens pairs `[word][nr]` to `out` `[k][nr]`.
+#[inline(always)]
+fn widen<S: Simd>(s: S, nr: usize, pairs: &[u32], out: &mut [f32]) {
+    for (pairs, out) in pairs.chunks_exact(nr).zip(out.chunks_mut(2 * nr)) {
+        for at in (0..nr).step_by(S::LANES) {
+            s.store(&mut out[at..], s.load_low(&pairs[at..]));
+            if out.len() > nr {
+                s.store(&mut out[nr + at..], s.load_high(&pairs[at..]));
+            }
+        }
     }
 }
 
-impl Panels<u32> {
+impl Panels {
+    pub(super) fn new(isa: Isa, dtype: DType, k: usize, words: Kept) -> Self {
+        Panels { words, tile: tile(isa, dtype), in_word: in_word(dtype), k }
+    }
+
+    /// Words of a panel.
+    fn stride(&self) -> usize {
+        self.tile.nr * self.k.div_ceil(self.in_word)
+    }
+
+    fn widens(&self) -> bool {
+        self.in_word > self.tile.per_unit
+    }
+
     /// Row `i` as f32.
-    pub(super) fn row_of_words(&self, i: usize, out: &mut [f32]) {
-        for (word, out) in self.row(i).zip(out.chunks_mut(self.tile.per_unit)) {
+    pub(super) fn row(&self, i: usize, out: &mut [f32]) {
+        let nr = self.tile.nr;
+        let words = self.words[i / nr * self.stride()..][i % nr..].iter().step_by(nr);
+        for (word, out) in words.zip(out.chunks_mut(self.in_word)) {
             match out {
-                [one] if self.tile.per_unit == 1 => *one = f32::from_bits(word),
+                [one] if self.in_word == 1 => *one = f32::from_bits(*word),
                 _ => {
                     for (half, out) in [word << 16, word & 0xffff_0000].into_iter().zip(out) {
                         *out = f32::from_bits(half);
@@ -114,71 +102,67 @@ impl Panels<u32> {
     }
 }
 
-impl Panels<bf16> {
-    /// Row `i` as f32.
-    pub(super) fn row_of_halves(&self, i: usize, out: &mut [f32]) {
-        for (x, out) in self.row(i).zip(out) {
-            *out = x.to_f32();
-        }
-    }
-}
-
-impl Operand for Panels<u32> {
-    fn scratch(&self, _: usize) -> usize {
-        0
+impl Operand for Panels {
+    fn scratch(&self, words: usize) -> usize {
+        if self.widens() { words } else { 0 }
     }
 
-    fn prepare(&self, _: &CpuDevice, _: Range, _: Range, _: Tile, _: &mut [u32]) {}
-
-    fn panels<'a>(&'a self, _: &'a [u32], col: usize, k: usize, _: usize, t: Tile) -> gemm::Panels<'a, u32> {
-        let stride = self.units() * t.nr;
-        gemm::Panels { data: &self.data()[col / t.nr * stride..], stride, start: k / t.per_unit * t.nr }
-    }
-}
-
-impl Operand for Panels<bf16> {
-    /// Widens: once for all rows of the product.
+    /// Where it has to, it widens: once for all rows of the product.
     fn prepare(&self, device: &CpuDevice, cols: Range, ks: Range, t: Tile, scratch: &mut [u32]) {
-        let (size, stride) = (ks.len() * t.nr, self.k * t.nr);
-        let panels = cols.len().div_ceil(t.nr);
+        if !self.widens() {
+            return;
+        }
+        let (first, panels) = (cols.start / t.nr, cols.len().div_ceil(t.nr));
+        let size = ks.len() * t.nr;
+        let words = ks.start / self.in_word * t.nr..ks.end.div_ceil(self.in_word) * t.nr;
         let shards = Shards::new(&mut scratch[..panels * size]);
-        let data = self.data();
         device.pool.for_each(panels, |p, _| {
             // SAFETY: each task writes its own panel.
             let out = unsafe { shards.range(p * size..(p + 1) * size) };
-            let x = &data[(cols.start / t.nr + p) * stride + ks.start * t.nr..][..size];
-            dispatch!(device.isa, s => convert(s, x, bytemuck::cast_slice_mut::<u32, f32>(out)));
+            let pairs = &self.words[(first + p) * self.stride()..][words.clone()];
+            dispatch!(device.isa, s => widen(s, t.nr, pairs, bytemuck::cast_slice_mut(out)));
         });
+    }
+
+    fn panels<'a>(
+        &'a self,
+        scratch: &'a [u32],
+        col: usize,
+        k: usize,
+        units: usize,
+        t: Tile,
+    ) -> gemm::Panels<'a> {
+        if self.widens() {
+            return gemm::Panels { data: scratch, stride: units * t.nr, start: 0 };
+        }
+        let stride = self.stride();
+        gemm::Panels { data: &self.words[col / t.nr * stride..], stride, start: k / self.in_word * t.nr }
     }
 }
 
 type Range = std::ops::Range<usize>;
 
 /// `x[m, k] * w^T`.
-pub(super) fn multiply<W: Element>(
+pub(super) fn multiply(
     device: &CpuDevice,
     shape: (usize, usize, usize),
     x: Rows,
-    w: &Panels<W>,
+    w: &Panels,
     finish: &Finish,
-) where
-    Panels<W>: Operand,
-{
+) {
     match x {
         Rows::F32(x) => multiply_rows(device, shape, x, w, finish),
         Rows::Bf16(x) => multiply_rows(device, shape, x, w, finish),
     }
 }
 
-fn multiply_rows<E: Element, W: Element>(
+fn multiply_rows<E: Element>(
     device: &CpuDevice,
     (m, n, k): (usize, usize, usize),
     x: &[E],
-    w: &Panels<W>,
+    w: &Panels,
     finish: &Finish,
-) where
-    Panels<W>: Operand,
-{
+) {
     let x = Matrix { data: &x[..m * k], ld: k, k_contiguous: true };
     if m > FEW_ROWS {
         return gemm::product(device, w.tile, (m, n, k), x, w, finish);
@@ -186,7 +170,7 @@ fn multiply_rows<E: Element, W: Element>(
     // As many rows in a tile as there are, so that none is computed for nothing.
     let mr = [1, 2, 4].into_iter().find(|mr| *mr >= m).unwrap_or(w.tile.mr).min(w.tile.mr);
     let Tile { nr, per_unit, .. } = w.tile;
-    let units = w.units();
+    let units = k.div_ceil(per_unit);
     let mut workspace = device.workspace();
     let [packed] = workspace.take([(Scratch::PackedA, m.next_multiple_of(mr) * units)]);
     if m <= mr {
@@ -203,7 +187,7 @@ fn multiply_rows<E: Element, W: Element>(
         first: true,
         last: true,
         a: packed,
-        b: gemm::Panels { data: w.data(), stride: units * nr, start: 0 },
+        b: gemm::Panels { data: &w.words, stride: w.stride(), start: 0 },
         partials_from: 0,
     };
     gemm::each_task(device, block.panels(), usize::MAX, |a, b| match device.isa {
@@ -211,26 +195,43 @@ fn multiply_rows<E: Element, W: Element>(
         Isa::Avx512Bf16 if per_unit == 2 => unsafe {
             with_avx512_bf16(
                 #[inline(always)]
-                |s| few::<_, Dot, _, 8, 3>(s, &block, a, b, finish),
+                |s| few_of::<_, Dot, 8, 3>(s, &block, a, b, finish),
             )
         },
         // SAFETY: the processor has AVX-512.
         Isa::Avx512 | Isa::Avx512Bf16 => unsafe {
             with_avx512(
                 #[inline(always)]
-                |s| few::<_, Fma, _, 8, 3>(s, &block, a, b, finish),
+                |s| few::<_, 8, 3>(s, &block, w.widens(), a, b, finish),
             )
         },
-        Isa::Avx2 => dispatch!(Isa::Avx2, s => few::<_, Fma, _, 6, 2>(s, &block, a, b, finish)),
-        Isa::Portable => few::<_, Fma, _, 4, 2>(Portable, &block, a, b, finish),
+        Isa::Avx2 => dispatch!(Isa::Avx2, s => few::<_, 6, 2>(s, &block, w.widens(), a, b, finish)),
+        Isa::Portable => few::<_, 4, 2>(Portable, &block, w.widens(), a, b, finish),
     });
+}
+
+/// A task with units of f32.
+#[inline(always)]
+fn few<S: Simd, const MR: usize, const NV: usize>(
+    s: S,
+    block: &Block,
+    widens: bool,
+    a: Range,
+    b: Range,
+    finish: &Finish,
+) {
+    if widens {
+        few_of::<S, Widen, MR, NV>(s, block, a, b, finish);
+    } else {
+        few_of::<S, Fma, MR, NV>(s, block, a, b, finish);
+    }
 }
 
 /// A task with as many rows in a tile as the block says.
 #[inline(always)]
-fn few<S: Simd, M: Mac<S>, W: Element, const MR: usize, const NV: usize>(
+fn few_of<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(
     s: S,
-    block: &Block<W>,
+    block: &Block,
     a: Range,
     b: Range,
     finish: &Finish,

@@ -32,10 +32,8 @@ pub struct Packed {
 }
 
 enum Data {
-    /// Units as products read them: f32, or pairs of bf16 where there is an instruction for those.
-    Words(float::Panels<u32>),
-    /// bf16, widened when they are read.
-    Halves(float::Panels<bf16>),
+    /// f32, or pairs of bf16.
+    Float(float::Panels),
     /// Numbers of few bits with a scale for each group.
     Groups(groups::Panels),
 }
@@ -43,17 +41,15 @@ enum Data {
 /// How a panel is laid out. All kinds are whole words.
 #[derive(Clone, Copy, Debug)]
 enum Layout {
-    Words(DType),
-    Halves,
+    Float(DType),
     Groups(Bits),
 }
 
 impl Layout {
-    fn new(device: &CpuDevice, format: WeightFormat) -> Layout {
+    fn new(format: WeightFormat) -> Layout {
         match format {
-            WeightFormat::F32 => Layout::Words(DType::F32),
-            WeightFormat::Bf16 if float::has_pairs(device) => Layout::Words(DType::Bf16),
-            WeightFormat::Bf16 => Layout::Halves,
+            WeightFormat::F32 => Layout::Float(DType::F32),
+            WeightFormat::Bf16 => Layout::Float(DType::Bf16),
             WeightFormat::Int8 => Layout::Groups(Bits::Eight),
             WeightFormat::Int4 => Layout::Groups(Bits::Four),
         }
@@ -62,8 +58,7 @@ impl Layout {
     /// Rows of the matrix in a panel, and words of a panel.
     fn panel(self, device: &CpuDevice, k: usize) -> (usize, usize) {
         match self {
-            Layout::Words(dtype) => float::words_panel(device.isa, dtype, k),
-            Layout::Halves => float::halves_panel(device.isa, k),
+            Layout::Float(dtype) => float::panel(device.isa, dtype, k),
             Layout::Groups(bits) => groups::panel(bits, k),
         }
     }
@@ -71,8 +66,7 @@ impl Layout {
     /// Packs a panel's rows, at most as many as it has room for.
     fn pack(self, device: &CpuDevice, rows: &[f32], k: usize, out: &mut [u32]) {
         match self {
-            Layout::Words(dtype) => float::pack_words(device.isa, dtype, rows, k, out),
-            Layout::Halves => float::pack_halves(device.isa, rows, k, out),
+            Layout::Float(dtype) => float::pack_panel(device.isa, dtype, rows, k, out),
             Layout::Groups(bits) => rounding::pack(device.isa, bits, rows, k, out),
         }
     }
@@ -80,17 +74,16 @@ impl Layout {
 
 /// Bytes of a packed matrix.
 pub(super) fn size(device: &CpuDevice, format: WeightFormat, n: usize, k: usize) -> usize {
-    let (nr, words) = Layout::new(device, format).panel(device, k);
+    let (nr, words) = Layout::new(format).panel(device, k);
     4 * n.div_ceil(nr) * words
 }
 
 /// What decides how panels look, beside format and sizes.
 pub(super) fn layout(device: &CpuDevice) -> String {
     /// Raised when the same sizes get another layout.
-    const VERSION: u32 = 1;
-    let tile = |dtype| super::gemm::tile(device.isa, dtype);
-    let (f32, bf16) = (tile(DType::F32), tile(DType::Bf16));
-    format!("cpu {VERSION}, f32 x{}, bf16 x{} by {}", f32.nr, bf16.nr, bf16.per_unit)
+    const VERSION: u32 = 2;
+    let width = |dtype| float::panel(device.isa, dtype, 1).0;
+    format!("cpu {VERSION}, f32 x{}, bf16 x{}", width(DType::F32), width(DType::Bf16))
 }
 
 /// Packs a matrix, each panel on some thread: its rows are read into memory of that thread, which stays in a near cache,
@@ -103,7 +96,7 @@ pub(super) fn pack_to(
     write: &WritePiece<'_>,
 ) -> anyhow::Result<()> {
     check_sizes(n, k)?;
-    let layout = Layout::new(device, format);
+    let layout = Layout::new(format);
     let (nr, words) = layout.panel(device, k);
     let own = nr * k + words;
     let mut workspace = device.workspace();
@@ -173,9 +166,8 @@ impl Packed {
     }
 
     fn of(device: &CpuDevice, format: WeightFormat, n: usize, k: usize, kept: Kept) -> Packed {
-        let data = match Layout::new(device, format) {
-            Layout::Words(dtype) => Data::Words(float::Panels::new(device.isa, dtype, k, kept)),
-            Layout::Halves => Data::Halves(float::Panels::new(device.isa, DType::F32, k, kept)),
+        let data = match Layout::new(format) {
+            Layout::Float(dtype) => Data::Float(float::Panels::new(device.isa, dtype, k, kept)),
             Layout::Groups(bits) => Data::Groups(groups::Panels::new(bits, n, k, kept)),
         };
         Packed { n, k, data }
@@ -195,8 +187,7 @@ impl Packed {
     /// Bytes that it takes.
     pub(super) fn bytes(&self) -> usize {
         4 * match &self.data {
-            Data::Words(p) => p.words.len(),
-            Data::Halves(p) => p.words.len(),
+            Data::Float(p) => p.words.len(),
             Data::Groups(p) => p.words.len(),
         }
     }
@@ -204,8 +195,7 @@ impl Packed {
     /// Row `i` as f32.
     fn row(&self, i: usize, out: &mut [f32]) {
         match &self.data {
-            Data::Words(p) => p.row_of_words(i, out),
-            Data::Halves(p) => p.row_of_halves(i, out),
+            Data::Float(p) => p.row(i, out),
             Data::Groups(p) => p.row(i, out),
         }
     }
@@ -297,8 +287,7 @@ impl Epilogue for Finish<'_> {
 /// `x[m, k] * w^T`, handed to `finish`.
 pub(super) fn multiply(device: &CpuDevice, m: usize, x: Rows, w: &Packed, finish: &Finish) {
     match &w.data {
-        Data::Words(panels) => float::multiply(device, (m, w.n, w.k), x, panels, finish),
-        Data::Halves(panels) => float::multiply(device, (m, w.n, w.k), x, panels, finish),
+        Data::Float(panels) => float::multiply(device, (m, w.n, w.k), x, panels, finish),
         Data::Groups(panels) => groups::multiply(device, m, w.k, x, panels, finish),
     }
 }
