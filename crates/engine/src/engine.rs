@@ -4,6 +4,7 @@ use crate::choose::{Chooser, Scratches, on_all_threads};
 use crate::draft::{self, Draft};
 use crate::embed::Pool;
 use crate::event::Event;
+use crate::pace::Pace;
 use crate::parameters::{Capacity, Refusal, Request};
 use crate::request::{Running, Texts};
 use crate::scheduler::{Key, Limits, Load, Plan, Scheduler};
@@ -13,6 +14,7 @@ use ferropt_data::Tokenizer;
 use ferropt_device::{Device, Element, PAGE, Segment};
 use ferropt_model::{Cache, Decoder, Memory};
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 /// How an engine is set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +25,9 @@ pub struct Options {
     pub cache_tokens: usize,
     /// Tokens that a draft guesses at most, ahead of each text.
     pub draft_tokens: usize,
+    /// How long texts that are being generated may wait for a piece of a prompt, which is made shorter for it, but not shorter
+    /// than some tens of tokens. Absent: prompts are read as fast as can be.
+    pub pause: Option<Duration>,
 }
 
 impl Options {
@@ -31,7 +36,7 @@ impl Options {
         let limits = Limits { tokens: TOKENS.max(sequences), sequences, reuse: true };
         // A page more for each: while it is copied, a page that two texts have in common is there twice.
         let cache_tokens = sequences * (longest.next_multiple_of(PAGE) + PAGE);
-        Options { limits, cache_tokens, draft_tokens: DRAFT_TOKENS }
+        Options { limits, cache_tokens, draft_tokens: DRAFT_TOKENS, pause: None }
     }
 }
 
@@ -55,6 +60,7 @@ pub struct Engine<'t, D: Device, E: Element> {
     draft: Option<Draft<D, E>>,
     tokenizer: &'t Tokenizer,
     scheduler: Scheduler,
+    pace: Pace,
     capacity: Capacity,
     requests: BTreeMap<u64, Running<'t>>,
     /// Requests so far.
@@ -125,6 +131,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             draft,
             tokenizer,
             scheduler,
+            pace: Pace::new(options.pause),
             capacity,
             requests: BTreeMap::new(),
             count: 0,
@@ -192,7 +199,8 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
     /// # Errors
     /// When the device fails. No request can go on then.
     pub fn step(&mut self) -> Result<Vec<(u64, Event)>> {
-        let mut plan = self.scheduler.plan();
+        let start = Instant::now();
+        let mut plan = self.scheduler.plan(self.pace.beside());
         if !plan.work.is_empty() {
             self.cache.copy(&self.device, &plan.copies);
             let guesses = self.guess(&mut plan)?;
@@ -203,6 +211,11 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             for rows in wanted.chunks(self.memory.head_rows()) {
                 self.choose(rows, &guesses)?;
             }
+            let of_prompts = |count: &usize| *count > 1;
+            let prompts = plan.work.iter().map(|work| work.count).filter(of_prompts).sum::<usize>();
+            let others = plan.work.iter().filter(|work| work.count == 1).count();
+            let guessed = guesses.iter().map(Vec::len).sum::<usize>();
+            self.pace.took(prompts, others + guessed, start.elapsed());
         }
         Ok(std::mem::take(&mut self.events))
     }

@@ -18,6 +18,7 @@ mod embed;
 mod engine;
 mod event;
 mod handle;
+mod pace;
 pub mod pages;
 mod parameters;
 mod race;

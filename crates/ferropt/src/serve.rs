@@ -61,6 +61,10 @@ pub(crate) struct Args {
     /// full, the youngest texts wait
     #[arg(long, value_name = "N")]
     cache_tokens: Option<usize>,
+    /// Milliseconds that texts being generated may wait while new prompts are read, which is done in pieces for it, of 64 tokens
+    /// at least. Larger pieces are faster for the prompts
+    #[arg(long, value_name = "MS", default_value_t = 250)]
+    pause_ms: u64,
     /// Prompts that may wait for a model; more are refused
     #[arg(long, value_name = "N", default_value_t = Limits::default().queue)]
     queue: usize,
@@ -208,8 +212,8 @@ impl Args {
 
     fn source(&self, name: String, path: PathBuf, draft: Option<PathBuf>) -> Result<ModelSource> {
         let (sequences, cache_tokens) = (self.sequences, self.cache_tokens);
-        let opening =
-            Opening { draft, draft_tokens: self.draft_tokens, ..self.opening.opening(sequences, None)? };
+        let (draft_tokens, pause) = (self.draft_tokens, Some(Duration::from_millis(self.pause_ms)));
+        let opening = Opening { draft, draft_tokens, pause, ..self.opening.opening(sequences, None)? };
         let open = move || {
             Model::open(&path, &Opening { longest: Some(longest(&path, &opening, cache_tokens)?), ..opening })
         };

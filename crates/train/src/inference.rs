@@ -18,7 +18,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// How a model is opened.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,6 +51,8 @@ pub struct Opening {
     pub draft: Option<PathBuf>,
     /// Tokens that it guesses at most; see [`DRAFT_TOKENS`].
     pub draft_tokens: usize,
+    /// How long texts that are being generated may wait for a piece of a prompt; as long as it takes when absent.
+    pub pause: Option<Duration>,
 }
 
 impl Default for Opening {
@@ -69,6 +71,7 @@ impl Default for Opening {
             cache: None,
             draft: None,
             draft_tokens: DRAFT_TOKENS,
+            pause: None,
         }
     }
 }
@@ -281,8 +284,8 @@ fn start(
 ) -> Result<Model> {
     let (config, weight_bytes) = (decoder.config().clone(), decoder.bytes(&device) as u64);
     let longest = opening.longest.unwrap_or(config.positions).clamp(1, config.positions);
-    let mut options =
-        Options { draft_tokens: opening.draft_tokens, ..Options::new(opening.sequences.max(1), longest) };
+    let (draft_tokens, pause) = (opening.draft_tokens, opening.pause);
+    let mut options = Options { draft_tokens, pause, ..Options::new(opening.sequences.max(1), longest) };
     options.limits.reuse = opening.reuse;
     let tokenizer = Arc::new(tokenizer);
     let engine = match weights {

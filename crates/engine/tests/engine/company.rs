@@ -74,6 +74,7 @@ fn check<E: Element>(format: WeightFormat) {
         limits: Limits { tokens, sequences, reuse },
         cache_tokens: pages * 64,
         draft_tokens: 8,
+        pause: reuse.then_some(Duration::ZERO),
     };
     let (mut reused, mut preemptions) = (0, 0);
     for (round, options) in [

@@ -40,6 +40,7 @@ fn check<E: Element>(format: WeightFormat) {
         limits: Limits { tokens: 4, sequences: 4, reuse: true },
         cache_tokens: 9 * 64,
         draft_tokens: 8,
+        pause: None,
     };
     let mut engine = engine::<E>(&tokenizer, format, few);
     for pooling in [Pooling::Mean, Pooling::Last] {

@@ -62,6 +62,7 @@ fn roomy() -> Options {
         limits: Limits { tokens: 1000, sequences: 200, reuse: false },
         cache_tokens: 200 * 320,
         draft_tokens: 8,
+        pause: None,
     }
 }
 

@@ -165,6 +165,7 @@ fn every_text_of_a_batch_follows_its_own_fields() {
         limits: Limits { tokens: 50, sequences: 9, reuse: true },
         cache_tokens: 16 * 64,
         draft_tokens: 8,
+        pause: None,
     };
     let mut engine = engine::<f32>(&tokenizer, WeightFormat::F32, few);
     let requests = asked.iter().map(|(fields, prompt, more)| Request {
