@@ -40,7 +40,7 @@ def processor():
 
 
 def write(folder, results, facts, command):
-    """Writes both files and returns their paths."""
+    """Writes both files and returns their paths. A precision that was not measured now keeps its earlier measurement."""
     facts = facts | {
         "command": command,
         "date": datetime.date.today().isoformat(),
@@ -49,37 +49,42 @@ def write(folder, results, facts, command):
     }
     folder.mkdir(parents=True, exist_ok=True)
     data, page = folder / "train-cpu.json", folder / "train-cpu.md"
-    data.write_text(json.dumps({"facts": facts, "results": results}, indent=1) + "\n")
-    page.write_text("\n".join(lines(facts, results)) + "\n")
+    kept = json.loads(data.read_text()) if data.exists() else {}
+    kept |= {precision: {"facts": facts, "results": group} for precision, group in results.items()}
+    kept = dict(sorted(kept.items()))
+    data.write_text(json.dumps(kept, indent=1) + "\n")
+    page.write_text("\n".join(lines(kept)) + "\n")
     return data, page
 
 
-def lines(facts, results):
+def lines(kept):
     """The page."""
+    facts = next(iter(kept.values()))["facts"]
     tokens = facts["seq"] * facts["sequences"]
-    torch = next((r for group in results.values() for r in group if "torch" in r), None)
     yield "# Training speed on the CPU, beside PyTorch"
     yield ""
     yield f"OPT-{facts['preset'].upper()}, T = {facts['seq']}, {facts['sequences']} sequences ({tokens} tokens) per optimiser step, {facts['threads']} threads: forward,"
     yield "backward, clipping, AdamW; no dropout, nothing recomputed. All competitors of a precision took turns in one run"
     yield "(A B C A B C ...). Medians of the steps in which other processes used less than 8 % of a core."
     yield ""
-    yield f"Measured {facts['date']} with `{facts['command']}` at commit {facts['commit']} on {facts['processor']}."
-    if torch:
-        yield f"PyTorch {torch['torch']}, transformers {torch['transformers']} (SDPA attention, fused AdamW; bf16 is autocast over f32 weights); mbN: N"
-        yield "sequences per forward and backward pass."
-    for precision, group in results.items():
-        yield from precision_lines(facts, precision, group, tokens)
+    yield "PyTorch with SDPA attention and fused AdamW; bf16 is autocast over f32 weights; mbN: N sequences per forward and backward pass."
+    for precision, measured in kept.items():
+        yield from precision_lines(measured["facts"], precision, measured["results"])
     yield ""
     yield "Memory is the highest resident set: of ferropt over the whole process, of PyTorch after its warm-up, compilation left out."
     yield f"Model FLOPs: {facts['flops_per_token'] / 1e9:.3f} GFLOP per token (6 per weight in matrices with the head counted once, and causal attention)."
 
 
-def precision_lines(facts, precision, group, tokens):
+def precision_lines(facts, precision, group):
     """Table, ratios and the step's parts of one precision."""
+    tokens = facts["seq"] * facts["sequences"]
+    torch = next((r for r in group if "torch" in r), None)
+    beside = f"; PyTorch {torch['torch']}, transformers {torch['transformers']}" if torch else ""
     ours = next((r for r in group if r["name"] == "ferropt"), None)
     peak = ours.get("measured_peak_flops") if ours else None
     yield from ("", f"## {precision}", "")
+    yield f"Measured {facts['date']} with `{facts['command']}` at commit {facts['commit']} on {facts['processor']}{beside}."
+    yield ""
     yield "| | tokens/s | best | GFLOP/s | share of peak | peak memory, GB | steps |"
     yield "|---|---|---|---|---|---|---|"
     for r in group:

@@ -5,6 +5,8 @@ use crate::routes::Call;
 use crate::texts::{begin, line_up, still_serving};
 use axum::body::Body;
 use axum::http::{Response, StatusCode};
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
 use ferropt_engine::{Event, Parameters};
 use serde_json::{Value, json};
 
@@ -38,7 +40,7 @@ pub(crate) async fn embeddings(mut call: Call) -> Result<Response<Body>, ApiErro
         return Err(ApiError::internal("the model's hidden states are not finite"));
     }
     let data = vectors.iter().enumerate().map(|(index, vector)| {
-        let vector: Value = if asked.base64 { base64(&bytes(vector)).into() } else { json!(vector) };
+        let vector: Value = if asked.base64 { BASE64_STANDARD.encode(bytes(vector)).into() } else { json!(vector) };
         json!({ "object": "embedding", "index": index, "embedding": vector })
     });
     let answer = json!({
@@ -52,41 +54,4 @@ pub(crate) async fn embeddings(mut call: Call) -> Result<Response<Body>, ApiErro
 
 fn bytes(vector: &[f32]) -> Vec<u8> {
     vector.iter().flat_map(|x| x.to_le_bytes()).collect()
-}
-
-/// Base64 of RFC 4648, with padding.
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for three in bytes.chunks(3) {
-        let mut block = [0; 4];
-        block[1..=three.len()].copy_from_slice(three);
-        let bits = u32::from_be_bytes(block);
-        for digit in 0..4 {
-            let value = bits >> (18 - 6 * digit) & 63;
-            text.push(if digit <= three.len() { char::from(DIGITS[value as usize]) } else { '=' });
-        }
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::base64;
-
-    #[test]
-    fn base64_is_that_of_its_rfc() {
-        for (text, want) in [
-            ("", ""),
-            ("f", "Zg=="),
-            ("fo", "Zm8="),
-            ("foo", "Zm9v"),
-            ("foob", "Zm9vYg=="),
-            ("fooba", "Zm9vYmE="),
-            ("foobar", "Zm9vYmFy"),
-        ] {
-            assert_eq!(base64(text.as_bytes()), want);
-        }
-        assert_eq!(base64(&[0xfb, 0xff, 0xfe]), "+//+");
-    }
 }
