@@ -73,7 +73,10 @@ mod tests {
         let (prompts, added) = settle(100, 10.0, 0.5, 4, 1.0);
         assert!((160..=200).contains(&prompts) && (80.0..=100.0).contains(&added), "{prompts}, {added} ms");
         let (prompts, added) = settle(100, 10.0, 0.5, 100, 3.0);
-        assert!((160..=200).contains(&prompts), "many texts are no reason to read less: {prompts}, {added} ms");
+        assert!(
+            (160..=200).contains(&prompts),
+            "many texts are no reason to read less: {prompts}, {added} ms"
+        );
         assert_eq!(settle(100, 5.0, 0.01, 4, 1.0).0, 512, "all that a step may have");
         assert_eq!(settle(100, 900.0, 30.0, 4, 100.0).0, LEAST, "a large model goes on all the same");
         assert_eq!(Pace::new(None).beside(), usize::MAX);

@@ -40,7 +40,8 @@ pub(crate) async fn embeddings(mut call: Call) -> Result<Response<Body>, ApiErro
         return Err(ApiError::internal("the model's hidden states are not finite"));
     }
     let data = vectors.iter().enumerate().map(|(index, vector)| {
-        let vector: Value = if asked.base64 { BASE64_STANDARD.encode(bytes(vector)).into() } else { json!(vector) };
+        let vector: Value =
+            if asked.base64 { BASE64_STANDARD.encode(bytes(vector)).into() } else { json!(vector) };
         json!({ "object": "embedding", "index": index, "embedding": vector })
     });
     let answer = json!({

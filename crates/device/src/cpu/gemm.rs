@@ -94,14 +94,7 @@ pub(super) trait Operand: Sync {
     /// Prepares columns `cols` and elements `ks` in `scratch`, on all threads.
     fn prepare(&self, device: &CpuDevice, cols: Range<usize>, ks: Range<usize>, t: Tile, scratch: &mut [u32]);
     /// What was prepared, which begins with column `col` and element `k`.
-    fn panels<'a>(
-        &'a self,
-        scratch: &'a [u32],
-        _col: usize,
-        _k: usize,
-        units: usize,
-        t: Tile,
-    ) -> Panels<'a> {
+    fn panels<'a>(&'a self, scratch: &'a [u32], _col: usize, _k: usize, units: usize, t: Tile) -> Panels<'a> {
         Panels { data: scratch, stride: units * t.nr, start: 0 }
     }
 }

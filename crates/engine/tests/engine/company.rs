@@ -3,6 +3,7 @@
 use crate::*;
 use ferropt_device::bf16;
 use ferropt_engine::{Decay, Pooling};
+use std::time::Duration;
 
 /// Requests of every kind, several of which begin alike.
 pub(crate) fn requests() -> Vec<Request> {
