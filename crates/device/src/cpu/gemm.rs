@@ -2,9 +2,10 @@
 //!
 //! Both operands are packed into panels: A in panels of `MR` rows, B in panels of `NR` columns, so that the inner loop
 //! reads both in order. B is packed first, by all threads; of A each thread packs as many rows as its second-level cache
-//! holds, and multiplies them with all of B at once, so that packed rows never go to memory. One 32-bit *unit* of a panel is an f32 (which bf16 are widened to), or where `vdpbf16ps` is
-//! used a pair of bf16 that are neighbours in k, which is what it consumes. The micro-kernel keeps an MR x NR tile in
-//! registers (8 x 48 with AVX-512: 24 accumulators, 3 columns, 1 broadcast) over a whole block of k.
+//! holds, and multiplies them with all of B at once, so that packed rows never go to memory. One 32-bit *unit* of a panel
+//! is an f32 (which bf16 are widened to), or where `vdpbf16ps` is used a pair of bf16 that are neighbours in k, which is
+//! what it consumes. The micro-kernel keeps an MR x NR tile in registers (8 x 48 with AVX-512: 24 accumulators, 3 columns,
+//! 1 broadcast) over a whole block of k.
 //!
 //! Every element of C is summed by one thread in one order that depends on the shape alone.
 
