@@ -69,14 +69,7 @@ __device__ void attention_mma(const bf16* qkv, const u32* doc_start, Heads s, Dr
                 for (int j = 0; j < 8; j++) p[j][2 * r] *= factors[j][0], p[j][2 * r + 1] *= factors[j][1];
             }
         }
-        for (int i = 0; i < 4; i++) {
-            u32 left[4], right[2];
-            as_left(left, p, i);
-            for (int n = 0; n < D / 8; n++) {
-                load_right_turned(right, v + 16 * i * LD + 8 * n, LD);
-                mma(sums[n], left, right);
-            }
-        }
+        add_rows<D, TILE / 16>(sums, p, v);
     }
     for (int r = 0; r < 2; r++) {
         float total = weight[r] + __shfl_xor_sync(ALL_LANES, weight[r], 1);

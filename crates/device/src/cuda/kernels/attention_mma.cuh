@@ -48,5 +48,18 @@ __device__ __forceinline__ void as_left(u32* left, const float (*sums)[4], int i
     left[2] = two(sums[2 * i + 1][0], sums[2 * i + 1][1]), left[3] = two(sums[2 * i + 1][2], sums[2 * i + 1][3]);
 }
 
+/// sums += tile * rows: what is summed over are the tile's columns, and `16 * STEPS` rows of a head in shared memory.
+template <int D, int STEPS>
+__device__ __forceinline__ void add_rows(float (*sums)[4], const float (*tile)[4], const bf16* rows) {
+    for (int i = 0; i < STEPS; i++) {
+        u32 left[4], right[2];
+        as_left(left, tile, i);
+        for (int n = 0; n < D / 8; n++) {
+            load_right_turned(right, rows + 16 * i * Row<D>::LD + 8 * n, Row<D>::LD);
+            mma(sums[n], left, right);
+        }
+    }
+}
+
 /// Two neighbouring numbers of a row.
 __device__ __forceinline__ void put_two(bf16* to, float low, float high) { *reinterpret_cast<u32*>(to) = two(low, high); }

@@ -66,14 +66,7 @@ __device__ void attention_mma_dq(const bf16* qkv, const u32* doc_start, Heads s,
                 }
             }
         }
-        for (int i = 0; i < 4; i++) {
-            u32 left[4], right[2];
-            as_left(left, p, i);
-            for (int n = 0; n < D / 8; n++) {
-                load_right_turned(right, k + 16 * i * LD + 8 * n, LD);
-                mma(sums[n], left, right);
-            }
-        }
+        add_rows<D, TILE / 16>(sums, p, k);
     }
     for (int r = 0; r < 2; r++) {
         if (query[r] < s.seq) {
@@ -152,17 +145,8 @@ __device__ void attention_mma_dkv(const bf16* qkv, const u32* doc_start, Heads s
                 }
             }
         }
-        for (u32 i = 0; i < FEW / 16; i++) {
-            u32 left_p[4], left_ds[4], right[2];
-            as_left(left_p, p, i);
-            as_left(left_ds, dp, i);
-            for (int n = 0; n < D / 8; n++) {
-                load_right_turned(right, go + 16 * i * LD + 8 * n, LD);
-                mma(dv[n], left_p, right);
-                load_right_turned(right, q + 16 * i * LD + 8 * n, LD);
-                mma(dk[n], left_ds, right);
-            }
-        }
+        add_rows<D, FEW / 16>(dv, p, go);
+        add_rows<D, FEW / 16>(dk, dp, q);
     }
     for (int r = 0; r < 2; r++) {
         u32 own = key + 16 * warp + g + 8 * r;
