@@ -211,11 +211,11 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             for rows in wanted.chunks(self.memory.head_rows()) {
                 self.choose(rows, &guesses)?;
             }
-            let of_prompts = |count: &usize| *count > 1;
-            let prompts = plan.work.iter().map(|work| work.count).filter(of_prompts).sum::<usize>();
-            let others = plan.work.iter().filter(|work| work.count == 1).count();
-            let guessed = guesses.iter().map(Vec::len).sum::<usize>();
-            self.pace.took(prompts, others + guessed, start.elapsed());
+            // A text that is generated has one row, and its guesses.
+            let prompts = plan.work.iter().map(|work| work.count).filter(|count| *count > 1).sum();
+            let others =
+                plan.work.iter().zip(&guesses).map(|(w, g)| usize::from(w.count == 1) + g.len()).sum();
+            self.pace.took(prompts, others, start.elapsed());
         }
         Ok(std::mem::take(&mut self.events))
     }
