@@ -6,7 +6,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// Between attempts to reach a rank that does not listen yet.
@@ -83,8 +84,7 @@ impl Tcp {
                 let me =
                     Introduction { rank: meeting.rank, address: listener.local_addr()?, host: host_name() };
                 say(&mut first, &format!("{}\t{}", meeting.token, me.line()))?;
-                first.set_read_timeout(Some(until.saturating_duration_since(Instant::now()).max(AGAIN)))?;
-                let list = hear(&mut first).context("rank 0 did not tell who is there")?;
+                let list = hear(&mut Until(&first, until)).context("rank 0 did not tell who is there")?;
                 for line in list.split('\t') {
                     let one = Introduction::parse(line).context("rank 0 told something unknown")?;
                     let place = known.get_mut(one.rank).context("rank 0 told of a rank beyond the last")?;
@@ -149,11 +149,12 @@ impl Meeting {
                 return Err(last)
                     .with_context(|| format!("rank {} cannot reach rank 0 at {}", self.rank, name()));
             }
-            std::thread::sleep(AGAIN);
+            thread::sleep(AGAIN);
         }
     }
 
-    /// Lets ranks in until all of `awaited` are there. Who is none of them is shown out.
+    /// Lets ranks in until all of `awaited` are there. Who is none of them is shown out, and keeps nobody waiting: each has a
+    /// thread of its own to introduce itself to.
     fn accept(
         &self,
         listener: &TcpListener,
@@ -163,7 +164,14 @@ impl Meeting {
         known: &mut [Option<Introduction>],
     ) -> Result<()> {
         listener.set_nonblocking(true)?;
+        let (door, admitted) = mpsc::channel::<(TcpStream, Introduction)>();
         loop {
+            for (stream, one) in admitted.try_iter() {
+                if awaited.contains(&one.rank) && peers[one.rank].is_none() {
+                    let rank = one.rank;
+                    (peers[rank], known[rank]) = (Some(stream), Some(one));
+                }
+            }
             let missing: Vec<String> =
                 awaited.clone().filter(|rank| peers[*rank].is_none()).map(|rank| rank.to_string()).collect();
             if missing.is_empty() {
@@ -171,16 +179,19 @@ impl Meeting {
             }
             match listener.accept() {
                 Ok((stream, _)) => {
-                    if let Ok((stream, one)) = self.admit(stream)
-                        && awaited.contains(&one.rank)
-                        && peers[one.rank].is_none()
-                    {
-                        peers[one.rank] = Some(stream);
-                        let rank = one.rank;
-                        known[rank] = Some(one);
-                    }
+                    let (meeting, door) = (self.clone(), door.clone());
+                    let admit = move || {
+                        if let Ok(one) = meeting.admit(stream) {
+                            // Nobody waits any more once all are there.
+                            let _ = door.send(one);
+                        }
+                    };
+                    thread::Builder::new()
+                        .name("introduction".into())
+                        .spawn(admit)
+                        .context("cannot start a thread for a connection")?;
                 }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => std::thread::sleep(AGAIN / 10),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(AGAIN / 10),
                 Err(error) => return Err(error).context("cannot accept connections of other ranks"),
             }
             if Instant::now() >= until {
@@ -198,10 +209,9 @@ impl Meeting {
     }
 
     /// Who is at the door.
-    fn admit(&self, mut stream: TcpStream) -> Result<(TcpStream, Introduction)> {
+    fn admit(&self, stream: TcpStream) -> Result<(TcpStream, Introduction)> {
         stream.set_nonblocking(false)?;
-        stream.set_read_timeout(Some(INTRODUCTION))?;
-        let text = hear(&mut stream)?;
+        let text = hear(&mut Until(&stream, Instant::now() + INTRODUCTION))?;
         let (token, line) = text.split_once('\t').context("no introduction")?;
         ensure!(token == self.token, "of another run");
         Ok((stream, Introduction::parse(line).context("no introduction")?))
@@ -224,7 +234,7 @@ impl Introduction {
 fn reach(address: SocketAddr, until: Instant) -> io::Result<TcpStream> {
     loop {
         match TcpStream::connect_timeout(&address, INTRODUCTION) {
-            Err(_) if Instant::now() < until => std::thread::sleep(AGAIN),
+            Err(_) if Instant::now() < until => thread::sleep(AGAIN),
             done => return done,
         }
     }
@@ -238,8 +248,22 @@ fn say(stream: &mut TcpStream, text: &str) -> Result<()> {
     stream.write_all(&bytes).context("cannot introduce this rank")
 }
 
+/// Reads from a connection until a moment, however many reads it takes.
+struct Until<'a>(&'a TcpStream, Instant);
+
+impl Read for Until<'_> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let left = self.1.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        self.0.set_read_timeout(Some(left))?;
+        self.0.read(into)
+    }
+}
+
 /// Receives a text with its length.
-fn hear(stream: &mut TcpStream) -> Result<String> {
+fn hear(stream: &mut Until<'_>) -> Result<String> {
     let mut start = [0; 16];
     stream.read_exact(&mut start).context("the connection ended")?;
     let (magic, len) = start.split_at(8);
