@@ -207,6 +207,14 @@ class Lab:
         ]
         return "".join(self.finish(process) for process in started)
 
+    def copies(self, *arguments, refused=False):
+        """`ferropt checkpoint copies`: what it prints."""
+        command = [FERROPT, "checkpoint", "copies", *map(str, arguments)]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=300)
+        self.said += done.stdout + done.stderr
+        assert (done.returncode != 0) == refused, f"status {done.returncode}:\n{done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
     def lose(self, run):
         shutil.rmtree(self.folder / run)
 
@@ -266,6 +274,19 @@ def check(lab):
     content = bytearray(ask(proxy.server_at, "GET", f"/bucket/{newest[0]}"))
     content[-1] ^= 1
     ask(proxy.server_at, "PUT", f"/bucket/{newest[0]}", bytes(content))
+    there = "s3://bucket/lost"
+    listed = json.loads(lab.copies(there, "--json"))["checkpoints"]
+    assert [copy["step"] for copy in listed][-1] == STEPS and not any(copy["findings"] for copy in listed), listed
+    said = lab.copies(there, "--verify", refused=True)
+    assert f"1 of {len(listed)} copies" in said and f"{newest[0]} of {there} is damaged" in said, said
+    before = listed[-2]["step"]
+    lab.copies(there, "--verify", "--checkpoint", before)
+    lab.copies(there, "--fetch", lab.folder / "fetched", refused=True)
+    lab.copies(there, "--fetch", lab.folder / "fetched", "--checkpoint", before)
+    assert lab.tensors("fetched", before)
+    said = lab.copies(there, "--checkpoint", 1, refused=True)
+    assert f"has no step 1; it has {listed[0]['step']}" in said, said
+    assert "has no checkpoints" in lab.copies("s3://bucket/nothing", refused=True)
     lab.lose("lost")
     said = lab.train("lost", mirror("lost"))
     assert "passed over a damaged checkpoint" in said and "adam_v.safetensors" in said, said

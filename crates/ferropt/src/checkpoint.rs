@@ -1,5 +1,6 @@
 //! `ferropt checkpoint`: looks into, converts, quantises and verifies weights.
 
+mod copies;
 mod quantize;
 
 use anyhow::{bail, ensure};
@@ -35,7 +36,8 @@ Examples:
   ferropt checkpoint convert runs/a my-model --to hf --dtype bf16
   ferropt checkpoint convert opt-1.3b parts --to metaseq --parts 2
   ferropt checkpoint quantize runs/a my-int4 --weights int4 --calibrate texts.jsonl
-  ferropt checkpoint verify my-model runs/a";
+  ferropt checkpoint verify my-model runs/a
+  ferropt checkpoint copies s3://bucket/runs/a --verify";
 
 #[derive(Subcommand)]
 enum Action {
@@ -47,6 +49,8 @@ enum Action {
     Quantize(quantize::Quantize),
     /// Read every value and checksum, or compare two models value by value
     Verify(Verify),
+    /// List, verify or fetch the checkpoints that a run has in an object store
+    Copies(copies::Copies),
     /// Show or remove weights that are kept, ready to be used, so that models open in a moment
     Cache(crate::cache::Args),
 }
@@ -162,6 +166,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         Action::Convert(args) => convert(args),
         Action::Quantize(args) => quantize::run(args),
         Action::Verify(args) => verify(args),
+        Action::Copies(args) => copies::run(args),
         Action::Cache(args) => crate::cache::run(args),
     }
 }

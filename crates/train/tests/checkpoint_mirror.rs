@@ -100,7 +100,7 @@ impl Lab {
             let rank = |rank| {
                 let (barrier, said) = (&barrier, &said);
                 scope.spawn(move || {
-                    let mirror = Mirror::open(&self.copies(1, None).url).unwrap();
+                    let mirror = Mirror::create(&self.copies(1, None).url).unwrap();
                     let store = Store::open(&self.run).unwrap();
                     fs::create_dir_all(store.path()).unwrap();
                     let exchange = |bytes: &[u8]| {
@@ -283,4 +283,54 @@ fn a_mirror_that_lags_behind_says_so_and_has_the_newest() {
     }
     assert_eq!(lab.mirrored().last(), Some(&(30, true)));
     assert!(lab.mirrored().iter().all(|(_, whole)| *whole));
+}
+
+#[test]
+fn what_is_there_is_listed_verified_and_fetched_from_outside() {
+    let lab = Lab::new();
+    lab.save(&snapshots(&[1, 2, 3, 4]), 2, &lab.copies(9, None));
+    let cut = |file: &PathBuf| {
+        let content = fs::read(file).unwrap();
+        fs::write(file, &content[1..]).unwrap();
+    };
+    // Step 2 has a flipped byte, 3 a file that is too short, 4 no manifest.
+    let flipped = lab.folder_of(2).join("adam_m.safetensors");
+    let mut content = fs::read(&flipped).unwrap();
+    content[100] ^= 1;
+    fs::write(&flipped, content).unwrap();
+    cut(&lab.folder_of(3).join("adam_v.safetensors"));
+    fs::remove_file(lab.folder_of(4).join("manifest.json")).unwrap();
+
+    let mirror = Mirror::open(&lab.copies(1, None).url).unwrap();
+    let copies = mirror.list().unwrap();
+    let told = |n: usize| copies[n].damage.as_ref().map(|error| format!("{error:#}"));
+    // One whose manifest cannot be read counts as never rolled back, as these were.
+    assert_eq!(copies.iter().map(|copy| copy.step).collect::<Vec<_>>(), [1, 2, 3, 4]);
+    assert_eq!((told(0), told(1)), (None, None), "sizes are right");
+    assert!(told(2).unwrap().starts_with("adam_v.safetensors has "), "{:?}", told(2));
+    assert!(told(3).unwrap().contains("no manifest"), "{:?}", told(3));
+    let here: u64 =
+        fs::read_dir(lab.folder_of(1)).unwrap().map(|f| f.unwrap().metadata().unwrap().len()).sum();
+    assert_eq!((copies[0].bytes, copies[0].files), (here, fs::read_dir(lab.folder_of(1)).unwrap().count()));
+
+    let mut seen = Vec::new();
+    assert!(mirror.verify(&copies[0], &mut |n, of| seen.push((n, of))).unwrap().is_empty());
+    assert!(seen.is_sorted() && seen.last().is_some_and(|(n, of)| n == of), "{seen:?}");
+    let found = mirror.verify(&copies[1], &mut |_, _| ()).unwrap();
+    assert!(
+        matches!(&found[..], [one] if one.contains("adam_m.safetensors") && one.contains("CRC-32C")),
+        "{found:?}"
+    );
+
+    let elsewhere = lab.run.join("elsewhere");
+    let store = Store::open_for_writing(&elsewhere).unwrap();
+    assert_content(&mirror.fetch_copy(&copies[0], &store, &mut |_, _| ()).unwrap());
+    for (copy, word) in [(&copies[0], "there already"), (&copies[1], "damaged")] {
+        let error = mirror.fetch_copy(copy, &store, &mut |_, _| ()).unwrap_err();
+        assert!(format!("{error:#}").contains(word), "{error:#}");
+    }
+    assert_eq!(names_in(&elsewhere.join("checkpoints")), [".lock", "step-00000001"]);
+
+    let missing = format!("file://{}/absent", lab.run.display());
+    assert!(Mirror::open(&missing).is_err() && !lab.run.join("absent").exists());
 }

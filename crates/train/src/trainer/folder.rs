@@ -40,7 +40,7 @@ pub(super) fn open(mesh: &Mesh, run: &Path, mirror: Option<&str>, timeout: Durat
     let mut notes = Vec::new();
     let mut here = store.latest_whole_together(share, exchange);
     if let Some(url) = mirror {
-        let mirror = Mirror::open(url)?;
+        let mirror = Mirror::create(url)?;
         let newest = here.iter().flatten().map(|found| &found.checkpoint.manifest().run).next();
         let (step, than) = (newest.map(|run| run.step), newest.map(|run| (run.rollbacks, run.step)));
         match (mirror.fetch_newer(&store, share, than, exchange), step) {

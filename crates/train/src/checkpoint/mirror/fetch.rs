@@ -2,7 +2,7 @@
 
 use super::super::load::Checkpoint;
 use super::super::manifest::{self, Manifest};
-use super::super::output::{check_room, discard, explain, publish, sync_directory, write_file};
+use super::super::output::{Output, check_room, discard, explain, publish, sync_directory, write_file};
 use super::super::store::{self, Found, Store};
 use super::super::team::{Share, agree};
 use super::remote::{Mirror, Name};
@@ -33,7 +33,7 @@ impl Mirror {
         let names = names.map_err(|error| anyhow!("{error}"))?;
         let mut damaged = Vec::new();
         for name in names.iter().filter_map(|name| Name::parse(name)) {
-            match self.fetch_one(store, share, &name, &mut exchange)? {
+            match self.fetch_one(store, share, &name, &mut exchange, &mut |_, _| ())? {
                 Ok(checkpoint) => return Ok(Some(Found { checkpoint, damaged })),
                 Err(error) => damaged.push(error),
             }
@@ -45,13 +45,14 @@ impl Mirror {
         Err(anyhow!("no newer checkpoint of {} can be fetched:{}", self.url(), reasons.concat()))
     }
 
-    /// Fetches one checkpoint. What goes wrong with it on one rank goes wrong on all, and is the inner error.
-    fn fetch_one(
+    /// Fetches one checkpoint; `progress` gets the bytes of this rank's share. What goes wrong with it on one rank goes wrong on all, and is the inner error.
+    pub(super) fn fetch_one(
         &self,
         store: &Store,
         share: Share,
         name: &Name,
         exchange: &mut impl FnMut(&[u8]) -> Result<Vec<Vec<u8>>>,
+        progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Result<Checkpoint>> {
         let place = store.path().join(store::directory(name.step));
         let temporary = store.path().join(format!(".{}.tmp-fetched", store::directory(name.step)));
@@ -65,7 +66,7 @@ impl Mirror {
         // All ranks have done a step before any does the next.
         let fetched = match agree(begun, exchange)? {
             Ok(manifest) => {
-                let fetched = self.fetch_share(name, &manifest, &temporary, share);
+                let fetched = self.fetch_share(name, &manifest, &temporary, share, progress);
                 agree(fetched.map(|()| manifest), exchange)?
             }
             Err(error) => Err(error),
@@ -97,12 +98,28 @@ impl Mirror {
         Ok(newer.into_iter().rev().map(|(_, name)| name).collect())
     }
 
-    fn fetch_share(&self, name: &Name, manifest: &Manifest, to: &Path, share: Share) -> Result<()> {
+    fn fetch_share(
+        &self,
+        name: &Name,
+        manifest: &Manifest,
+        to: &Path,
+        share: Share,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<()> {
         let sizes: Vec<u64> = manifest.files.values().map(|file| file.bytes).collect();
-        let files = manifest.files.iter().zip(share.pick(&sizes)).filter(|(_, mine)| *mine);
-        files
-            .map(|(file, _)| file)
-            .try_for_each(|(file, entry)| self.fetch(name, file, entry, &to.join(file)))
+        let mine = share.pick(&sizes);
+        let all = sizes.iter().zip(&mine).filter(|(_, mine)| **mine).map(|(bytes, _)| bytes).sum();
+        let mut done = 0;
+        for ((file, entry), _) in manifest.files.iter().zip(mine).filter(|(_, mine)| *mine) {
+            let mut out = Output::create(&to.join(file))?;
+            self.read(name, file, entry, &mut |piece| {
+                done += piece.len() as u64;
+                progress(done, all);
+                out.write(piece)
+            })?;
+            out.finish()?;
+        }
+        Ok(())
     }
 }
 

@@ -12,6 +12,8 @@
 //! of the files: so whoever uploads into one folder uploads the same, and what was cut off is taken up where it was.
 
 #[cfg(feature = "object-store")]
+mod copies;
+#[cfg(feature = "object-store")]
 mod fetch;
 #[cfg(feature = "object-store")]
 mod remote;
@@ -31,7 +33,7 @@ pub use absent::Mirror;
 pub(super) use absent::Uploads;
 
 use super::retention::Retention;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Error, Result, ensure};
 
 /// Where copies go, and which of them stay there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +42,23 @@ pub struct Copies {
     pub url: String,
     /// Of the copies.
     pub retention: Retention,
+}
+
+/// A checkpoint in a mirror, as listed.
+#[derive(Debug)]
+pub struct Copy {
+    /// Its folder there.
+    pub folder: String,
+    /// Step that the folder's name says.
+    pub step: u64,
+    /// Times that the run was rolled back before; 0 where the manifest cannot be read.
+    pub rollbacks: u64,
+    /// Of the files that are there.
+    pub bytes: u64,
+    /// How many these are.
+    pub files: usize,
+    /// Why it is not whole: a manifest that is not there or cannot be used, a file that is missing or has another size.
+    pub damage: Option<Error>,
 }
 
 /// Splits the address of a mirror into its kind, its bucket and the path within. A folder has no bucket.

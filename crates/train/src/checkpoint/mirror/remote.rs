@@ -2,7 +2,6 @@
 
 use super::super::load;
 use super::super::manifest::{self, FileEntry, Manifest, hex};
-use super::super::output::Output;
 use super::super::store;
 use super::parse;
 use anyhow::{Context, Result, ensure};
@@ -87,16 +86,24 @@ impl Mirror {
                     MicrosoftAzureBuilder::from_env().with_container_name(bucket).with_retry(retry).build();
                 azure.map(|store| Box::new(store) as _)
             }
-            _ => {
-                fs::create_dir_all(path).with_context(|| format!("cannot create {path}"))?;
-                LocalFileSystem::new_with_prefix(path)
-                    .map(|store| Box::new(store.with_fsync(true).with_automatic_cleanup(true)) as _)
-            }
+            _ => LocalFileSystem::new_with_prefix(path)
+                .map(|store| Box::new(store.with_fsync(true).with_automatic_cleanup(true)) as _),
         };
         let store = store.with_context(|| format!("cannot use the mirror {url}"))?;
         let prefix = if kind == "file" { Key::default() } else { Key::from(path) };
         let runtime = Builder::new_current_thread().enable_all().build().context("cannot start a runtime")?;
         Ok(Mirror { store, prefix, runtime, url: url.into() })
+    }
+
+    /// The same; a folder is made if it is not there.
+    ///
+    /// # Errors
+    /// Those of [`open`](Self::open), and when the folder cannot be made.
+    pub fn create(url: &str) -> Result<Mirror> {
+        if let ("file", _, path) = parse(url)? {
+            fs::create_dir_all(path).with_context(|| format!("cannot create {path}"))?;
+        }
+        Mirror::open(url)
     }
 
     /// Its address.
@@ -179,28 +186,33 @@ impl Mirror {
         Ok(())
     }
 
-    /// Fetches a file, which must be what the manifest says.
-    pub(super) fn fetch(&self, name: &Name, file: &str, entry: &FileEntry, to: &Path) -> Result<()> {
+    /// Reads a file, which must be what the manifest says, a piece at a time.
+    pub(super) fn read(
+        &self,
+        name: &Name,
+        file: &str,
+        entry: &FileEntry,
+        take: &mut dyn FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
         let key = self.key(name, file);
-        let failed = || format!("cannot fetch {key} from {}", self.url);
-        let mut out = Output::create(to)?;
+        let (mut crc, mut bytes) = (0, 0);
         self.runtime.block_on(async {
             let starts = (0..entry.bytes).step_by(PIECE);
             let ranges = starts.map(|start| start..entry.bytes.min(start + PIECE as u64));
             let mut pieces =
                 stream::iter(ranges).map(|range| self.store.get_range(&key, range)).buffered(AT_ONCE);
             while let Some(piece) = pieces.next().await {
-                out.write(&piece.with_context(failed)?)?;
+                let piece = piece.with_context(|| format!("cannot fetch {key} from {}", self.url))?;
+                (crc, bytes) = (crc32c::crc32c_append(crc, &piece), bytes + piece.len() as u64);
+                take(&piece)?;
             }
             anyhow::Ok(())
         })?;
-        let found = out.finish()?;
+        let crc = hex(crc);
         ensure!(
-            found == *entry,
-            "{key} of {} is damaged: it has {} bytes with CRC-32C {}, the manifest says {} with {}",
+            bytes == entry.bytes && crc == entry.crc32c,
+            "{key} of {} is damaged: it has {bytes} bytes with CRC-32C {crc}, the manifest says {} with {}",
             self.url,
-            found.bytes,
-            found.crc32c,
             entry.bytes,
             entry.crc32c
         );

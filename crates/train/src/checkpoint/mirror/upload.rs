@@ -52,8 +52,12 @@ impl Uploads {
         report: impl Fn(Event) + Send + 'static,
     ) -> Result<Uploads> {
         let slot = Arc::new(Slot::default());
-        let uploader =
-            Uploader { mirror: Mirror::open(&copies.url)?, copies: copies.clone(), team, slot: slot.clone() };
+        let uploader = Uploader {
+            mirror: Mirror::create(&copies.url)?,
+            copies: copies.clone(),
+            team,
+            slot: slot.clone(),
+        };
         let thread = Builder::new()
             .name("mirror".into())
             .spawn(move || {
