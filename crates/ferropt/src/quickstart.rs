@@ -58,15 +58,15 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         seed: args.seed,
     };
     let outcome = quickstart::run(&options, &Stop::default(), &mut |line| eprintln!("{line}"))?;
-    println!("\n{}", outcome.report);
-    println!("Files: {0}/report.md, {0}/loss.svg, {0}/metrics.jsonl\n", options.dir.display());
+    say!("\n{}", outcome.report);
+    say!("Files: {0}/report.md, {0}/loss.svg, {0}/metrics.jsonl\n", options.dir.display());
     match outcome.ending {
         Ending::Complete => {}
         Ending::AlreadyComplete => {
-            println!("This quick start was complete already; another --dir begins a new one.\n")
+            say!("This quick start was complete already; another --dir begins a new one.\n")
         }
-        Ending::Stopped => println!("Stopped early; the same command goes on.\n"),
-        Ending::OutOfTime => println!("The time was over before the last step; the same command goes on.\n"),
+        Ending::Stopped => say!("Stopped early; the same command goes on.\n"),
+        Ending::OutOfTime => say!("The time was over before the last step; the same command goes on.\n"),
     }
     print_next(&options.dir, &outcome.config, outcome.report.sizes.steps, &outcome.report.prompt);
     Ok(())
@@ -76,10 +76,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 fn print_next(dir: &Path, config: &Path, steps: u64, prompt: &str) {
     let (program, dir, config) =
         (program(), quoted(&dir.display().to_string()), quoted(&config.display().to_string()));
-    println!("Try next:");
-    println!("  {program} generate --model {dir} {}", quoted(prompt));
-    println!("  {program} train {config} --set run.steps={}    # twice as long", 2 * steps);
-    println!("  {program} quickstart --dir runs/mine --text PATH    # on your own text");
+    say!("Try next:");
+    say!("  {program} generate --model {dir} {}", quoted(prompt));
+    say!("  {program} train {config} --set run.steps={}    # twice as long", 2 * steps);
+    say!("  {program} quickstart --dir runs/mine --text PATH    # on your own text");
 }
 
 /// How this program was called, without the folder that the user is in.

@@ -8,6 +8,7 @@ use ferropt_serve::{Keys, Limits, Log, ModelSource, Options, Server, Tls, new_ke
 use ferropt_train::inference::{Model, Opening};
 use ferropt_train::models;
 use ferropt_train::signals::Stop;
+use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
@@ -124,7 +125,7 @@ const MOST_SEQUENCES: usize = 4096;
 pub(crate) fn run(args: Args) -> Result<()> {
     if let Some(Command::Key { name }) = &args.command {
         let (key, line) = new_key(name)?;
-        println!("{line}");
+        crate::until_reader_leaves(writeln!(std::io::stdout(), "{line}").map_err(Into::into))?;
         eprintln!("the key, which is kept nowhere: {key}");
         return Ok(());
     }
@@ -142,7 +143,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     stop.on_signals()?;
     let server = Server::start(args.options(keys)?)?;
     let scheme = if args.tls_cert.is_some() { "https" } else { "http" };
-    println!("listening on {scheme}://{}; Ctrl-C stops", server.address());
+    say!("listening on {scheme}://{}; Ctrl-C stops", server.address());
     let mut told = false;
     while !stop.requested() {
         if let Some(failure) = server.failure() {

@@ -8,6 +8,7 @@ use ferropt_train::planner::grouped;
 use ferropt_train::signals::Stop;
 use ferropt_train::trainer::{self, Ending, Event};
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -84,11 +85,11 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<u8> {
     let named = || format!("the configuration {} cannot be used", args.config.display());
     if args.dry_run {
         let (resolved, plan) = trainer::plan(config, args.ranks.unwrap_or(1)).with_context(named)?;
-        if args.json {
-            println!("{}", serde_json::to_string_pretty(&plan)?);
-        } else {
-            println!("{}\n{plan}", resolved.config.to_toml()?);
-        }
+        let plan = match args.json {
+            true => serde_json::to_string_pretty(&plan)?,
+            false => format!("{}\n{plan}", resolved.config.to_toml()?),
+        };
+        crate::until_reader_leaves(writeln!(std::io::stdout(), "{plan}").map_err(Into::into))?;
         return Ok(0);
     }
     if args.ranks.is_some() || args.supervise {
@@ -110,22 +111,20 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<u8> {
         return Ok(status);
     }
     let Some(curves) = outcome.curves else {
-        println!("stopped while the data was being read; the same command continues");
+        say!("stopped while the data was being read; the same command continues");
         return Ok(status);
     };
     match outcome.ending {
-        Ending::Complete => println!("complete: {step} steps, {} tokens", grouped(outcome.tokens)),
+        Ending::Complete => say!("complete: {step} steps, {} tokens", grouped(outcome.tokens)),
         Ending::AlreadyComplete => {
-            println!("{run} has made its {step} steps already; raise run.steps to go on")
+            say!("{run} has made its {step} steps already; raise run.steps to go on")
         }
-        Ending::Stopped => println!("stopped after step {step}, which is saved; the same command continues"),
+        Ending::Stopped => say!("stopped after step {step}, which is saved; the same command continues"),
         Ending::OutOfTime => {
-            println!(
-                "run.max_minutes are over after step {step}, which is saved; the same command continues"
-            );
+            say!("run.max_minutes are over after step {step}, which is saved; the same command continues");
         }
     }
-    println!("run folder: {run}\nloss curves: {}", curves.display());
+    say!("run folder: {run}\nloss curves: {}", curves.display());
     Ok(status)
 }
 

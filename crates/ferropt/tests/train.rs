@@ -60,6 +60,20 @@ fn sigterm_saves_and_the_same_command_continues_to_the_same_bits() {
 }
 
 #[test]
+fn a_reader_that_leaves_ends_nothing() {
+    let lab = Lab::new();
+    let config = lab.config("run", 5);
+    for set in [&["--dry-run"][..], &[]] {
+        let mut command = train(&config, &[]);
+        let mut child = command.args(set).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let out = child.wait_with_output().unwrap();
+        assert!(out.status.success() && !text(&out).contains("panicked"), "{set:?}: {}", text(&out));
+    }
+    assert!(lab.tensors("run", 5).contains_key("adam_m.safetensors"));
+}
+
+#[test]
 fn a_longer_run_continues_and_a_different_one_is_refused() {
     let lab = Lab::new();
     let config = lab.config("run", 10);
