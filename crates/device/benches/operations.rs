@@ -172,14 +172,19 @@ fn products<E: Element>(b: &Bench) {
     }
 }
 
-/// Read-only weights: OPT-1.3b's first feed-forward matrices, enough of them to lie in memory rather than in a cache,
-/// for as many rows as decoding has, alone and in batches, and for a prompt.
+/// Read-only weights: OPT-1.3b's feed-forward matrices, enough of them to lie in memory rather than in a cache, for as
+/// many rows as decoding has, alone and in batches, and for a prompt.
 fn packed(b: &Bench) -> anyhow::Result<()> {
-    let (n, k, most) = (8192, 2048, 1024);
+    packed_matrix(b, "fc1", 8192, 2048)?;
+    packed_matrix(b, "fc2", 2048, 8192)
+}
+
+fn packed_matrix(b: &Bench, matrix: &str, n: usize, k: usize) -> anyhow::Result<()> {
+    let most = 1024;
     for format in WeightFormat::ALL {
         let rows: Vec<usize> = [1, 8, 32, most]
             .into_iter()
-            .filter(|m| format!("packed_linear {} x{m} bf16", format.name()).contains(&b.filter))
+            .filter(|m| format!("packed_linear {matrix} {} x{m} bf16", format.name()).contains(&b.filter))
             .collect();
         if rows.is_empty() {
             continue;
@@ -203,7 +208,7 @@ fn packed(b: &Bench) -> anyhow::Result<()> {
             let flops = 2.0 * (m * n * k * matrices.len()) as f64;
             let bytes = (bytes + 2 * m * (n + k)) * matrices.len();
             let work = Work { dtype: DType::Bf16, flops, bytes: bytes as f64 };
-            b.line(&format!("packed_linear {} x{m}", format.name()), work, |d| {
+            b.line(&format!("packed_linear {matrix} {} x{m}", format.name()), work, |d| {
                 for w in &matrices {
                     d.packed_linear(m, &x, w, None, Activation::Relu, &mut y);
                 }

@@ -61,6 +61,11 @@ pub(super) fn tile(isa: Isa, dtype: DType) -> Tile {
     }
 }
 
+/// Elements of k in each of several equal blocks, an even number.
+pub(super) fn k_block(k: usize, per_unit: usize) -> usize {
+    k.div_ceil(k.div_ceil(KC * per_unit).max(1)).next_multiple_of(2)
+}
+
 /// How a product is cut into blocks.
 #[derive(Clone, Copy, Debug)]
 struct Blocks {
@@ -72,13 +77,11 @@ struct Blocks {
 }
 
 fn blocks(t: Tile, m: usize, n: usize, k: usize) -> Blocks {
-    // Equal blocks of k, an even number of elements each.
-    let k_blocks = k.div_ceil(KC * t.per_unit).max(1);
-    let kc = k.div_ceil(k_blocks).next_multiple_of(2);
+    let kc = k_block(k, t.per_unit);
     let side =
         |size: usize, step: usize, most: usize| size.next_multiple_of(step).min((most / step).max(1) * step);
     // With several blocks of k, a super-block's partial sums are bounded too.
-    if k_blocks > 1 {
+    if kc < k {
         let n = side(n, t.nr, PACKED_UNITS / KC);
         return Blocks { m: side(m, t.mr, PARTIAL_SUMS / n), n, k: kc };
     }
@@ -96,7 +99,7 @@ pub(super) trait Operand: Sync {
     fn prepare(&self, device: &CpuDevice, cols: Range<usize>, ks: Range<usize>, t: Tile, scratch: &mut [u32]);
     /// What was prepared, which begins with column `col` and element `k`.
     fn panels<'a>(&'a self, scratch: &'a [u32], _col: usize, _k: usize, units: usize, t: Tile) -> Panels<'a> {
-        Panels { data: scratch, stride: units * t.nr, start: 0 }
+        Panels { data: scratch, stride: units * t.nr, start: 0, next: units * t.nr }
     }
 }
 
@@ -187,7 +190,7 @@ pub(super) fn product<E: Element, B: Operand, P: Epilogue>(
 }
 
 /// Calls `task(rows, panels of B, thread)` on all threads: rows in groups of at most `a_panels` panels of A, by all panels
-/// of B or, where there are few groups, by some.
+/// of B or, where there are few groups, by some. Every thread has as many tasks as every other, of nearly equal sizes.
 fn each_group(
     device: &CpuDevice,
     t: Tile,
@@ -196,17 +199,18 @@ fn each_group(
     a_panels: usize,
     task: impl Fn(Range<usize>, Range<usize>, usize) + Sync,
 ) {
-    let (all_a, all_b) = (rows.div_ceil(t.mr), cols.div_ceil(t.nr));
-    let groups = all_a.div_ceil(a_panels);
-    let group = all_a.div_ceil(groups) * t.mr;
-    let parts = (TASKS * device.threads()).div_ceil(groups).min(all_b);
-    let span = all_b.div_ceil(parts);
+    let (all_a, all_b, threads) = (rows.div_ceil(t.mr), cols.div_ceil(t.nr), device.threads());
+    let groups = match all_a.div_ceil(a_panels) {
+        few if few < threads => few,
+        many => many.next_multiple_of(threads).min(all_a),
+    };
+    let parts = (TASKS * threads).div_ceil(groups);
+    let parts = if groups < threads { parts.next_multiple_of(threads) } else { parts }.min(all_b);
+    let part = |all: usize, i: usize, of: usize| all * i / of..all * (i + 1) / of;
     device.pool.for_each(groups * parts, |at, thread| {
-        let rows = at / parts * group..((at / parts + 1) * group).min(rows);
-        let b_panels = at % parts * span..((at % parts + 1) * span).min(all_b);
-        if !rows.is_empty() && !b_panels.is_empty() {
-            task(rows, b_panels, thread);
-        }
+        let panels = part(all_a, at / parts, groups);
+        let rows = panels.start * t.mr..(panels.end * t.mr).min(rows);
+        task(rows, part(all_b, at % parts, parts), thread);
     });
 }
 
@@ -220,12 +224,13 @@ pub(super) fn workspace_bytes<E: Element>(device: &CpuDevice, rows: usize, wides
     4 * (device.threads() * GROUP_UNITS + packed + partials)
 }
 
-/// Panels of B over one block of k: that of panel `p` begins at `p * stride + start`.
+/// Panels of B over one block of k: that of panel `p` begins at `p * stride + start`. What is used after it begins `next` later.
 #[derive(Clone, Copy)]
 pub(super) struct Panels<'a> {
     pub(super) data: &'a [u32],
     pub(super) stride: usize,
     pub(super) start: usize,
+    pub(super) next: usize,
 }
 
 /// Packed operands: some rows of A, and a super-block of B.
@@ -294,9 +299,9 @@ impl Block<'_> {
             let b = &all[start..start + words];
             for ap in a_panels.clone() {
                 let a = &self.a[ap * MR * self.units..(ap + 1) * MR * self.units];
-                // The next panel of B comes to the L2 cache while this one is in use, a share with each panel of A.
+                // What comes next of B is brought to the L2 cache while this is in use, a share with each panel of A.
                 let share = b.len().div_ceil(a_panels.len());
-                let at = (start + self.b.stride + (ap - a_panels.start) * share).min(all.len());
+                let at = (start + self.b.next + (ap - a_panels.start) * share).min(all.len());
                 let next = &all[at..(at + share).min(all.len())];
                 // What earlier blocks of k gave.
                 let keep = self.partials_from + (bp * a_count + ap) * MR * nr;
@@ -328,23 +333,23 @@ impl Block<'_> {
     }
 }
 
-/// Calls `task` with ranges of A and B panels on all threads: at most `group` A panels, which should fit the L2 cache, by
+/// Calls `task(panels of A, panels of B, thread)` on all threads: at most `group` A panels, which should fit the L2 cache, by
 /// a few B panels.
 pub(super) fn each_task(
     device: &CpuDevice,
     (a_panels, b_panels): (usize, usize),
     group: usize,
-    task: impl Fn(Range<usize>, Range<usize>) + Sync,
+    task: impl Fn(Range<usize>, Range<usize>, usize) + Sync,
 ) {
     let groups = a_panels.div_ceil(group.clamp(1, a_panels));
     let group = a_panels.div_ceil(groups);
     // Small enough that threads finish together, large enough that a task is not all overhead.
     let span = (b_panels * groups / (16 * device.threads())).clamp(1, 4);
     let spans = b_panels.div_ceil(span);
-    device.pool.for_neighbours(groups * spans, |at, _| {
+    device.pool.for_neighbours(groups * spans, |at, thread| {
         let a = at / spans * group..((at / spans + 1) * group).min(a_panels);
         let b = at % spans * span..((at % spans + 1) * span).min(b_panels);
-        task(a, b);
+        task(a, b, thread);
     });
 }
 

@@ -14,6 +14,10 @@ use crate::{DType, Element};
 /// them. More go block by block, as in training.
 const FEW_ROWS: usize = 64;
 
+/// Words by which weights that are read once are fetched ahead of their use: 32 KiB. A whole panel ahead, as for several tiles of
+/// rows, would be more than the L2 cache holds where k is long.
+const AHEAD: usize = 8 << 10;
+
 /// `[panel][word][nr]`: a word is an f32, or a pair of bf16 that are neighbours in k.
 pub(super) struct Panels {
     pub(super) words: Kept,
@@ -133,10 +137,10 @@ impl Operand for Panels {
         t: Tile,
     ) -> gemm::Panels<'a> {
         if self.widens() {
-            return gemm::Panels { data: scratch, stride: units * t.nr, start: 0 };
+            return gemm::Panels { data: scratch, stride: units * t.nr, start: 0, next: units * t.nr };
         }
-        let stride = self.stride();
-        gemm::Panels { data: &self.words[col / t.nr * stride..], stride, start: k / self.in_word * t.nr }
+        let (stride, start) = (self.stride(), k / self.in_word * t.nr);
+        gemm::Panels { data: &self.words[col / t.nr * stride..], stride, start, next: stride }
     }
 }
 
@@ -170,77 +174,117 @@ fn multiply_rows<E: Element>(
     // As many rows in a tile as there are, so that none is computed for nothing.
     let mr = [1, 2, 4].into_iter().find(|mr| *mr >= m).unwrap_or(w.tile.mr).min(w.tile.mr);
     let Tile { nr, per_unit, .. } = w.tile;
-    let units = k.div_ceil(per_unit);
+    let (units, padded) = (k.div_ceil(per_unit), m.next_multiple_of(mr));
+    // A panel that several tiles of rows read is read in blocks of k, which stay in the L2 cache meanwhile.
+    let in_block = if m <= mr { k } else { gemm::k_block(k, per_unit) };
+    let sums = if in_block < k { padded * nr } else { 0 };
     let mut workspace = device.workspace();
-    let [packed] = workspace.take([(Scratch::PackedA, m.next_multiple_of(mr) * units)]);
+    let [packed, partials] =
+        workspace.take([(Scratch::PackedA, padded * units), (Scratch::Partials, device.threads() * sums)]);
     if m <= mr {
         // A task on another thread would take longer to begin than this takes.
         pack_panels(device.isa, x, 0..m, 0..k, mr, per_unit, packed);
     } else {
-        pack(device, x, 0..m, 0..k, mr, per_unit, packed);
+        for start in (0..k).step_by(in_block) {
+            let ks = start..(start + in_block).min(k);
+            pack(device, x, 0..m, ks, mr, per_unit, &mut packed[start / per_unit * padded..]);
+        }
     }
-    let block = Block {
+    let few = Few {
         tile: Tile { mr, nr, per_unit },
+        rows: m,
+        cols: n,
         units,
-        rows: 0..m,
-        cols: 0..n,
-        first: true,
-        last: true,
+        in_block: in_block.div_ceil(per_unit),
         a: packed,
-        b: gemm::Panels { data: &w.words, stride: w.stride(), start: 0 },
-        partials_from: 0,
+        w,
+        partials: Shards::new(bytemuck::cast_slice_mut(partials)),
+        finish,
     };
-    gemm::each_task(device, block.panels(), usize::MAX, |a, b| match device.isa {
+    gemm::each_task(device, (padded / mr, n.div_ceil(nr)), usize::MAX, |_, b, thread| match device.isa {
         // SAFETY: the processor has AVX-512 BF16.
         Isa::Avx512Bf16 if per_unit == 2 => unsafe {
             with_avx512_bf16(
                 #[inline(always)]
-                |s| few_of::<_, Dot, 8, 3>(s, &block, a, b, finish),
+                |s| few.task_of::<_, Dot, 8, 3>(s, b, thread),
             )
         },
         // SAFETY: the processor has AVX-512.
         Isa::Avx512 | Isa::Avx512Bf16 => unsafe {
             with_avx512(
                 #[inline(always)]
-                |s| few::<_, 8, 3>(s, &block, w.widens(), a, b, finish),
+                |s| few.task::<_, 8, 3>(s, b, thread),
             )
         },
-        Isa::Avx2 => dispatch!(Isa::Avx2, s => few::<_, 6, 2>(s, &block, w.widens(), a, b, finish)),
-        Isa::Portable => few::<_, 4, 2>(Portable, &block, w.widens(), a, b, finish),
+        Isa::Avx2 => dispatch!(Isa::Avx2, s => few.task::<_, 6, 2>(s, b, thread)),
+        Isa::Portable => few.task::<_, 4, 2>(Portable, b, thread),
     });
 }
 
-/// A task with units of f32.
-#[inline(always)]
-fn few<S: Simd, const MR: usize, const NV: usize>(
-    s: S,
-    block: &Block,
-    widens: bool,
-    a: Range,
-    b: Range,
-    finish: &Finish,
-) {
-    if widens {
-        few_of::<S, Widen, MR, NV>(s, block, a, b, finish);
-    } else {
-        few_of::<S, Fma, MR, NV>(s, block, a, b, finish);
-    }
+/// A product with few rows.
+struct Few<'a> {
+    tile: Tile,
+    rows: usize,
+    cols: usize,
+    /// Of k, all and in a block.
+    units: usize,
+    in_block: usize,
+    /// All panels of one block of k after those of another.
+    a: &'a [u32],
+    w: &'a Panels,
+    /// For each thread those of one panel of the weights, between blocks of k.
+    partials: Shards<'a, f32>,
+    finish: &'a Finish<'a>,
 }
 
-/// A task with as many rows in a tile as the block says.
-#[inline(always)]
-fn few_of<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(
-    s: S,
-    block: &Block,
-    a: Range,
-    b: Range,
-    finish: &Finish,
-) {
-    let none = Shards::new(&mut []);
-    match block.tile.mr {
-        1 => block.task::<S, M, _, 1, NV>(s, a, b, none, finish),
-        2 => block.task::<S, M, _, 2, NV>(s, a, b, none, finish),
-        4 => block.task::<S, M, _, 4, NV>(s, a, b, none, finish),
-        _ => block.task::<S, M, _, MR, NV>(s, a, b, none, finish),
+impl Few<'_> {
+    /// A task with units of f32.
+    #[inline(always)]
+    fn task<S: Simd, const MR: usize, const NV: usize>(&self, s: S, b: Range, thread: usize) {
+        if self.w.widens() {
+            self.task_of::<S, Widen, MR, NV>(s, b, thread);
+        } else {
+            self.task_of::<S, Fma, MR, NV>(s, b, thread);
+        }
+    }
+
+    /// A task with as many rows in a tile as the tile says.
+    #[inline(always)]
+    fn task_of<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(&self, s: S, b: Range, thread: usize) {
+        match self.tile.mr {
+            1 => self.panels::<S, M, 1, NV>(s, b, thread),
+            2 => self.panels::<S, M, 2, NV>(s, b, thread),
+            4 => self.panels::<S, M, 4, NV>(s, b, thread),
+            _ => self.panels::<S, M, MR, NV>(s, b, thread),
+        }
+    }
+
+    /// All rows with some panels of the weights, block after block of each.
+    #[inline(always)]
+    fn panels<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(&self, s: S, b: Range, thread: usize) {
+        let (nr, count, stride) = (self.tile.nr, self.rows.div_ceil(MR), self.w.stride());
+        for panel in b {
+            for start in (0..self.units).step_by(self.in_block) {
+                let units = self.in_block.min(self.units - start);
+                let words = |units: usize| units.div_ceil(M::IN_WORD) * nr;
+                let block = Block {
+                    tile: self.tile,
+                    units,
+                    rows: 0..self.rows,
+                    cols: panel * nr..((panel + 1) * nr).min(self.cols),
+                    first: start == 0,
+                    last: start + units == self.units,
+                    a: &self.a[start * count * MR..],
+                    b: gemm::Panels {
+                        data: &self.w.words,
+                        stride,
+                        start: panel * stride + words(start),
+                        next: if count == 1 { words(units).min(AHEAD) } else { words(units) },
+                    },
+                    partials_from: thread * count * MR * nr,
+                };
+                block.task::<S, M, _, MR, NV>(s, 0..count, 0..1, self.partials, self.finish);
+            }
+        }
     }
 }

@@ -242,7 +242,7 @@ fn multiply_rows<E: Element>(device: &CpuDevice, m: usize, k: usize, x: &[E], w:
         });
     }
     let product = Product { m, mr, w, words: &w.words, a: packed, finish };
-    each_task(device, (a_panels, b_panels), NEAR / (4 * stride), |a, b| {
+    each_task(device, (a_panels, b_panels), NEAR / (4 * stride), |a, b, _| {
         if device.isa >= Isa::Avx512 {
             // SAFETY: the processor has AVX-512 with VNNI.
             unsafe {
