@@ -19,6 +19,7 @@ pub mod cpu;
 pub mod cuda;
 mod element;
 mod mapped;
+mod places;
 pub mod quantise;
 pub mod rng;
 mod strided;
@@ -109,7 +110,7 @@ pub struct LinearShape {
 
 /// How a weight matrix that is only read is stored.
 ///
-/// Int8 and Int4 are for weights alone: groups of 64 along k share a scale (and with 4 bits a minimum, both bf16).
+/// Int8, Int4 and Int3 are for weights alone: groups of 64 along k share a scale (and below 8 bits a minimum, both bf16).
 /// Activations stay in the compute type; products round them to 8 bits on the way, a group at a time, and add up
 /// integers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -122,12 +123,17 @@ pub enum WeightFormat {
     Int8,
     /// 4.5 bits.
     Int4,
+    /// 3.5 bits.
+    Int3,
 }
 
 impl WeightFormat {
     /// All, from wide to narrow.
-    pub const ALL: [WeightFormat; 4] =
-        [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Int8, WeightFormat::Int4];
+    pub const ALL: [WeightFormat; 5] =
+        [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Int8, WeightFormat::Int4, WeightFormat::Int3];
+
+    /// Those of codes, see [`quantise`].
+    pub const CODES: [WeightFormat; 3] = [WeightFormat::Int8, WeightFormat::Int4, WeightFormat::Int3];
 
     /// Name for people and programs.
     pub fn name(self) -> &'static str {
@@ -136,6 +142,7 @@ impl WeightFormat {
             WeightFormat::Bf16 => "bf16",
             WeightFormat::Int8 => "int8",
             WeightFormat::Int4 => "int4",
+            WeightFormat::Int3 => "int3",
         }
     }
 }

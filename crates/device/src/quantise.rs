@@ -16,13 +16,24 @@ pub struct Group {
     pub min: bf16,
 }
 
-/// The largest code of a format, if it is one of codes.
-pub fn largest_code(format: WeightFormat) -> Option<u8> {
+/// Bits of a format's codes, if it is one of codes.
+pub fn code_bits(format: WeightFormat) -> Option<usize> {
     match format {
-        WeightFormat::Int8 => Some(255),
-        WeightFormat::Int4 => Some(15),
+        WeightFormat::Int8 => Some(8),
+        WeightFormat::Int4 => Some(4),
+        WeightFormat::Int3 => Some(3),
         WeightFormat::F32 | WeightFormat::Bf16 => None,
     }
+}
+
+/// The largest code of a format, if it is one of codes.
+pub fn largest_code(format: WeightFormat) -> Option<u8> {
+    code_bits(format).map(|bits| 255 >> (8 - bits))
+}
+
+/// Whether the groups of a format have a minimum of their own.
+pub fn has_minima(format: WeightFormat) -> bool {
+    matches!(format, WeightFormat::Int4 | WeightFormat::Int3)
 }
 
 /// Rows of a matrix as codes: what [`crate::Device::pack_codes`] reads.
@@ -53,7 +64,11 @@ pub fn choose_group(format: WeightFormat, w: &[f32]) -> Group {
 /// innermost, for the compiler to turn into vectors; each group's numbers are added in their order all the same.
 #[inline(always)]
 pub(crate) fn choose<const N: usize>(format: WeightFormat, w: &[[f32; N]]) -> [Group; N] {
-    if format == WeightFormat::Int4 { four_bits(w) } else { eight_bits(w) }
+    match format {
+        WeightFormat::Int3 => between(WeightFormat::Int3, &SHRINK, w),
+        WeightFormat::Int4 => between(WeightFormat::Int4, &SHRINK[..5], w),
+        _ => eight_bits(w),
+    }
 }
 
 /// The nearest bf16 that is not smaller.
@@ -85,10 +100,15 @@ fn eight_bits<const N: usize>(w: &[[f32; N]]) -> [Group; N] {
     })
 }
 
-/// Four bits between the group's smallest and largest number; among ranges that are a little narrower, which round most
+/// What ranges are narrowed by. The fewer codes there are, the more it pays to cut: of groups of normal numbers none takes
+/// less than 0.9 with 4 bits, and most do with 3.
+const SHRINK: [f32; 7] = [1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7];
+
+/// Four or three bits between the group's smallest and largest number; among ranges that are narrower, which round most
 /// numbers more finely and cut a few, the one with the smallest sum of squared errors is taken.
 #[inline(always)]
-fn four_bits<const N: usize>(w: &[[f32; N]]) -> [Group; N] {
+fn between<const N: usize>(format: WeightFormat, shrinks: &[f32], w: &[[f32; N]]) -> [Group; N] {
+    let most = largest(format);
     let (mut low, mut high) = ([0.0f32; N], [0.0f32; N]);
     for w in w {
         for l in 0..N {
@@ -98,17 +118,17 @@ fn four_bits<const N: usize>(w: &[[f32; N]]) -> [Group; N] {
     }
     let mut least = [f32::INFINITY; N];
     let mut best = [Group { scale: bf16::ZERO, min: bf16::ZERO }; N];
-    for shrink in [1.0, 0.95, 0.9, 0.85, 0.8] {
+    for shrink in shrinks {
         let (mut scale, mut inverse, mut min) = ([0.0f32; N], [0.0f32; N], [0.0f32; N]);
         for l in 0..N {
             min[l] = bf16::from_f32(low[l] * shrink).to_f32();
-            scale[l] = bf16::from_f32((high[l] * shrink - min[l]) / 15.0).to_f32();
+            scale[l] = bf16::from_f32((high[l] * shrink - min[l]) / most).to_f32();
             inverse[l] = inverse_of(scale[l]);
         }
         let mut error = [0.0f32; N];
         for w in w {
             for l in 0..N {
-                let code = nearest(WeightFormat::Int4, w[l], inverse[l], min[l]);
+                let code = nearest(format, w[l], inverse[l], min[l]);
                 let off = scale[l] * code + min[l] - w[l];
                 error[l] += off * off;
             }
@@ -132,11 +152,17 @@ pub(crate) fn inverse_of(scale: f32) -> f32 {
 /// Added to a small number it leaves the nearest integer (ties to even) in the lowest bits.
 const MAGIC: f32 = 12_582_912.0;
 
+/// The largest code below 8 bits, as f32.
+#[inline(always)]
+fn largest(format: WeightFormat) -> f32 {
+    if format == WeightFormat::Int4 { 15.0 } else { 7.0 }
+}
+
 /// The nearest code of a number, as a whole f32.
 #[inline(always)]
 pub(crate) fn nearest(format: WeightFormat, w: f32, inverse: f32, min: f32) -> f32 {
-    if format == WeightFormat::Int4 {
-        ((w - min) * inverse).clamp(0.0, 15.0) + MAGIC - MAGIC
+    if has_minima(format) {
+        ((w - min) * inverse).clamp(0.0, largest(format)) + MAGIC - MAGIC
     } else {
         (w * inverse).clamp(-127.0, 127.0) + MAGIC - MAGIC + 128.0
     }
@@ -157,7 +183,7 @@ impl Group {
     /// The number that a code stands for.
     pub fn value(self, format: WeightFormat, code: u8) -> f32 {
         let scale = self.scale.to_f32();
-        if format == WeightFormat::Int4 {
+        if has_minima(format) {
             scale * code as f32 + self.min.to_f32()
         } else {
             scale * (code as f32 - 128.0)
@@ -204,12 +230,13 @@ mod tests {
                 let got = g.value(WeightFormat::Int8, code);
                 assert!((got - w).abs() <= 0.501 * g.scale.to_f32(), "{w} {got}");
             }
-            let g = round_group(WeightFormat::Int4, &w, &mut codes);
-            let rms = |e: f32| (e / GROUP as f32).sqrt();
-            let value = |code| g.value(WeightFormat::Int4, code);
-            let error = rms(w.iter().zip(codes).map(|(w, c)| (value(c) - w).powi(2)).sum());
-            // Even rounding of this range would give 1/sqrt(12) of a fifteenth.
-            assert!(error < 0.31 * scale / 15.0, "{error} of {scale}");
+            for format in [WeightFormat::Int4, WeightFormat::Int3] {
+                let g = round_group(format, &w, &mut codes);
+                let rms = |e: f32| (e / GROUP as f32).sqrt();
+                let error = rms(w.iter().zip(codes).map(|(w, c)| (g.value(format, c) - w).powi(2)).sum());
+                // Even rounding of this range would give 1/sqrt(12) of a step.
+                assert!(error < 0.31 * scale / largest(format), "{error} of {scale} in {format:?}");
+            }
             let mut codes = [0; GROUP];
             let (step, sum) = activations(&w, &mut codes);
             assert_eq!(sum, codes.iter().map(|c| *c as i32).sum::<i32>());
@@ -219,16 +246,20 @@ mod tests {
         }
     }
 
-    /// The definition of 4 bits, said plainly.
-    fn best_range(w: &[f32]) -> Group {
+    /// The definition of 4 and 3 bits, said plainly.
+    fn best_range(format: WeightFormat, w: &[f32]) -> Group {
+        let (most, shrinks): (_, &[f32]) = match format {
+            WeightFormat::Int4 => (15.0, &[1.0, 0.95, 0.9, 0.85, 0.8]),
+            _ => (7.0, &[1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7]),
+        };
         let low = w.iter().copied().fold(0.0f32, f32::min);
         let high = w.iter().copied().fold(0.0f32, f32::max);
         let mut best = (f32::INFINITY, Group { scale: bf16::ZERO, min: bf16::ZERO });
-        for shrink in [1.0, 0.95, 0.9, 0.85, 0.8] {
+        for shrink in shrinks {
             let min = bf16::from_f32(low * shrink);
-            let group = Group { scale: bf16::from_f32((high * shrink - min.to_f32()) / 15.0), min };
+            let group = Group { scale: bf16::from_f32((high * shrink - min.to_f32()) / most), min };
             let (scale, min) = (group.scale.to_f32(), group.min.to_f32());
-            let code = |w: f32| ((w - min) * inverse_of(scale)).round_ties_even().clamp(0.0, 15.0);
+            let code = |w: f32| ((w - min) * inverse_of(scale)).round_ties_even().clamp(0.0, most);
             let error: f32 = w.iter().map(|w| (scale * code(*w) + min - w).powi(2)).sum();
             if error < best.0 {
                 best = (error, group);
@@ -248,13 +279,13 @@ mod tests {
                         std::array::from_fn(|l| (stream.normal(l as u64, j) + 0.3 * l as f32 - 1.0) * scale)
                     })
                     .collect();
-                for format in [WeightFormat::Int8, WeightFormat::Int4] {
+                for format in WeightFormat::CODES {
                     let together = choose(format, &w);
                     for l in 0..N {
                         let alone: Vec<f32> = w.iter().map(|w| w[l]).collect();
                         assert_eq!(together[l], choose_group(format, &alone));
-                        if format == WeightFormat::Int4 {
-                            assert_eq!(together[l], best_range(&alone), "{alone:?}");
+                        if has_minima(format) {
+                            assert_eq!(together[l], best_range(format, &alone), "{alone:?}");
                         }
                     }
                 }
@@ -265,29 +296,24 @@ mod tests {
     #[test]
     fn codes_are_the_nearest_with_ties_to_even() {
         let group = Group { scale: bf16::from_f32(0.5), min: bf16::from_f32(-2.0) };
-        for (w, eight, four) in [
-            (0.0, 128, 4),
-            (0.25, 128, 4),
-            (0.75, 130, 6),
-            (-0.25, 128, 4),
-            (1e9, 255, 15),
-            (-1e9, 1, 0),
-            (0.3, 129, 5),
+        for (w, want) in [
+            (0.0, [128, 4, 4]),
+            (0.25, [128, 4, 4]),
+            (0.75, [130, 6, 6]),
+            (-0.25, [128, 4, 4]),
+            (1e9, [255, 15, 7]),
+            (-1e9, [1, 0, 0]),
+            (0.3, [129, 5, 5]),
         ] {
-            let code = |format| group.code(format, w);
-            assert_eq!((code(WeightFormat::Int8), code(WeightFormat::Int4)), (eight, four), "{w}");
+            assert_eq!(WeightFormat::CODES.map(|format| group.code(format, w)), want, "{w}");
             let bits = |format| bits_of(nearest(format, w, 2.0, -2.0));
-            assert_eq!(
-                (bits(WeightFormat::Int8), bits(WeightFormat::Int4)),
-                (eight as u32, four as u32),
-                "{w}"
-            );
+            assert_eq!(WeightFormat::CODES.map(bits), want.map(u32::from), "{w}");
         }
     }
 
     #[test]
     fn groups_of_nothing_are_nothing() {
-        for format in [WeightFormat::Int8, WeightFormat::Int4] {
+        for format in WeightFormat::CODES {
             let mut codes = [7; GROUP];
             let g = round_group(format, &[0.0; 9], &mut codes);
             assert!(codes.iter().all(|code| g.value(format, *code) == 0.0));

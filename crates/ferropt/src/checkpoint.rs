@@ -45,7 +45,7 @@ enum Action {
     Inspect(Inspect),
     /// Write the weights, with their tokenizer, in another format
     Convert(Convert),
-    /// Write the weights in 8 or 4 bits, with their tokenizer
+    /// Write the weights in 8, 4 or 3 bits, with their tokenizer
     Quantize(quantize::Quantize),
     /// Read every value and checksum, or compare two models value by value
     Verify(Verify),

@@ -31,7 +31,7 @@ pub(crate) struct OpeningArgs {
     /// Tokenizer: a folder, or a tokenizer.json; what lies beside the weights unless given
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
-    /// How weights are stored in memory: f32, bf16, int8 or int4; as the run computed with them, or as on the disk, unless given
+    /// How weights are stored in memory: f32, bf16, int8, int4 or int3; as the run computed with them, or as on the disk, unless given
     #[arg(long, value_name = "FORMAT", value_parser = weights)]
     weights: Option<WeightFormat>,
     /// What computes: cpu, cuda or cuda:N (the N-th GPU)

@@ -87,7 +87,7 @@ fn a_run_leaves_in_every_format() {
     fails(&["inspect", &run, "--checkpoint", "77"], &["step 77"]);
 }
 
-/// A run in 8 and 4 bits: what the folders say and hold, and that they compute what rounding in memory does, to the bit.
+/// A run in 8, 4 and 3 bits: what the folders say and hold, and that they compute what rounding in memory does, to the bit.
 #[test]
 fn a_run_is_quantised() {
     let lab = Lab::new();
@@ -101,7 +101,7 @@ fn a_run_is_quantised() {
         let number = said.split("perplexity ").nth(1).and_then(|rest| rest.split(',').next());
         (String::from_utf8(out.stdout).unwrap(), number.unwrap_or_else(|| panic!("{said}")).parse().unwrap())
     };
-    for weights in ["int8", "int4"] {
+    for weights in ["int8", "int4", "int3"] {
         let folder = at(weights);
         let said = ok(&["quantize", &run, &folder, "--weights", weights]);
         for part in [weights, "rounded to nearest", "q_proj, k_proj, v_proj", "embed_tokens", " %"] {
@@ -153,7 +153,7 @@ fn a_run_is_quantised() {
     quantize(&["--calibrate", &texts, "--tokens", "0"], &["1 token"]);
     quantize(&["--calibrate", &nowhere], &["nowhere.txt"]);
     quantize(&["--calibrate", &texts, "--tokenizer", &nowhere], &["nowhere.txt"]);
-    fails(&["quantize", &run, &out, "--weights", "bf16"], &["bf16", "int8, int4"]);
+    fails(&["quantize", &run, &out, "--weights", "bf16"], &["bf16", "int8, int4, int3"]);
     assert!(!Path::new(&out).exists());
 }
 

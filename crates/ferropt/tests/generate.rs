@@ -61,7 +61,7 @@ fn generates_what_it_learnt() {
     assert_eq!(generate(&["--top-k", "1", "--max-tokens", "40", "The cat "]), greedy, "top-k 1 is greedy");
     let piped = with_input("generate", &run, &["--greedy", "--max-tokens", "40"], "The cat ");
     assert_eq!(printed(&piped), greedy, "from standard input");
-    for weights in ["f32", "bf16", "int8", "int4"] {
+    for weights in ["f32", "bf16", "int8", "int4", "int3"] {
         let made = generate(&["--weights", weights, "--greedy", "--max-tokens", "20", "The cat "]);
         assert!(made.starts_with("The cat ") && made.len() > 20, "{weights}: {made}");
     }

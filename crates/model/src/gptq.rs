@@ -196,7 +196,7 @@ mod tests {
         let mut h = vec![0.0; k * k];
         (0..k).for_each(|i| h[i * k + i] = 1.0 + i as f32);
         let calibration = Calibration::new(&h, k, 2).unwrap();
-        for format in [WeightFormat::Int8, WeightFormat::Int4] {
+        for format in WeightFormat::CODES {
             let nearest = Rounded::nearest(format, &w, k, 3).unwrap();
             for threads in [1, 2, 5] {
                 assert_eq!(calibration.round(format, &w, threads).unwrap(), nearest);
@@ -245,7 +245,7 @@ mod tests {
                 .map(|e| (e as f64).powi(2))
                 .sum()
         };
-        for format in [WeightFormat::Int8, WeightFormat::Int4] {
+        for format in WeightFormat::CODES {
             let rounded = calibration.round(format, &w, 2).unwrap();
             let plain = Rounded::nearest(format, &w, k, 2).unwrap();
             let (ours, plain) = (error(&values(&rounded)), error(&values(&plain)));

@@ -14,7 +14,7 @@ pub(crate) type RoundRows<'a> = &'a (dyn Fn(&[f32], &mut [u8], &mut [Group]) + S
 /// A matrix `[n, k]` in codes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rounded {
-    /// Int8 or Int4.
+    /// Int8, Int4 or Int3.
     pub format: WeightFormat,
     /// Its columns.
     pub k: usize,
@@ -46,7 +46,7 @@ impl Rounded {
         threads: usize,
         round: RoundRows<'_>,
     ) -> Result<Rounded> {
-        ensure!(largest_code(format).is_some(), "{} has no codes; use int8 or int4", format.name());
+        ensure!(largest_code(format).is_some(), "{} has no codes; use int8, int4 or int3", format.name());
         ensure!(k > 0 && w.len().is_multiple_of(k), "a matrix of {} elements has no rows of {k}", w.len());
         if let Some(at) = w.iter().position(|w| !w.is_finite()) {
             anyhow::bail!("the weight in row {}, column {} is {}", at / k, at % k, w[at]);

@@ -100,24 +100,24 @@ fn originals() -> Vec<Files> {
         list(&folder).iter().map(|path| (name(path), fs::read(path).unwrap())).collect()
     };
     let quantised = tempfile::tempdir().unwrap();
-    let made = ["pre/hf", "post/mp2"].map(|from| {
+    let made = [("pre/hf", WeightFormat::Int4), ("post/mp2", WeightFormat::Int3)].map(|(from, format)| {
         let to = quantised.path().join(from.replace('/', "-"));
-        quantise_to_nearest(&root.join(from), &to);
+        quantise_to_nearest(&root.join(from), &to, format);
         to
     });
     folders.chain(made).map(files).collect()
 }
 
 /// A quantised folder, in several files.
-fn quantise_to_nearest(from: &Path, to: &Path) {
+fn quantise_to_nearest(from: &Path, to: &Path, format: WeightFormat) {
     let source = Source::open(from, None).unwrap();
     let table = source.config().parameters();
     let mut round = |index: usize| {
         let mut w = vec![0.0; table[index].elements()];
         source.read_rows(&table[index], 0, &mut w)?;
-        Rounded::nearest(WeightFormat::Int4, &w, table[index].shape[1], 1)
+        Rounded::nearest(format, &w, table[index].shape[1], 1)
     };
-    let how = Quantisation::new(WeightFormat::Int4, None);
+    let how = Quantisation::new(format, None);
     quantise(&source, to, &how, None, 4000, &mut round, &mut |_, _| {}).unwrap();
 }
 

@@ -16,7 +16,7 @@ pub const TOKENS: usize = 65_536;
 /// How a model is quantised.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
-    /// Int8 or Int4.
+    /// Int8, Int4 or Int3.
     pub weights: WeightFormat,
     /// Text for GPTQ: files and folders, see [`Corpus::find`]. Without any, numbers are rounded to nearest.
     pub calibrate: Vec<PathBuf>,

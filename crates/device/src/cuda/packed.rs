@@ -1,9 +1,8 @@
 //! Weight matrices that are only read, as products on a GPU want them: rows of numbers, or of codes with the groups' numbers
 //! behind all rows.
 //!
-//! A row of codes is its groups in order, each of 64 bytes with 8 bits, or with 4 bits of 32: a word holds eight codes, the
-//! low halves of its bytes before the high ones. Then come the scales of all groups of all rows and, with 4 bits, their
-//! minima.
+//! A row of codes is its groups in order, each of two units whose words lie as [`crate::places`] says. Then come the scales of
+//! all groups of all rows and, below 8 bits, their minima.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -14,7 +13,8 @@ use super::driver::Address;
 use super::kernels::args;
 use super::workspace::Scratch;
 use super::{CudaBuf, CudaDevice, name, optional};
-use crate::quantise::{self, Codes, GROUP, Group};
+use crate::places::{self, UNIT};
+use crate::quantise::{self, Codes, GROUP, Group, code_bits, has_minima};
 use crate::{Activation, Element, Mapped, ReadRows, WeightFormat, WritePiece, bf16};
 
 /// Rows that a thread packs at once.
@@ -49,22 +49,21 @@ impl Layout {
         let (minima, end) = match format {
             WeightFormat::F32 | WeightFormat::Bf16 => (scales, scales.next_multiple_of(4)),
             WeightFormat::Int8 => (scales + of_groups, scales + of_groups),
-            WeightFormat::Int4 => (scales + of_groups, scales + 2 * of_groups),
+            WeightFormat::Int4 | WeightFormat::Int3 => (scales + of_groups, scales + 2 * of_groups),
         };
         Layout { format, k, scales, minima, end }
     }
 
     /// Bytes of a row's numbers or codes.
     fn row_bytes(format: WeightFormat, k: usize) -> usize {
-        match format {
-            WeightFormat::F32 => 4 * k,
-            WeightFormat::Bf16 => 2 * k,
-            WeightFormat::Int8 => k.div_ceil(GROUP) * GROUP,
-            WeightFormat::Int4 => k.div_ceil(GROUP) * GROUP / 2,
+        match code_bits(format) {
+            Some(bits) => k.div_ceil(GROUP) * GROUP * bits / 8,
+            None if format == WeightFormat::F32 => 4 * k,
+            None => 2 * k,
         }
     }
 
-    /// Hands rows of codes to `write`, a word being made of eight with 4 bits.
+    /// Hands rows of codes to `write`, units as words.
     fn write_codes(
         &self,
         first: usize,
@@ -75,13 +74,17 @@ impl Layout {
         let count = self.k.div_ceil(GROUP);
         let at = first * Layout::row_bytes(self.format, self.k);
         let numbers = |of: fn(&Group) -> bf16| groups.iter().map(of).collect::<Vec<bf16>>();
-        if self.format == WeightFormat::Int4 {
-            let pack = |eight: &[u8]| -> [u8; 4] { std::array::from_fn(|i| eight[i] | eight[i + 4] << 4) };
-            let bytes: Vec<u8> = codes.chunks_exact(8).flat_map(pack).collect();
-            write(at, &bytes)?;
-            write(self.minima + 2 * first * count, bytemuck::cast_slice(&numbers(|g| g.min)))?;
+        if let Some(bits @ ..8) = code_bits(self.format) {
+            let mut words = vec![0; codes.len() / UNIT * bits];
+            for (codes, words) in codes.as_chunks().0.iter().zip(words.chunks_exact_mut(bits)) {
+                places::put(bits, codes, |word, bits| words[word] |= bits);
+            }
+            write(at, bytemuck::cast_slice(&words))?;
         } else {
             write(at, codes)?;
+        }
+        if has_minima(self.format) {
+            write(self.minima + 2 * first * count, bytemuck::cast_slice(&numbers(|g| g.min)))?;
         }
         write(self.scales + 2 * first * count, bytemuck::cast_slice(&numbers(|g| g.scale)))
     }
@@ -95,7 +98,7 @@ impl Layout {
                 let rounded: Vec<bf16> = rows.iter().map(|x| bf16::from_f32(*x)).collect();
                 write(at, bytemuck::cast_slice(&rounded))
             }
-            WeightFormat::Int8 | WeightFormat::Int4 => {
+            WeightFormat::Int8 | WeightFormat::Int4 | WeightFormat::Int3 => {
                 let count = self.k.div_ceil(GROUP);
                 let all = rows.len() / self.k * count;
                 let (mut codes, mut groups) = (vec![0; all * GROUP], Vec::with_capacity(all));
@@ -114,7 +117,7 @@ impl Layout {
         let ends = match self.format {
             WeightFormat::F32 | WeightFormat::Bf16 => vec![(self.scales, self.end)],
             WeightFormat::Int8 => vec![(self.scales + of_groups, self.end)],
-            WeightFormat::Int4 => {
+            WeightFormat::Int4 | WeightFormat::Int3 => {
                 vec![(self.scales + of_groups, self.minima), (self.minima + of_groups, self.end)]
             }
         };
@@ -196,7 +199,7 @@ impl CudaPacked {
         read: &mut dyn FnMut(Range<usize>, Codes<'_>) -> Result<()>,
     ) -> Result<CudaPacked> {
         let Some(most) = quantise::largest_code(format) else {
-            bail!("{} has no codes; int8 and int4 do", format.name());
+            bail!("{} has no codes; int8, int4 and int3 do", format.name());
         };
         let packed = CudaPacked::empty(d, format, n, k)?;
         let (layout, count) = (Layout::new(format, n, k), k.div_ceil(GROUP));

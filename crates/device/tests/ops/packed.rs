@@ -58,8 +58,9 @@ fn rows_come_back_within_the_formats_rounding() {
                                     WeightFormat::F32 => 0.0,
                                     WeightFormat::Bf16 => w.abs() / 256.0,
                                     WeightFormat::Int8 => 0.51 * most / 127.0,
-                                    // Half a step, and up to a fifth cut off at the ends.
+                                    // Half a step, and what may be cut off at the ends.
                                     WeightFormat::Int4 => 0.51 * most * 2.0 / 15.0 + 0.2 * most,
+                                    WeightFormat::Int3 => 0.51 * most * 2.0 / 7.0 + 0.3 * most,
                                 };
                                 assert!((got - w).abs() <= slack, "{format:?} {n}x{k}: {got}, not {w}");
                             }
@@ -108,7 +109,7 @@ fn check<E: Element>(format: WeightFormat) {
                         // Activations of deviation 1, of which the largest of a group is hardly above 4.5, are
                         // rounded to steps of that by 127; errors of six deviations, and what f32 loses.
                         let rounding = match format {
-                            WeightFormat::Int8 | WeightFormat::Int4 => {
+                            WeightFormat::Int8 | WeightFormat::Int4 | WeightFormat::Int3 => {
                                 6.0 * squares.sqrt() * 4.5 / 127.0 / 12f64.sqrt()
                             }
                             // f32 activations are multiplied with pairs as bf16.
@@ -198,7 +199,7 @@ fn codes_are_packed_as_rounding_would() {
     let device = one_device();
     for (n, k) in SHAPES {
         let w: Vec<f32> = numbers(1, n * k, 0.02);
-        for format in [WeightFormat::Int8, WeightFormat::Int4] {
+        for format in WeightFormat::CODES {
             let packed = device
                 .pack_codes(format, n, k, &mut |range, out| {
                     let count = k.div_ceil(GROUP);
@@ -225,7 +226,7 @@ fn codes_are_packed_as_rounding_would() {
     };
     let too_large = refused(WeightFormat::Int4, 16);
     assert!(too_large.contains("row 1") && too_large.contains("16"), "{too_large}");
-    assert!(refused(WeightFormat::F32, 0).contains("no codes"));
+    assert!(refused(WeightFormat::Int3, 8).contains("code 8") && refused(WeightFormat::F32, 0).contains("no codes"));
 }
 
 #[test]

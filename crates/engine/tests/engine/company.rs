@@ -126,8 +126,7 @@ fn requests_give_the_same_tokens_alone_and_in_any_company_bf16() {
 
 #[test]
 fn requests_give_the_same_tokens_alone_and_in_any_company_quantised() {
-    check::<bf16>(WeightFormat::Int8);
-    check::<bf16>(WeightFormat::Int4);
+    WeightFormat::CODES.into_iter().for_each(check::<bf16>);
 }
 
 #[test]

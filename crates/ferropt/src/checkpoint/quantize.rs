@@ -63,6 +63,8 @@ enum Weights {
     Int8,
     /// 4.5 bits with the groups' scales and minima
     Int4,
+    /// 3.5 bits with the groups' scales and minima
+    Int3,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -90,6 +92,7 @@ pub(super) fn run(args: Quantize) -> anyhow::Result<()> {
         weights: match args.weights {
             Weights::Int8 => WeightFormat::Int8,
             Weights::Int4 => WeightFormat::Int4,
+            Weights::Int3 => WeightFormat::Int3,
         },
         calibrate: args.calibrate.clone(),
         tokens: args.tokens.unwrap_or(TOKENS),

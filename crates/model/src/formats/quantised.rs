@@ -4,9 +4,9 @@
 //!
 //! | tensor | type, shape | what |
 //! |---|---|---|
-//! | `NAME.codes` | U8 `[n, k]`, or `[n, ceil(k / 2)]` with 4 bits | codes; the first of two in the lower half of a byte |
+//! | `NAME.codes` | U8 `[n, ceil(k b / 8)]` with b bits | a row's codes one behind the other, lower bits first |
 //! | `NAME.scales` | BF16 `[n, ceil(k / 64)]` | scale of each group of 64 codes |
-//! | `NAME.minima` | BF16, the same, with 4 bits only | what code 0 stands for; with 8 bits code 128 stands for 0 |
+//! | `NAME.minima` | BF16, the same, with 4 and 3 bits only | what code 0 stands for; with 8 bits code 128 stands for 0 |
 //!
 //! `quantization_config` in `config.json` says what was done, and has the size and the CRC-32 of each file.
 
@@ -16,7 +16,7 @@ use super::stored::{Flat, StoredTensor};
 use super::strand::{Mapped, Strand};
 use crate::config::Config;
 use anyhow::{Context, Result, bail, ensure};
-use ferropt_device::quantise::{Codes, GROUP, Group};
+use ferropt_device::quantise::{Codes, GROUP, Group, code_bits, has_minima};
 use ferropt_device::{WeightFormat, bf16};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
@@ -96,13 +96,13 @@ impl Quantisation {
         Quantisation { files, ..self.clone() }
     }
 
-    /// Int8 or Int4.
+    /// Int8, Int4 or Int3.
     ///
     /// # Errors
-    /// When it is neither.
+    /// When it is none of them.
     pub fn weights(&self) -> Result<WeightFormat> {
-        let found = [WeightFormat::Int8, WeightFormat::Int4].into_iter().find(|f| f.name() == self.weights);
-        found.with_context(|| format!("weights = {:?}, but int8 and int4 are known", self.weights))
+        let found = WeightFormat::CODES.into_iter().find(|f| f.name() == self.weights);
+        found.with_context(|| format!("weights = {:?}, but int8, int4 and int3 are known", self.weights))
     }
 
     fn check(&self) -> Result<()> {
@@ -159,15 +159,40 @@ pub(super) fn parts(
     [n, k]: [usize; 2],
 ) -> Vec<(String, Dtype, Vec<usize>)> {
     let groups = vec![n, k.div_ceil(GROUP)];
-    let width = if format == WeightFormat::Int4 { k.div_ceil(2) } else { k };
     let mut parts = vec![
-        (format!("{name}.codes"), Dtype::U8, vec![n, width]),
+        (format!("{name}.codes"), Dtype::U8, vec![n, row_bytes(format, k)]),
         (format!("{name}.scales"), Dtype::BF16, groups.clone()),
     ];
-    if format == WeightFormat::Int4 {
+    if has_minima(format) {
         parts.push((format!("{name}.minima"), Dtype::BF16, groups));
     }
     parts
+}
+
+/// Bytes of a row of codes.
+fn row_bytes(format: WeightFormat, k: usize) -> usize {
+    (k * code_bits(format).unwrap_or(8)).div_ceil(8)
+}
+
+/// Puts codes one behind the other, lower bits first. Eight codes are as many bytes as a code has bits.
+pub(super) fn encode(format: WeightFormat, codes: &[u8], out: &mut Vec<u8>) {
+    let bits = code_bits(format).unwrap_or(8);
+    let end = out.len() + row_bytes(format, codes.len());
+    for codes in codes.chunks(8) {
+        let word = codes.iter().rev().fold(0, |word: u64, code| word << bits | *code as u64);
+        out.extend_from_slice(&word.to_le_bytes()[..bits]);
+    }
+    out.truncate(end);
+}
+
+/// The way back, of `BITS` bits.
+fn decode<const BITS: usize>(bytes: &[u8], codes: &mut [u8]) {
+    for (bytes, codes) in bytes.as_chunks::<BITS>().0.iter().zip(codes.as_chunks_mut::<8>().0) {
+        let mut word = [0; 8];
+        word[..BITS].copy_from_slice(bytes);
+        let word = u64::from_le_bytes(word);
+        *codes = std::array::from_fn(|i| (word >> (BITS * i)) as u8 & (255 >> (8 - BITS)));
+    }
 }
 
 impl RoundedTensor {
@@ -194,7 +219,7 @@ impl RoundedTensor {
         Ok(RoundedTensor { format, shape, codes: next(), scales: next(), minima: next() })
     }
 
-    /// Int8 or Int4.
+    /// Int8, Int4 or Int3.
     pub fn format(&self) -> WeightFormat {
         self.format
     }
@@ -241,16 +266,14 @@ impl RoundedTensor {
             to.groups.len()
         );
         ensure!(first + rows <= n, "rows {first}..{} of a matrix with {n}", first + rows);
-        let width = if self.format == WeightFormat::Int4 { k.div_ceil(2) } else { k };
-        let mut bytes = vec![0; width];
+        let width = row_bytes(self.format, k);
+        let mut bytes = vec![0; row_bytes(self.format, count * GROUP)];
         for (i, codes) in to.codes.chunks_exact_mut(count * GROUP).enumerate() {
-            self.codes.read((first + i) * width, &mut bytes)?;
-            if self.format == WeightFormat::Int4 {
-                for (two, byte) in codes.chunks_exact_mut(2).zip(&bytes) {
-                    two.copy_from_slice(&[byte & 15, byte >> 4]);
-                }
-            } else {
-                codes[..k].copy_from_slice(&bytes);
+            self.codes.read((first + i) * width, &mut bytes[..width])?;
+            match self.format {
+                WeightFormat::Int3 => decode::<3>(&bytes, codes),
+                WeightFormat::Int4 => decode::<4>(&bytes, codes),
+                _ => codes.copy_from_slice(&bytes),
             }
         }
         let mut numbers = |from: &Strand, set: &dyn Fn(&mut Group, bf16)| -> Result<()> {

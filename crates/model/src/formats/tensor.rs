@@ -23,7 +23,7 @@ impl Tensor<'_> {
         }
     }
 
-    /// Short name of the element type: `f32`, `f16`, `bf16`, `int8` or `int4`.
+    /// Short name of the element type: `f32`, `f16`, `bf16`, `int8`, `int4` or `int3`.
     pub fn type_name(&self) -> &'static str {
         match self {
             Tensor::Plain(t) => t.dtype().name(),

@@ -2,12 +2,10 @@
 
 use super::*;
 use ferropt_device::WeightFormat;
-use ferropt_device::quantise::{Codes, GROUP, Group};
+use ferropt_device::quantise::{Codes, GROUP, Group, code_bits};
 use ferropt_model::formats::{CalibrationText, Quantisation, Rounding, Tensor, quantise};
 use ferropt_model::{Parameter, Rounded};
 use serde_json::{Value, json};
-
-const FORMATS: [WeightFormat; 2] = [WeightFormat::Int8, WeightFormat::Int4];
 
 fn matrix(source: &Source, parameter: &Parameter, format: WeightFormat) -> Rounded {
     let mut w = vec![0.0; parameter.elements()];
@@ -42,7 +40,7 @@ fn quantised_folders_hold_what_was_rounded() {
     for model in MODELS {
         for (from, max) in [("hf", 1 << 30), ("mp2", 400)] {
             let source = open(fixture(&format!("{model}/{from}")));
-            for format in FORMATS {
+            for format in WeightFormat::CODES {
                 let dir = tempfile::tempdir().unwrap();
                 let opened = rounded(&source, &dir.path().join("q"), format, max);
                 assert_eq!(opened.files().len() > 2, max == 400, "{:?}", opened.files());
@@ -99,12 +97,13 @@ fn half(bits: u16) -> ferropt_device::bf16 {
 #[test]
 fn the_layout_is_as_documented() {
     let dir = tempfile::tempdir().unwrap();
-    for format in FORMATS {
+    for format in WeightFormat::CODES {
         let folder = dir.path().join(format.name());
         let opened = rounded(&open(fixture("pre/hf")), &folder, format, 1 << 30);
         let bytes = fs::read(folder.join("model.safetensors")).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();
         let number = |bytes: &[u8]| f32::from_bits(u32::from(bytes[0]) << 16 | u32::from(bytes[1]) << 24);
+        let bits = code_bits(format).unwrap();
         let mut matrices = 0;
         for (name, tensor) in opened.tensors() {
             let Tensor::Rounded(_) = tensor else { continue };
@@ -112,17 +111,18 @@ fn the_layout_is_as_documented() {
             let (codes, scales) = (part("codes").unwrap(), part("scales").unwrap());
             let [n, k] = tensor.shape()[..] else { panic!("{:?}", tensor.shape()) };
             assert!(k <= 64, "one group in a row");
+            assert_eq!(codes.shape(), [n, (k * bits).div_ceil(8)]);
             let mut values = vec![0.0; n * k];
             tensor.read_rows(0, &mut values).unwrap();
             for i in 0..n {
                 for j in 0..k {
                     let scale = number(&scales.data()[2 * i..]);
-                    let value = if format == WeightFormat::Int4 {
-                        let byte = codes.data()[i * k.div_ceil(2) + j / 2];
-                        let code = if j % 2 == 0 { byte % 16 } else { byte / 16 };
-                        scale * code as f32 + number(&part("minima").unwrap().data()[2 * i..])
-                    } else {
-                        scale * (codes.data()[i * k + j] as f32 - 128.0)
+                    let row = codes.data().chunks(codes.data().len() / n).nth(i).unwrap();
+                    let bit = |at: usize| (row[at / 8] >> (at % 8) & 1) as usize;
+                    let code = (0..bits).map(|b| bit(j * bits + b) << b).sum::<usize>() as f32;
+                    let value = match format {
+                        WeightFormat::Int8 => scale * (code - 128.0),
+                        _ => scale * code + number(&part("minima").unwrap().data()[2 * i..]),
                     };
                     assert_eq!(values[i * k + j], value, "{name} {i} {j}");
                 }
@@ -150,13 +150,14 @@ fn change_config(folder: &Path, change: impl FnOnce(&mut Value)) {
 
 #[test]
 fn configurations_of_other_quantisations_are_refused() {
-    let cases: [(&str, Value, &[&str]); 12] = [
+    let cases: [(&str, Value, &[&str]); 13] = [
         ("quant_method", json!("gptq"), &["\"gptq\"", "not read here"]),
         ("quant_method", json!(null), &["unknown method"]),
         ("version", json!(2), &["version = 2", "reads 1"]),
         ("version", json!("1"), &["quantization_config is wrong"]),
-        ("weights", json!("int3"), &["\"int3\"", "int8 and int4"]),
+        ("weights", json!("int2"), &["\"int2\"", "int8, int4 and int3"]),
         ("weights", json!("int8"), &["embed_tokens.weight.codes", "[24, 4]", "[24, 8]"]),
+        ("weights", json!("int3"), &["embed_tokens.weight.codes", "[24, 4]", "[24, 3]"]),
         ("group_size", json!(32), &["group_size = 32", "64"]),
         ("rounding", json!("up"), &["up", "nearest"]),
         ("bits", json!(4), &["bits"]),
@@ -250,7 +251,7 @@ fn what_cannot_be_quantised_or_converted_is_refused() {
     let message = refused(&source, "a", &how, 1 << 30, &int4);
     assert!(message.contains("was not written") && message.contains("no more"), "{message}");
     let half = Quantisation::new(WeightFormat::Bf16, None);
-    assert!(refused(&source, "a", &half, 999, &int4).contains("int8 and int4"));
+    assert!(refused(&source, "a", &half, 999, &int4).contains("int8, int4 and int3"));
     let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
     assert_eq!(left, ["q"]);
 }

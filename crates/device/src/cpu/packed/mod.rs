@@ -1,7 +1,7 @@
 //! Weight matrices that are only read: laid out once, for products with one row or thousands.
 //!
 //! A matrix `[n, k]` is cut into panels of output columns, in which the inner loops walk k in memory's order: `f32`
-//! and `bf16` in [`float`], groups of 8-bit or 4-bit numbers in [`groups`]. Every element of a product is summed along k
+//! and `bf16` in [`float`], groups of numbers of 8, 4 or 3 bits in [`groups`]. Every element of a product is summed along k
 //! in one order that depends on k alone, by the same instructions for few rows and for many, so that a row's result
 //! does not depend on the rows beside it: a request gives the same tokens alone and in any batch.
 
@@ -9,6 +9,7 @@ mod float;
 mod groups;
 mod kept;
 mod rounding;
+mod tile;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -52,6 +53,7 @@ impl Layout {
             WeightFormat::Bf16 => Layout::Float(DType::Bf16),
             WeightFormat::Int8 => Layout::Groups(Bits::Eight),
             WeightFormat::Int4 => Layout::Groups(Bits::Four),
+            WeightFormat::Int3 => Layout::Groups(Bits::Three),
         }
     }
 

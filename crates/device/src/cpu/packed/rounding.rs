@@ -3,6 +3,7 @@
 use super::groups::{Bits, NR};
 use crate::cpu::pack::{Matrix, pack_panels};
 use crate::cpu::simd::{Isa, Simd, dispatch};
+use crate::places::{UNIT, places};
 use crate::quantise::{self, GROUP, bits_of, inverse_of, nearest};
 
 /// Rounds rows and packs them into a panel.
@@ -31,22 +32,25 @@ fn round<S: Simd>(_: S, bits: Bits, w: &[[f32; NR]; GROUP], len: usize, out: &mu
         inverse[l] = inverse_of(groups[l].scale.to_f32());
         min[l] = groups[l].min.to_f32();
         numbers[l] = groups[l].scale;
-        if bits == Bits::Four {
+        if bits.minima() {
             numbers[NR + l] = groups[l].min;
         }
     }
-    // Places in a word of the elements of k that share it.
-    let shifts: &[u32] = match bits {
-        Bits::Eight => &[0, 8, 16, 24],
-        Bits::Four => &[0, 8, 16, 24, 4, 12, 20, 28],
-    };
-    for (w, out) in w.chunks_exact(shifts.len()).zip(words.chunks_exact_mut(NR)) {
-        let mut word = [0u32; NR];
-        for (w, shift) in w.iter().zip(shifts) {
-            for l in 0..NR {
-                word[l] |= bits_of(nearest(bits.format(), w[l], inverse[l], min[l])) << shift;
+    for (w, out) in w.chunks_exact(UNIT).zip(words.chunks_exact_mut(bits.count() * NR)) {
+        let mut words = [[0u32; NR]; 8];
+        for (step, w) in w.as_chunks::<4>().0.iter().enumerate() {
+            let mut codes = [0u32; NR];
+            for (w, shift) in w.iter().zip([0, 8, 16, 24]) {
+                for l in 0..NR {
+                    codes[l] |= bits_of(nearest(bits.format(), w[l], inverse[l], min[l])) << shift;
+                }
+            }
+            for place in places(bits.count(), step) {
+                for l in 0..NR {
+                    words[place.word][l] |= (codes[l] & place.mask) << place.shift;
+                }
             }
         }
-        out.copy_from_slice(&word);
+        out.copy_from_slice(words[..bits.count()].as_flattened());
     }
 }

@@ -157,22 +157,48 @@ __device__ void packed_int8(const u8* codes, const bf16* scales, Rounded x, u32 
     finish_rows<R>(sums, first, m, column, n, finish);
 }
 
-// Four bits: a code stands for scale * code + minimum. A word holds eight, the low halves of its bytes before the high ones;
-// a chunk is 32 codes, half of a group.
-template <class O, int R>
-__device__ void packed_int4(const u8* codes, const bf16* scales, const bf16* minima, Rounded x, u32 m, u32 n, u32 groups,
-                            Finish<O> finish) {
+// Four and three bits: a code stands for scale * code + minimum. A chunk is a unit of 32 codes, half of a group, whose words lie
+// as places.rs says: its steps, four codes in the bytes of a word, are put into a and b, and one code can be had by itself.
+struct Four {
+    static const u32 BYTES = 16;
+    static __device__ __forceinline__ void unpack(const u8* unit, uint4& a, uint4& b) {
+        uint4 w = *reinterpret_cast<const uint4*>(unit);
+        const u32 LOW = 0x0f0f0f0fu;
+        a = make_uint4(w.x & LOW, w.x >> 4 & LOW, w.y & LOW, w.y >> 4 & LOW);
+        b = make_uint4(w.z & LOW, w.z >> 4 & LOW, w.w & LOW, w.w >> 4 & LOW);
+    }
+    static __device__ __forceinline__ u32 code(const u8* unit, u32 step, u32 byte) {
+        return unit[step / 2 * 4 + byte] >> step % 2 * 4 & 15;
+    }
+};
+struct Three {
+    static const u32 BYTES = 12;
+    static __device__ __forceinline__ void unpack(const u8* unit, uint4& a, uint4& b) {
+        const u32* w = reinterpret_cast<const u32*>(unit);
+        u32 x = w[0], y = w[1], z = w[2];
+        const u32 LOW = 0x07070707u, TWO = 0x03030303u, ONE = 0x04040404u;
+        a = make_uint4(x & LOW, x >> 3 & LOW, y & LOW, y >> 3 & LOW);
+        b = make_uint4(z & LOW, z >> 3 & LOW, (x >> 6 & TWO) | (y >> 4 & ONE), (z >> 6 & TWO) | (y >> 5 & ONE));
+    }
+    static __device__ __forceinline__ u32 code(const u8* unit, u32 step, u32 byte) {
+        if (step < 6) return unit[step / 2 * 4 + byte] >> step % 2 * 3 & 7;
+        u32 lower = unit[(step - 6) * 8 + byte] >> 6, highest = unit[4 + byte] >> (step - 2) & 4;
+        return lower | highest;
+    }
+};
+
+template <class Bits, class O, int R>
+__device__ void packed_units(const u8* codes, const bf16* scales, const bf16* minima, Rounded x, u32 m, u32 n, u32 groups,
+                             Finish<O> finish) {
     u32 lane = threadIdx.x % 32, column = blockIdx.x * WARPS + threadIdx.x / 32, first = blockIdx.y * R;
     if (column >= n) return;
-    const uint4* row = reinterpret_cast<const uint4*>(codes + u64(column) * groups * (GROUP / 2));
+    const u8* row = codes + u64(column) * groups * (2 * Bits::BYTES);
     const uint4* others = reinterpret_cast<const uint4*>(x.codes);
     float sums[R];
     for (int r = 0; r < R; r++) sums[r] = 0.0f;
     for (u32 chunk = lane; chunk < 2 * groups; chunk += 32) {
-        uint4 w = row[chunk];
-        const u32 LOW = 0x0f0f0f0fu;
-        uint4 a = make_uint4(w.x & LOW, w.x >> 4 & LOW, w.y & LOW, w.y >> 4 & LOW);
-        uint4 b = make_uint4(w.z & LOW, w.z >> 4 & LOW, w.w & LOW, w.w >> 4 & LOW);
+        uint4 a, b;
+        Bits::unpack(row + chunk * Bits::BYTES, a, b);
         u64 group = u64(column) * groups + chunk / 2;
         float scale = to_f32(scales[group]), minimum = chunk % 2 == 0 ? to_f32(minima[group]) : 0.0f;
         for (int r = 0; r < R; r++) {
@@ -193,7 +219,11 @@ __device__ void packed_int4(const u8* codes, const bf16* scales, const bf16* min
     }                                                                                                                   \
     KERNEL(packed_int4_##o_name##_##R, const u8* codes, const bf16* scales, const bf16* minima, Rounded x, u32 m, u32 n, \
            u32 groups, Finish<O> finish) {                                                                              \
-        packed_int4<O, R>(codes, scales, minima, x, m, n, groups, finish);                                              \
+        packed_units<Four, O, R>(codes, scales, minima, x, m, n, groups, finish);                                       \
+    }                                                                                                                   \
+    KERNEL(packed_int3_##o_name##_##R, const u8* codes, const bf16* scales, const bf16* minima, Rounded x, u32 m, u32 n, \
+           u32 groups, Finish<O> finish) {                                                                              \
+        packed_units<Three, O, R>(codes, scales, minima, x, m, n, groups, finish);                                      \
     }
 PACKED_CODES(f32, float, 1)
 PACKED_CODES(f32, float, 8)
@@ -219,13 +249,13 @@ struct RowInt8 {
         return to_f32(scales[row * groups + c / GROUP]) * (float(codes[row * groups * GROUP + c]) - 128.0f);
     }
 };
-struct RowInt4 {
+template <class Bits> struct RowUnits {
     const u8* codes;
     const bf16* scales;
     const bf16* minima;
     __device__ __forceinline__ float at(u64 row, u32 k, u32 c) const {
         u64 groups = (k + GROUP - 1) / GROUP, group = row * groups + c / GROUP;
-        u32 byte = codes[(row * groups * GROUP + c / 8 * 8) / 2 + c % 4], code = c % 8 < 4 ? byte & 15 : byte >> 4;
+        u32 code = Bits::code(codes + (2 * row * groups + c / 32) * Bits::BYTES, c % 32 / 4, c % 4);
         return to_f32(scales[group]) * float(code) + to_f32(minima[group]);
     }
 };
@@ -247,4 +277,5 @@ __device__ void packed_embed(M matrix, const u32* ids, const u32* ids2, const fl
 PACKED_EMBED(packed_embed_f32, RowF32{reinterpret_cast<const float*>(codes)})
 PACKED_EMBED(packed_embed_bf16, RowBf16{reinterpret_cast<const bf16*>(codes)})
 PACKED_EMBED(packed_embed_int8, RowInt8{codes, scales})
-PACKED_EMBED(packed_embed_int4, RowInt4{codes, scales, minima})
+PACKED_EMBED(packed_embed_int4, RowUnits<Four>{codes, scales, minima})
+PACKED_EMBED(packed_embed_int3, RowUnits<Three>{codes, scales, minima})

@@ -1,7 +1,7 @@
 //! Quantised models.
 
 use super::super::hugging_face::CONFIG;
-use super::super::quantised::{KEY, Quantisation, Sum, parts};
+use super::super::quantised::{KEY, Quantisation, Sum, encode, parts};
 use super::super::safetensors::safetensors_header;
 use super::super::source::Source;
 use super::hugging_face::{index, json, names, shards};
@@ -10,7 +10,7 @@ use super::{Converted, Folder, publish};
 use crate::rounded::Rounded;
 use anyhow::{Context, Result, bail, ensure};
 use ferropt_device::WeightFormat;
-use ferropt_device::quantise::{GROUP, Group};
+use ferropt_device::quantise::{GROUP, Group, has_minima};
 use safetensors::Dtype;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -180,23 +180,17 @@ impl Write for Summed {
     }
 }
 
-/// Rows as they lie in a file: codes, scales, and minima with 4 bits.
+/// Rows as they lie in a file: codes, scales, and minima below 8 bits.
 fn encoded(rounded: &Rounded, rows: std::ops::Range<usize>) -> Vec<u8> {
     let count = rounded.row_groups();
     let groups = &rounded.groups[rows.start * count..rows.end * count];
     let rows =
         rounded.codes[rows.start * count * GROUP..rows.end * count * GROUP].chunks_exact(count * GROUP);
-    let codes = rows.map(|row| &row[..rounded.k]);
     let numbers = |number: fn(&Group) -> half::bf16| groups.iter().flat_map(move |g| number(g).to_le_bytes());
-    let mut bytes: Vec<u8> = match rounded.format {
-        WeightFormat::Int4 => {
-            let two = |two: &[u8]| two[0] | two.get(1).copied().unwrap_or(0) << 4;
-            codes.flat_map(|row| row.chunks(2).map(two)).collect()
-        }
-        _ => codes.flatten().copied().collect(),
-    };
+    let mut bytes = Vec::new();
+    rows.for_each(|row| encode(rounded.format, &row[..rounded.k], &mut bytes));
     bytes.extend(numbers(|group| group.scale));
-    if rounded.format == WeightFormat::Int4 {
+    if has_minima(rounded.format) {
         bytes.extend(numbers(|group| group.min));
     }
     bytes
