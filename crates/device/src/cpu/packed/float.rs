@@ -10,7 +10,7 @@ use crate::cpu::simd::{Isa, Portable, Simd, dispatch, with_avx512, with_avx512_b
 use crate::cpu::{CpuDevice, Scratch};
 use crate::{DType, Element};
 
-/// At most this many rows are multiplied in one pass over the weights, all of k at once: what the L2 cache holds of
+/// At most this many rows are multiplied in one pass over the weights: what the L2 cache holds of a block of k of
 /// them. More go block by block, as in training.
 const FEW_ROWS: usize = 64;
 
