@@ -76,6 +76,7 @@ type Row = [__m512i; 3];
 /// The processor has AVX-512 F, and there are `NR` words.
 #[inline(always)]
 unsafe fn row(words: *const u32) -> Row {
+    // SAFETY: as the caller promises.
     unsafe {
         [
             _mm512_loadu_si512(words.cast()),
@@ -92,6 +93,7 @@ unsafe fn row(words: *const u32) -> Row {
 /// The processor has AVX-512 F.
 #[inline(always)]
 unsafe fn joined<const SHIFT: u32>(lower: Row, highest: Row) -> Row {
+    // SAFETY: as the caller promises.
     unsafe {
         let [two, one] = [0x0303_0303, 0x0404_0404].map(|mask| _mm512_set1_epi32(mask));
         let mut codes = lower;
@@ -109,6 +111,7 @@ unsafe fn joined<const SHIFT: u32>(lower: Row, highest: Row) -> Row {
 /// The processor has AVX-512 F and VNNI, and there are `R` words.
 #[inline(always)]
 unsafe fn add_step<const R: usize>(acc: &mut [Row; R], w: Row, x: *const u32) {
+    // SAFETY: as the caller promises.
     unsafe {
         for (i, acc) in acc.iter_mut().enumerate() {
             let x = _mm512_set1_epi32(*x.add(i) as i32);
