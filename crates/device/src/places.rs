@@ -58,7 +58,8 @@ pub(crate) fn put(bits: usize, codes: &[u8; UNIT], mut add: impl FnMut(usize, u3
 pub(crate) fn take(bits: usize, word: impl Fn(usize) -> u32) -> [u8; UNIT] {
     let mut codes = [0; UNIT];
     for (step, codes) in codes.as_chunks_mut().0.iter_mut().enumerate() {
-        *codes = places(bits, step).fold(0, |codes, p| codes | word(p.word) >> p.shift & p.mask).to_le_bytes();
+        *codes =
+            places(bits, step).fold(0, |codes, p| codes | word(p.word) >> p.shift & p.mask).to_le_bytes();
     }
     codes
 }

@@ -226,7 +226,10 @@ fn codes_are_packed_as_rounding_would() {
     };
     let too_large = refused(WeightFormat::Int4, 16);
     assert!(too_large.contains("row 1") && too_large.contains("16"), "{too_large}");
-    assert!(refused(WeightFormat::Int3, 8).contains("code 8") && refused(WeightFormat::F32, 0).contains("no codes"));
+    assert!(
+        refused(WeightFormat::Int3, 8).contains("code 8")
+            && refused(WeightFormat::F32, 0).contains("no codes")
+    );
 }
 
 #[test]

@@ -151,7 +151,10 @@ impl Tile for Vnni {
                     }
                     // One step after the other: both together would not leave registers for the sums.
                     add_step(&mut acc, w.map(|w| _mm512_and_si512(w, low)), x.add(2 * i * R));
-                    let w = w.map(|w| if BITS == 4 { _mm512_srli_epi32::<4>(w) } else { _mm512_srli_epi32::<3>(w) });
+                    let w =
+                        w.map(
+                            |w| if BITS == 4 { _mm512_srli_epi32::<4>(w) } else { _mm512_srli_epi32::<3>(w) },
+                        );
                     add_step(&mut acc, w.map(|w| _mm512_and_si512(w, low)), x.add((2 * i + 1) * R));
                 }
                 if BITS == 3 {
