@@ -181,6 +181,8 @@ macro_rules! chip {
 chip! {
     fn describe() -> String;
     fn alloc<T>(len: usize => value) -> anyhow::Result<ChipBuf<T>> as ChipBuf;
+    fn alloc_host<T>(len: usize => value) -> anyhow::Result<ChipBuf<T>> as ChipBuf;
+    fn memory_taken() -> Option<u64>;
     fn upload<T>(dst: &mut ChipBuf<T> => out, offset: usize => value, src: &[T] => value) -> ();
     fn download<T>(src: &ChipBuf<T> => buf, offset: usize => value, dst: &mut [T] => value) -> ();
     fn wait() -> ();

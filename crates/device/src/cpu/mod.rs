@@ -152,6 +152,14 @@ impl Device for CpuDevice {
         CpuBuf::zeroed(len)
     }
 
+    fn alloc_host<T: Element>(&self, len: usize) -> anyhow::Result<CpuBuf<T>> {
+        CpuBuf::zeroed(len)
+    }
+
+    fn memory_taken(&self) -> Option<u64> {
+        None
+    }
+
     fn upload<T: Element>(&self, dst: &mut CpuBuf<T>, offset: usize, src: &[T]) {
         dst[offset..offset + src.len()].copy_from_slice(src);
     }

@@ -131,12 +131,11 @@ impl CudaDevice {
         self.gpu.wait();
     }
 
-    /// Copies memory of the GPU.
+    /// Copies memory that the GPU reaches.
     fn copy_bytes(&self, to: Address, from: Address, bytes: usize) {
         if bytes > 0 {
             // SAFETY: both are of at least so many bytes, as the callers in this module checked.
-            let code =
-                unsafe { (self.gpu.driver().cuMemcpyDtoDAsync_v2)(to, from, bytes, self.gpu.stream()) };
+            let code = unsafe { (self.gpu.driver().cuMemcpyAsync)(to, from, bytes, self.gpu.stream()) };
             self.gpu.expect("memory cannot be copied", code);
         }
     }
@@ -211,6 +210,14 @@ impl Device for CudaDevice {
 
     fn alloc<T: Element>(&self, len: usize) -> anyhow::Result<CudaBuf<T>> {
         CudaBuf::zeroed(&self.gpu, len)
+    }
+
+    fn alloc_host<T: Element>(&self, len: usize) -> anyhow::Result<CudaBuf<T>> {
+        CudaBuf::zeroed_on_host(&self.gpu, len)
+    }
+
+    fn memory_taken(&self) -> Option<u64> {
+        Some(self.gpu.taken())
     }
 
     fn upload<T: Element>(&self, dst: &mut CudaBuf<T>, offset: usize, src: &[T]) {

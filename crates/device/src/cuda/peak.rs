@@ -18,7 +18,7 @@ pub(super) fn measure<E: Element>(d: &CudaDevice) -> Result<f64> {
     let some: Vec<E> = (0..65_521).map(|i| E::from_f32(random.uniform(0, i) - 0.5)).collect();
     let numbers: Vec<E> = some.iter().copied().cycle().take(size * size).collect();
     let [left, right, out] = [(); 3].map(|()| CudaBuf::<E>::new(&d.gpu, size * size));
-    let (left, right, out) = (left?, right?, out?);
+    let (mut left, mut right, out) = (left?, right?, out?);
     left.upload(0, &numbers);
     right.upload(0, &numbers);
     let factor = |x: &CudaBuf<E>, turned| Factor { address: x.at(0, size * size), dtype: E::DTYPE, turned };

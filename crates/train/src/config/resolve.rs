@@ -107,6 +107,20 @@ impl Resolved {
         self.axes.shard * self.axes.replicate
     }
 
+    /// Refuses what can be planned, but not run yet.
+    ///
+    /// # Errors
+    /// For many ranks on GPUs.
+    pub fn check_runs(&self) -> anyhow::Result<()> {
+        let (ranks, device) = (self.axes.tensor * self.data_ranks() * self.axes.pipeline, self.device);
+        ensure!(
+            device == Which::Cpu || ranks == 1,
+            "run.device = \"{device}\" on {ranks} ranks: many ranks work on processors only, though --dry-run plans for GPUs \
+             too; use run.device = \"cpu\", or one rank"
+        );
+        Ok(())
+    }
+
     /// Forward and backward passes per step, of each rank.
     pub fn accumulation(&self) -> usize {
         self.sequences / (self.micro_batch * self.data_ranks())
@@ -124,6 +138,7 @@ impl Resolved {
             seq: self.seq,
             recompute: self.config.run.recompute.into(),
             stop_at_documents: self.config.data.stop_attention_at_document_ends,
+            offload: self.config.run.offload,
         }
     }
 
@@ -180,7 +195,7 @@ impl Config {
         let schedule = self.resolve_schedule(steps, batch_tokens)?;
         let optimizer = self.resolve_optimizer()?;
         self.resolve_run()?;
-        let device = self.resolve_device(ranks)?;
+        let device = self.resolve_device()?;
         let keep_every = self.check_reports(batch_tokens)?;
         let recovery = self.resolve_recovery(schedule.warmup, batch_tokens)?;
         let copies = self.resolve_copies(batch_tokens)?;
@@ -477,12 +492,14 @@ impl Config {
         }
     }
 
-    fn resolve_device(&self, ranks: usize) -> anyhow::Result<Which> {
+    fn resolve_device(&self) -> anyhow::Result<Which> {
         let device = self.run.device.parse().map_err(|e| anyhow!("run.device = {e}"))?;
+        let offload = self.run.offload;
         ensure!(
-            device == Which::Cpu || ranks == 1,
-            "run.device = \"{device}\" on {ranks} ranks: many ranks work on processors only; use run.device = \"cpu\", or one \
-             rank"
+            device != Which::Cpu || offload == Offload::None,
+            "run.offload = {} and run.device = \"cpu\" contradict each other: a processor's memory is the host's, so there is \
+             nothing to move; remove run.offload, or use run.device = \"cuda\"",
+            toml::Value::try_from(offload)?
         );
         Ok(device)
     }

@@ -49,6 +49,7 @@ fn a_resolved_configuration_written_out_resolves_to_itself() {
             ],
         ),
         (EXPLICIT, &["schedule.kind=inverse-sqrt", "checkpoint.keep_every=1000", "validation.max_tokens=1M"]),
+        (EXPLICIT, &["run.device=cuda", "run.offload=optimizer"]),
         (PRESET, &[]),
         (
             PRESET,
@@ -95,6 +96,17 @@ fn sizes_are_given_or_a_presets_with_own_vocabulary_and_positions() {
 }
 
 #[test]
+fn many_gpus_are_planned_for_but_do_not_run_yet() {
+    let on = |ranks| {
+        let set = ["run.device=cuda".into(), "run.offload=all".into()];
+        Config::parse(EXPLICIT, &set).unwrap().resolve_for(ranks).unwrap()
+    };
+    on(1).check_runs().unwrap();
+    let message = on(2).check_runs().unwrap_err().to_string();
+    assert!(["run.device = \"cuda\"", "2 ranks", "--dry-run"].iter().all(|w| message.contains(w)), "{message}");
+}
+
+#[test]
 fn refusals_name_the_key_the_value_and_the_fix() {
     let cases: &[(&str, &[&str], &[&str])] = &[
         (PRESET, &["model.preset=125M"], &["model.preset = \"125M\"", "\"125m\""]),
@@ -126,6 +138,8 @@ fn refusals_name_the_key_the_value_and_the_fix() {
         (EXPLICIT, &["run.max_minutes=inf"], &["run.max_minutes = inf"]),
         (EXPLICIT, &["run.dir="], &["run.dir is missing"]),
         (EXPLICIT, &["run.threads=0"], &["run.threads = 0"]),
+        (EXPLICIT, &["run.offload=all"], &["run.offload = \"all\"", "run.device = \"cpu\"", "remove"]),
+        (EXPLICIT, &["run.offload=disk"], &["disk", "none", "optimizer", "all"]),
         (
             EXPLICIT,
             &["run.precision=f32", "run.weights=split"],
