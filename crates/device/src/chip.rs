@@ -106,6 +106,20 @@ impl<T: Element> Buffer<T> for ChipBuf<T> {
             ChipBuf::Cuda(buf) => buf.host_mut(),
         }
     }
+
+    fn read(&self, offset: usize, dst: &mut [T]) {
+        match self {
+            ChipBuf::Cpu(buf) => buf.read(offset, dst),
+            ChipBuf::Cuda(buf) => buf.read(offset, dst),
+        }
+    }
+
+    fn write(&mut self, offset: usize, src: &[T]) {
+        match self {
+            ChipBuf::Cpu(buf) => buf.write(offset, src),
+            ChipBuf::Cuda(buf) => buf.write(offset, src),
+        }
+    }
 }
 
 const OTHER: &str = "memory of another device was given to this one";

@@ -49,6 +49,10 @@ pub trait Buffer<T: Element>: Send + Sync {
     fn host(&self) -> Option<&[T]>;
     /// The memory itself, to be changed.
     fn host_mut(&mut self) -> Option<&mut [T]>;
+    /// Copies the elements from `offset` on to `dst`, when all work before is done.
+    fn read(&self, offset: usize, dst: &mut [T]);
+    /// Copies `src` to the elements from `offset` on.
+    fn write(&mut self, offset: usize, src: &[T]);
 }
 
 /// Function applied to the output of [`Device::linear`] after the bias.

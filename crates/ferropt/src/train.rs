@@ -93,7 +93,6 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<u8> {
     }
     if args.ranks.is_some() || args.supervise {
         let resolved = config.clone().resolve_for(args.ranks.unwrap_or(1)).with_context(named)?;
-        resolved.check_runs().with_context(named)?;
         return launch(&args, &config, &resolved);
     }
     let stop = Stop::default();

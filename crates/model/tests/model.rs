@@ -4,8 +4,8 @@
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
 use ferropt_device::{Buffer, Device, Element, Segment, Store, WeightFormat, bf16};
 use ferropt_model::{
-    Backprop, Batch, Cache, Config, Decoder, Initial, Matrices, Memory, Model, Offload, Options, Parameter, Pass,
-    Recompute, Tensor, initial_values,
+    Backprop, Batch, Cache, Config, Decoder, Initial, Matrices, Memory, Model, Offload, Options, Parameter,
+    Pass, Recompute, Tensor, initial_values,
 };
 
 #[path = "model/inspect.rs"]

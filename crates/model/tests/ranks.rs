@@ -109,8 +109,7 @@ fn passes<E: Element>(config: &Config, how: How, mesh: Mesh) -> Computed {
 fn on_ranks<E: Element>(config: &Config, how: How, axes: Axes) -> Computed {
     let worlds = World::local(axes.tensor * axes.shard * axes.replicate * axes.pipeline).unwrap();
     let parts: Vec<Computed> = std::thread::scope(|scope| {
-        let start =
-            |world| scope.spawn(move || passes::<E>(config, how, Mesh::new(world, axes).unwrap()));
+        let start = |world| scope.spawn(move || passes::<E>(config, how, Mesh::new(world, axes).unwrap()));
         let ranks: Vec<_> = worlds.into_iter().map(start).collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     });
@@ -248,7 +247,13 @@ fn offload_changes_no_bit() {
 #[test]
 fn what_cannot_be_divided_is_refused() {
     let (device, config) = (CpuDevice::new(CpuOptions::default()).unwrap(), config(false));
-    let options = Options { batch: 1, seq: 7, recompute: Recompute::None, stop_at_documents: false, offload: Offload::None };
+    let options = Options {
+        batch: 1,
+        seq: 7,
+        recompute: Recompute::None,
+        stop_at_documents: false,
+        offload: Offload::None,
+    };
     let world = World::local(2).unwrap().swap_remove(0);
     let axes = Axes { tensor: 2, shard: 1, replicate: 1, pipeline: 1 };
     let mesh = Mesh::new(world, axes).unwrap();

@@ -9,7 +9,9 @@ use crate::checkpoint::human_bytes;
 use crate::config::{Precision, Resolved};
 use crate::optimizer::Settings;
 use ferropt_device::{AttentionShape, DType, Device, Element, bf16};
-use ferropt_model::{ActivationTable, Config, Held, Offload, Options, Parameter, Part, Recompute, layers_at_once};
+use ferropt_model::{
+    ActivationTable, Config, Held, Offload, Options, Parameter, Part, Recompute, layers_at_once,
+};
 use serde::Serialize;
 use std::fmt;
 
@@ -405,8 +407,13 @@ mod tests {
     use ferropt_mesh::Mesh;
     use ferropt_model::{Backprop, Model, Tensor, Weights};
 
-    const OPTIONS: Options =
-        Options { batch: 2, seq: 8, recompute: Recompute::None, stop_at_documents: false, offload: Offload::None };
+    const OPTIONS: Options = Options {
+        batch: 2,
+        seq: 8,
+        recompute: Recompute::None,
+        stop_at_documents: false,
+        offload: Offload::None,
+    };
     const SETTINGS: Settings = Settings {
         rule: Rule::AdamW { betas: [0.9, 0.95], eps: 1e-8 },
         weight_decay: 0.1,
@@ -464,7 +471,13 @@ mod tests {
     fn flops_are_megatrons_but_for_what_is_not_computed_again() {
         let config = Config::preset("175b").unwrap();
         let [l, c, v, t] = [config.layers, config.width, config.vocab, 2048].map(|x| x as f64);
-        let full = Options { batch: 1, seq: 2048, recompute: Recompute::Full, stop_at_documents: false, offload: Offload::None };
+        let full = Options {
+            batch: 1,
+            seq: 2048,
+            recompute: Recompute::Full,
+            stop_at_documents: false,
+            offload: Offload::None,
+        };
         let ours = Flops::per_token(&config, &full);
         let megatron = 96.0 * l * c * c * (1.0 + t / (6.0 * c) + v / (16.0 * l * c));
         let layer = 24.0 * c * c * (1.0 + t / (6.0 * c));

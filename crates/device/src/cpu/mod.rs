@@ -161,11 +161,11 @@ impl Device for CpuDevice {
     }
 
     fn upload<T: Element>(&self, dst: &mut CpuBuf<T>, offset: usize, src: &[T]) {
-        dst[offset..offset + src.len()].copy_from_slice(src);
+        dst.write(offset, src);
     }
 
     fn download<T: Element>(&self, src: &CpuBuf<T>, offset: usize, dst: &mut [T]) {
-        dst.copy_from_slice(&src[offset..offset + dst.len()]);
+        src.read(offset, dst);
     }
 
     fn wait(&self) {}

@@ -75,36 +75,6 @@ impl<T: Element> CudaBuf<T> {
         }
     }
 
-    /// Copies `src` to the elements from `offset` on.
-    pub(super) fn upload(&mut self, offset: usize, src: &[T]) {
-        if let Some(host) = self.host_mut() {
-            host[offset..][..src.len()].copy_from_slice(src);
-        } else if !src.is_empty() {
-            let (to, from) = (self.at(offset, src.len()), src.as_ptr().cast::<c_void>());
-            // SAFETY: both sides are within their bounds; the driver has taken ordinary memory's contents when it returns.
-            let code = unsafe {
-                (self.gpu.driver().cuMemcpyHtoDAsync_v2)(to, from, size_of_val(src), self.gpu.stream())
-            };
-            self.gpu.expect("nothing can be copied to it", code);
-        }
-    }
-
-    /// Copies the elements from `offset` on to `dst`, when all work before is done.
-    pub(super) fn download(&self, offset: usize, dst: &mut [T]) {
-        if let Some(host) = self.host() {
-            return dst.copy_from_slice(&host[offset..][..dst.len()]);
-        }
-        if !dst.is_empty() {
-            let (from, to) = (self.at(offset, dst.len()), dst.as_mut_ptr().cast::<c_void>());
-            // SAFETY: both sides are within their bounds, and `dst` is ours until the copy is over.
-            let code = unsafe {
-                (self.gpu.driver().cuMemcpyDtoHAsync_v2)(to, from, size_of_val(dst), self.gpu.stream())
-            };
-            self.gpu.expect("nothing can be copied from it", code);
-        }
-        self.gpu.wait();
-    }
-
     /// Copies `len` elements of `src`, which may be this very buffer, in which case the parts must not overlap.
     pub(super) fn copy_from(&self, to: usize, src: &CudaBuf<T>, from: usize, len: usize) {
         if len > 0 {
@@ -154,6 +124,34 @@ impl<T: Element> Buffer<T> for CudaBuf<T> {
                 // SAFETY: memory of the host that is ours, in which all bytes are a T (Pod); the work that used it is over.
                 Some(unsafe { std::slice::from_raw_parts_mut(self.address as *mut T, len) })
             }
+        }
+    }
+
+    fn read(&self, offset: usize, dst: &mut [T]) {
+        if let Some(host) = self.host() {
+            return dst.copy_from_slice(&host[offset..][..dst.len()]);
+        }
+        if !dst.is_empty() {
+            let (from, to) = (self.at(offset, dst.len()), dst.as_mut_ptr().cast::<c_void>());
+            // SAFETY: both sides are within their bounds, and `dst` is ours until the copy is over.
+            let code = unsafe {
+                (self.gpu.driver().cuMemcpyDtoHAsync_v2)(to, from, size_of_val(dst), self.gpu.stream())
+            };
+            self.gpu.expect("nothing can be copied from it", code);
+        }
+        self.gpu.wait();
+    }
+
+    fn write(&mut self, offset: usize, src: &[T]) {
+        if let Some(host) = self.host_mut() {
+            host[offset..][..src.len()].copy_from_slice(src);
+        } else if !src.is_empty() {
+            let (to, from) = (self.at(offset, src.len()), src.as_ptr().cast::<c_void>());
+            // SAFETY: both sides are within their bounds; the driver has taken ordinary memory's contents when it returns.
+            let code = unsafe {
+                (self.gpu.driver().cuMemcpyHtoDAsync_v2)(to, from, size_of_val(src), self.gpu.stream())
+            };
+            self.gpu.expect("nothing can be copied to it", code);
         }
     }
 }

@@ -104,24 +104,28 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
+    /// GPUs that the driver sees.
+    ///
+    /// # Errors
+    /// When the driver is missing or refuses.
+    pub(super) fn count() -> Result<usize> {
+        start().map(|(_, count)| count)
+    }
+
     /// Opens GPU `number`.
     ///
     /// # Errors
     /// When the driver is missing or refuses, or there is no such GPU, or it is older than Ampere.
     pub(super) fn open(number: usize) -> Result<Gpu> {
-        let functions = Functions::of(&Library::load(&DRIVER)?)?;
+        let (functions, count) = start()?;
         let f = &functions;
-        let (mut count, mut device, mut context, mut stream) = (0, 0, null_mut(), null_mut());
+        ensure!(
+            number < count,
+            "there is no GPU {number}: the driver sees {count} (CUDA_VISIBLE_DEVICES can hide some)"
+        );
+        let (mut device, mut context, mut stream) = (0, null_mut(), null_mut());
         // SAFETY: results go to variables of the right types, which outlive the calls.
-        unsafe {
-            check(f, (f.cuInit)(0)).context("NVIDIA's driver does not start")?;
-            check(f, (f.cuDeviceGetCount)(&mut count))?;
-            ensure!(
-                number < count as usize,
-                "there is no GPU {number}: the driver sees {count} (CUDA_VISIBLE_DEVICES can hide some)"
-            );
-            check(f, (f.cuDeviceGet)(&mut device, number as c_int))?;
-        }
+        check(f, unsafe { (f.cuDeviceGet)(&mut device, number as c_int) })?;
         let attribute = |which| {
             let mut value = 0;
             // SAFETY: as above.
@@ -299,6 +303,18 @@ impl Drop for Gpu {
         }
         CURRENT.set(null_mut());
     }
+}
+
+/// Loads and starts the driver; with the number of GPUs that it sees.
+fn start() -> Result<(Functions, usize)> {
+    let functions = Functions::of(&Library::load(&DRIVER)?)?;
+    let (f, mut count) = (&functions, 0);
+    // SAFETY: the result goes to a variable of the right type, which outlives the call.
+    unsafe {
+        check(f, (f.cuInit)(0)).context("NVIDIA's driver does not start")?;
+        check(f, (f.cuDeviceGetCount)(&mut count))?;
+    }
+    Ok((functions, count.max(0) as usize))
 }
 
 fn check(f: &Functions, code: c_int) -> Result<()> {

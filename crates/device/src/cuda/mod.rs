@@ -76,6 +76,14 @@ impl CudaDevice {
         open().map_err(|error: anyhow::Error| error.context(format!("cannot use GPU {number}")))
     }
 
+    /// GPUs that this process sees.
+    ///
+    /// # Errors
+    /// When NVIDIA's driver is missing or refuses.
+    pub fn count() -> anyhow::Result<usize> {
+        Gpu::count()
+    }
+
     /// Threads of the processor beside it.
     pub fn threads(&self) -> usize {
         self.pool.threads()
@@ -221,11 +229,11 @@ impl Device for CudaDevice {
     }
 
     fn upload<T: Element>(&self, dst: &mut CudaBuf<T>, offset: usize, src: &[T]) {
-        dst.upload(offset, src);
+        dst.write(offset, src);
     }
 
     fn download<T: Element>(&self, src: &CudaBuf<T>, offset: usize, dst: &mut [T]) {
-        src.download(offset, dst);
+        src.read(offset, dst);
     }
 
     fn wait(&self) {

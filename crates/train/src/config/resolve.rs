@@ -107,20 +107,6 @@ impl Resolved {
         self.axes.shard * self.axes.replicate
     }
 
-    /// Refuses what can be planned, but not run yet.
-    ///
-    /// # Errors
-    /// For many ranks on GPUs.
-    pub fn check_runs(&self) -> anyhow::Result<()> {
-        let (ranks, device) = (self.axes.tensor * self.data_ranks() * self.axes.pipeline, self.device);
-        ensure!(
-            device == Which::Cpu || ranks == 1,
-            "run.device = \"{device}\" on {ranks} ranks: many ranks work on processors only, though --dry-run plans for GPUs \
-             too; use run.device = \"cpu\", or one rank"
-        );
-        Ok(())
-    }
-
     /// Forward and backward passes per step, of each rank.
     pub fn accumulation(&self) -> usize {
         self.sequences / (self.micro_batch * self.data_ranks())

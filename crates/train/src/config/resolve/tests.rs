@@ -96,17 +96,6 @@ fn sizes_are_given_or_a_presets_with_own_vocabulary_and_positions() {
 }
 
 #[test]
-fn many_gpus_are_planned_for_but_do_not_run_yet() {
-    let on = |ranks| {
-        let set = ["run.device=cuda".into(), "run.offload=all".into()];
-        Config::parse(EXPLICIT, &set).unwrap().resolve_for(ranks).unwrap()
-    };
-    on(1).check_runs().unwrap();
-    let message = on(2).check_runs().unwrap_err().to_string();
-    assert!(["run.device = \"cuda\"", "2 ranks", "--dry-run"].iter().all(|w| message.contains(w)), "{message}");
-}
-
-#[test]
 fn refusals_name_the_key_the_value_and_the_fix() {
     let cases: &[(&str, &[&str], &[&str])] = &[
         (PRESET, &["model.preset=125M"], &["model.preset = \"125M\"", "\"125m\""]),
