@@ -106,6 +106,20 @@ impl<T: Element> Buffer<T> for ChipBuf<T> {
             ChipBuf::Cuda(buf) => buf.host_mut(),
         }
     }
+
+    fn read(&self, offset: usize, dst: &mut [T]) {
+        match self {
+            ChipBuf::Cpu(buf) => buf.read(offset, dst),
+            ChipBuf::Cuda(buf) => buf.read(offset, dst),
+        }
+    }
+
+    fn write(&mut self, offset: usize, src: &[T]) {
+        match self {
+            ChipBuf::Cpu(buf) => buf.write(offset, src),
+            ChipBuf::Cuda(buf) => buf.write(offset, src),
+        }
+    }
 }
 
 const OTHER: &str = "memory of another device was given to this one";
@@ -181,6 +195,8 @@ macro_rules! chip {
 chip! {
     fn describe() -> String;
     fn alloc<T>(len: usize => value) -> anyhow::Result<ChipBuf<T>> as ChipBuf;
+    fn alloc_host<T>(len: usize => value) -> anyhow::Result<ChipBuf<T>> as ChipBuf;
+    fn memory_taken() -> Option<u64>;
     fn upload<T>(dst: &mut ChipBuf<T> => out, offset: usize => value, src: &[T] => value) -> ();
     fn download<T>(src: &ChipBuf<T> => buf, offset: usize => value, dst: &mut [T] => value) -> ();
     fn wait() -> ();

@@ -50,6 +50,10 @@ pub trait Buffer<T: Element>: Send + Sync {
     fn host(&self) -> Option<&[T]>;
     /// The memory itself, to be changed.
     fn host_mut(&mut self) -> Option<&mut [T]>;
+    /// Copies the elements from `offset` on to `dst`, when all work before is done.
+    fn read(&self, offset: usize, dst: &mut [T]);
+    /// Copies `src` to the elements from `offset` on.
+    fn write(&mut self, offset: usize, src: &[T]);
 }
 
 /// Function applied to the output of [`Device::linear`] after the bias.
@@ -292,6 +296,12 @@ pub trait Device: Send + Sync + Sized + 'static {
 
     /// Zeroed memory for `len` elements. Fails with the size asked for when there is not enough.
     fn alloc<T: Element>(&self, len: usize) -> anyhow::Result<Self::Buf<T>>;
+    /// The same in the host's memory, for what is needed once in a while. Operations take it as they take [`Device::alloc`]'s,
+    /// and give the same bits; what they read and write of it goes over the bus. The same memory where the processor is
+    /// the device.
+    fn alloc_host<T: Element>(&self, len: usize) -> anyhow::Result<Self::Buf<T>>;
+    /// Bytes of the device's own memory that are taken, by buffers and workspace; none where it has none of its own.
+    fn memory_taken(&self) -> Option<u64>;
     /// Copies `src` to `dst[offset..offset + src.len()]`.
     fn upload<T: Element>(&self, dst: &mut Self::Buf<T>, offset: usize, src: &[T]);
     /// Copies `src[offset..offset + dst.len()]` to `dst`.

@@ -73,6 +73,12 @@ macro_rules! timed {
             fn alloc<T: Element>(&self, len: usize) -> anyhow::Result<Self::Buf<T>> {
                 self.inner.alloc(len)
             }
+            fn alloc_host<T: Element>(&self, len: usize) -> anyhow::Result<Self::Buf<T>> {
+                self.inner.alloc_host(len)
+            }
+            fn memory_taken(&self) -> Option<u64> {
+                self.inner.memory_taken()
+            }
             fn workspace_bytes<E: Element>(
                 &self,
                 rows: usize,

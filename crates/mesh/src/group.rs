@@ -95,6 +95,56 @@ impl Memory for Vec<u8> {
     }
 }
 
+/// A buffer of memory that no processor reaches, with a copy of it that is sent and received instead.
+struct Copied<T, B> {
+    buffer: B,
+    copy: Vec<T>,
+    /// Elements that are copied back when all is done.
+    back: Range<usize>,
+}
+
+/// Which elements an operation needs of such a buffer, and which it changes.
+struct Touched {
+    reads: Range<usize>,
+    writes: Range<usize>,
+}
+
+impl Touched {
+    /// Of a buffer of so many elements that is sent.
+    fn sent(len: usize) -> Touched {
+        Touched { reads: 0..len, writes: 0..0 }
+    }
+
+    /// Of a buffer of so many elements that is received.
+    fn received(len: usize) -> Touched {
+        Touched { reads: 0..0, writes: 0..len }
+    }
+}
+
+impl<T: Element, B: Buffer<T>> Copied<T, B> {
+    fn new(buffer: B, touched: Touched) -> Self {
+        let mut copy = vec![T::default(); buffer.len()];
+        buffer.read(touched.reads.start, &mut copy[touched.reads]);
+        Copied { buffer, copy, back: touched.writes }
+    }
+}
+
+impl<T: Element, B: Buffer<T> + 'static> Memory for Copied<T, B> {
+    fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.copy)
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.copy)
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any + Send> {
+        let Copied { mut buffer, copy, back } = *self;
+        buffer.write(back.start, &copy[back]);
+        Box::new(buffer)
+    }
+}
+
 /// The buffer that went into an operation.
 fn given_back<B: 'static>(memory: Box<dyn Memory>) -> Result<B> {
     let buffer =
@@ -168,7 +218,10 @@ impl Group {
         let bytes = |member: usize| in_bytes::<T>(range(member));
         let sends = self.others().map(|member| (member, bytes(self.rank()))).collect();
         let receives = self.others().map(|member| (member, Place::Memory(bytes(member)))).collect();
-        self.start::<T, B>(operation, label, buffer, sends, receives, |finished| given_back(finished.memory))
+        let touched = Touched { reads: range(self.rank()), writes: 0..buffer.len() };
+        self.start::<T, B>(operation, label, buffer, touched, sends, receives, |finished| {
+            given_back(finished.memory)
+        })
     }
 
     /// Sums the contributions of all: `buffer` has as many equal parts as there are ranks, and afterwards this rank's own
@@ -201,15 +254,15 @@ impl Group {
             self.others().enumerate().map(|(piece, member)| (member, Some(piece))).collect();
         order.push((rank, None));
         order.sort_unstable();
-        self.start::<T, B>(operation, label, buffer, sends, receives, move |finished| {
-            let mut buffer: B = given_back(finished.memory)?;
-            let own = &mut buffer.host_mut().context("no processor reaches this memory")?[own];
+        let touched = Touched { reads: 0..buffer.len(), writes: own.clone() };
+        self.start::<T, B>(operation, label, buffer, touched, sends, receives, move |mut finished| {
+            let own = bytemuck::cast_slice_mut(&mut finished.memory.bytes_mut()[in_bytes::<T>(own)]);
             let pieces: Vec<Option<&[T]>> = order
                 .iter()
                 .map(|(_, piece)| piece.map(|p| bytemuck::cast_slice(finished.pieces[p].bytes())))
                 .collect();
             sum(own, &pieces);
-            Ok(buffer)
+            given_back(finished.memory)
         })
     }
 
@@ -250,12 +303,13 @@ impl Group {
             return Pending::ready(Ok(buffer));
         }
         let all = 0..buffer.len() * size_of::<T>();
-        let (sends, receives) = if self.rank() == from {
-            (self.others().map(|member| (member, all.clone())).collect(), Vec::new())
+        let (touched, sends, receives) = if self.rank() == from {
+            let sends = self.others().map(|member| (member, all.clone())).collect();
+            (Touched::sent(buffer.len()), sends, Vec::new())
         } else {
-            (Vec::new(), vec![(from, Place::Memory(all))])
+            (Touched::received(buffer.len()), Vec::new(), vec![(from, Place::Memory(all))])
         };
-        self.start::<T, B>(Operation::Broadcast, label, buffer, sends, receives, |finished| {
+        self.start::<T, B>(Operation::Broadcast, label, buffer, touched, sends, receives, |finished| {
             given_back(finished.memory)
         })
     }
@@ -263,7 +317,8 @@ impl Group {
     /// Sends a buffer to another member, which calls [`Group::receive`].
     pub fn send<T: Element, B: Buffer<T> + 'static>(&self, label: Label, to: usize, buffer: B) -> Pending<B> {
         let all = 0..buffer.len() * size_of::<T>();
-        self.start::<T, B>(Operation::Send, label, buffer, vec![(to, all)], Vec::new(), |finished| {
+        let touched = Touched::sent(buffer.len());
+        self.start::<T, B>(Operation::Send, label, buffer, touched, vec![(to, all)], Vec::new(), |finished| {
             given_back(finished.memory)
         })
     }
@@ -276,9 +331,16 @@ impl Group {
         buffer: B,
     ) -> Pending<B> {
         let all = Place::Memory(0..buffer.len() * size_of::<T>());
-        self.start::<T, B>(Operation::Send, label, buffer, Vec::new(), vec![(from, all)], |finished| {
-            given_back(finished.memory)
-        })
+        let touched = Touched::received(buffer.len());
+        self.start::<T, B>(
+            Operation::Send,
+            label,
+            buffer,
+            touched,
+            Vec::new(),
+            vec![(from, all)],
+            |finished| given_back(finished.memory),
+        )
     }
 
     /// A few bytes of every member, in the order of the members; lengths may differ.
@@ -328,22 +390,16 @@ impl Group {
         operation: Operation,
         label: Label,
         buffer: B,
+        touched: Touched,
         sends: Vec<(usize, Range<usize>)>,
         receives: Vec<(usize, Place)>,
         finish: impl FnOnce(Finished) -> Result<B> + Send + 'static,
     ) -> Pending<B> {
-        let reached = match buffer.host() {
-            None => Err(anyhow!("no collective operation reaches this device's memory yet")),
-            Some(_) => self.post(
-                operation,
-                label,
-                Some(T::DTYPE),
-                Box::new(Owned::<T, B>(buffer, PhantomData)),
-                sends,
-                receives,
-            ),
+        let memory: Box<dyn Memory> = match buffer.host() {
+            Some(_) => Box::new(Owned::<T, B>(buffer, PhantomData)),
+            None => Box::new(Copied::new(buffer, touched)),
         };
-        match reached {
+        match self.post(operation, label, Some(T::DTYPE), memory, sends, receives) {
             Ok(done) => Pending(State::Waiting(done, Box::new(finish))),
             Err(error) => Pending::ready(Err(error)),
         }

@@ -1,7 +1,7 @@
 //! Every operation on one to eight ranks against its definition, what is counted, and what happens when a rank is lost.
 
 use ferropt_device::cpu::CpuBuf;
-use ferropt_device::{Element, bf16};
+use ferropt_device::{Buffer, Element, bf16};
 use ferropt_mesh::{Axes, Group, Join, Label, Mesh, Operation, SMALL_SUM, World};
 use std::io::Write;
 use std::net::TcpStream;
@@ -73,6 +73,57 @@ fn operations_do_what_they_say() {
     }
     check::<f32>(2, 1_500_000);
     check::<bf16>(3, 1_000_001);
+}
+
+/// Memory that the processor does not reach, as a GPU's.
+struct Away(Vec<f32>);
+
+impl Buffer<f32> for Away {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn host(&self) -> Option<&[f32]> {
+        None
+    }
+
+    fn host_mut(&mut self) -> Option<&mut [f32]> {
+        None
+    }
+
+    fn read(&self, offset: usize, dst: &mut [f32]) {
+        dst.copy_from_slice(&self.0[offset..][..dst.len()]);
+    }
+
+    fn write(&mut self, offset: usize, src: &[f32]) {
+        self.0[offset..][..src.len()].copy_from_slice(src);
+    }
+}
+
+#[test]
+fn memory_that_the_processor_does_not_reach_is_sent_too() {
+    for (ranks, part) in [(2, 7), (3, 0), (3, 3001)] {
+        let len = ranks * part;
+        on(ranks, |group| {
+            let (me, next, last) =
+                (group.rank(), (group.rank() + 1) % ranks, (group.rank() + ranks - 1) % ranks);
+            let mine = || Away((0..len).map(|place| number(me, place)).collect());
+            let all = |of: &dyn Fn(usize) -> f32| (0..len).map(of).collect::<Vec<_>>();
+            let label = Label::new("away");
+            let gathered = group.all_gather(label, mine()).wait().unwrap().0;
+            assert_eq!(gathered, all(&|place| number(place / part.max(1), place)));
+            let scattered = group.reduce_scatter(label, mine()).wait().unwrap().0;
+            let own = me * part..(me + 1) * part;
+            assert_eq!(scattered[own.clone()], all(&|place| sum(ranks, place))[own]);
+            let reduced = group.all_reduce(label, mine()).wait().unwrap().0;
+            assert_eq!(reduced, all(&|place| sum(ranks, place)));
+            let told = group.broadcast(label, 1, mine()).wait().unwrap().0;
+            assert_eq!(told, all(&|place| number(1, place)));
+            let (sent, came) = (group.send(label, next, mine()), group.receive(label, last, mine()));
+            assert_eq!(came.wait().unwrap().0, all(&|place| number(last, place)));
+            assert_eq!(sent.wait().unwrap().0, mine().0);
+        });
+    }
 }
 
 #[test]

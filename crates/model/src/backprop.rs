@@ -5,6 +5,7 @@ use crate::config::Config;
 use crate::ends::Ends;
 use crate::inspect::{Observer, Written, tell};
 use crate::layer::Layers;
+use crate::offload::Offload;
 use crate::part::{Held, Part, Place, Stage};
 use crate::units::{Totals, Units};
 use crate::weights::{Model, Weights};
@@ -35,6 +36,8 @@ pub struct Options {
     pub recompute: Recompute,
     /// Tokens do not attend to documents before their own.
     pub stop_at_documents: bool,
+    /// Where sums of gradients are kept, and whether weights have to be fetched: as the model's.
+    pub offload: Offload,
 }
 
 /// Keys of a training pass's dropout masks.
@@ -115,7 +118,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
         config.check()?;
         let (part, parts) = (Part::of_rank(mesh.axes, config.layers, mesh.world.rank()), mesh.tensor.size());
         part.check(config)?;
-        let Options { batch, seq, .. } = options;
+        let Options { batch, seq, offload, .. } = options;
         ensure!(
             batch > 0 && (1..=config.positions).contains(&seq),
             "a micro-batch of {batch} sequences of {seq} tokens was asked for; there is at least one sequence, of 1 to {} \
@@ -137,10 +140,10 @@ impl<D: Device, E: Element> Backprop<D, E> {
             false => None,
         };
         Ok(Backprop {
-            gradients: Weights::zeros(device, config, &held)?,
+            gradients: Weights::zeros(device, config, &held, offload)?,
             flights: (0..under_way).map(flight).collect::<Result<_>>()?,
-            units: Units::new(device, config, &held, &mesh.shard)?,
-            totals: Totals::new(device, config, &held, &mesh.shard)?,
+            units: Units::new(device, config, &held, &mesh.shard, offload)?,
+            totals: Totals::new(device, config, &held, &mesh.shard, offload)?,
             held,
             stage,
             tied,

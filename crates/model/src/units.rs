@@ -1,4 +1,4 @@
-//! Fully sharded weights: a unit at a time is whole (Rajbhandari et al., 2020, "ZeRO", stage 3; Zhao et al., 2023,
+//! Fully sharded weights: a unit at a time is whole on the device (Rajbhandari et al., 2020, "ZeRO", stage 3; Zhao et al., 2023,
 //! "PyTorch FSDP"). A unit is a layer, or the ends of the model: embeddings, last layer norm and projections.
 //!
 //! [`Units`] gathers weights: the next layer's come while one computes, into one of two places. What a place holds is kept
@@ -6,10 +6,13 @@
 //! the next micro-batch with the one that the backward pass ended with. The ends stay for a whole step.
 //! [`Totals`] sums gradients over the ranks, a layer's while the one before it computes.
 //!
-//! A single rank has all of them where they are, and nothing happens here.
+//! Where weights and sums of gradients are in the host's memory ([`Offload::All`]), shards are copied from there and sums back; to
+//! a single rank the same happens without the others. A single rank without that has all of them where they are, and nothing
+//! happens here.
 
 use crate::backprop::Task;
 use crate::config::Config;
+use crate::offload::Offload;
 use crate::part::Held;
 use crate::weights::{Layer, Tensor, TensorMut, Weights, Zeros};
 use anyhow::Result;
@@ -18,6 +21,16 @@ use ferropt_mesh::{Group, Label, Pending};
 
 /// Layers that are whole at once: one computes, another is on its way.
 const PLACES: usize = 2;
+
+/// Layers whose weights are whole at once, and layers whose gradients are, where so many ranks share them out: sums of one rank
+/// wait for no other.
+pub fn layers_at_once(ranks: usize, offload: Offload) -> (usize, usize) {
+    match ranks {
+        1 if !offload.has_weights() => (0, 0),
+        1 => (PLACES, 1),
+        _ => (PLACES, PLACES),
+    }
+}
 
 /// Weights as passes read them.
 pub(crate) struct Units<D: Device, E: Element>(Option<Gathered<D, E>>);
@@ -134,23 +147,31 @@ impl Lengths {
     }
 
     fn layer<D: Device, E: Element>(&self, device: &D) -> Result<Layer<D, E>> {
-        Layer::make(&mut Zeros { device, lengths: &mut self.layer.iter().copied() })
+        Layer::make(&mut Zeros { device, offload: Offload::None, lengths: &mut self.layer.iter().copied() })
     }
 
     fn ends<D: Device, E: Element>(&self, device: &D, config: &Config) -> Result<Weights<D, E>> {
-        Weights::make(config, 0, &mut Zeros { device, lengths: &mut self.ends.iter().copied() })
+        let lengths = &mut self.ends.iter().copied();
+        Weights::make(config, 0, &mut Zeros { device, offload: Offload::None, lengths })
     }
 }
 
 impl<D: Device, E: Element> Units<D, E> {
-    /// Room for whole units, where weights are shared out among the ranks of `group`.
-    pub(crate) fn new(device: &D, config: &Config, held: &[Held], group: &Group) -> Result<Self> {
-        if group.size() == 1 {
+    /// Room for whole units, where weights are shared out among the ranks of `group` or are in the host's memory.
+    pub(crate) fn new(
+        device: &D,
+        config: &Config,
+        held: &[Held],
+        group: &Group,
+        offload: Offload,
+    ) -> Result<Self> {
+        let (places, _) = layers_at_once(group.size(), offload);
+        if places == 0 {
             return Ok(Units(None));
         }
         let lengths = Lengths::new(held, group.size());
-        let places =
-            (0..PLACES).map(|_| Ok(Gathering::new(lengths.layer(device)?))).collect::<Result<_>>()?;
+        let place = |_| lengths.layer(device).map(Gathering::new);
+        let places = (0..places).map(place).collect::<Result<_>>()?;
         let ends = Gathering::new(lengths.ends(device, config)?);
         Ok(Units(Some(Gathered { group: group.clone(), kept: Kept::default(), places, ends })))
     }
@@ -255,20 +276,29 @@ struct Scattered<D: Device> {
 /// A unit of gradients that is being written, or whose sum is on its way.
 struct Scattering<U, D: Device> {
     unit: U,
+    /// Whether it is being written.
+    open: bool,
     coming: Vec<Pending<D::Buf<f32>>>,
     /// Which layer's it is, and what is to be done with the sum.
     goes: (usize, Store),
 }
 
 impl<D: Device> Totals<D> {
-    /// Room for whole units, where gradients are shared out among the ranks of `group`.
-    pub(crate) fn new(device: &D, config: &Config, held: &[Held], group: &Group) -> Result<Self> {
-        if group.size() == 1 {
+    /// Room for whole units, where gradients are shared out among the ranks of `group` or summed in the host's memory.
+    pub(crate) fn new(
+        device: &D,
+        config: &Config,
+        held: &[Held],
+        group: &Group,
+        offload: Offload,
+    ) -> Result<Self> {
+        let (_, places) = layers_at_once(group.size(), offload);
+        if places == 0 {
             return Ok(Totals(None));
         }
         let lengths = Lengths::new(held, group.size());
-        let places =
-            (0..PLACES).map(|_| Ok(Scattering::new(lengths.layer(device)?))).collect::<Result<_>>()?;
+        let place = |_| lengths.layer(device).map(Scattering::new);
+        let places = (0..places).map(place).collect::<Result<_>>()?;
         let ends = Scattering::new(lengths.ends(device, config)?);
         Ok(Totals(Some(Scattered { group: group.clone(), places, ends, next: 0 })))
     }
@@ -287,8 +317,7 @@ impl<D: Device> Totals<D> {
         let place = &mut places[*next];
         let into = place.goes.0;
         place.settle(device, group, &mut sums.layers[into])?;
-        place.goes = (l, store);
-        Ok((&mut place.unit, Store::Overwrite))
+        place.begin(device, group, &sums.layers[l], (l, store))
     }
 
     /// They are written.
@@ -311,8 +340,7 @@ impl<D: Device> Totals<D> {
         if !ends.coming.is_empty() {
             ends.settle(device, group, sums)?;
         }
-        ends.goes.1 = store;
-        Ok((&mut ends.unit, Store::Overwrite))
+        ends.begin(device, group, &*sums, (0, store))
     }
 
     /// They are written.
@@ -334,10 +362,35 @@ impl<D: Device> Totals<D> {
 
 impl<U: Unit<D, f32>, D: Device> Scattering<U, D> {
     fn new(unit: U) -> Self {
-        Scattering { unit, coming: Vec::new(), goes: (0, Store::Overwrite) }
+        Scattering { unit, open: false, coming: Vec::new(), goes: (0, Store::Overwrite) }
+    }
+
+    /// The unit, to be written (on, if it is open), and how; `sums` has what was summed of it before.
+    fn begin(
+        &mut self,
+        device: &D,
+        group: &Group,
+        sums: &impl Unit<D, f32>,
+        goes: (usize, Store),
+    ) -> Result<(&mut U, Store)> {
+        let open = std::mem::replace(&mut self.open, true);
+        self.goes = goes;
+        if group.size() > 1 {
+            return Ok((&mut self.unit, Store::Overwrite));
+        }
+        // What a single rank has summed goes on where it stands, with the bits that it would have if it were not moved.
+        if goes.1 == Store::Accumulate && !open {
+            for (sum, whole) in sums.list().into_iter().zip(self.unit.list_mut()) {
+                let sum = sum.flat();
+                device.copy(sum.len(), sum, 0, whole.flat(), 0);
+            }
+        }
+        self.goes.1 = Store::Overwrite;
+        Ok((&mut self.unit, goes.1))
     }
 
     fn start(&mut self, device: &D, group: &Group, label: Label) -> Result<()> {
+        self.open = false;
         for whole in self.unit.list_mut() {
             let buffer = std::mem::replace(whole.flat(), device.alloc(0)?);
             self.coming.push(group.reduce_scatter(label, buffer));

@@ -1,6 +1,7 @@
 //! Weights in memory, in the shape of the model; gradients have the same shape, in f32.
 
 use crate::config::Config;
+use crate::offload::Offload;
 use crate::part::{Held, Part};
 use anyhow::{Context, Result, ensure};
 use ferropt_device::{Device, Element, Param};
@@ -9,6 +10,7 @@ use ferropt_device::{Device, Element, Param};
 pub struct Model<D: Device, E: Element> {
     config: Config,
     held: Vec<Held>,
+    offload: Offload,
     /// The weights.
     pub weights: Weights<D, E>,
 }
@@ -139,13 +141,13 @@ macro_rules! layer_in_table_order {
 }
 
 impl<D: Device, E: Element> Weights<D, E> {
-    /// Zeroed buffers for what is held.
+    /// Zeroed buffers for what is held, where `offload` says.
     ///
     /// # Errors
     /// When memory is short; the message says how much was asked for.
-    pub fn zeros(device: &D, config: &Config, held: &[Held]) -> Result<Self> {
+    pub fn zeros(device: &D, config: &Config, held: &[Held], offload: Offload) -> Result<Self> {
         let mut lengths = held.iter().map(|h| h.shard_len);
-        Weights::make(config, config.layers, &mut Zeros { device, lengths: &mut lengths })
+        Weights::make(config, config.layers, &mut Zeros { device, offload, lengths: &mut lengths })
     }
 
     /// Buffers from a source, for so many layers.
@@ -193,16 +195,17 @@ pub(crate) trait Source<D: Device, E: Element> {
 /// New buffers of the lengths that are listed.
 pub(crate) struct Zeros<'a, D, L> {
     pub(crate) device: &'a D,
+    pub(crate) offload: Offload,
     pub(crate) lengths: &'a mut L,
 }
 
 impl<D: Device, E: Element, L: Iterator<Item = usize>> Source<D, E> for Zeros<'_, D, L> {
     fn matrix(&mut self) -> Result<D::Buf<E>> {
-        self.device.alloc(self.lengths.next().unwrap_or(0))
+        self.offload.weights(self.device, self.lengths.next().unwrap_or(0))
     }
 
     fn vector(&mut self) -> Result<D::Buf<f32>> {
-        self.device.alloc(self.lengths.next().unwrap_or(0))
+        self.offload.weights(self.device, self.lengths.next().unwrap_or(0))
     }
 }
 
@@ -248,20 +251,20 @@ impl<D: Device, E: Element> Model<D, E> {
     /// # Errors
     /// When the sizes make no model, or memory is short.
     pub fn zeros(device: &D, config: &Config) -> Result<Self> {
-        Model::part(device, config, Part::WHOLE)
+        Model::part(device, config, Part::WHOLE, Offload::None)
     }
 
-    /// A part of a model, whose weights are all zero until they are set.
+    /// A part of a model, whose weights are all zero until they are set, and are where `offload` says.
     ///
     /// # Errors
     /// When the sizes make no model or cannot be divided, or memory is short.
-    pub fn part(device: &D, config: &Config, part: Part) -> Result<Self> {
+    pub fn part(device: &D, config: &Config, part: Part, offload: Offload) -> Result<Self> {
         config.check()?;
         part.check(config)?;
         let held = config.held(part);
-        let weights = Weights::zeros(device, config, &held)
+        let weights = Weights::zeros(device, config, &held, offload)
             .with_context(|| format!("a model with {} parameters does not fit", config.parameter_count()))?;
-        Ok(Model { config: config.clone(), held, weights })
+        Ok(Model { config: config.clone(), held, offload, weights })
     }
 
     /// Its sizes.
@@ -272,6 +275,11 @@ impl<D: Device, E: Element> Model<D, E> {
     /// What is here of each of its parameters.
     pub fn held(&self) -> &[Held] {
         &self.held
+    }
+
+    /// What of its state, and of its optimiser's, is in the host's memory.
+    pub fn offload(&self) -> Offload {
+        self.offload
     }
 
     /// Sets parameter number `index`, or what is here of it, rounding to nearest where the compute type is bf16.

@@ -4,8 +4,8 @@
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
 use ferropt_device::{Buffer, Device, Element, Segment, Store, WeightFormat, bf16};
 use ferropt_model::{
-    Backprop, Batch, Cache, Config, Decoder, Initial, Matrices, Memory, Model, Options, Parameter, Pass,
-    Recompute, Tensor, initial_values,
+    Backprop, Batch, Cache, Config, Decoder, Initial, Matrices, Memory, Model, Offload, Options, Parameter,
+    Pass, Recompute, Tensor, initial_values,
 };
 
 #[path = "model/inspect.rs"]
@@ -54,7 +54,7 @@ fn model<E: Element>(device: &CpuDevice, config: &Config) -> Model<CpuDevice, E>
 }
 
 fn options(batch: usize, seq: usize) -> Options {
-    Options { batch, seq, recompute: Recompute::None, stop_at_documents: false }
+    Options { batch, seq, recompute: Recompute::None, stop_at_documents: false, offload: Offload::None }
 }
 
 fn ids(which: usize, len: usize, vocab: usize) -> Vec<u32> {

@@ -6,7 +6,7 @@ use ferropt_device::rng::{Purpose, Stream};
 use ferropt_device::{DType, Element, Store};
 use ferropt_mesh::{Axes, Mesh, World};
 use ferropt_model::{
-    Backprop, Batch, Config, Held, Initial, Model, Options, Part, Pass, Place, Recompute, Task,
+    Backprop, Batch, Config, Held, Initial, Model, Offload, Options, Part, Pass, Place, Recompute, Task,
     initial_shard, schedule,
 };
 
@@ -46,17 +46,30 @@ struct Computed {
     gradients: Vec<(Held, Vec<f32>)>,
 }
 
-/// A step's passes in micro-batches of `batch`, twice, so that the second finds what the first left; and a score.
-fn passes<E: Element>(config: &Config, batch: usize, recompute: Recompute, mesh: Mesh) -> Computed {
+/// How a step is computed.
+#[derive(Clone, Copy)]
+struct How {
+    /// Sequences in a micro-batch.
+    batch: usize,
+    recompute: Recompute,
+    offload: Offload,
+}
+
+impl How {
+    const PLAIN: How = How { batch: 2, recompute: Recompute::None, offload: Offload::None };
+}
+
+/// A step's passes, twice, so that the second finds what the first left; and a score.
+fn passes<E: Element>(config: &Config, how: How, mesh: Mesh) -> Computed {
+    let How { batch, recompute, offload } = how;
     let options = CpuOptions { threads: Some(1), pin: false, ..CpuOptions::default() };
     let device = CpuDevice::new(options).unwrap();
-    let mut model =
-        Model::<_, E>::part(&device, config, Part::of_rank(mesh.axes, config.layers, mesh.world.rank()))
-            .unwrap();
+    let part = Part::of_rank(mesh.axes, config.layers, mesh.world.rank());
+    let mut model = Model::<_, E>::part(&device, config, part, offload).unwrap();
     for held in model.held().to_vec() {
         model.set(&device, held.index, &noisy(&held)).unwrap();
     }
-    let options = Options { batch, seq: SEQ, recompute, stop_at_documents: true };
+    let options = Options { batch, seq: SEQ, recompute, stop_at_documents: true, offload };
     let (rank, ranks) = (mesh.data.rank(), mesh.data.size());
     let stage = Place { rank: mesh.pipeline.rank(), of: mesh.pipeline.size() };
     let mut backprop = Backprop::<_, E>::on(&device, config, options, mesh).unwrap();
@@ -93,12 +106,10 @@ fn passes<E: Element>(config: &Config, batch: usize, recompute: Recompute, mesh:
 }
 
 /// The same on all ranks of a mesh: losses added up, gradients put together.
-fn on_ranks<E: Element>(config: &Config, batch: usize, recompute: Recompute, axes: Axes) -> Computed {
+fn on_ranks<E: Element>(config: &Config, how: How, axes: Axes) -> Computed {
     let worlds = World::local(axes.tensor * axes.shard * axes.replicate * axes.pipeline).unwrap();
     let parts: Vec<Computed> = std::thread::scope(|scope| {
-        let start = |world| {
-            scope.spawn(move || passes::<E>(config, batch, recompute, Mesh::new(world, axes).unwrap()))
-        };
+        let start = |world| scope.spawn(move || passes::<E>(config, how, Mesh::new(world, axes).unwrap()));
         let ranks: Vec<_> = worlds.into_iter().map(start).collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     });
@@ -140,14 +151,14 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 /// summed in parts is rounded before it is added up.
 fn check<E: Element>(post_norm: bool, layouts: &[[usize; 4]]) {
     let config = config(post_norm);
-    let exact = passes::<f32>(&config, 2, Recompute::None, Mesh::solo());
-    let one = passes::<E>(&config, 2, Recompute::None, Mesh::solo());
+    let exact = passes::<f32>(&config, How::PLAIN, Mesh::solo());
+    let one = passes::<E>(&config, How::PLAIN, Mesh::solo());
     let tolerance = if E::DTYPE == DType::F32 { 1e-6 } else { 4e-3 };
     for (number, [tensor, shard, replicate, pipeline]) in layouts.iter().copied().enumerate() {
         let axes = Axes { tensor, shard, replicate, pipeline };
         let recompute = [Recompute::None, Recompute::Selective, Recompute::Full][number % 3];
         let batch = if (shard * replicate) % 4 == 0 { 1 } else { 2 };
-        let many = on_ranks::<E>(&config, batch, recompute, axes);
+        let many = on_ranks::<E>(&config, How { batch, recompute, ..How::PLAIN }, axes);
         let what = format!("{axes:?}, {recompute:?}, post-norm {post_norm}, {}", E::DTYPE);
         let near = |name: &str, a: f64, b: f64| {
             assert!((a - b).abs() <= tolerance * a.abs(), "{what}: {name} {b}, on one rank {a}");
@@ -209,10 +220,40 @@ fn bf16_layouts_differ_by_rounding_alone() {
     check::<bf16>(true, &LAYOUTS);
 }
 
+/// Where weights and sums are does not matter, on any layout, nor whether a layer is fetched for one rank or for many.
+#[test]
+fn offload_changes_no_bit() {
+    for config in [config(false), config(true), Config { layers: 1, ..config(false) }] {
+        for [tensor, shard, replicate, pipeline] in
+            [[1, 1, 1, 1], [1, 2, 1, 1], [2, 1, 1, 1], [1, 1, 2, 1], [1, 1, 1, 3], [2, 2, 1, 3]]
+        {
+            let axes = Axes { tensor, shard, replicate, pipeline };
+            if pipeline > config.layers {
+                continue;
+            }
+            let [here, away] = [Offload::None, Offload::All].map(|offload| {
+                on_ranks::<bf16>(&config, How { recompute: Recompute::Full, offload, ..How::PLAIN }, axes)
+            });
+            let figures = |c: &Computed| [c.loss, c.score, c.norm].map(f64::to_bits);
+            assert_eq!(figures(&here), figures(&away), "{axes:?}");
+            for ((held, a), (_, b)) in here.gradients.iter().zip(&away.gradients) {
+                let same = a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same, "{axes:?}: the gradient of {} differs", held.parameter.names[0]);
+            }
+        }
+    }
+}
+
 #[test]
 fn what_cannot_be_divided_is_refused() {
     let (device, config) = (CpuDevice::new(CpuOptions::default()).unwrap(), config(false));
-    let options = Options { batch: 1, seq: 7, recompute: Recompute::None, stop_at_documents: false };
+    let options = Options {
+        batch: 1,
+        seq: 7,
+        recompute: Recompute::None,
+        stop_at_documents: false,
+        offload: Offload::None,
+    };
     let world = World::local(2).unwrap().swap_remove(0);
     let axes = Axes { tensor: 2, shard: 1, replicate: 1, pipeline: 1 };
     let mesh = Mesh::new(world, axes).unwrap();

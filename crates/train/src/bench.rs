@@ -11,7 +11,7 @@ use crate::trainer::open_device;
 use anyhow::{Result, anyhow, ensure};
 use ferropt_device::rng::{Purpose, Stream};
 use ferropt_device::{Chip, Device, Element, Store, Timed, Which, bf16};
-use ferropt_model::{Backprop, Batch, Config, Model, Options, Part, Pass, Recompute};
+use ferropt_model::{Backprop, Batch, Config, Model, Offload, Options, Part, Pass, Recompute};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -120,7 +120,8 @@ pub fn training(wanted: &Training) -> Result<Report> {
         "--micro-batch {batch} does not divide --batch {sequences}; use for example {}",
         micro_batch(sequences, seq)
     );
-    let options = Options { batch, seq, recompute: wanted.recompute, stop_at_documents: false };
+    let (recompute, offload) = (wanted.recompute, Offload::None);
+    let options = Options { batch, seq, recompute, stop_at_documents: false, offload };
     let device = Timed::new(open_device(wanted.device, wanted.threads)?);
     match wanted.precision {
         Precision::F32 => measure::<f32>(wanted, model, options, &device),

@@ -86,22 +86,24 @@ impl Settings {
 }
 
 impl<D: Device> Optimizer<D> {
-    /// State for `model`, all zero.
+    /// State for `model`, all zero, where the model's offload says.
     ///
     /// # Errors
     /// When memory is short; the message says how much was asked for.
     pub fn new<E: Element>(device: &D, model: &Model<D, E>, settings: Settings) -> Result<Self> {
+        let offload = model.offload();
         let slot = |held: &Held| -> Result<Slot<D>> {
             let n = held.shard_len;
             let low = if held.parameter.is_matrix() && settings.splits(E::DTYPE) {
-                Some(device.alloc(n)?)
+                Some(offload.state(device, n)?)
             } else {
                 None
             };
+            let kept = || offload.state(device, n);
             let memory = match (settings.rule, settings.moments()) {
-                (Rule::AdamW { .. }, _) => Memory::Moments { m: device.alloc(n)?, v: device.alloc(n)? },
+                (Rule::AdamW { .. }, _) => Memory::Moments { m: kept()?, v: kept()? },
                 (Rule::Sgd { .. }, 0) => Memory::None,
-                (Rule::Sgd { .. }, _) => Memory::Momentum(device.alloc(n)?),
+                (Rule::Sgd { .. }, _) => Memory::Momentum(kept()?),
             };
             Ok(Slot { place: held.place(), low, memory })
         };

@@ -9,7 +9,9 @@ use crate::checkpoint::human_bytes;
 use crate::config::{Precision, Resolved};
 use crate::optimizer::Settings;
 use ferropt_device::{AttentionShape, DType, Device, Element, bf16};
-use ferropt_model::{ActivationTable, Config, Held, Options, Parameter, Part, Recompute};
+use ferropt_model::{
+    ActivationTable, Config, Held, Offload, Options, Parameter, Part, Recompute, layers_at_once,
+};
 use serde::Serialize;
 use std::fmt;
 
@@ -78,7 +80,7 @@ pub struct Memory {
     pub weights: u64,
     /// Low halves of bf16 weights that make them f32 masters.
     pub masters: u64,
-    /// Layers and ends that are whole at a time, and their gradients, where ranks share them out.
+    /// Layers and ends that are whole at a time, and their gradients, where ranks share them out or the host has them.
     pub units: u64,
     /// Gradients, f32.
     pub gradients: u64,
@@ -90,6 +92,12 @@ pub struct Memory {
     pub workspace: u64,
     /// Host copy of the state while a checkpoint is written.
     pub checkpoint: u64,
+    /// What else is in the host's memory instead of the device's.
+    pub offload: Offload,
+    /// All that is in the device's own memory; none where it has none of its own.
+    pub device: Option<u64>,
+    /// All that is in the host's.
+    pub host: u64,
     /// All of it.
     pub total: u64,
 }
@@ -224,7 +232,8 @@ impl Memory {
         let here = Config { layers: part.stage.end.min(model.layers) - part.stage.start, ..model.clone() };
         let (f32, compute) = (DType::F32.size(), E::DTYPE.size());
         let splits = optimizer.splits(E::DTYPE);
-        let weights = sum(&|p| if p.is_matrix() { compute } else { f32 });
+        let of_weight = |p: &Parameter| if p.is_matrix() { compute } else { f32 };
+        let weights = sum(&of_weight);
         let masters = if splits { of_matrices(DType::I16.size()) } else { 0 };
         let moments = optimizer.moments() as u64 * sum(&|_| f32);
         let rows = options.batch * options.seq;
@@ -236,20 +245,18 @@ impl Memory {
             width: model.head_width(),
             among: (0, model.heads),
         };
-        // Two layers and the ends are whole at a time, with gradients: `ferropt_model`'s units.
-        let whole = |bytes: &dyn Fn(&Parameter) -> usize| {
+        // The ends and some layers are whole at a time, with gradients: `ferropt_model`'s units.
+        let whole = |layers: usize, bytes: &dyn Fn(&Parameter) -> usize| {
             let times = |h: &Held| match h.parameter.layer() {
-                None => 1,
+                None => layers.min(1),
                 // The first stage has the first layer.
-                Some(0) => 2,
+                Some(0) => layers,
                 Some(_) => 0,
             };
             table.iter().map(|h| (times(h) * h.shard_len * shards * bytes(&h.parameter)) as u64).sum::<u64>()
         };
-        let units = match shards {
-            1 => 0,
-            _ => whole(&|p| f32 + if p.is_matrix() { compute } else { f32 }),
-        };
+        let (read, written) = layers_at_once(shards, options.offload);
+        let units = whole(read, &of_weight) + whole(written, &|_| f32);
         let mut memory = Memory {
             weights,
             units,
@@ -269,23 +276,43 @@ impl Memory {
             ) as u64,
             // A weight and its low half are 4 bytes, as is the f32 that is written.
             checkpoint: weights + masters + moments,
+            offload: options.offload,
+            // Where the processor's memory is the device's, all is the host's.
+            device: device.memory_taken().map(|_| 0),
+            host: 0,
             total: 0,
         };
-        memory.total = memory.parts().iter().map(|(_, bytes)| bytes).sum();
+        memory.host = memory.parts(true).map(|(_, bytes)| bytes).sum();
+        memory.device = memory.device.map(|_| memory.parts(false).map(|(_, bytes)| bytes).sum());
+        memory.total = memory.device.unwrap_or(0) + memory.host;
         memory
     }
 
-    fn parts(&self) -> [(&'static str, u64); 8] {
-        [
-            ("weights", self.weights),
-            ("master halves", self.masters),
-            ("whole units", self.units),
-            ("gradients", self.gradients),
-            ("moments", self.moments),
-            ("activations", self.activations),
-            ("kernel workspace", self.workspace),
-            ("checkpoint snapshot", self.checkpoint),
-        ]
+    /// What is in the host's memory, or what is in the device's own.
+    fn parts(&self, on_host: bool) -> impl Iterator<Item = (&'static str, u64)> {
+        let (offload, one_memory) = (self.offload, self.device.is_none());
+        let parts = [
+            ("weights", self.weights, offload.has_weights()),
+            ("master halves", self.masters, offload.has_state()),
+            ("whole units", self.units, false),
+            ("gradients", self.gradients, offload.has_weights()),
+            ("moments", self.moments, offload.has_state()),
+            ("activations", self.activations, false),
+            ("kernel workspace", self.workspace, false),
+            ("checkpoint snapshot", self.checkpoint, true),
+        ];
+        let here = move |(_, _, moved): &(_, _, bool)| (*moved || one_memory) == on_host;
+        parts.into_iter().filter(here).map(|(name, bytes, _)| (name, bytes))
+    }
+
+    /// One of the two memories as a table.
+    fn write(&self, f: &mut fmt::Formatter<'_>, title: &str, total: u64, on_host: bool) -> fmt::Result {
+        writeln!(f, "{title:<16} {}", human_bytes(total))?;
+        for (part, bytes) in self.parts(on_host).filter(|(_, bytes)| *bytes > 0) {
+            let share = 100.0 * bytes as f64 / total as f64;
+            writeln!(f, "  {part:<20} {:>12}  {share:4.1} %", human_bytes(bytes))?;
+        }
+        Ok(())
     }
 }
 
@@ -314,10 +341,12 @@ impl fmt::Display for Plan {
                 writeln!(f, "  {part:<20} {:>12}", human_bytes(bytes))?;
             }
         }
-        writeln!(f, "memory           {}", human_bytes(self.memory.total))?;
-        for (part, bytes) in self.memory.parts().into_iter().filter(|(_, bytes)| *bytes > 0) {
-            let share = 100.0 * bytes as f64 / self.memory.total as f64;
-            writeln!(f, "  {part:<20} {:>12}  {share:4.1} %", human_bytes(bytes))?;
+        match self.memory.device {
+            None => self.memory.write(f, "memory", self.memory.host, true)?,
+            Some(bytes) => {
+                self.memory.write(f, "GPU's memory", bytes, false)?;
+                self.memory.write(f, "host's memory", self.memory.host, true)?;
+            }
         }
         let fl = &self.flops_per_token;
         writeln!(
@@ -378,8 +407,13 @@ mod tests {
     use ferropt_mesh::Mesh;
     use ferropt_model::{Backprop, Model, Tensor, Weights};
 
-    const OPTIONS: Options =
-        Options { batch: 2, seq: 8, recompute: Recompute::None, stop_at_documents: false };
+    const OPTIONS: Options = Options {
+        batch: 2,
+        seq: 8,
+        recompute: Recompute::None,
+        stop_at_documents: false,
+        offload: Offload::None,
+    };
     const SETTINGS: Settings = Settings {
         rule: Rule::AdamW { betas: [0.9, 0.95], eps: 1e-8 },
         weight_decay: 0.1,
@@ -414,6 +448,8 @@ mod tests {
         assert_eq!(plan.checkpoint, saved as u64);
         let parts = [plan.weights, plan.masters, plan.gradients, plan.moments, plan.activations];
         assert_eq!(plan.total, parts.iter().sum::<u64>() + plan.workspace + plan.checkpoint);
+        // The processor's memory is the host's.
+        assert_eq!((plan.device, plan.host), (None, plan.total));
     }
 
     #[test]
@@ -435,7 +471,13 @@ mod tests {
     fn flops_are_megatrons_but_for_what_is_not_computed_again() {
         let config = Config::preset("175b").unwrap();
         let [l, c, v, t] = [config.layers, config.width, config.vocab, 2048].map(|x| x as f64);
-        let full = Options { batch: 1, seq: 2048, recompute: Recompute::Full, stop_at_documents: false };
+        let full = Options {
+            batch: 1,
+            seq: 2048,
+            recompute: Recompute::Full,
+            stop_at_documents: false,
+            offload: Offload::None,
+        };
         let ours = Flops::per_token(&config, &full);
         let megatron = 96.0 * l * c * c * (1.0 + t / (6.0 * c) + v / (16.0 * l * c));
         let layer = 24.0 * c * c * (1.0 + t / (6.0 * c));

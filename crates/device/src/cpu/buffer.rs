@@ -124,6 +124,14 @@ impl<T: Element> Buffer<T> for CpuBuf<T> {
     fn host_mut(&mut self) -> Option<&mut [T]> {
         Some(self)
     }
+
+    fn read(&self, offset: usize, dst: &mut [T]) {
+        dst.copy_from_slice(&self[offset..offset + dst.len()]);
+    }
+
+    fn write(&mut self, offset: usize, src: &[T]) {
+        self[offset..offset + src.len()].copy_from_slice(src);
+    }
 }
 
 /// A mutable slice that threads write disjoint parts of.

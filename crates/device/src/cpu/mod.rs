@@ -152,12 +152,20 @@ impl Device for CpuDevice {
         CpuBuf::zeroed(len)
     }
 
+    fn alloc_host<T: Element>(&self, len: usize) -> anyhow::Result<CpuBuf<T>> {
+        CpuBuf::zeroed(len)
+    }
+
+    fn memory_taken(&self) -> Option<u64> {
+        None
+    }
+
     fn upload<T: Element>(&self, dst: &mut CpuBuf<T>, offset: usize, src: &[T]) {
-        dst[offset..offset + src.len()].copy_from_slice(src);
+        dst.write(offset, src);
     }
 
     fn download<T: Element>(&self, src: &CpuBuf<T>, offset: usize, dst: &mut [T]) {
-        dst.copy_from_slice(&src[offset..offset + dst.len()]);
+        src.read(offset, dst);
     }
 
     fn wait(&self) {}

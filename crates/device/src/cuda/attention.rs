@@ -162,7 +162,7 @@ impl Places {
                 self.device = Some(CudaBuf::new(&d.gpu, words.len().next_power_of_two())?);
             }
             (self.words, self.rows) = (words, rows);
-            self.device.iter().for_each(|device| device.upload(0, &self.words));
+            self.device.iter_mut().for_each(|device| crate::Buffer::write(device, 0, &self.words));
         }
         let device = self.device.as_ref().map_or(0, |device| device.at(0, self.words.len()));
         Ok((device, device + 8 * self.rows as u64, rows))

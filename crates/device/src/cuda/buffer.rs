@@ -1,4 +1,4 @@
-//! Memory of a GPU.
+//! Memory of a GPU, and of its host where the GPU reaches it.
 
 use std::ffi::c_void;
 use std::marker::PhantomData;
@@ -9,28 +9,45 @@ use anyhow::{Context as _, Result};
 use super::driver::{Address, Gpu};
 use crate::{Buffer, Element};
 
-/// A fixed number of elements in a GPU's memory.
+/// A fixed number of elements in a GPU's memory, or in its host's: pinned, so that kernels and copies reach it over the bus
+/// at the same address.
 pub struct CudaBuf<T: Element> {
     gpu: Arc<Gpu>,
     address: Address,
     len: usize,
+    on_host: bool,
     element: PhantomData<T>,
 }
 
 impl<T: Element> CudaBuf<T> {
     /// Memory with unspecified contents.
     pub(super) fn new(gpu: &Arc<Gpu>, len: usize) -> Result<Self> {
+        Self::made(gpu, len, false)
+    }
+
+    fn made(gpu: &Arc<Gpu>, len: usize, on_host: bool) -> Result<Self> {
         let bytes = len
             .checked_mul(size_of::<T>())
             .with_context(|| format!("cannot address a buffer of {len} elements of {}", T::DTYPE))?;
-        let address = if bytes == 0 { 0 } else { gpu.allocate(bytes)? };
-        Ok(CudaBuf { gpu: gpu.clone(), address, len, element: PhantomData })
+        let address = match (bytes, on_host) {
+            (0, _) => 0,
+            (_, false) => gpu.allocate(bytes)?,
+            (_, true) => gpu.allocate_on_host(bytes)?,
+        };
+        Ok(CudaBuf { gpu: gpu.clone(), address, len, on_host, element: PhantomData })
     }
 
     /// Memory of zeros.
     pub(super) fn zeroed(gpu: &Arc<Gpu>, len: usize) -> Result<Self> {
         let buffer = Self::new(gpu, len)?;
         buffer.clear(0, len);
+        Ok(buffer)
+    }
+
+    /// The host's memory, of zeros.
+    pub(super) fn zeroed_on_host(gpu: &Arc<Gpu>, len: usize) -> Result<Self> {
+        let mut buffer = Self::made(gpu, len, true)?;
+        buffer.host_mut().unwrap_or_default().fill(T::default());
         Ok(buffer)
     }
 
@@ -58,20 +75,62 @@ impl<T: Element> CudaBuf<T> {
         }
     }
 
-    /// Copies `src` to the elements from `offset` on.
-    pub(super) fn upload(&self, offset: usize, src: &[T]) {
-        if !src.is_empty() {
-            let (to, from) = (self.at(offset, src.len()), src.as_ptr().cast::<c_void>());
-            // SAFETY: both sides are within their bounds; the driver has taken ordinary memory's contents when it returns.
-            let code = unsafe {
-                (self.gpu.driver().cuMemcpyHtoDAsync_v2)(to, from, size_of_val(src), self.gpu.stream())
-            };
-            self.gpu.expect("nothing can be copied to it", code);
+    /// Copies `len` elements of `src`, which may be this very buffer, in which case the parts must not overlap.
+    pub(super) fn copy_from(&self, to: usize, src: &CudaBuf<T>, from: usize, len: usize) {
+        if len > 0 {
+            let (to, from, bytes) = (self.at(to, len), src.at(from, len), len * size_of::<T>());
+            // SAFETY: both sides are within their bounds.
+            let code = unsafe { (self.gpu.driver().cuMemcpyAsync)(to, from, bytes, self.gpu.stream()) };
+            self.gpu.expect("memory cannot be copied", code);
+        }
+    }
+}
+
+impl<T: Element> Drop for CudaBuf<T> {
+    fn drop(&mut self) {
+        match (self.len, self.on_host) {
+            (0, _) => {}
+            (_, false) => self.gpu.free(self.address, self.len * size_of::<T>()),
+            (_, true) => self.gpu.free_on_host(self.address),
+        }
+    }
+}
+
+impl<T: Element> Buffer<T> for CudaBuf<T> {
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Of the host's memory, when all work before is done.
+    fn host(&self) -> Option<&[T]> {
+        match (self.on_host, self.len) {
+            (false, _) => None,
+            (true, 0) => Some(&[]),
+            (true, len) => {
+                self.gpu.wait();
+                // SAFETY: memory of the host that is ours and was zeroed. Work that writes to it takes the buffer exclusively, so
+                // there is none as long as the slice is borrowed.
+                Some(unsafe { std::slice::from_raw_parts(self.address as *const T, len) })
+            }
         }
     }
 
-    /// Copies the elements from `offset` on to `dst`, when all work before is done.
-    pub(super) fn download(&self, offset: usize, dst: &mut [T]) {
+    fn host_mut(&mut self) -> Option<&mut [T]> {
+        match (self.on_host, self.len) {
+            (false, _) => None,
+            (true, 0) => Some(&mut []),
+            (true, len) => {
+                self.gpu.wait();
+                // SAFETY: memory of the host that is ours, in which all bytes are a T (Pod); the work that used it is over.
+                Some(unsafe { std::slice::from_raw_parts_mut(self.address as *mut T, len) })
+            }
+        }
+    }
+
+    fn read(&self, offset: usize, dst: &mut [T]) {
+        if let Some(host) = self.host() {
+            return dst.copy_from_slice(&host[offset..][..dst.len()]);
+        }
         if !dst.is_empty() {
             let (from, to) = (self.at(offset, dst.len()), dst.as_mut_ptr().cast::<c_void>());
             // SAFETY: both sides are within their bounds, and `dst` is ours until the copy is over.
@@ -83,36 +142,16 @@ impl<T: Element> CudaBuf<T> {
         self.gpu.wait();
     }
 
-    /// Copies `len` elements of `src`, which may be this very buffer, in which case the parts must not overlap.
-    pub(super) fn copy_from(&self, to: usize, src: &CudaBuf<T>, from: usize, len: usize) {
-        if len > 0 {
-            let (to, from, bytes) = (self.at(to, len), src.at(from, len), len * size_of::<T>());
-            // SAFETY: both sides are within their bounds.
-            let code =
-                unsafe { (self.gpu.driver().cuMemcpyDtoDAsync_v2)(to, from, bytes, self.gpu.stream()) };
-            self.gpu.expect("memory cannot be copied", code);
+    fn write(&mut self, offset: usize, src: &[T]) {
+        if let Some(host) = self.host_mut() {
+            host[offset..][..src.len()].copy_from_slice(src);
+        } else if !src.is_empty() {
+            let (to, from) = (self.at(offset, src.len()), src.as_ptr().cast::<c_void>());
+            // SAFETY: both sides are within their bounds; the driver has taken ordinary memory's contents when it returns.
+            let code = unsafe {
+                (self.gpu.driver().cuMemcpyHtoDAsync_v2)(to, from, size_of_val(src), self.gpu.stream())
+            };
+            self.gpu.expect("nothing can be copied to it", code);
         }
-    }
-}
-
-impl<T: Element> Drop for CudaBuf<T> {
-    fn drop(&mut self) {
-        if self.len > 0 {
-            self.gpu.free(self.address);
-        }
-    }
-}
-
-impl<T: Element> Buffer<T> for CudaBuf<T> {
-    fn len(&self) -> usize {
-        self.len
-    }
-
-    fn host(&self) -> Option<&[T]> {
-        None
-    }
-
-    fn host_mut(&mut self) -> Option<&mut [T]> {
-        None
     }
 }

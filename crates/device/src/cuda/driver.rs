@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -31,10 +32,12 @@ functions! {
         fn cuMemGetInfo_v2(*mut usize, *mut usize) -> c_int;
         fn cuMemAlloc_v2(*mut Address, usize) -> c_int;
         fn cuMemFree_v2(Address) -> c_int;
+        fn cuMemHostAlloc(*mut *mut c_void, usize, c_uint) -> c_int;
+        fn cuMemFreeHost(*mut c_void) -> c_int;
         fn cuMemsetD8Async(Address, u8, usize, Handle) -> c_int;
         fn cuMemcpyHtoDAsync_v2(Address, *const c_void, usize, Handle) -> c_int;
         fn cuMemcpyDtoHAsync_v2(*mut c_void, Address, usize, Handle) -> c_int;
-        fn cuMemcpyDtoDAsync_v2(Address, Address, usize, Handle) -> c_int;
+        fn cuMemcpyAsync(Address, Address, usize, Handle) -> c_int;
         fn cuStreamCreate(*mut Handle, c_uint) -> c_int;
         fn cuStreamDestroy_v2(Handle) -> c_int;
         fn cuStreamSynchronize(Handle) -> c_int;
@@ -67,6 +70,12 @@ const MULTIPROCESSORS: c_int = 16;
 const CAPABILITY: (c_int, c_int) = (75, 76);
 /// Work on this stream does not wait for that on the default one.
 const NON_BLOCKING: c_uint = 1;
+/// Pinned memory that kernels reach.
+const MAPPED: c_uint = 2;
+
+fn gib(bytes: usize) -> f64 {
+    bytes as f64 / (1u64 << 30) as f64
+}
 
 thread_local! {
     /// The context that this thread works in.
@@ -79,6 +88,8 @@ pub(super) struct Gpu {
     device: c_int,
     context: Handle,
     stream: Handle,
+    /// Bytes of its memory that are taken.
+    taken: AtomicU64,
     /// As the driver calls it.
     pub name: String,
     /// Compute capability: 9 and 0 for Hopper.
@@ -93,24 +104,28 @@ unsafe impl Send for Gpu {}
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
+    /// GPUs that the driver sees.
+    ///
+    /// # Errors
+    /// When the driver is missing or refuses.
+    pub(super) fn count() -> Result<usize> {
+        start().map(|(_, count)| count)
+    }
+
     /// Opens GPU `number`.
     ///
     /// # Errors
     /// When the driver is missing or refuses, or there is no such GPU, or it is older than Ampere.
     pub(super) fn open(number: usize) -> Result<Gpu> {
-        let functions = Functions::of(&Library::load(&DRIVER)?)?;
+        let (functions, count) = start()?;
         let f = &functions;
-        let (mut count, mut device, mut context, mut stream) = (0, 0, null_mut(), null_mut());
+        ensure!(
+            number < count,
+            "there is no GPU {number}: the driver sees {count} (CUDA_VISIBLE_DEVICES can hide some)"
+        );
+        let (mut device, mut context, mut stream) = (0, null_mut(), null_mut());
         // SAFETY: results go to variables of the right types, which outlive the calls.
-        unsafe {
-            check(f, (f.cuInit)(0)).context("NVIDIA's driver does not start")?;
-            check(f, (f.cuDeviceGetCount)(&mut count))?;
-            ensure!(
-                number < count as usize,
-                "there is no GPU {number}: the driver sees {count} (CUDA_VISIBLE_DEVICES can hide some)"
-            );
-            check(f, (f.cuDeviceGet)(&mut device, number as c_int))?;
-        }
+        check(f, unsafe { (f.cuDeviceGet)(&mut device, number as c_int) })?;
         let attribute = |which| {
             let mut value = 0;
             // SAFETY: as above.
@@ -137,7 +152,8 @@ impl Gpu {
             CURRENT.set(context);
             check(f, (f.cuStreamCreate)(&mut stream, NON_BLOCKING))?;
         }
-        Ok(Gpu { functions, device, context, stream, name, capability, multiprocessors })
+        let taken = AtomicU64::new(0);
+        Ok(Gpu { functions, device, context, stream, taken, name, capability, multiprocessors })
     }
 
     /// The driver's functions, with this GPU's context current on this thread.
@@ -191,23 +207,56 @@ impl Gpu {
         if code == OUT_OF_MEMORY {
             // SAFETY: as above.
             self.check(unsafe { (f.cuMemGetInfo_v2)(&mut free, &mut total) })?;
-            let gib = |bytes: usize| bytes as f64 / (1u64 << 30) as f64;
             bail!(
                 "out of memory on the GPU: {:.2} GiB asked for, {:.2} of {:.2} GiB are free; use a smaller model or \
-                 micro-batch, or recompute = \"full\"",
+                 micro-batch, recompute = \"full\", or for training offload = \"optimizer\" or \"all\"",
                 gib(bytes),
                 gib(free),
                 gib(total)
             );
         }
         self.check(code)?;
+        self.taken.fetch_add(bytes as u64, Relaxed);
         Ok(address)
     }
 
     /// Gives memory back, once the work that uses it is done.
-    pub(super) fn free(&self, address: Address) {
+    pub(super) fn free(&self, address: Address, bytes: usize) {
         // SAFETY: from `allocate`, given back once; the driver waits for work in progress.
         self.expect("memory cannot be given back", unsafe { (self.driver().cuMemFree_v2)(address) });
+        self.taken.fetch_sub(bytes as u64, Relaxed);
+    }
+
+    /// Bytes of its memory that are allocated.
+    pub(super) fn taken(&self) -> u64 {
+        self.taken.load(Relaxed)
+    }
+
+    /// Pinned memory of the host with unspecified contents; `bytes` is above 0. Where addresses have 64 bits, as on all that
+    /// this program runs on, CUDA has one space of addresses: the GPU's is the processor's.
+    ///
+    /// # Errors
+    /// When there is not enough; says how much was asked for.
+    pub(super) fn allocate_on_host(&self, bytes: usize) -> Result<Address> {
+        let mut start = null_mut();
+        // SAFETY: the result goes to a variable that outlives the call.
+        let code = unsafe { (self.driver().cuMemHostAlloc)(&mut start, bytes, MAPPED) };
+        if code == OUT_OF_MEMORY {
+            bail!(
+                "out of memory on the host: {:.2} GiB that the GPU reaches (pinned) asked for; use more hosts, or a smaller model",
+                gib(bytes)
+            );
+        }
+        self.check(code)?;
+        Ok(start as Address)
+    }
+
+    /// Gives the host's memory back, once the work that uses it is done.
+    pub(super) fn free_on_host(&self, address: Address) {
+        self.wait();
+        // SAFETY: from `allocate_on_host`, given back once, and no work uses it any more.
+        let code = unsafe { (self.driver().cuMemFreeHost)(address as *mut c_void) };
+        self.expect("memory of the host cannot be given back", code);
     }
 
     /// Seconds that the GPU takes for the work that `enqueue` starts.
@@ -254,6 +303,18 @@ impl Drop for Gpu {
         }
         CURRENT.set(null_mut());
     }
+}
+
+/// Loads and starts the driver; with the number of GPUs that it sees.
+fn start() -> Result<(Functions, usize)> {
+    let functions = Functions::of(&Library::load(&DRIVER)?)?;
+    let (f, mut count) = (&functions, 0);
+    // SAFETY: the result goes to a variable of the right type, which outlives the call.
+    unsafe {
+        check(f, (f.cuInit)(0)).context("NVIDIA's driver does not start")?;
+        check(f, (f.cuDeviceGetCount)(&mut count))?;
+    }
+    Ok((functions, count.max(0) as usize))
 }
 
 fn check(f: &Functions, code: c_int) -> Result<()> {

@@ -76,6 +76,14 @@ impl CudaDevice {
         open().map_err(|error: anyhow::Error| error.context(format!("cannot use GPU {number}")))
     }
 
+    /// GPUs that this process sees.
+    ///
+    /// # Errors
+    /// When NVIDIA's driver is missing or refuses.
+    pub fn count() -> anyhow::Result<usize> {
+        Gpu::count()
+    }
+
     /// Threads of the processor beside it.
     pub fn threads(&self) -> usize {
         self.pool.threads()
@@ -131,12 +139,11 @@ impl CudaDevice {
         self.gpu.wait();
     }
 
-    /// Copies memory of the GPU.
+    /// Copies memory that the GPU reaches.
     fn copy_bytes(&self, to: Address, from: Address, bytes: usize) {
         if bytes > 0 {
             // SAFETY: both are of at least so many bytes, as the callers in this module checked.
-            let code =
-                unsafe { (self.gpu.driver().cuMemcpyDtoDAsync_v2)(to, from, bytes, self.gpu.stream()) };
+            let code = unsafe { (self.gpu.driver().cuMemcpyAsync)(to, from, bytes, self.gpu.stream()) };
             self.gpu.expect("memory cannot be copied", code);
         }
     }
@@ -213,12 +220,20 @@ impl Device for CudaDevice {
         CudaBuf::zeroed(&self.gpu, len)
     }
 
+    fn alloc_host<T: Element>(&self, len: usize) -> anyhow::Result<CudaBuf<T>> {
+        CudaBuf::zeroed_on_host(&self.gpu, len)
+    }
+
+    fn memory_taken(&self) -> Option<u64> {
+        Some(self.gpu.taken())
+    }
+
     fn upload<T: Element>(&self, dst: &mut CudaBuf<T>, offset: usize, src: &[T]) {
-        dst.upload(offset, src);
+        dst.write(offset, src);
     }
 
     fn download<T: Element>(&self, src: &CudaBuf<T>, offset: usize, dst: &mut [T]) {
-        src.download(offset, dst);
+        src.read(offset, dst);
     }
 
     fn wait(&self) {

@@ -91,7 +91,7 @@ pub(super) fn sgd<E: Element>(
 
 pub(super) fn set_master<E: Element>(d: &CudaDevice, param: Param<'_, CudaDevice, E>, values: &[f32]) {
     if E::DTYPE == DType::F32 {
-        return d.write(param.w.at(0, values.len()), values);
+        return param.w.write(0, bytemuck::cast_slice(values));
     }
     let mut workspace = d.workspace();
     let there = workspace.take(Scratch::Masters, 4 * ON_THE_WAY.min(values.len()));
@@ -111,7 +111,7 @@ pub(super) fn get_master<E: Element>(
     values: &mut [f32],
 ) {
     if E::DTYPE == DType::F32 {
-        return d.read(w.at(0, values.len()), values);
+        return w.read(0, bytemuck::cast_slice_mut(values));
     }
     let mut workspace = d.workspace();
     let there = workspace.take(Scratch::Masters, 4 * ON_THE_WAY.min(values.len()));

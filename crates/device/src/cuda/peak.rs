@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::blas::{Factor, Product};
 use super::{CudaBuf, CudaDevice};
-use crate::Element;
+use crate::{Buffer, Element};
 
 /// Rows and columns of the measured product: enough for every multiprocessor, and small beside any GPU's memory.
 const SIZE: usize = 8192;
@@ -18,9 +18,9 @@ pub(super) fn measure<E: Element>(d: &CudaDevice) -> Result<f64> {
     let some: Vec<E> = (0..65_521).map(|i| E::from_f32(random.uniform(0, i) - 0.5)).collect();
     let numbers: Vec<E> = some.iter().copied().cycle().take(size * size).collect();
     let [left, right, out] = [(); 3].map(|()| CudaBuf::<E>::new(&d.gpu, size * size));
-    let (left, right, out) = (left?, right?, out?);
-    left.upload(0, &numbers);
-    right.upload(0, &numbers);
+    let (mut left, mut right, out) = (left?, right?, out?);
+    left.write(0, &numbers);
+    right.write(0, &numbers);
     let factor = |x: &CudaBuf<E>, turned| Factor { address: x.at(0, size * size), dtype: E::DTYPE, turned };
     let product = Product {
         m: size,

@@ -1,5 +1,5 @@
-// As much of CUDA's driver (libcuda.so.1) and of NVRTC as src/cuda calls, for a GPU that is emulated. Device memory is the
-// processor's, a stream does everything at once, and a "compiled" program is a name: its kernels are in this library.
+// As much of CUDA's driver (libcuda.so.1) and of NVRTC as src/cuda calls, for a GPU that is emulated. Device memory and pinned
+// memory are the processor's, a stream does everything at once, and a "compiled" program is a name: its kernels are in this library.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -40,6 +40,30 @@ void check_within(uint64_t start, size_t size) {
     }
     std::fprintf(stderr, "emulation: %zu bytes at %#zx are not in memory of the device\n", size, size_t(start));
     std::abort();
+}
+
+// A new piece; memory that nobody has written to holds NaN. `guard` is held.
+bool take(uint64_t* start, size_t size) {
+    size_t whole = (size + 2 * BORDER + BORDER - 1) / BORDER * BORDER;
+    auto bytes = static_cast<unsigned char*>(std::aligned_alloc(BORDER, whole));
+    if (bytes == nullptr) return false;
+    std::memset(bytes, MARK, BORDER);
+    std::memset(bytes + BORDER, 0xff, size);
+    std::memset(bytes + BORDER + size, MARK, whole - BORDER - size);
+    *start = reinterpret_cast<uint64_t>(bytes + BORDER);
+    pieces[*start] = size;
+    return true;
+}
+
+// Its size, or 0 if there is no such piece. `guard` is held.
+size_t give_back(uint64_t start) {
+    auto piece = pieces.find(start);
+    if (piece == pieces.end()) return 0;
+    size_t size = piece->second;
+    check_borders(start, size);
+    pieces.erase(piece);
+    std::free(reinterpret_cast<unsigned char*>(start) - BORDER);
+    return size;
 }
 
 double now_ms() {
@@ -86,27 +110,28 @@ int cuMemAlloc_v2(uint64_t* start, size_t size) {
     std::lock_guard<std::mutex> lock(guard);
     if (size == 0) return INVALID;
     if (size > TOTAL - used) return OUT_OF_MEMORY;
-    size_t whole = (size + 2 * BORDER + BORDER - 1) / BORDER * BORDER;
-    auto bytes = static_cast<unsigned char*>(std::aligned_alloc(BORDER, whole));
-    if (bytes == nullptr) return OUT_OF_MEMORY;
-    // Memory that nobody has written to holds NaN.
-    std::memset(bytes, MARK, BORDER);
-    std::memset(bytes + BORDER, 0xff, size);
-    std::memset(bytes + BORDER + size, MARK, whole - BORDER - size);
-    *start = reinterpret_cast<uint64_t>(bytes + BORDER);
-    pieces[*start] = size;
+    if (!take(start, size)) return OUT_OF_MEMORY;
     used += size;
     return OK;
 }
 int cuMemFree_v2(uint64_t start) {
     std::lock_guard<std::mutex> lock(guard);
-    auto piece = pieces.find(start);
-    if (piece == pieces.end()) return INVALID;
-    check_borders(start, piece->second);
-    used -= piece->second;
-    pieces.erase(piece);
-    std::free(reinterpret_cast<unsigned char*>(start) - BORDER);
-    return OK;
+    size_t size = give_back(start);
+    used -= size;
+    return size > 0 ? OK : INVALID;
+}
+// Memory of the host that kernels reach too.
+int cuMemHostAlloc(void** start, size_t size, unsigned flags) {
+    std::lock_guard<std::mutex> lock(guard);
+    const unsigned MAPPED = 2;
+    if (size == 0 || !(flags & MAPPED)) return INVALID;
+    uint64_t address;
+    if (!take(&address, size)) return OUT_OF_MEMORY;
+    return *start = reinterpret_cast<void*>(address), OK;
+}
+int cuMemFreeHost(void* start) {
+    std::lock_guard<std::mutex> lock(guard);
+    return give_back(reinterpret_cast<uint64_t>(start)) > 0 ? OK : INVALID;
 }
 int cuMemsetD8Async(uint64_t to, unsigned char value, size_t size, void*) {
     check_within(to, size);
@@ -120,7 +145,7 @@ int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t size, void*) {
     check_within(from, size);
     return std::memcpy(to, reinterpret_cast<void*>(from), size), OK;
 }
-int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t size, void*) {
+int cuMemcpyAsync(uint64_t to, uint64_t from, size_t size, void*) {
     check_within(to, size);
     check_within(from, size);
     return std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), size), OK;

@@ -6,6 +6,7 @@
 mod attention;
 mod elementwise;
 mod embed;
+mod host;
 mod layer_norm;
 mod linear;
 mod lm_loss;

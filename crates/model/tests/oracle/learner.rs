@@ -2,7 +2,9 @@
 
 use super::fixture::Fixture;
 use ferropt_device::{AdamW, Buffer, Chip, ChipBuf, Device, Element, IGNORE, Param, Store};
-use ferropt_model::{Backprop, Batch, Model, Options, Parameter, Pass, Recompute, Tensor, TensorMut};
+use ferropt_model::{
+    Backprop, Batch, Model, Offload, Options, Parameter, Pass, Recompute, Tensor, TensorMut,
+};
 
 pub struct Learner<E: Element> {
     model: Model<Chip, E>,
@@ -27,7 +29,13 @@ impl<E: Element> Learner<E> {
         let mut config = f.config.clone();
         (config.dropout, config.attention_dropout) = (dropout, dropout);
         let mut model = Model::zeros(device, &config).unwrap();
-        let options = Options { batch: f.batch, seq: f.seq, recompute, stop_at_documents: false };
+        let options = Options {
+            batch: f.batch,
+            seq: f.seq,
+            recompute,
+            stop_at_documents: false,
+            offload: Offload::None,
+        };
         let backprop = Backprop::new(device, &config, options).unwrap();
         let table = config.parameters();
         for (i, parameter) in table.iter().enumerate() {

@@ -15,6 +15,7 @@ pub use span::{Count, Span};
 use crate::schedule;
 use crate::telemetry::DEFAULT_WATTS_PER_CORE;
 use anyhow::Context;
+use ferropt_model::Offload;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -185,6 +186,9 @@ section! {
         threads: Option<usize> = None,
         /// What computes: "cpu", "cuda" or "cuda:N".
         device: String = "cpu".into(),
+        /// What a GPU keeps in the host's memory: "none", "optimizer" (moments and low halves) or "all" (weights and gradients
+        /// too). Same bits, less memory of the GPU.
+        offload: Offload = Offload::None,
     }
 }
 
@@ -367,7 +371,7 @@ impl Absent for BTreeMap<String, Paths> {
 macro_rules! always_written {
     ($($type:ty)*) => { $(impl Absent for $type {})* };
 }
-always_written!(bool u64 usize f64 String PathBuf Paths Span OptimizerKind schedule::Kind Precision Recompute);
+always_written!(bool u64 usize f64 String PathBuf Paths Span OptimizerKind schedule::Kind Precision Recompute Offload);
 
 impl Config {
     /// Reads a configuration file and applies `--set` overrides, each `section.key=value`. The value is TOML; what is

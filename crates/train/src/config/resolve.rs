@@ -124,6 +124,7 @@ impl Resolved {
             seq: self.seq,
             recompute: self.config.run.recompute.into(),
             stop_at_documents: self.config.data.stop_attention_at_document_ends,
+            offload: self.config.run.offload,
         }
     }
 
@@ -180,7 +181,7 @@ impl Config {
         let schedule = self.resolve_schedule(steps, batch_tokens)?;
         let optimizer = self.resolve_optimizer()?;
         self.resolve_run()?;
-        let device = self.resolve_device(ranks)?;
+        let device = self.resolve_device()?;
         let keep_every = self.check_reports(batch_tokens)?;
         let recovery = self.resolve_recovery(schedule.warmup, batch_tokens)?;
         let copies = self.resolve_copies(batch_tokens)?;
@@ -477,12 +478,14 @@ impl Config {
         }
     }
 
-    fn resolve_device(&self, ranks: usize) -> anyhow::Result<Which> {
+    fn resolve_device(&self) -> anyhow::Result<Which> {
         let device = self.run.device.parse().map_err(|e| anyhow!("run.device = {e}"))?;
+        let offload = self.run.offload;
         ensure!(
-            device == Which::Cpu || ranks == 1,
-            "run.device = \"{device}\" on {ranks} ranks: many ranks work on processors only; use run.device = \"cpu\", or one \
-             rank"
+            device != Which::Cpu || offload == Offload::None,
+            "run.offload = {} and run.device = \"cpu\" contradict each other: a processor's memory is the host's, so there is \
+             nothing to move; remove run.offload, or use run.device = \"cuda\"",
+            toml::Value::try_from(offload)?
         );
         Ok(device)
     }

@@ -3,7 +3,7 @@ use crate::checkpoint::{DEFAULT_SHARD_BYTES, Retention, RunState, Snapshot, Stor
 use ferropt_device::Buffer;
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
 use ferropt_mesh::Mesh;
-use ferropt_model::{Config, Part, initial_values};
+use ferropt_model::{Config, Offload, Part, initial_values};
 
 const ADAMW: Settings = Settings {
     rule: Rule::AdamW { betas: [0.9, 0.95], eps: 1e-8 },
@@ -31,7 +31,7 @@ fn gradient(index: usize, i: usize, step: u64) -> f32 {
 }
 
 fn gradients(device: &CpuDevice, step: u64) -> Weights<CpuDevice, f32> {
-    let mut weights = Weights::zeros(device, &config(), &config().held(Part::WHOLE)).unwrap();
+    let mut weights = Weights::zeros(device, &config(), &config().held(Part::WHOLE), Offload::None).unwrap();
     for (index, tensor) in weights.tensors_mut().into_iter().enumerate() {
         let (TensorMut::Matrix(buffer) | TensorMut::Vector(buffer)) = tensor;
         let values: Vec<f32> = (0..buffer.len()).map(|i| gradient(index, i, step)).collect();

@@ -5,13 +5,14 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// Keys and sections that may change between two parts of a run. Data is compared by content, not by path.
-const FREE: [&str; 19] = [
+const FREE: [&str; 20] = [
     "run.dir",
     "run.steps",
     "run.tokens",
     "run.max_minutes",
     "run.threads",
     "run.device",
+    "run.offload",
     "run.recompute",
     "parallel",
     "batch.micro_batch",

@@ -1,6 +1,8 @@
-//! How many threads each of several ranks on a machine takes.
+//! What each of several ranks on a machine takes of it: threads, and a GPU.
 
 use anyhow::Result;
+use ferropt_device::Which;
+use ferropt_device::cuda::CudaDevice;
 use ferropt_mesh::{Group, Label};
 use std::num::NonZero;
 
@@ -20,12 +22,32 @@ pub(super) fn threads(all: &Group, wanted: Option<usize>) -> Result<Option<usize
     Ok(wanted.or(Some((cores / sharing.max(1)).max(1))))
 }
 
-/// What names this machine, as it runs now, and the cores that this process may run on.
+/// The device of this rank. Of a machine's GPUs, from the wanted one on, each of its ranks takes the next one that it sees; where
+/// there are fewer than ranks, or a rank was given one of its own, they begin again.
+///
+/// # Errors
+/// When NVIDIA's driver is missing, or a rank is lost.
+pub(super) fn device(all: &Group, wanted: Which) -> Result<Which> {
+    let Which::Cuda(first) = wanted else { return Ok(wanted) };
+    if all.size() == 1 {
+        return Ok(wanted);
+    }
+    let mine = machine();
+    let machines = all.gather_bytes(Label::new("machines"), mine.as_bytes())?;
+    let before = machines[..all.rank()].iter().filter(|machine| **machine == mine.as_bytes()).count();
+    Ok(Which::Cuda((first + before) % CudaDevice::count()?.max(1)))
+}
+
+/// What names this machine, as it runs now.
+fn machine() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_string()
+}
+
+/// This machine, and the cores of it that this process may run on.
 fn place() -> String {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let status = read("/proc/self/status");
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let cores = status.lines().find(|line| line.starts_with("Cpus_allowed_list")).unwrap_or_default();
-    format!("{} {cores}", read("/proc/sys/kernel/random/boot_id").trim())
+    format!("{} {cores}", machine())
 }
 
 #[cfg(test)]
@@ -50,5 +72,7 @@ mod tests {
             assert_eq!(rank.join().unwrap(), (Some((cores / 3).max(1)), Some(7)));
         }
         assert_eq!(threads(&Mesh::solo().all, None).unwrap(), None);
+        // Alone, a rank takes what it is told, without a look at what there is.
+        assert_eq!(device(&Mesh::solo().all, Which::Cuda(3)).unwrap(), Which::Cuda(3));
     }
 }

@@ -109,7 +109,7 @@ fn train_on(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Result
     let resolved = config.resolve_for(world.size())?;
     let mesh = Mesh::new(world, resolved.axes)?;
     let threads = cores::threads(&mesh.all, resolved.config.run.threads)?;
-    let device = Chip::open(resolved.device, threads, mesh.all.size() == 1)?;
+    let device = Chip::open(cores::device(&mesh.all, resolved.device)?, threads, mesh.all.size() == 1)?;
     let plan = Plan::new(&resolved, &device);
     if mesh.all.rank() == 0 {
         hook(Event::Planned { resolved: &resolved, plan: &plan });

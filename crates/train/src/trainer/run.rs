@@ -82,9 +82,10 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         }
 
         let part = Part::of_rank(mesh.axes, resolved.model.layers, mesh.world.rank());
-        let mut model = Model::part(&device, &resolved.model, part)?;
+        let options = resolved.options();
+        let mut model = Model::part(&device, &resolved.model, part, options.offload)?;
         let mut optimizer = Optimizer::new(&device, &model, resolved.optimizer)?;
-        let backprop = Backprop::on(&device, &resolved.model, resolved.options(), mesh.clone())?;
+        let backprop = Backprop::on(&device, &resolved.model, options, mesh.clone())?;
         let (mut step, mut energy, mut remembered) = (0, Energy::default(), State::after(0));
         match &found {
             Some(found) => {
@@ -280,6 +281,9 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let span = self.mesh.world.trace().span(Label::new("optimiser"));
         self.optimizer.step(&self.device, &mut self.model, gradients, step, lr, grad_norm);
         drop(span);
+        if let Some(taken) = self.watch.updated(&self.device) {
+            self.say(&taken);
+        }
         if let Some(trace) = self.watch.done(&self.mesh, &r.config.run.dir)? {
             self.say(&format!("trace: {}", trace.display()));
         }

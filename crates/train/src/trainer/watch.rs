@@ -1,8 +1,9 @@
-//! What the ranks of a run tell each other, counted in its first step and traced in the first few.
+//! What a run takes and what its ranks tell each other, counted in its first step and traced in the first few.
 
 use crate::checkpoint::human_bytes;
 use crate::planner::{Communication, Plan};
 use anyhow::Result;
+use ferropt_device::Device;
 use ferropt_mesh::{Label, Mesh, Trace};
 use std::path::{Path, PathBuf};
 
@@ -10,6 +11,8 @@ use std::path::{Path, PathBuf};
 pub(super) struct Watch {
     /// What each rank should send in a step; none once it was compared.
     planned: Option<Communication>,
+    /// Bytes that the device's own memory should need at most; none once they were compared, or where it has none.
+    memory: Option<u64>,
     /// Steps that are still to be traced.
     traced: u64,
 }
@@ -20,7 +23,8 @@ impl Watch {
         if traced > 0 {
             mesh.world.trace().start(mesh.world.rank());
         }
-        Watch { planned: plan.ranks.as_ref().map(|ranks| ranks.communication.clone()), traced }
+        let planned = plan.ranks.as_ref().map(|ranks| ranks.communication.clone());
+        Watch { planned, memory: plan.memory.device, traced }
     }
 
     /// A step begins.
@@ -42,6 +46,12 @@ impl Watch {
                 "warning: each rank sends {bytes} in a step, but planned was {planned:?}, and counted {counted:?}"
             )
         })
+    }
+
+    /// The optimiser's first step is done. Returns how much of the device's own memory is taken, if it has any, once.
+    pub(super) fn updated(&mut self, device: &impl Device) -> Option<String> {
+        let (planned, taken) = (self.memory.take()?, device.memory_taken()?);
+        Some(format!("GPU's memory: {} taken, {} planned", human_bytes(taken), human_bytes(planned)))
     }
 
     /// A step is done. Once all that are traced are, writes `trace.json` into the run folder and returns its path.

@@ -49,6 +49,7 @@ fn a_resolved_configuration_written_out_resolves_to_itself() {
             ],
         ),
         (EXPLICIT, &["schedule.kind=inverse-sqrt", "checkpoint.keep_every=1000", "validation.max_tokens=1M"]),
+        (EXPLICIT, &["run.device=cuda", "run.offload=optimizer"]),
         (PRESET, &[]),
         (
             PRESET,
@@ -126,6 +127,8 @@ fn refusals_name_the_key_the_value_and_the_fix() {
         (EXPLICIT, &["run.max_minutes=inf"], &["run.max_minutes = inf"]),
         (EXPLICIT, &["run.dir="], &["run.dir is missing"]),
         (EXPLICIT, &["run.threads=0"], &["run.threads = 0"]),
+        (EXPLICIT, &["run.offload=all"], &["run.offload = \"all\"", "run.device = \"cpu\"", "remove"]),
+        (EXPLICIT, &["run.offload=disk"], &["disk", "none", "optimizer", "all"]),
         (
             EXPLICIT,
             &["run.precision=f32", "run.weights=split"],
