@@ -27,10 +27,22 @@ fn team(rank: usize, of: usize, attempt: u64) -> Team {
     Team { share: Share { rank, of }, attempt, patience: LONG }
 }
 
+/// Opens the folder as rank 0 does. A process that another test is starting has a copy of the last one's lock for a moment.
+fn open_for_writing(run: &Path) -> Store {
+    let started = Instant::now();
+    loop {
+        match Store::open_for_writing(run) {
+            Err(error) if started.elapsed() > Duration::from_secs(10) => panic!("{error:#}"),
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+            Ok(store) => return store,
+        }
+    }
+}
+
 /// Rank 0 opens the folder before the others start, as the trainer sees to.
 fn writer(run: &Path, retention: Retention, team: Team) -> Writer {
-    let store = if team.share.rank == 0 { Store::open_for_writing(run) } else { Store::open(run) };
-    Writer::start(store.unwrap(), retention, SHARD_BYTES, team).unwrap()
+    let store = if team.share.rank == 0 { open_for_writing(run) } else { Store::open(run).unwrap() };
+    Writer::start(store, retention, SHARD_BYTES, team).unwrap()
 }
 
 /// Saves `snapshots` by so many ranks, each its own part, as `edit` leaves it. Returns what each rank's writer told.
@@ -171,7 +183,7 @@ fn what_stops_one_rank_is_told_by_all_and_the_next_save_works() {
         assert_content(&store.latest_whole().unwrap().unwrap().checkpoint);
         assert_eq!(store.list().unwrap().len(), 2);
         // Rank 0's last words on step 4 stay until the next save or start; nothing else does.
-        drop(Store::open_for_writing(run.path()).unwrap());
+        drop(open_for_writing(run.path()));
         assert_eq!(names_in(store.path()), [".lock", "step-00000001", "step-00000003"]);
     }
 }
@@ -298,7 +310,7 @@ fn kill_9_of_any_rank_at_any_moment_leaves_a_whole_checkpoint() {
         let attempt = round + 1;
         let dead = AtomicBool::new(false);
         if victim != 0 {
-            drop(Store::open_for_writing(run.path()).unwrap());
+            drop(open_for_writing(run.path()));
         }
         let victims_team = team(victim, of, attempt);
         let (mut child, lines) = start_member(run.path(), &victims_team, newest + 1, rows, "");
@@ -335,7 +347,7 @@ fn kill_9_of_any_rank_at_any_moment_leaves_a_whole_checkpoint() {
     }
     assert!(torn > 0, "no kill hit a save, so this test proved nothing");
     assert!(newest > 10, "only {newest} steps were saved");
-    drop(Store::open_for_writing(run.path()).unwrap());
+    drop(open_for_writing(run.path()));
     assert!(!names_in(&run.path().join("checkpoints")).iter().any(|name| name.contains(".tmp-")));
 }
 
@@ -343,7 +355,7 @@ fn kill_9_of_any_rank_at_any_moment_leaves_a_whole_checkpoint() {
 fn a_rank_whose_disk_is_full_stops_the_save_of_all_and_nothing_else() {
     let run = tempfile::tempdir().unwrap();
     save(run.path(), vec![snapshot(1, 10)], Retention::ALL, DEFAULT_SHARD_BYTES);
-    drop(Store::open_for_writing(run.path()).unwrap());
+    drop(open_for_writing(run.path()));
     // Blocks of 1 KiB, for this rank alone; the signal is ignored so that the write fails instead of killing the process.
     let limit = "trap '' XFSZ; ulimit -f 64;";
     let (mut child, lines) = start_member(run.path(), &team(2, 3, 9), 2, 2000, limit);

@@ -143,7 +143,8 @@ fn gptq_changes_outputs_less_than_rounding_to_nearest() {
             let limit = if format == WeightFormat::Int8 { 1.1 } else { 0.8 };
             assert!(ours < limit * plain, "{format:?}, width {}: {ours}, {plain} to nearest", config.width);
             let (changed, all) = error.outputs.unwrap();
-            assert!(changed > 0.0 && changed < 0.01 * all, "{error:?}");
+            let few = if format == WeightFormat::Int3 { 0.03 } else { 0.01 };
+            assert!(changed > 0.0 && changed < few * all, "{error:?}");
             assert!(error.weights.0 > 0.0 && error.weights.0 < 0.1 * error.weights.1, "{error:?}");
         }
     }

@@ -159,7 +159,7 @@ __device__ void packed_int8(const u8* codes, const bf16* scales, Rounded x, u32 
 
 // Four and three bits: a code stands for scale * code + minimum. A chunk is a unit of 32 codes, half of a group, whose words lie
 // as places.rs says: its steps, four codes in the bytes of a word, are put into a and b, and one code can be had by itself.
-struct Four {
+struct FourBits {
     static const u32 BYTES = 16;
     static __device__ __forceinline__ void unpack(const u8* unit, uint4& a, uint4& b) {
         uint4 w = *reinterpret_cast<const uint4*>(unit);
@@ -171,7 +171,7 @@ struct Four {
         return unit[step / 2 * 4 + byte] >> step % 2 * 4 & 15;
     }
 };
-struct Three {
+struct ThreeBits {
     static const u32 BYTES = 12;
     static __device__ __forceinline__ void unpack(const u8* unit, uint4& a, uint4& b) {
         const u32* w = reinterpret_cast<const u32*>(unit);
@@ -219,11 +219,11 @@ __device__ void packed_units(const u8* codes, const bf16* scales, const bf16* mi
     }                                                                                                                   \
     KERNEL(packed_int4_##o_name##_##R, const u8* codes, const bf16* scales, const bf16* minima, Rounded x, u32 m, u32 n, \
            u32 groups, Finish<O> finish) {                                                                              \
-        packed_units<Four, O, R>(codes, scales, minima, x, m, n, groups, finish);                                       \
+        packed_units<FourBits, O, R>(codes, scales, minima, x, m, n, groups, finish);                                   \
     }                                                                                                                   \
     KERNEL(packed_int3_##o_name##_##R, const u8* codes, const bf16* scales, const bf16* minima, Rounded x, u32 m, u32 n, \
            u32 groups, Finish<O> finish) {                                                                              \
-        packed_units<Three, O, R>(codes, scales, minima, x, m, n, groups, finish);                                      \
+        packed_units<ThreeBits, O, R>(codes, scales, minima, x, m, n, groups, finish);                                  \
     }
 PACKED_CODES(f32, float, 1)
 PACKED_CODES(f32, float, 8)
@@ -277,5 +277,5 @@ __device__ void packed_embed(M matrix, const u32* ids, const u32* ids2, const fl
 PACKED_EMBED(packed_embed_f32, RowF32{reinterpret_cast<const float*>(codes)})
 PACKED_EMBED(packed_embed_bf16, RowBf16{reinterpret_cast<const bf16*>(codes)})
 PACKED_EMBED(packed_embed_int8, RowInt8{codes, scales})
-PACKED_EMBED(packed_embed_int4, RowUnits<Four>{codes, scales, minima})
-PACKED_EMBED(packed_embed_int3, RowUnits<Three>{codes, scales, minima})
+PACKED_EMBED(packed_embed_int4, RowUnits<FourBits>{codes, scales, minima})
+PACKED_EMBED(packed_embed_int3, RowUnits<ThreeBits>{codes, scales, minima})
