@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Result, bail, ensure};
+use bytemuck::NoUninit;
 
 use super::driver::Address;
 use super::kernels::args;
@@ -259,7 +260,7 @@ impl CudaPacked {
 }
 
 /// `Finish` of kernels/packed.cu.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, NoUninit)]
 #[repr(C)]
 struct Finish {
     bias: Address,
