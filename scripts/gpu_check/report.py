@@ -26,13 +26,13 @@ def training_rows(rows):
 
 def decoding_rows(rows):
     for row in rows:
-        ours = row["ferropt"]
+        ours, graphs = row["ferropt"], "with" if row["graphs"] else "without"
         if ours is None:
-            yield f"| {row['preset']}, {row['weights']} | failed: {row['error'].splitlines()[-1][:80]} | | |"
+            yield f"| {row['preset']}, {row['weights']} | {graphs} | failed: {row['error'].splitlines()[-1][:80]} | | |"
             continue
         for line in ours["tests"]:
             yield (
-                f"| {row['preset']}, {row['weights']} | {line['test']} | {line['tokens_per_second']:.0f} | "
+                f"| {row['preset']}, {row['weights']} | {graphs} | {line['test']} | {line['tokens_per_second']:.0f} | "
                 f"{100 * line['share']:.1f} % of {line['limit']} |"
             )
 
@@ -50,6 +50,6 @@ def table(results):
     lines += ["", "Training, T = 2048, bf16. Shares are of the measured ceiling, with attention counted as its causal half and as all of it.", ""]
     lines += ["| model | tokens/s | share, causal half | share, all | memory planned, GiB | PyTorch, tokens/s | times PyTorch |", "|---|---|---|---|---|---|---|"]
     lines += training_rows(results["training"])
-    lines += ["", "Decoding. Shares are of what limits each test.", "", "| model | what | tokens/s | share |", "|---|---|---|---|"]
+    lines += ["", "Decoding. Shares are of what limits each test.", "", "| model | CUDA graphs | what | tokens/s | share |", "|---|---|---|---|---|"]
     lines += decoding_rows(results["decoding"])
     return "\n".join(lines) + "\n"

@@ -251,6 +251,8 @@ fn paged<E: Element>(b: &Bench) {
         let pages: Vec<u32> = (0..(texts * each) as u32).collect();
         let segments: Vec<Segment<'_>> =
             pages.chunks(each).map(|pages| Segment { rows, past, pages }).collect();
+        let mut places = Places::new(&b.device, texts * rows, each).expect("memory");
+        places.put(&b.device, &segments, pages.len());
         let qkv = b.numbers::<E>(1, texts * rows * 3 * C);
         let mut out = b.zeros::<E>(texts * rows * C);
         let side = || b.numbers::<E>(2, pages.len() * PAGE * C);
@@ -262,7 +264,7 @@ fn paged<E: Element>(b: &Bench) {
             bytes: (2 * e * texts * (past + rows) * C) as f64,
         };
         b.line(&format!("attention_paged, {name}"), work, |d| {
-            d.attention_paged(H, C / H, &segments, &qkv, &mut k, &mut v, &mut out);
+            d.attention_paged(H, C / H, places.placed(), &qkv, &mut k, &mut v, &mut out);
         });
     }
 }

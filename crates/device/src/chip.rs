@@ -1,7 +1,7 @@
 //! The device that a program runs on, chosen when it starts: what is above is compiled once for all of them.
 
 use crate::cpu::{CpuBuf, CpuDevice, CpuOptions, Packed};
-use crate::cuda::{CudaBuf, CudaDevice, CudaPacked};
+use crate::cuda::{CudaBuf, CudaDevice, CudaOptions, CudaPacked};
 use crate::*;
 
 /// Which device, by name.
@@ -70,7 +70,7 @@ impl Chip {
     pub fn open(which: Which, threads: Option<usize>, pin: bool) -> anyhow::Result<Chip> {
         match which {
             Which::Cpu => CpuDevice::new(CpuOptions { threads, pin, ..CpuOptions::default() }).map(Chip::Cpu),
-            Which::Cuda(number) => CudaDevice::new(number, threads)
+            Which::Cuda(number) => CudaDevice::new(number, CudaOptions { threads, graphs: None })
                 .map(|device| Chip::Cuda(Box::new(device)))
                 .map_err(|error| anyhow::anyhow!("{error:#}\n(--device cpu works without a GPU)")),
         }
@@ -156,6 +156,9 @@ macro_rules! side {
                 let ChipPacked::$variant(x) = x else { panic!("{OTHER}") };
                 x
             }
+            fn placed(x: Placed<'_, Chip>) -> Placed<'_, $device> {
+                Placed { rows: x.rows, capacity: x.capacity, words: Self::buf(x.words) }
+            }
             fn param<'a, E: Element>(x: Param<'a, Chip, E>) -> Param<'a, $device, E> {
                 Param { w: Self::out(x.w), low: x.low.map(Self::out), rounding: x.rounding }
             }
@@ -200,6 +203,7 @@ chip! {
     fn upload<T>(dst: &mut ChipBuf<T> => out, offset: usize => value, src: &[T] => value) -> ();
     fn download<T>(src: &ChipBuf<T> => buf, offset: usize => value, dst: &mut [T] => value) -> ();
     fn wait() -> ();
+    fn repeated(work: &mut dyn FnMut() => value) -> ();
     fn fill<T>(dst: &mut ChipBuf<T> => out, value: T => value) -> ();
     fn embed<E, O>(rows: usize => value, width: usize => value, ids: &ChipBuf<u32> => buf, table: &ChipBuf<E> => buf,
         second: Option<(&ChipBuf<u32>, &ChipBuf<E>)> => pair, out: &mut ChipBuf<O> => out) -> ();
@@ -254,7 +258,7 @@ chip! {
     fn attention_backward<E>(s: AttentionShape => value, qkv: &ChipBuf<E> => buf,
         doc_start: Option<&ChipBuf<u32>> => maybe, dropout: Option<Dropout> => value, out: &ChipBuf<E> => buf,
         lse: &ChipBuf<f32> => buf, dout: &ChipBuf<E> => buf, dqkv: &mut ChipBuf<E> => out) -> ();
-    fn attention_paged<E>(heads: usize => value, width: usize => value, segments: &[Segment<'_>] => value,
+    fn attention_paged<E>(heads: usize => value, width: usize => value, places: Placed<'_, Self> => placed,
         qkv: &ChipBuf<E> => buf, k_pages: &mut ChipBuf<E> => out, v_pages: &mut ChipBuf<E> => out,
         out: &mut ChipBuf<E> => out) -> ();
     fn copy_blocks<T>(size: usize => value, pairs: &[(u32, u32)] => value, x: &mut ChipBuf<T> => out) -> ();

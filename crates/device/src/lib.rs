@@ -19,6 +19,7 @@ pub mod cpu;
 pub mod cuda;
 mod element;
 mod mapped;
+mod paged;
 mod places;
 pub mod quantise;
 pub mod rng;
@@ -31,6 +32,7 @@ pub use chip::{Chip, ChipBuf, ChipPacked, Which};
 pub use element::{DType, Element};
 pub use half::bf16;
 pub use mapped::Mapped;
+pub use paged::{PAGE, Placed, Places, Segment};
 use rng::Stream;
 pub use strided::Strided;
 pub use timed::Timed;
@@ -172,42 +174,6 @@ pub struct AttentionShape {
     pub among: (usize, usize),
 }
 
-/// Tokens in a page of a KV cache.
-pub const PAGE: usize = 64;
-
-/// New tokens of one sequence, in [`Device::attention_paged`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment<'a> {
-    /// How many.
-    pub rows: usize,
-    /// Tokens before them, whose keys and values are in the cache.
-    pub past: usize,
-    /// The sequence's pages, in order; at least as many as `past + rows` tokens need.
-    pub pages: &'a [u32],
-}
-
-impl Segment<'_> {
-    /// Page numbers are within the cache, and no two segments write to the same page.
-    pub(crate) fn check(segments: &[Segment<'_>], capacity: usize) {
-        let mut written = Vec::with_capacity(segments.len());
-        for s in segments.iter().filter(|s| s.rows > 0) {
-            let needed = (s.past + s.rows).div_ceil(PAGE);
-            assert!(
-                s.pages.len() >= needed,
-                "{} tokens need {needed} pages, not {}",
-                s.past + s.rows,
-                s.pages.len()
-            );
-            for page in &s.pages[..needed] {
-                assert!((*page as usize) < capacity, "page {page} of a cache of {capacity}");
-            }
-            written.extend_from_slice(&s.pages[s.past / PAGE..needed]);
-        }
-        written.sort_unstable();
-        assert!(written.windows(2).all(|w| w[0] != w[1]), "two sequences write to one page: {written:?}");
-    }
-}
-
 /// Sizes of the fused LM head and loss.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LossShape {
@@ -308,6 +274,16 @@ pub trait Device: Send + Sync + Sized + 'static {
     fn download<T: Element>(&self, src: &Self::Buf<T>, offset: usize, dst: &mut [T]);
     /// Waits until all operations are done. Where they are done when they return, there is nothing to wait for.
     fn wait(&self);
+    /// Runs `work`, a sequence of operations that is likely to come again with the same buffers, sizes and numbers, only with
+    /// other contents. Where starting operations takes longer than some of them do, what came before is started at once; the
+    /// results are the same bits. What differs each time must be in buffers already: `work` may be called more than once, and
+    /// must do nothing but start the operations.
+    ///
+    /// # Panics
+    /// On devices where it makes a difference, when `work` makes buffers, uploads, downloads or waits.
+    fn repeated(&self, work: &mut dyn FnMut()) {
+        work();
+    }
     /// Sets every element.
     fn fill<T: Element>(&self, dst: &mut Self::Buf<T>, value: T);
 
@@ -544,13 +520,14 @@ pub trait Device: Send + Sync + Sized + 'static {
     /// the new tokens' k and v, then attends. A token's result has the same bits whatever else is in the call and however
     /// its sequence was cut into calls.
     ///
-    /// `qkv` [N, 3*H*D] and `out` [N, H*D] hold the rows of all segments, one after the other. Page p of `k_pages` is
-    /// [H, D, PAGE] (keys as columns), of `v_pages` [H, PAGE, D]. Sequences may share pages that nothing is appended to.
+    /// `qkv` [N, 3*H*D] and `out` [N, H*D] hold the rows of all segments that were put into `places`, one after the other. Page
+    /// p of `k_pages` is [H, D, PAGE] (keys as columns), of `v_pages` [H, PAGE, D]. Sequences may share pages that nothing is
+    /// appended to.
     fn attention_paged<E: Element>(
         &self,
         heads: usize,
         width: usize,
-        segments: &[Segment<'_>],
+        places: Placed<'_, Self>,
         qkv: &Self::Buf<E>,
         k_pages: &mut Self::Buf<E>,
         v_pages: &mut Self::Buf<E>,

@@ -38,7 +38,8 @@ pub(crate) fn take_workspace<D: Device, E: Element>(
     device.attention_backward(shape, &qkv, None, None, &out, &lse, &out, &mut zeros(rows * 3 * width));
     let pages: Vec<u32> = (0..rows.div_ceil(PAGE) as u32).collect();
     let (mut k, mut v) = (zeros(pages.len() * PAGE * width), zeros(pages.len() * PAGE * width));
-    let segments = [Segment { rows, past: 0, pages: &pages }];
-    device.attention_paged(2, width / 2, &segments, &qkv, &mut k, &mut v, &mut zeros(rows * width));
+    let mut places = Places::new(device, rows, pages.len()).expect("memory");
+    places.put(device, &[Segment { rows, past: 0, pages: &pages }], pages.len());
+    device.attention_paged(2, width / 2, places.placed(), &qkv, &mut k, &mut v, &mut zeros(rows * width));
     shape
 }

@@ -45,6 +45,11 @@ fn inner<'a, D: Device, E: Element>(param: Param<'a, Timed<D>, E>) -> Param<'a, 
     Param { w: param.w, low: param.low, rounding: param.rounding }
 }
 
+/// The same places, as the inner device sees them.
+fn same_places<D: Device>(places: Placed<'_, Timed<D>>) -> Placed<'_, D> {
+    Placed { rows: places.rows, capacity: places.capacity, words: places.words }
+}
+
 /// Writes the delegation of each method of [`Device`] that is an operation, from its signature. `=> expression` after
 /// an argument's type says what is passed on instead of the argument.
 macro_rules! timed {
@@ -179,7 +184,8 @@ timed! {
     fn attention_backward<E>(s: AttentionShape, qkv: &Self::Buf<E>, doc_start: Option<&Self::Buf<u32>>,
         dropout: Option<Dropout>, out: &Self::Buf<E>, lse: &Self::Buf<f32>, dout: &Self::Buf<E>,
         dqkv: &mut Self::Buf<E>);
-    fn attention_paged<E>(heads: usize, width: usize, segments: &[Segment<'_>], qkv: &Self::Buf<E>,
+    fn attention_paged<E>(heads: usize, width: usize, places: Placed<'_, Self> => same_places(places),
+        qkv: &Self::Buf<E>,
         k_pages: &mut Self::Buf<E>, v_pages: &mut Self::Buf<E>, out: &mut Self::Buf<E>);
     fn copy_blocks<T>(size: usize, pairs: &[(u32, u32)], x: &mut Self::Buf<T>);
     fn log_sum_exp(rows: usize, width: usize, x: &Self::Buf<f32>, lse: &mut Self::Buf<f32>,

@@ -143,6 +143,11 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
         })
     }
 
+    /// What it runs on.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
     /// What it can do for one request.
     pub fn capacity(&self) -> Capacity {
         self.capacity

@@ -10,7 +10,7 @@ use crate::ready::Ready;
 use crate::weights::Norm;
 use anyhow::{Context, Result, ensure};
 use ferropt_device::quantise::Codes;
-use ferropt_device::{Activation, Device, Element, PAGE, Segment, WeightFormat};
+use ferropt_device::{Activation, Device, Element, PAGE, Places, Segment, WeightFormat};
 use layer::{Layer, Linear};
 use std::ops::Range;
 
@@ -45,6 +45,10 @@ pub struct Decoder<D: Device> {
     /// Before the LM head; none with `post_norm`.
     final_norm: Option<Norm<D>>,
 }
+
+/// Rows of a step that may well come again: a token of each text. With more there are prompts among them, of any length, and
+/// the operations take longer than starting them.
+const REPEATED: usize = 64;
 
 /// Numbers that are read at a time, where they are used as they are.
 const AT_A_TIME: usize = 1 << 16;
@@ -177,18 +181,33 @@ impl<D: Device> Decoder<D> {
         if m == 0 {
             return Ok(());
         }
-        self.embed(d, tokens, segments, memory);
-        let (rows, a) = (&mut memory.numbers, &mut memory.activations);
-        for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
-            layer.forward(d, &self.config, m, segments, cache, rows, a, &mut |_, _| {});
+        self.put(d, tokens, segments, cache.pages, memory);
+        // All that differs between steps of as many rows is in memory now.
+        let mut pass = || {
+            self.embed(d, m, memory);
+            let (rows, a) = (&mut memory.numbers, &mut memory.activations);
+            for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
+                layer.forward(d, &self.config, m, memory.places.placed(), cache, rows, a, &mut |_, _| {});
+            }
+            self.finish(d, m, memory);
+        };
+        if m <= REPEATED {
+            d.repeated(&mut pass);
+        } else {
+            pass();
         }
-        self.finish(d, m, memory);
         Ok(())
     }
 
-    /// What the first layer reads.
-    fn embed<E: Element>(&self, d: &D, tokens: &[u32], segments: &[Segment<'_>], memory: &mut Memory<D, E>) {
-        let m = tokens.len();
+    /// Uploads what a pass over new tokens reads; the cache has so many `pages`.
+    fn put<E: Element>(
+        &self,
+        d: &D,
+        tokens: &[u32],
+        segments: &[Segment<'_>],
+        pages: usize,
+        memory: &mut Memory<D, E>,
+    ) {
         let positions: Vec<u32> = segments
             .iter()
             .flat_map(|s| s.past..s.past + s.rows)
@@ -197,7 +216,12 @@ impl<D: Device> Decoder<D> {
         let rows = &mut memory.numbers;
         d.upload(&mut rows.tokens, 0, tokens);
         d.upload(&mut rows.positions, 0, &positions);
-        let (c, a) = (self.config.width, &mut memory.activations);
+        memory.places.put(d, segments, pages);
+    }
+
+    /// What the first layer reads.
+    fn embed<E: Element>(&self, d: &D, m: usize, memory: &mut Memory<D, E>) {
+        let (c, rows, a) = (self.config.width, &memory.numbers, &mut memory.activations);
         match (&mut memory.narrow, &self.projections) {
             (Some((embedded, narrow)), Some((weight, _))) => {
                 d.packed_embed(m, &rows.tokens, &self.tokens, None, embedded);
@@ -338,6 +362,7 @@ pub struct Memory<D: Device, E: Element> {
     rows: usize,
     head_rows: usize,
     numbers: Numbers<D>,
+    places: Places<D>,
     activations: Activations<D, E>,
     /// `[N, W]`, with embedding projections: as embedded, and as products take it.
     narrow: Option<(D::Buf<f32>, D::Buf<E>)>,
@@ -386,6 +411,7 @@ impl<D: Device, E: Element> Memory<D, E> {
                 mean: device.alloc(n)?,
                 rstd: device.alloc(n)?,
             },
+            places: Places::new(device, n, config.positions.div_ceil(PAGE))?,
             activations: Activations {
                 stream: device.alloc(n * c)?,
                 mid: device.alloc(n * c)?,

@@ -450,13 +450,13 @@ impl Device for CpuDevice {
         &self,
         heads: usize,
         width: usize,
-        segments: &[Segment<'_>],
+        places: Placed<'_, Self>,
         qkv: &CpuBuf<E>,
         k_pages: &mut CpuBuf<E>,
         v_pages: &mut CpuBuf<E>,
         out: &mut CpuBuf<E>,
     ) {
-        once!(self, attention::paged<E>, heads: usize, width: usize, segments: &[Segment<'_>], qkv: &[E],
+        once!(self, attention::paged<E>, heads: usize, width: usize, places: Placed<'_, CpuDevice>, qkv: &[E],
             k_pages: &mut [E], v_pages: &mut [E], out: &mut [E]);
     }
 

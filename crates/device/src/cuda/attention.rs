@@ -1,12 +1,11 @@
 //! Attention over whole sequences, and of new tokens over a paged cache.
 
-use anyhow::Result;
+use bytemuck::NoUninit;
 
-use super::driver::Address;
 use super::kernels::args;
 use super::workspace::Scratch;
 use super::{CudaBuf, CudaDevice, DropoutWords, name, optional};
-use crate::{AttentionShape, DType, Dropout, Element, PAGE, Segment};
+use crate::{AttentionShape, Buffer, DType, Dropout, Element, PAGE, Placed};
 
 /// Queries and keys of a tile, and threads of a block; see kernels/attention.cuh.
 const QUERIES: usize = 16;
@@ -30,7 +29,7 @@ fn staged(rows: usize, width: usize) -> usize {
 }
 
 /// `Heads` of kernels/attention.cuh.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, NoUninit)]
 #[repr(C)]
 struct Heads {
     seq: u32,
@@ -136,60 +135,22 @@ pub(super) fn backward<E: Element>(
     }
 }
 
-/// Where the rows of the last call are, on the GPU: all layers of a step ask the same.
-#[derive(Default)]
-pub(super) struct Places {
-    /// For each row where its pages begin among `pages`, and its position; then `pages`.
-    words: Vec<u32>,
-    rows: usize,
-    device: Option<CudaBuf<u32>>,
-}
-
-impl Places {
-    /// Addresses of rows and pages, and the number of rows.
-    fn put(&mut self, d: &CudaDevice, segments: &[Segment<'_>]) -> Result<(Address, Address, usize)> {
-        let rows: usize = segments.iter().map(|s| s.rows).sum();
-        let mut words = Vec::with_capacity(2 * rows);
-        let mut first = 0;
-        for s in segments {
-            words.extend((s.past..s.past + s.rows).flat_map(|position| [first, position as u32]));
-            first += s.pages.len() as u32;
-        }
-        words.extend(segments.iter().flat_map(|s| s.pages));
-        if self.device.is_none() || self.words != words {
-            if self.device.as_ref().is_none_or(|device| crate::Buffer::len(device) < words.len()) {
-                self.device = None;
-                self.device = Some(CudaBuf::new(&d.gpu, words.len().next_power_of_two())?);
-            }
-            (self.words, self.rows) = (words, rows);
-            self.device.iter_mut().for_each(|device| crate::Buffer::write(device, 0, &self.words));
-        }
-        let device = self.device.as_ref().map_or(0, |device| device.at(0, self.words.len()));
-        Ok((device, device + 8 * self.rows as u64, rows))
-    }
-}
-
 pub(super) fn paged<E: Element>(
     d: &CudaDevice,
     heads: usize,
     width: usize,
-    segments: &[Segment<'_>],
+    places: Placed<'_, CudaDevice>,
     qkv: &CudaBuf<E>,
     k_pages: &mut CudaBuf<E>,
     v_pages: &mut CudaBuf<E>,
     out: &mut CudaBuf<E>,
 ) {
-    use crate::Buffer;
-    let all = heads * width;
-    Segment::check(segments, k_pages.len().min(v_pages.len()) / (all * PAGE));
-    let mut places = d.places();
-    let (rows, pages, count) =
-        places.put(d, segments).unwrap_or_else(|e| panic!("no memory for the places of pages: {e:#}"));
-    let (qkv, k, v) = (qkv.at(0, count * 3 * all), k_pages.at(0, 0), v_pages.at(0, 0));
-    let (h, w) = (heads as u32, width as u32);
-    let append = format!("append_{}", name::<E>());
-    d.by_row(&append, count, all, args![qkv, rows, pages, h, w, k, v]);
+    let (rows, all) = (places.rows, heads * width);
+    places.check(k_pages.len(), v_pages.len(), all * PAGE);
+    let (qkv, places) = (qkv.at(0, rows * 3 * all), places.words.at(0, 2 * rows));
+    let (k, v, h, w) = (k_pages.at(0, 0), v_pages.at(0, 0), heads as u32, width as u32);
+    d.by_row(&format!("append_{}", name::<E>()), rows, all, args![qkv, places, h, w, k, v]);
     let scale = 1.0 / (width as f32).sqrt();
-    let arguments = args![qkv, rows, pages, h, w, scale, k, v, out.at(0, count * all)];
-    d.kernels.launch(&named::<E>("attend", width), (count, heads), (THREADS, 1), 0, arguments);
+    let arguments = args![qkv, places, h, w, scale, k, v, out.at(0, rows * all)];
+    d.kernels.launch(&named::<E>("attend", width), (rows, heads), (THREADS, 1), 0, arguments);
 }

@@ -9,6 +9,7 @@ use anyhow::{Result, ensure};
 
 use super::CudaBuf;
 use super::driver::{Address, Gpu, Handle};
+use super::graphs::Noted;
 use super::library::{Library, Wanted, functions};
 use crate::DType;
 
@@ -91,6 +92,18 @@ pub(super) struct Product {
     pub add: bool,
 }
 
+impl Product {
+    /// All that decides what it does.
+    fn words(&self) -> [u64; 11] {
+        let Product { m, n, k, left, right, out, out_dtype, add } = self;
+        let flags =
+            [left.dtype as u64, left.turned as u64, right.turned as u64, *out_dtype as u64, *add as u64];
+        let [m, n, k] = [m, n, k].map(|n| *n as u64);
+        let [a, b, c, d, e] = flags;
+        [m, n, k, left.address, right.address, *out, a, b, c, d, e]
+    }
+}
+
 /// What decides which algorithm is the best.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
@@ -155,6 +168,9 @@ impl Blas {
             turned: [p.left.turned, p.right.turned],
             alignments: [p.right.address, p.left.address, p.out].map(alignment),
         };
+        if self.gpu.note(Noted::Product, p.words()) {
+            return;
+        }
         let (one, beta) = (1.0f32, if p.add { 1.0f32 } else { 0.0 });
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         let plan = plans.entry(key).or_insert_with(|| self.plan(&key));

@@ -1,6 +1,5 @@
 //! Memory of a GPU, and of its host where the GPU reaches it.
 
-use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
@@ -67,22 +66,14 @@ impl<T: Element> CudaBuf<T> {
 
     /// Zeros a part.
     pub(super) fn clear(&self, offset: usize, len: usize) {
-        if len > 0 {
-            let (to, bytes) = (self.at(offset, len), len * size_of::<T>());
-            // SAFETY: within the buffer.
-            let code = unsafe { (self.gpu.driver().cuMemsetD8Async)(to, 0, bytes, self.gpu.stream()) };
-            self.gpu.expect("memory cannot be zeroed", code);
-        }
+        // SAFETY: within the buffer.
+        unsafe { self.gpu.clear(self.at(offset, len), len * size_of::<T>()) };
     }
 
     /// Copies `len` elements of `src`, which may be this very buffer, in which case the parts must not overlap.
     pub(super) fn copy_from(&self, to: usize, src: &CudaBuf<T>, from: usize, len: usize) {
-        if len > 0 {
-            let (to, from, bytes) = (self.at(to, len), src.at(from, len), len * size_of::<T>());
-            // SAFETY: both sides are within their bounds.
-            let code = unsafe { (self.gpu.driver().cuMemcpyAsync)(to, from, bytes, self.gpu.stream()) };
-            self.gpu.expect("memory cannot be copied", code);
-        }
+        // SAFETY: both sides are within their bounds.
+        unsafe { self.gpu.copy(self.at(to, len), src.at(from, len), len * size_of::<T>()) };
     }
 }
 
@@ -131,27 +122,15 @@ impl<T: Element> Buffer<T> for CudaBuf<T> {
         if let Some(host) = self.host() {
             return dst.copy_from_slice(&host[offset..][..dst.len()]);
         }
-        if !dst.is_empty() {
-            let (from, to) = (self.at(offset, dst.len()), dst.as_mut_ptr().cast::<c_void>());
-            // SAFETY: both sides are within their bounds, and `dst` is ours until the copy is over.
-            let code = unsafe {
-                (self.gpu.driver().cuMemcpyDtoHAsync_v2)(to, from, size_of_val(dst), self.gpu.stream())
-            };
-            self.gpu.expect("nothing can be copied from it", code);
-        }
-        self.gpu.wait();
+        // SAFETY: within the buffer.
+        unsafe { self.gpu.download(self.at(offset, dst.len()), dst) };
     }
 
     fn write(&mut self, offset: usize, src: &[T]) {
         if let Some(host) = self.host_mut() {
-            host[offset..][..src.len()].copy_from_slice(src);
-        } else if !src.is_empty() {
-            let (to, from) = (self.at(offset, src.len()), src.as_ptr().cast::<c_void>());
-            // SAFETY: both sides are within their bounds; the driver has taken ordinary memory's contents when it returns.
-            let code = unsafe {
-                (self.gpu.driver().cuMemcpyHtoDAsync_v2)(to, from, size_of_val(src), self.gpu.stream())
-            };
-            self.gpu.expect("nothing can be copied to it", code);
+            return host[offset..][..src.len()].copy_from_slice(src);
         }
+        // SAFETY: within the buffer.
+        unsafe { self.gpu.upload(self.at(offset, src.len()), src) };
     }
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
+use super::graphs::Noted;
 use super::library::{Library, Wanted, functions};
 
 /// Handle of something in the driver.
@@ -41,6 +42,12 @@ functions! {
         fn cuStreamCreate(*mut Handle, c_uint) -> c_int;
         fn cuStreamDestroy_v2(Handle) -> c_int;
         fn cuStreamSynchronize(Handle) -> c_int;
+        fn cuStreamBeginCapture_v2(Handle, c_uint) -> c_int;
+        fn cuStreamEndCapture(Handle, *mut Handle) -> c_int;
+        fn cuGraphInstantiateWithFlags(*mut Handle, Handle, u64) -> c_int;
+        fn cuGraphDestroy(Handle) -> c_int;
+        fn cuGraphLaunch(Handle, Handle) -> c_int;
+        fn cuGraphExecDestroy(Handle) -> c_int;
         fn cuEventCreate(*mut Handle, c_uint) -> c_int;
         fn cuEventDestroy_v2(Handle) -> c_int;
         fn cuEventRecord(Handle, Handle) -> c_int;
@@ -168,9 +175,31 @@ impl Gpu {
         &self.functions
     }
 
-    /// The stream of all work.
+    /// Its context, which tells it from other GPUs.
+    pub(super) fn context(&self) -> Handle {
+        self.context
+    }
+
+    /// The stream of all work, or the one that records it.
     pub(super) fn stream(&self) -> Handle {
-        self.stream
+        self.recording().unwrap_or(self.stream)
+    }
+
+    /// Another stream.
+    ///
+    /// # Errors
+    /// When the driver has no room for it.
+    pub(super) fn new_stream(&self) -> Result<Handle> {
+        let mut stream = null_mut();
+        // SAFETY: the result goes to a variable.
+        self.check(unsafe { (self.driver().cuStreamCreate)(&mut stream, NON_BLOCKING) })?;
+        Ok(stream)
+    }
+
+    /// Gives back a stream of [`Gpu::new_stream`].
+    pub(super) fn give_back_stream(&self, stream: Handle) {
+        // SAFETY: made once, given back once. An error can change nothing any more.
+        unsafe { (self.driver().cuStreamDestroy_v2)(stream) };
     }
 
     /// An error of the driver in words.
@@ -191,6 +220,7 @@ impl Gpu {
 
     /// Waits for all work.
     pub(super) fn wait(&self) {
+        self.outside("waiting for the GPU");
         // SAFETY: the stream lives as long as `self`.
         self.expect("work on it ended badly", unsafe { (self.driver().cuStreamSynchronize)(self.stream) });
     }
@@ -222,6 +252,7 @@ impl Gpu {
 
     /// Gives memory back, once the work that uses it is done.
     pub(super) fn free(&self, address: Address, bytes: usize) {
+        self.note_free();
         // SAFETY: from `allocate`, given back once; the driver waits for work in progress.
         self.expect("memory cannot be given back", unsafe { (self.driver().cuMemFree_v2)(address) });
         self.taken.fetch_sub(bytes as u64, Relaxed);
@@ -253,14 +284,71 @@ impl Gpu {
 
     /// Gives the host's memory back, once the work that uses it is done.
     pub(super) fn free_on_host(&self, address: Address) {
+        self.note_free();
         self.wait();
         // SAFETY: from `allocate_on_host`, given back once, and no work uses it any more.
         let code = unsafe { (self.driver().cuMemFreeHost)(address as *mut c_void) };
         self.expect("memory of the host cannot be given back", code);
     }
 
+    /// Copies numbers to memory of the GPU.
+    ///
+    /// # Safety
+    /// There are at least so many bytes at the address.
+    pub(super) unsafe fn upload<T: bytemuck::Pod>(&self, to: Address, values: &[T]) {
+        self.outside("an upload");
+        if !values.is_empty() {
+            let (from, bytes) = (values.as_ptr().cast(), size_of_val(values));
+            // SAFETY: the caller's promise; the driver has taken ordinary memory's contents when it returns.
+            let code = unsafe { (self.driver().cuMemcpyHtoDAsync_v2)(to, from, bytes, self.stream()) };
+            self.expect("nothing can be copied to it", code);
+        }
+    }
+
+    /// Copies numbers from memory of the GPU, when all work before is done.
+    ///
+    /// # Safety
+    /// There are at least so many bytes at the address.
+    pub(super) unsafe fn download<T: bytemuck::Pod>(&self, from: Address, values: &mut [T]) {
+        self.outside("a download");
+        if !values.is_empty() {
+            let (to, bytes) = (values.as_mut_ptr().cast(), size_of_val(values));
+            // SAFETY: the caller's promise; `values` is ours until the copy is over.
+            let code = unsafe { (self.driver().cuMemcpyDtoHAsync_v2)(to, from, bytes, self.stream()) };
+            self.expect("nothing can be copied from it", code);
+        }
+        self.wait();
+    }
+
+    /// Copies memory that the GPU reaches to other such memory.
+    ///
+    /// # Safety
+    /// There are at least so many bytes at both addresses, and they do not overlap.
+    pub(super) unsafe fn copy(&self, to: Address, from: Address, bytes: usize) {
+        if bytes == 0 || self.note(Noted::Copy, [to, from, bytes as u64]) {
+            return;
+        }
+        // SAFETY: the caller's promise.
+        let code = unsafe { (self.driver().cuMemcpyAsync)(to, from, bytes, self.stream()) };
+        self.expect("memory cannot be copied", code);
+    }
+
+    /// Zeros memory of the GPU.
+    ///
+    /// # Safety
+    /// There are at least so many bytes at the address.
+    pub(super) unsafe fn clear(&self, to: Address, bytes: usize) {
+        if bytes == 0 || self.note(Noted::Clear, [to, bytes as u64]) {
+            return;
+        }
+        // SAFETY: the caller's promise.
+        let code = unsafe { (self.driver().cuMemsetD8Async)(to, 0, bytes, self.stream()) };
+        self.expect("memory cannot be zeroed", code);
+    }
+
     /// Seconds that the GPU takes for the work that `enqueue` starts.
     pub(super) fn time(&self, enqueue: impl FnOnce()) -> f64 {
+        self.outside("a measurement");
         let f = self.driver();
         let (mut events, mut ms) = ([null_mut(); 2], 0.0);
         // SAFETY: events are made, recorded on the living stream, read when both are over, and given back.

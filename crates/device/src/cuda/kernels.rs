@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_uint, c_void};
-use std::mem::MaybeUninit;
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, Result};
+use bytemuck::NoUninit;
 
 use super::driver::{Gpu, Handle};
+use super::graphs::Noted;
 use super::nvrtc::{Compiler, Source};
 
 /// Names and texts of files in `kernels/`.
@@ -98,8 +99,13 @@ impl Kernels {
             return;
         }
         let function = self.function(name, shared);
+        let sizes = [blocks.0, blocks.1, threads.0, threads.1, shared];
+        let head = [function as u64].into_iter().chain(sizes.map(|n| n as u64));
+        if self.gpu.note(Noted::Kernel, head.chain(arguments.words.iter().copied())) {
+            return;
+        }
+        let [bx, by, tx, ty, shared] = sizes.map(|n| n as c_uint);
         let mut pointers = arguments.pointers();
-        let [bx, by, tx, ty] = [blocks.0, blocks.1, threads.0, threads.1].map(|n| n as c_uint);
         // SAFETY: the arguments are those of the kernel, which callers of this crate keep next to its name; the driver
         // copies them before it returns. What they point to is alive until the work on the stream is done, because giving
         // memory back waits for that.
@@ -112,7 +118,7 @@ impl Kernels {
                 tx,
                 ty,
                 1,
-                shared as c_uint,
+                shared,
                 self.gpu.stream(),
                 pointers.as_mut_ptr(),
                 null_mut(),
@@ -157,18 +163,18 @@ impl Drop for Kernels {
 /// Arguments of a kernel, as bytes: numbers, addresses, and structs that are declared alike on both sides.
 #[derive(Default)]
 pub(super) struct Arguments {
-    words: Vec<MaybeUninit<u64>>,
+    words: Vec<u64>,
     starts: Vec<usize>,
 }
 
 impl Arguments {
-    /// Adds one; plain data without anything to drop.
-    pub(super) fn with<T: Copy>(mut self, value: T) -> Self {
+    /// Adds one.
+    pub(super) fn with<T: NoUninit>(mut self, value: T) -> Self {
         const { assert!(align_of::<T>() <= 8) };
         let start = self.words.len();
-        self.words.resize(start + size_of::<T>().div_ceil(8), MaybeUninit::uninit());
-        // SAFETY: there is room for it from `start` on, and words are aligned as it needs.
-        unsafe { self.words.as_mut_ptr().add(start).cast::<T>().write(value) };
+        self.words.resize(start + size_of::<T>().div_ceil(8), 0);
+        bytemuck::cast_slice_mut(&mut self.words[start..])[..size_of::<T>()]
+            .copy_from_slice(bytemuck::bytes_of(&value));
         self.starts.push(start);
         self
     }

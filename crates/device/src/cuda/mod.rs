@@ -12,6 +12,7 @@ mod attention;
 mod blas;
 mod buffer;
 mod driver;
+mod graphs;
 mod kernels;
 mod library;
 mod linear;
@@ -26,21 +27,33 @@ mod workspace;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Context as _;
+use bytemuck::NoUninit;
 
 pub use buffer::CudaBuf;
 pub use packed::CudaPacked;
 
 use crate::cpu::pool::Pool;
 use crate::*;
-use attention::Places;
 use blas::Blas;
 use driver::{Address, Gpu};
+use graphs::Graphs;
 use kernels::{Arguments, Kernels};
 use loss::Gradients;
 use workspace::Workspace;
 
+/// How to use a GPU.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CudaOptions {
+    /// Threads of the processor beside it; all that the process may use when absent.
+    pub threads: Option<usize>,
+    /// Whether operations that are repeated become CUDA graphs. The environment variable `FERROPT_CUDA_GRAPHS` (0 or 1) sets
+    /// the default, which is that they do. Results are the same bits.
+    pub graphs: Option<bool>,
+}
+
 /// One NVIDIA GPU.
 pub struct CudaDevice {
+    graphs: Mutex<Graphs>,
     kernels: Kernels,
     blas: Blas,
     /// Threads of the processor, for what is done beside the GPU.
@@ -48,28 +61,28 @@ pub struct CudaDevice {
     workspace: Mutex<Workspace>,
     /// Held by the loss while the products that it is made of use `workspace`.
     loss_workspace: Mutex<Workspace>,
-    places: Mutex<Places>,
     // Last: what is above gives memory back through it.
     gpu: Arc<Gpu>,
 }
 
 impl CudaDevice {
-    /// Opens GPU `number` with so many threads of the processor beside it (all there are when absent). The first time on a
-    /// machine its kernels are compiled, which takes seconds.
+    /// Opens GPU `number`. The first time on a machine its kernels are compiled, which takes seconds.
     ///
     /// # Errors
-    /// When a library is missing, with where it was looked for and what to install; when there is no such GPU.
-    pub fn new(number: usize, threads: Option<usize>) -> anyhow::Result<Self> {
-        let threads = cpu::pool::threads(threads)?;
+    /// When a library is missing, with where it was looked for and what to install; when there is no such GPU; when the
+    /// environment says about graphs what has no meaning.
+    pub fn new(number: usize, options: CudaOptions) -> anyhow::Result<Self> {
+        let threads = cpu::pool::threads(options.threads)?;
+        let graphs = Graphs::new(options.graphs)?;
         let open = || {
             let gpu = Arc::new(Gpu::open(number)?);
             Ok(CudaDevice {
+                graphs: Mutex::new(graphs),
                 kernels: Kernels::load(&gpu)?,
                 blas: Blas::load(&gpu)?,
                 pool: Pool::new(threads, false),
                 workspace: Mutex::new(Workspace::new(&gpu)),
                 loss_workspace: Mutex::new(Workspace::new(&gpu)),
-                places: Mutex::default(),
                 gpu,
             })
         };
@@ -89,6 +102,11 @@ impl CudaDevice {
         self.pool.threads()
     }
 
+    /// How often a sequence of operations that is repeated was started at once, as a graph.
+    pub fn graphs_started(&self) -> u64 {
+        self.graphs.lock().unwrap_or_else(PoisonError::into_inner).started()
+    }
+
     /// Workspace for one operation; held until its work is enqueued.
     fn workspace(&self) -> MutexGuard<'_, Workspace> {
         self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
@@ -97,10 +115,6 @@ impl CudaDevice {
     /// Workspace of the fused loss; taken before, never after, [`CudaDevice::workspace`].
     fn loss_workspace(&self) -> MutexGuard<'_, Workspace> {
         self.loss_workspace.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn places(&self) -> MutexGuard<'_, Places> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Starts a kernel with a block for each row, of about as many threads as there is `work` in a row.
@@ -118,34 +132,20 @@ impl CudaDevice {
 
     /// Copies numbers to workspace.
     fn write<T: bytemuck::Pod>(&self, to: Address, values: &[T]) {
-        if !values.is_empty() {
-            let (from, bytes) = (values.as_ptr().cast(), size_of_val(values));
-            // SAFETY: the address is of at least so many bytes, as the callers in this module took them.
-            let code =
-                unsafe { (self.gpu.driver().cuMemcpyHtoDAsync_v2)(to, from, bytes, self.gpu.stream()) };
-            self.gpu.expect("nothing can be copied to it", code);
-        }
+        // SAFETY: the address is of at least so many bytes, as the callers in this module took them.
+        unsafe { self.gpu.upload(to, values) };
     }
 
     /// Copies numbers from workspace, when all work before is done.
     fn read<T: bytemuck::Pod>(&self, from: Address, values: &mut [T]) {
-        if !values.is_empty() {
-            let (to, bytes) = (values.as_mut_ptr().cast(), size_of_val(values));
-            // SAFETY: as in `write`; `values` is ours until the copy is over.
-            let code =
-                unsafe { (self.gpu.driver().cuMemcpyDtoHAsync_v2)(to, from, bytes, self.gpu.stream()) };
-            self.gpu.expect("nothing can be copied from it", code);
-        }
-        self.gpu.wait();
+        // SAFETY: as in `write`.
+        unsafe { self.gpu.download(from, values) };
     }
 
     /// Copies memory that the GPU reaches.
     fn copy_bytes(&self, to: Address, from: Address, bytes: usize) {
-        if bytes > 0 {
-            // SAFETY: both are of at least so many bytes, as the callers in this module checked.
-            let code = unsafe { (self.gpu.driver().cuMemcpyAsync)(to, from, bytes, self.gpu.stream()) };
-            self.gpu.expect("memory cannot be copied", code);
-        }
+        // SAFETY: both are of at least so many bytes, as the callers in this module checked.
+        unsafe { self.gpu.copy(to, from, bytes) };
     }
 }
 
@@ -169,7 +169,7 @@ fn optional<T: Element>(buffer: Option<&CudaBuf<T>>, len: usize) -> Address {
 }
 
 /// `Stream` of kernels/common.cuh.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, NoUninit)]
 #[repr(C)]
 struct StreamWords {
     seed: u64,
@@ -184,7 +184,7 @@ impl StreamWords {
 }
 
 /// `Dropout` of kernels/common.cuh.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, NoUninit)]
 #[repr(C)]
 struct DropoutWords {
     stream: StreamWords,
@@ -217,6 +217,7 @@ impl Device for CudaDevice {
     }
 
     fn alloc<T: Element>(&self, len: usize) -> anyhow::Result<CudaBuf<T>> {
+        self.gpu.outside("making a buffer");
         CudaBuf::zeroed(&self.gpu, len)
     }
 
@@ -238,6 +239,10 @@ impl Device for CudaDevice {
 
     fn wait(&self) {
         self.gpu.wait();
+    }
+
+    fn repeated(&self, work: &mut dyn FnMut()) {
+        graphs::repeated(self, work);
     }
 
     fn fill<T: Element>(&self, dst: &mut CudaBuf<T>, value: T) {
@@ -504,13 +509,13 @@ impl Device for CudaDevice {
         &self,
         heads: usize,
         width: usize,
-        segments: &[Segment<'_>],
+        places: Placed<'_, Self>,
         qkv: &CudaBuf<E>,
         k_pages: &mut CudaBuf<E>,
         v_pages: &mut CudaBuf<E>,
         out: &mut CudaBuf<E>,
     ) {
-        attention::paged(self, heads, width, segments, qkv, k_pages, v_pages, out);
+        attention::paged(self, heads, width, places, qkv, k_pages, v_pages, out);
     }
 
     fn copy_blocks<T: Element>(&self, size: usize, pairs: &[(u32, u32)], x: &mut CudaBuf<T>) {
@@ -633,7 +638,7 @@ mod tests {
     #[ignore = "needs a GPU, real or emulated; scripts/check-cuda-kernels runs it"]
     fn workspace_is_at_most_what_is_announced() {
         fn check<E: Element>(rows: usize, width: usize, widest: usize, vocab: usize) {
-            let device = CudaDevice::new(0, Some(1)).expect("a GPU");
+            let device = CudaDevice::new(0, CudaOptions { threads: Some(1), graphs: None }).expect("a GPU");
             let shape = take_workspace::<_, E>(&device, rows, width, widest, vocab);
             let taken =
                 Blas::workspace_bytes() + device.workspace().bytes() + device.loss_workspace().bytes();

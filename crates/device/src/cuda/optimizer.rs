@@ -1,5 +1,7 @@
 //! Optimiser steps, masters, and the sum of squares.
 
+use bytemuck::NoUninit;
+
 use super::driver::Address;
 use super::kernels::args;
 use super::workspace::Scratch;
@@ -15,7 +17,7 @@ const THREADS: usize = 256;
 pub(super) const ON_THE_WAY: usize = 1 << 22;
 
 /// `Master` of kernels/optimizer.cu.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, NoUninit)]
 #[repr(C)]
 struct Master {
     w: Address,

@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Result, bail, ensure};
+use bytemuck::NoUninit;
 
 use super::driver::Address;
 use super::kernels::args;
@@ -262,7 +263,7 @@ impl CudaPacked {
 }
 
 /// `Finish` of kernels/packed.cu.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, NoUninit)]
 #[repr(C)]
 struct Finish {
     bias: Address,

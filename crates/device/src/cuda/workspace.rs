@@ -32,11 +32,12 @@ const PIECES: usize = 7;
 pub(super) struct Workspace {
     gpu: Arc<Gpu>,
     pieces: [Option<CudaBuf<u32>>; PIECES],
+    moved: u64,
 }
 
 impl Workspace {
     pub(super) fn new(gpu: &Arc<Gpu>) -> Self {
-        Workspace { gpu: gpu.clone(), pieces: [const { None }; PIECES] }
+        Workspace { gpu: gpu.clone(), pieces: [const { None }; PIECES], moved: 0 }
     }
 
     /// A piece of at least so many bytes, with unspecified contents.
@@ -47,12 +48,18 @@ impl Workspace {
         let words = bytes.div_ceil(4).max(1);
         let slot = &mut self.pieces[which as usize];
         if slot.as_ref().is_none_or(|piece| piece.len() < words) {
+            self.moved += 1;
             // The old piece is given back before the new one is made.
             *slot = None;
             *slot =
                 Some(CudaBuf::new(&self.gpu, words).unwrap_or_else(|e| panic!("kernel workspace: {e:#}")));
         }
         slot.as_ref().expect("made above").at(0, words)
+    }
+
+    /// How often a piece was made larger. As long as that is the same, all are where they were.
+    pub(super) fn moved(&self) -> u64 {
+        self.moved
     }
 
     /// Bytes of all pieces.

@@ -3,6 +3,8 @@
 #include <cstring>
 #include <vector>
 
+#include "launch.h"
+
 namespace {
 
 const int OK = 0, INVALID = 7, F32 = 0, BF16 = 14, COMPUTE_F32 = 68;
@@ -100,26 +102,29 @@ int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, voi
 }
 int cublasLtMatmul(void*, void* operation, const float* alpha, const void* a, void* a_layout, const void* b, void* b_layout,
                    const float* beta, const void* c, void* c_layout, void* d, void* d_layout, const Algorithm*, void*, size_t,
-                   void*) {
+                   void* stream) {
     auto o = static_cast<Operation*>(operation);
-    auto la = static_cast<Layout*>(a_layout), lb = static_cast<Layout*>(b_layout), ld = static_cast<Layout*>(d_layout);
+    auto la = *static_cast<Layout*>(a_layout), lb = *static_cast<Layout*>(b_layout), ld = *static_cast<Layout*>(d_layout);
     bool ta = o->transpose[0] == 1, tb = o->transpose[1] == 1;
-    size_t m = ta ? la->columns : la->rows, k = ta ? la->rows : la->columns, n = tb ? lb->rows : lb->columns;
-    if ((tb ? lb->columns : lb->rows) != k || ld->rows != m || ld->columns != n || la->type != lb->type) return INVALID;
+    size_t m = ta ? la.columns : la.rows, k = ta ? la.rows : la.columns, n = tb ? lb.rows : lb.columns;
+    if ((tb ? lb.columns : lb.rows) != k || ld.rows != m || ld.columns != n || la.type != lb.type) return INVALID;
     if (c != d || c_layout != d_layout) return INVALID;
-    std::vector<float> left = pack(a, *la, ta, m, k), right = pack(b, *lb, !tb, n, k);
-    for (size_t j = 0; j < n; j++) {
-        for (size_t i = 0; i < m; i++) {
-            size_t at = i + j * size_t(ld->ld);
-            float x = *alpha * dot(&left[i * k], &right[j * k], k);
-            if (*beta != 0.0f) x += *beta * get(c, ld->type, at);
-            if (ld->type == F32) {
-                static_cast<float*>(d)[at] = x;
-            } else {
-                static_cast<uint16_t*>(d)[at] = narrow(x);
+    // Descriptions and factors are those of now, whenever it runs.
+    emulation::enqueue(stream, [=, factor = *alpha, before = *beta] {
+        std::vector<float> left = pack(a, la, ta, m, k), right = pack(b, lb, !tb, n, k);
+        for (size_t j = 0; j < n; j++) {
+            for (size_t i = 0; i < m; i++) {
+                size_t at = i + j * size_t(ld.ld);
+                float x = factor * dot(&left[i * k], &right[j * k], k);
+                if (before != 0.0f) x += before * get(d, ld.type, at);
+                if (ld.type == F32) {
+                    static_cast<float*>(d)[at] = x;
+                } else {
+                    static_cast<uint16_t*>(d)[at] = narrow(x);
+                }
             }
         }
-    }
+    });
     return OK;
 }
 

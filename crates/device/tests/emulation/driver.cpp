@@ -1,17 +1,19 @@
 // As much of CUDA's driver (libcuda.so.1) and of NVRTC as src/cuda calls, for a GPU that is emulated. Device memory and pinned
-// memory are the processor's, a stream does everything at once, and a "compiled" program is a name: its kernels are in this library.
+// memory are the processor's, a stream does everything at once, unless it is captured, and a "compiled" program is a name: its
+// kernels are in this library.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <thread>
 
 #include "launch.h"
 
 namespace {
 
-const int OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500;
+const int OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, CAPTURING = 900, INVALIDATED = 901;
 const size_t TOTAL = size_t(4) << 30, BORDER = 256;
 const unsigned char MARK = 0xa5;
 
@@ -66,11 +68,61 @@ size_t give_back(uint64_t start) {
     return size;
 }
 
+// Work in its order. What was captured and what is launched are alike here.
+struct Graph {
+    std::vector<std::function<void()>> work;
+};
+
+struct Stream {
+    // While it is captured: what, by which thread, and whether something was asked for that a graph cannot do.
+    Graph* graph = nullptr;
+    std::thread::id thread;
+    bool invalid = false;
+};
+
+// The stream that this thread captures.
+thread_local Stream* captured;
+
+// What a graph cannot do, on a stream: an error, after which the capture is worth nothing.
+int not_captured(void* stream) {
+    auto s = static_cast<Stream*>(stream);
+    if (s->graph == nullptr) return OK;
+    s->invalid = true;
+    return CAPTURING;
+}
+
+// What a thread may not do while it captures.
+int not_while_capturing() { return captured == nullptr ? OK : not_captured(captured); }
+
+struct Name {
+    int error;
+    const char *name, *text;
+};
+const Name NAMES[] = {
+    {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
+    {NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
+    {CAPTURING, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
+    {INVALIDATED, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"},
+    {INVALID, "CUDA_ERROR_INVALID_VALUE", "invalid argument"},
+};
+const Name& named(int error) {
+    for (const Name& name : NAMES) {
+        if (name.error == error) return name;
+    }
+    return NAMES[4];
+}
+
 double now_ms() {
     return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 }  // namespace
+
+void emulation::enqueue(void* stream, std::function<void()> work) {
+    auto s = static_cast<Stream*>(stream);
+    if (s->graph == nullptr) return work();
+    s->graph->work.push_back(std::move(work));
+}
 
 extern "C" {
 
@@ -95,18 +147,15 @@ int cuDevicePrimaryCtxRetain(void** context, int) {
 }
 int cuDevicePrimaryCtxRelease_v2(int) { return OK; }
 int cuCtxSetCurrent(void*) { return OK; }
-int cuGetErrorName(int error, const char** name) {
-    return *name = error == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : error == NOT_FOUND ? "CUDA_ERROR_NOT_FOUND" : "CUDA_ERROR_INVALID_VALUE", OK;
-}
-int cuGetErrorString(int error, const char** text) {
-    return *text = error == OUT_OF_MEMORY ? "out of memory" : error == NOT_FOUND ? "named symbol not found" : "invalid argument", OK;
-}
+int cuGetErrorName(int error, const char** name) { return *name = named(error).name, OK; }
+int cuGetErrorString(int error, const char** text) { return *text = named(error).text, OK; }
 
 int cuMemGetInfo_v2(size_t* left, size_t* total) {
     std::lock_guard<std::mutex> lock(guard);
     return *left = TOTAL - used, *total = TOTAL, OK;
 }
 int cuMemAlloc_v2(uint64_t* start, size_t size) {
+    if (int error = not_while_capturing()) return error;
     std::lock_guard<std::mutex> lock(guard);
     if (size == 0) return INVALID;
     if (size > TOTAL - used) return OUT_OF_MEMORY;
@@ -115,6 +164,7 @@ int cuMemAlloc_v2(uint64_t* start, size_t size) {
     return OK;
 }
 int cuMemFree_v2(uint64_t start) {
+    if (int error = not_while_capturing()) return error;
     std::lock_guard<std::mutex> lock(guard);
     size_t size = give_back(start);
     used -= size;
@@ -130,33 +180,78 @@ int cuMemHostAlloc(void** start, size_t size, unsigned flags) {
     return *start = reinterpret_cast<void*>(address), OK;
 }
 int cuMemFreeHost(void* start) {
+    if (int error = not_while_capturing()) return error;
     std::lock_guard<std::mutex> lock(guard);
     return give_back(reinterpret_cast<uint64_t>(start)) > 0 ? OK : INVALID;
 }
-int cuMemsetD8Async(uint64_t to, unsigned char value, size_t size, void*) {
-    check_within(to, size);
-    return std::memset(reinterpret_cast<void*>(to), value, size), OK;
+int cuMemsetD8Async(uint64_t to, unsigned char value, size_t size, void* stream) {
+    emulation::enqueue(stream, [=] {
+        check_within(to, size);
+        std::memset(reinterpret_cast<void*>(to), value, size);
+    });
+    return OK;
 }
-int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t size, void*) {
+// Memory of the processor is never pinned here, so that copies of it cannot be captured.
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t size, void* stream) {
+    if (int error = not_captured(stream)) return error;
     check_within(to, size);
     return std::memcpy(reinterpret_cast<void*>(to), from, size), OK;
 }
-int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t size, void*) {
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t size, void* stream) {
+    if (int error = not_captured(stream)) return error;
     check_within(from, size);
     return std::memcpy(to, reinterpret_cast<void*>(from), size), OK;
 }
-int cuMemcpyAsync(uint64_t to, uint64_t from, size_t size, void*) {
-    check_within(to, size);
-    check_within(from, size);
-    return std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), size), OK;
+int cuMemcpyAsync(uint64_t to, uint64_t from, size_t size, void* stream) {
+    emulation::enqueue(stream, [=] {
+        check_within(to, size);
+        check_within(from, size);
+        std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), size);
+    });
+    return OK;
 }
 
-int cuStreamCreate(void** stream, unsigned) { return *stream = nullptr, OK; }
-int cuStreamDestroy_v2(void*) { return OK; }
-int cuStreamSynchronize(void*) { return OK; }
+int cuStreamCreate(void** stream, unsigned) { return *stream = new Stream, OK; }
+int cuStreamDestroy_v2(void* stream) {
+    if (captured == stream) captured = nullptr;
+    return delete static_cast<Stream*>(stream), OK;
+}
+int cuStreamSynchronize(void* stream) { return not_captured(stream); }
+
+// Only the mode of one thread: what other threads do is not forbidden.
+int cuStreamBeginCapture_v2(void* stream, unsigned mode) {
+    auto s = static_cast<Stream*>(stream);
+    if (mode != 1 || s->graph != nullptr || captured != nullptr) return INVALID;
+    s->graph = new Graph, s->thread = std::this_thread::get_id(), s->invalid = false;
+    return captured = s, OK;
+}
+int cuStreamEndCapture(void* stream, void** graph) {
+    auto s = static_cast<Stream*>(stream);
+    *graph = nullptr;
+    if (s->graph == nullptr || s->thread != std::this_thread::get_id()) return INVALID;
+    captured = nullptr;
+    Graph* made = std::exchange(s->graph, nullptr);
+    if (s->invalid) return delete made, INVALIDATED;
+    return *graph = made, OK;
+}
+int cuGraphInstantiateWithFlags(void** made, void* graph, unsigned long long flags) {
+    if (flags != 0 || graph == nullptr) return INVALID;
+    return *made = new Graph(*static_cast<Graph*>(graph)), OK;
+}
+int cuGraphDestroy(void* graph) { return delete static_cast<Graph*>(graph), OK; }
+int cuGraphLaunch(void* graph, void* stream) {
+    if (int error = not_captured(stream)) return error;
+    for (auto& work : static_cast<Graph*>(graph)->work) work();
+    return OK;
+}
+int cuGraphExecDestroy(void* graph) { return delete static_cast<Graph*>(graph), OK; }
+
 int cuEventCreate(void** event, unsigned) { return *event = new double(0.0), OK; }
 int cuEventDestroy_v2(void* event) { return delete static_cast<double*>(event), OK; }
-int cuEventRecord(void* event, void*) { return *static_cast<double*>(event) = now_ms(), OK; }
+int cuEventRecord(void* event, void* stream) {
+    if (int error = not_captured(stream)) return error;
+    return *static_cast<double*>(event) = now_ms(), OK;
+}
 int cuEventSynchronize(void*) { return OK; }
 int cuEventElapsedTime(float* ms, void* start, void* end) {
     return *ms = float(*static_cast<double*>(end) - *static_cast<double*>(start)), OK;
@@ -165,14 +260,25 @@ int cuEventElapsedTime(float* ms, void* start, void* end) {
 int cuModuleLoadData(void** module, const void* image) { return *module = const_cast<void*>(image), OK; }
 int cuModuleUnload(void*) { return OK; }
 int cuModuleGetFunction(void** function, void*, const char* name) {
-    *function = reinterpret_cast<void*>(emulation::find(name));
+    *function = const_cast<emulation::Kernel*>(emulation::find(name));
     return *function == nullptr ? NOT_FOUND : OK;
 }
 int cuFuncSetAttribute(void*, int, int) { return OK; }
 int cuLaunchKernel(void* function, unsigned bx, unsigned by, unsigned bz, unsigned tx, unsigned ty, unsigned tz,
-                   unsigned shared, void*, void** arguments, void**) {
+                   unsigned shared, void* stream, void** arguments, void**) {
     if (bx == 0 || by == 0 || bz == 0 || by > 65535 || bz > 65535) return INVALID;
-    emulation::launch(reinterpret_cast<emulation::Body>(function), {bx, by, bz}, {tx, ty, tz}, shared, arguments);
+    auto kernel = static_cast<const emulation::Kernel*>(function);
+    // Arguments are those of now, whenever it runs.
+    std::vector<std::vector<char>> values;
+    for (size_t i = 0; i < kernel->sizes.size(); i++) {
+        auto value = static_cast<const char*>(arguments[i]);
+        values.emplace_back(value, value + kernel->sizes[i]);
+    }
+    emulation::enqueue(stream, [=] {
+        std::vector<void*> pointers;
+        for (auto& value : values) pointers.push_back(const_cast<char*>(value.data()));
+        emulation::launch(*kernel, {bx, by, bz}, {tx, ty, tz}, shared, pointers.data());
+    });
     return OK;
 }
 

@@ -155,8 +155,8 @@ void run_block(unsigned threads) {
     }
 }
 
-std::map<std::string, Body>& kernels() {
-    static std::map<std::string, Body> all;
+std::map<std::string, Kernel>& kernels() {
+    static std::map<std::string, Kernel> all;
     return all;
 }
 
@@ -218,21 +218,21 @@ void load_turned(unsigned* right, const void* row) {
     }
 }
 
-Registered::Registered(const char* name, Body body) {
-    if (!kernels().emplace(name, body).second) std::fprintf(stderr, "emulation: two kernels are called %s\n", name), std::abort();
+Registered::Registered(const char* name, Kernel kernel) {
+    if (!kernels().emplace(name, kernel).second) std::fprintf(stderr, "emulation: two kernels are called %s\n", name), std::abort();
 }
 
-Body find(const char* name) {
+const Kernel* find(const char* name) {
     auto found = kernels().find(name);
-    return found == kernels().end() ? nullptr : found->second;
+    return found == kernels().end() ? nullptr : &found->second;
 }
 
-void launch(Body kernel, dim3 blocks, dim3 threads, size_t shared_bytes, void** values) {
+void launch(const Kernel& kernel, dim3 blocks, dim3 threads, size_t shared_bytes, void** values) {
     std::lock_guard<std::mutex> guard(one_at_a_time);
     unsigned count = threads.x * threads.y * threads.z;
     if (count == 0 || count > 1024 || shared_bytes > MOST_SHARED) fail("a launch that no GPU would take");
     prepare(count);
-    body = kernel, arguments = values, backwards = !backwards, any_now = any_before = false;
+    body = kernel.body, arguments = values, backwards = !backwards, any_now = any_before = false;
     place.blocks = blocks, place.threads = threads;
     uint64_t all = uint64_t(blocks.x) * blocks.y * blocks.z;
     for (uint64_t i = 0; i < all; i++) {

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -59,9 +60,14 @@ void mma(float* sums, const unsigned* left, const unsigned* right);
 void load_turned(unsigned* right, const void* row);
 
 typedef void (*Body)(void** arguments);
+/// A kernel: what runs it, and the bytes of each of its arguments.
+struct Kernel {
+    Body body;
+    std::vector<size_t> sizes;
+};
 /// A kernel that can be found by its name.
 struct Registered {
-    Registered(const char* name, Body body);
+    Registered(const char* name, Kernel kernel);
 };
 
 template <class Function> struct Call;
@@ -75,6 +81,7 @@ template <class... A> struct Call<void (*)(A...)> {
     template <void (*kernel)(A...)> static void body(void** arguments) {
         with<kernel>(arguments, std::index_sequence_for<A...>());
     }
+    template <void (*kernel)(A...)> static Kernel of() { return {body<kernel>, {sizeof(A)...}}; }
 };
 
 template <class T> uint64_t bits(T x) {
@@ -92,7 +99,7 @@ template <class T> T value(uint64_t bits) {
 
 #define KERNEL(name, ...)                                                                                    \
     static void name(__VA_ARGS__);                                                                           \
-    static emulation::Registered registered_##name(#name, emulation::Call<decltype(&name)>::body<&name>);    \
+    static emulation::Registered registered_##name(#name, emulation::Call<decltype(&name)>::of<&name>());    \
     static void name(__VA_ARGS__)
 
 #define threadIdx emulation::place.thread

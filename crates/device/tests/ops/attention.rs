@@ -1,4 +1,4 @@
-use ferropt_device::{AttentionShape, Device, Dropout, Element, PAGE, Segment, bf16};
+use ferropt_device::{AttentionShape, Device, Dropout, Element, PAGE, Places, Segment, bf16};
 
 use crate::*;
 
@@ -292,6 +292,8 @@ fn paged<E: Element>(
     let pages: Vec<Vec<u32>> = texts.iter().map(|t| free.by_ref().take(needed(t)).collect()).collect();
     // Places that no token has been written to are never looked at.
     let capacity = (total + 2) * PAGE * all;
+    let most = calls.iter().map(|call| call.iter().sum::<usize>()).max().unwrap_or(0);
+    let mut places = Places::new(device, most, total).expect("memory");
     let (mut k, mut v) = (poisoned::<E>(device, capacity), poisoned::<E>(device, capacity));
     let (mut past, mut outs) = (vec![0; texts.len()], vec![vec![]; texts.len()]);
     for call in calls {
@@ -302,7 +304,8 @@ fn paged<E: Element>(
             past[i] += count;
         }
         let (qkv, mut out) = (put(device, &rows), poisoned::<E>(device, rows.len() / 3));
-        device.attention_paged(s.heads, s.width, &segments, &qkv, &mut k, &mut v, &mut out);
+        places.put(device, &segments, total + 2);
+        device.attention_paged(s.heads, s.width, places.placed(), &qkv, &mut k, &mut v, &mut out);
         let mut out = &get(device, &out)[..];
         for (i, count) in call.iter().copied().enumerate() {
             let (own, rest) = out.split_at(count * all);
@@ -391,8 +394,9 @@ fn texts_share_pages_and_copies_are_texts_of_their_own() {
         let run = |past: usize, rows: &[f32], pages: &[u32], k: &mut _, v: &mut _| {
             let count = rows.len() / (3 * all);
             let (qkv, mut out) = (put(device, rows), poisoned::<f32>(device, count * all));
-            let segments = [Segment { rows: count, past, pages }];
-            device.attention_paged(heads, width, &segments, &qkv, k, v, &mut out);
+            let mut places = Places::new(device, count, pages.len()).expect("memory");
+            places.put(device, &[Segment { rows: count, past, pages }], 3);
+            device.attention_paged(heads, width, places.placed(), &qkv, k, v, &mut out);
             get(device, &out)
         };
         run(0, &texts[0], &[2, 0], &mut k, &mut v);
@@ -414,14 +418,41 @@ fn texts_share_pages_and_copies_are_texts_of_their_own() {
     }
 }
 
+/// Places of one row for each of these lists of pages, in a cache of two pages.
+fn places_of(lists: &[&[u32]]) -> Places<Chip> {
+    let mut places = Places::new(one_device(), 2, 1).expect("memory");
+    let segments: Vec<Segment<'_>> = lists.iter().map(|pages| Segment { rows: 1, past: 0, pages }).collect();
+    places.put(one_device(), &segments, 2);
+    places
+}
+
 #[test]
 #[should_panic(expected = "two sequences write to one page")]
 fn two_texts_cannot_write_to_one_page() {
+    places_of(&[&[0], &[0]]);
+}
+
+#[test]
+#[should_panic(expected = "page 2 of a cache of 2")]
+fn pages_are_those_of_the_cache() {
+    places_of(&[&[2]]);
+}
+
+#[test]
+#[should_panic(expected = "more than the 6 there is room for")]
+fn rows_and_pages_have_room() {
+    let mut places = Places::new(one_device(), 2, 1).expect("memory");
+    places.put(one_device(), &[Segment { rows: 3, past: 0, pages: &[0] }], 2);
+}
+
+#[test]
+#[should_panic(expected = "places in caches of 2 pages, which have 1")]
+fn places_are_of_caches_of_this_size() {
     let device = one_device();
-    let pages = || device.alloc::<f32>(PAGE * 2).expect("memory");
-    let segment = Segment { rows: 1, past: 0, pages: &[0] };
-    let (qkv, mut out) = (put(device, &[0.0f32; 12]), put(device, &[0.0f32; 4]));
-    device.attention_paged(1, 2, &[segment, segment], &qkv, &mut pages(), &mut pages(), &mut out);
+    let page = || device.alloc::<f32>(PAGE * 2).expect("memory");
+    let (qkv, mut out) = (put(device, &[0.0f32; 6]), put(device, &[0.0f32; 2]));
+    let places = places_of(&[&[0]]);
+    device.attention_paged(1, 2, places.placed(), &qkv, &mut page(), &mut page(), &mut out);
 }
 
 #[test]

@@ -13,6 +13,7 @@ mod lm_loss;
 mod log_sum_exp;
 mod optimizer;
 mod packed;
+mod repeated;
 
 use std::sync::OnceLock;
 

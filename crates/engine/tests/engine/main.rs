@@ -4,13 +4,14 @@ mod answers;
 mod company;
 mod drafts;
 mod embeddings;
+mod graphs;
 mod metaseq;
 mod threads;
 
 use ferropt_data::Tokenizer;
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
 use ferropt_device::rng::{Purpose, Stream};
-use ferropt_device::{Element, PAGE, Segment, WeightFormat};
+use ferropt_device::{Device, Element, PAGE, Segment, WeightFormat};
 use ferropt_engine::{Completion, Engine, Limits, Options, Parameters, Request};
 use ferropt_model::{Cache, Config, Decoder, Matrices, Memory};
 use std::collections::BTreeMap;
@@ -42,7 +43,7 @@ fn config() -> Config {
 }
 
 /// A model whose probabilities are uneven enough to be told apart.
-fn decoder(device: &CpuDevice, config: &Config, format: WeightFormat) -> Decoder<CpuDevice> {
+fn decoder<D: Device>(device: &D, config: &Config, format: WeightFormat) -> Decoder<D> {
     let table = config.parameters();
     let read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
         let (parameter, stream) = (&table[index], Stream::new(5, Purpose::Init, index, 0));
@@ -77,9 +78,9 @@ fn engine<E: Element>(
 }
 
 /// Steps until all is done; `before` is called before each step.
-fn run<E: Element>(
-    engine: &mut Engine<'_, CpuDevice, E>,
-    mut before: impl FnMut(&mut Engine<'_, CpuDevice, E>, usize),
+fn run<D: Device, E: Element>(
+    engine: &mut Engine<'_, D, E>,
+    mut before: impl FnMut(&mut Engine<'_, D, E>, usize),
 ) -> BTreeMap<u64, Completion> {
     let mut all: BTreeMap<u64, Completion> = BTreeMap::new();
     for step in 0.. {

@@ -3,7 +3,7 @@
 use super::{Activations, Numbers};
 use crate::config::Config;
 use crate::weights::Norm;
-use ferropt_device::{Activation, Device, Element, Segment};
+use ferropt_device::{Activation, Device, Element, Placed};
 
 /// Weights of a layer.
 pub(super) struct Layer<D: Device> {
@@ -37,7 +37,7 @@ impl<D: Device> Layer<D> {
         d: &D,
         config: &Config,
         m: usize,
-        segments: &[Segment<'_>],
+        places: Placed<'_, D>,
         (k, v): &mut (D::Buf<E>, D::Buf<E>),
         rows: &mut Numbers<D>,
         a: &mut Activations<D, E>,
@@ -51,7 +51,7 @@ impl<D: Device> Layer<D> {
         }
         see(Product::Qkv, &a.normed);
         d.packed_linear(m, &a.normed, &qkv.weight, Some(&qkv.bias), none, &mut a.qkv);
-        d.attention_paged(config.heads, config.head_width(), segments, &a.qkv, k, v, &mut a.attended);
+        d.attention_paged(config.heads, config.head_width(), places, &a.qkv, k, v, &mut a.attended);
         see(Product::Out, &a.attended);
         d.packed_linear_residual(m, &a.attended, &out.weight, Some(&out.bias), &a.stream, &mut a.mid);
         if config.post_norm {

@@ -36,8 +36,9 @@ pub struct Walk<'a, 'r, D: Device> {
     frame: Decoder<D>,
     batches: Vec<Batch<D>>,
     memory: Memory<D, bf16>,
-    /// Keys and values of one batch in one layer.
+    /// Keys and values of one batch in one layer, in so many pages.
     cache: (D::Buf<bf16>, D::Buf<bf16>),
+    pages: usize,
     stage: Stage,
     /// Matrices that were rounded and not yet asked for.
     ready: BTreeMap<usize, WithError>,
@@ -129,6 +130,7 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
             batches,
             memory,
             cache,
+            pages,
             stage,
             ready,
         })
@@ -173,7 +175,8 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
         if self.config.has_projections() {
             let mut sums = Sums::new(d, self.config.embedding_width)?;
             for batch in &self.batches {
-                self.frame.embed(d, &batch.tokens, &batch.segments(), &mut self.memory);
+                self.frame.put(d, &batch.tokens, &batch.segments(), self.pages, &mut self.memory);
+                self.frame.embed(d, batch.tokens.len(), &mut self.memory);
                 if let Some((_, narrow)) = &self.memory.narrow {
                     sums.add(d, batch.tokens.len(), narrow);
                 }
@@ -186,7 +189,8 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
         }
         for i in 0..self.batches.len() {
             let batch = &mut self.batches[i];
-            self.frame.embed(d, &batch.tokens, &batch.segments(), &mut self.memory);
+            self.frame.put(d, &batch.tokens, &batch.segments(), self.pages, &mut self.memory);
+            self.frame.embed(d, batch.tokens.len(), &mut self.memory);
             std::mem::swap(&mut self.memory.activations.stream, &mut batch.stream);
             self.step();
         }
@@ -234,9 +238,11 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
 
     /// A batch, whose stream is in the memory, through a layer.
     fn forward(&mut self, layer: &Layer<D>, batch: usize, see: &mut dyn FnMut(Product, &D::Buf<bf16>)) {
-        let (d, batch, a) = (self.device, &self.batches[batch], &mut self.memory.activations);
-        let (m, segments, rows) = (batch.tokens.len(), batch.segments(), &mut self.memory.numbers);
-        layer.forward(d, self.config, m, &segments, &mut self.cache, rows, a, see);
+        let (d, batch) = (self.device, &self.batches[batch]);
+        let Memory { places, numbers, activations, .. } = &mut self.memory;
+        places.put(d, &batch.segments(), self.pages);
+        let (m, cache) = (batch.tokens.len(), &mut self.cache);
+        layer.forward(d, self.config, m, places.placed(), cache, numbers, activations, see);
     }
 
     fn head(&mut self) -> Result<()> {

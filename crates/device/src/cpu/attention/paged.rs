@@ -10,7 +10,7 @@ use super::NOTHING;
 use crate::cpu::buffer::Shards;
 use crate::cpu::simd::{Simd, dispatch};
 use crate::cpu::{CpuDevice, Scratch};
-use crate::{Element, PAGE, Segment};
+use crate::{Element, PAGE, Placed};
 
 /// Most queries of one head that walk over the pages together.
 const QUERIES: usize = 6;
@@ -22,15 +22,15 @@ pub(in crate::cpu) fn paged<E: Element>(
     device: &CpuDevice,
     heads: usize,
     width: usize,
-    segments: &[Segment<'_>],
+    places: Placed<'_, CpuDevice>,
     qkv: &[E],
     k_pages: &mut [E],
     v_pages: &mut [E],
     out: &mut [E],
 ) {
-    Segment::check(segments, k_pages.len().min(v_pages.len()) / (heads * width * PAGE));
-    append(device, heads, width, segments, qkv, k_pages, v_pages);
-    let groups = groups(segments);
+    places.check(k_pages.len(), v_pages.len(), heads * width * PAGE);
+    append(device, heads, width, &places, qkv, k_pages, v_pages);
+    let groups = groups(&places);
     let (all, block, padded) = (heads * width, width * PAGE, width.next_multiple_of(16));
     let words = words(width);
     let mut workspace = device.workspace();
@@ -73,19 +73,23 @@ struct Group<'a> {
     pages: &'a [u32],
 }
 
-fn groups<'a>(segments: &[Segment<'a>]) -> Vec<Group<'a>> {
-    let mut groups = Vec::with_capacity(segments.len());
-    let mut row = 0;
-    for s in segments {
-        let (mut position, end) = (s.past, s.past + s.rows);
-        while position < end {
-            let count = QUERIES.min(end - position).min(PAGE - position % PAGE);
-            groups.push(Group { row, position, count, pages: s.pages });
-            row += count;
-            position += count;
+fn groups<'a>(places: &Placed<'a, CpuDevice>) -> Vec<Group<'a>> {
+    let mut groups: Vec<Group<'_>> = Vec::with_capacity(places.rows);
+    for row in 0..places.rows {
+        let (pages, position) = place(places, row);
+        let neighbours = |g: &Group<'_>| std::ptr::eq(g.pages, pages) && g.position + g.count == position;
+        match groups.last_mut().filter(|g| neighbours(g)) {
+            Some(group) if group.count < QUERIES && !position.is_multiple_of(PAGE) => group.count += 1,
+            _ => groups.push(Group { row, position, count: 1, pages }),
         }
     }
     groups
+}
+
+/// A row's pages, behind which there may be those of others, and its position.
+fn place<'a>(places: &Placed<'a, CpuDevice>, row: usize) -> (&'a [u32], usize) {
+    let [first, position] = [0, 1].map(|i| places.words[2 * row + i] as usize);
+    (&places.words[first..], position)
 }
 
 /// Writes the new tokens' keys and values to their places.
@@ -93,23 +97,20 @@ fn append<E: Element>(
     device: &CpuDevice,
     heads: usize,
     width: usize,
-    segments: &[Segment<'_>],
+    places: &Placed<'_, CpuDevice>,
     qkv: &[E],
     k_pages: &mut [E],
     v_pages: &mut [E],
 ) {
     let (all, block) = (heads * width, width * PAGE);
-    let places: Vec<(usize, usize)> = segments
-        .iter()
-        .flat_map(|s| (s.past..s.past + s.rows).map(|i| (s.pages[i / PAGE] as usize, i % PAGE)))
-        .collect();
     let (k_pages, v_pages) = (Shards::new(k_pages), Shards::new(v_pages));
     // Columns of a page of keys share cache lines, so that tokens that follow each other go to one thread.
-    device.pool.for_chunks(heads * places.len(), APPENDED, |range| {
+    device.pool.for_chunks(heads * places.rows, APPENDED, |range| {
         for i in range {
-            let (h, row) = (i / places.len(), i % places.len());
-            let (page, slot) = places[row];
-            let start = (page * heads + h) * block;
+            let (h, row) = (i / places.rows, i % places.rows);
+            let (pages, position) = place(places, row);
+            let slot = position % PAGE;
+            let start = (pages[position / PAGE] as usize * heads + h) * block;
             let source = &qkv[row * 3 * all + h * width..];
             for (d, k) in source[all..all + width].iter().enumerate() {
                 let at = start + d * PAGE + slot;

@@ -5,16 +5,17 @@
 
 const u32 PAGE = 64, WARPS = 4;
 
-/// Of each row: where its sequence's pages begin in `pages`, and its position.
+/// Of each row: where its sequence's pages begin in `places`, and its position. Rows come first there, pages behind them.
 struct Row {
     u32 pages, position;
 };
+__device__ __forceinline__ Row row_of_block(const u32* places) { return {places[2 * blockIdx.x], places[2 * blockIdx.x + 1]}; }
 
 // Page p of the keys is [H][D][PAGE], of the values [H][PAGE][D]. A block for each new token; threads walk over k and v.
 template <class E>
-__device__ void append(const E* qkv, const Row* rows, const u32* pages, u32 heads, u32 width, E* k_pages, E* v_pages) {
-    Row row = rows[blockIdx.x];
-    u64 all = u64(heads) * width, page = pages[row.pages + row.position / PAGE];
+__device__ void append(const E* qkv, const u32* places, u32 heads, u32 width, E* k_pages, E* v_pages) {
+    Row row = row_of_block(places);
+    u64 all = u64(heads) * width, page = places[row.pages + row.position / PAGE];
     u32 slot = row.position % PAGE;
     const E* k = qkv + (u64(blockIdx.x) * 3 + 1) * all;
     for (u32 i = threadIdx.x; i < all; i += blockDim.x) {
@@ -26,18 +27,18 @@ __device__ void append(const E* qkv, const Row* rows, const u32* pages, u32 head
 }
 
 #define APPEND(name, E)                                                                                                  \
-    KERNEL(name, const E* qkv, const Row* rows, const u32* pages, u32 heads, u32 width, E* k_pages, E* v_pages) {        \
-        append(qkv, rows, pages, heads, width, k_pages, v_pages);                                                        \
+    KERNEL(name, const E* qkv, const u32* places, u32 heads, u32 width, E* k_pages, E* v_pages) {        \
+        append(qkv, places, heads, width, k_pages, v_pages);                                                        \
     }
 APPEND(append_f32, float)
 APPEND(append_bf16, bf16)
 
 // A block of WARPS warps for each new token (x) and head (y); C is the columns of a head for each lane, rounded up.
 template <class E, int C>
-__device__ void attend(const E* qkv, const Row* rows, const u32* pages, u32 heads, u32 width, float scale, const E* k_pages,
+__device__ void attend(const E* qkv, const u32* places, u32 heads, u32 width, float scale, const E* k_pages,
                        const E* v_pages, E* out) {
     __shared__ float q[32 * C], p[WARPS][PAGE], mosts[WARPS], weights[WARPS], all_sums[WARPS][32 * C];
-    Row row = rows[blockIdx.x];
+    Row row = row_of_block(places);
     u32 h = blockIdx.y, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u64 all = u64(heads) * width;
     for (u32 c = threadIdx.x; c < width; c += blockDim.x) q[c] = to_f32(qkv[u64(blockIdx.x) * 3 * all + h * width + c]);
@@ -45,7 +46,7 @@ __device__ void attend(const E* qkv, const Row* rows, const u32* pages, u32 head
     float most = NOTHING, weight = 0.0f, sums[C];
     for (int c = 0; c < C; c++) sums[c] = 0.0f;
     for (u32 number = warp; number <= row.position / PAGE; number += WARPS) {
-        u64 block = (u64(pages[row.pages + number]) * heads + h) * width * PAGE;
+        u64 block = (u64(places[row.pages + number]) * heads + h) * width * PAGE;
         const E* k = k_pages + block;
         const E* v = v_pages + block;
         // Later places may hold anything.
@@ -91,9 +92,9 @@ __device__ void attend(const E* qkv, const Row* rows, const u32* pages, u32 head
 }
 
 #define ATTEND(name, E, C)                                                                                            \
-    KERNEL(name, const E* qkv, const Row* rows, const u32* pages, u32 heads, u32 width, float scale, const E* k_pages, \
+    KERNEL(name, const E* qkv, const u32* places, u32 heads, u32 width, float scale, const E* k_pages, \
            const E* v_pages, E* out) {                                                                                 \
-        attend<E, C>(qkv, rows, pages, heads, width, scale, k_pages, v_pages, out);                                    \
+        attend<E, C>(qkv, places, heads, width, scale, k_pages, v_pages, out);                                    \
     }
 ATTEND(attend_f32_64, float, 2)
 ATTEND(attend_f32_128, float, 4)
