@@ -328,10 +328,11 @@ fn kill_9_of_any_rank_at_any_moment_leaves_a_whole_checkpoint() {
         });
         for (last, error) in ends {
             newest = newest.max(last);
-            let expected = match victim {
-                0 => ["rank 0 did not begin it", "rank 0 did not finish the checkpoint"],
-                1 => ["no part came from these ranks: 1", "rank 0"],
-                _ => ["no part came from these ranks: 2", "rank 0"],
+            // On a busy machine another rank may be late too.
+            let expected: &[&str] = match victim {
+                0 => &["rank 0 did not begin it", "rank 0 did not finish the checkpoint"],
+                1 => &["no part came from these ranks: 1", "rank 0"],
+                _ => &["no part came from these ranks: 2", "no part came from these ranks: 1, 2", "rank 0"],
             };
             assert!(expected.iter().any(|part| error.contains(part)), "round {round}: {error}");
         }
