@@ -204,8 +204,8 @@ fn what_cannot_be_repeated_is_refused() {
         same(&format!("round {round}"), &sequence.repeated(&device, round), &want);
     }
     assert_eq!(started(&device), Some(2));
-    // A buffer that ends among them: what named it does not come again.
-    let mut parts: Vec<ChipBuf<f32>> = (0..4).map(|_| put(&device, &[1.0f32; 4])).collect();
+    // A buffer that ends among them: what named it does not come again. Two end in each turn, when notes are taken and then.
+    let mut parts: Vec<ChipBuf<f32>> = (0..8).map(|_| put(&device, &[1.0f32; 4])).collect();
     for _ in 0..4 {
         device.repeated(&mut || drop(parts.pop()));
     }
