@@ -26,7 +26,7 @@ pub struct Options {
     /// Tokens that a draft guesses at most, ahead of each text.
     pub draft_tokens: usize,
     /// How long texts that are being generated may wait for a piece of a prompt, which is made shorter for it, but not shorter
-    /// than some tens of tokens. Absent: prompts are read as fast as can be.
+    /// than some tens of tokens, nor than eight for each of the texts. Absent: prompts are read as fast as can be.
     pub pause: Option<Duration>,
 }
 
@@ -44,7 +44,7 @@ impl Options {
 pub const DRAFT_TOKENS: usize = 8;
 
 /// Tokens of a step: enough for products to be limited by arithmetic, few enough that those who generate hardly wait.
-const TOKENS: usize = 512;
+const TOKENS: usize = 1024;
 /// Rows whose logits are computed at a time.
 const HEAD_ROWS: usize = 128;
 
@@ -205,7 +205,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
     /// When the device fails. No request can go on then.
     pub fn step(&mut self) -> Result<Vec<(u64, Event)>> {
         let start = Instant::now();
-        let mut plan = self.scheduler.plan(self.pace.beside());
+        let mut plan = self.scheduler.plan(|texts| self.pace.beside(texts));
         if !plan.work.is_empty() {
             self.cache.copy(&self.device, &plan.copies);
             let guesses = self.guess(&mut plan)?;

@@ -1,13 +1,14 @@
 //! How many tokens of prompts a step reads beside texts that are being generated.
 //!
 //! A step gives every text its next token when all of it is computed, so a long piece of a prompt makes all of them wait.
-//! Short pieces cost speed: each step reads all weights, whatever it computes.
+//! Short pieces make those wait who have no token yet: every step reads all weights and computes a token of all the others first.
 
 use std::time::Duration;
 
 /// Tokens that are read in any case: fewer would hardly be faster, since products are limited by reading weights then.
 const LEAST: usize = 64;
-/// A step says what a token of a prompt takes when so many of its rows are tokens of prompts, for one that is not.
+/// As many for each text, however long that takes: where texts are so many that they fill the pause themselves, those without a
+/// token yet have most of each step. A step of which so much is prompts says what a token of them takes.
 const MOSTLY: usize = 8;
 /// Weight of the newest measurement.
 const NEWEST: f64 = 0.3;
@@ -26,13 +27,11 @@ impl Pace {
         Pace { pause, seconds: 0.0 }
     }
 
-    /// Tokens of prompts in a step that has texts to generate too.
-    pub(crate) fn beside(&self) -> usize {
-        match self.pause {
-            None => usize::MAX,
-            Some(pause) if self.seconds > 0.0 => ((pause.as_secs_f64() / self.seconds) as usize).max(LEAST),
-            Some(_) => LEAST,
-        }
+    /// Tokens of prompts in a step that has so many texts to generate too.
+    pub(crate) fn beside(&self, texts: usize) -> usize {
+        let Some(pause) = self.pause else { return usize::MAX };
+        let in_time = if self.seconds > 0.0 { (pause.as_secs_f64() / self.seconds) as usize } else { 0 };
+        in_time.max(LEAST).max(MOSTLY * texts)
     }
 
     /// Notes how long a step took with so many tokens of prompts, and other rows.
@@ -57,7 +56,7 @@ mod tests {
         let mut make = |prompts: usize, texts: usize| {
             let time = step + token * prompts as f64 + text * texts as f64;
             pace.took(prompts, texts, Duration::from_secs_f64(time / 1e3));
-            pace.beside().min(512)
+            pace.beside(texts).min(512)
         };
         assert_eq!(make(0, 1), LEAST, "careful at first; texts say nothing of prompts");
         let mut prompts = make(512, 0);
@@ -72,13 +71,18 @@ mod tests {
     fn prompts_add_the_pause_to_steps_where_they_can() {
         let (prompts, added) = settle(100, 10.0, 0.5, 4, 1.0);
         assert!((160..=200).contains(&prompts) && (80.0..=100.0).contains(&added), "{prompts}, {added} ms");
-        let (prompts, added) = settle(100, 10.0, 0.5, 100, 3.0);
+        let (prompts, added) = settle(100, 10.0, 0.5, 16, 1.0);
         assert!(
             (160..=200).contains(&prompts),
-            "many texts are no reason to read less: {prompts}, {added} ms"
+            "what texts take is no reason to read less: {prompts}, {added} ms"
+        );
+        assert_eq!(
+            settle(100, 10.0, 0.5, 40, 3.0).0,
+            40 * MOSTLY,
+            "those that wait come before those that have some"
         );
         assert_eq!(settle(100, 5.0, 0.01, 4, 1.0).0, 512, "all that a step may have");
         assert_eq!(settle(100, 900.0, 30.0, 4, 100.0).0, LEAST, "a large model goes on all the same");
-        assert_eq!(Pace::new(None).beside(), usize::MAX);
+        assert_eq!(Pace::new(None).beside(1), usize::MAX);
     }
 }

@@ -224,15 +224,15 @@ impl Scheduler {
         self.sequences.values().filter(|s| s.running).count()
     }
 
-    /// The next step, which reads at most `beside` tokens of prompts if it has texts to generate too. Nothing to compute: no
-    /// work. It must be carried out and then reported with [`Scheduler::done`].
-    pub fn plan(&mut self, beside: usize) -> Plan {
+    /// The next step, which reads at most `beside(texts)` tokens of prompts if it has so many texts to generate too. Nothing to
+    /// compute: no work. It must be carried out and then reported with [`Scheduler::done`].
+    pub fn plan(&mut self, beside: impl Fn(usize) -> usize) -> Plan {
         let mut plan = Plan::default();
         let keys: Vec<Key> = self.sequences.keys().copied().collect();
         // A sequence that generates gets its token in each step, however long an older one's prompt is.
         let mut kept = self.generating(&keys);
         let all = self.limits.tokens;
-        let mut left = if kept > 0 { all.min(kept.saturating_add(beside)) } else { all };
+        let mut left = if kept > 0 { all.min(kept.saturating_add(beside(kept))) } else { all };
         for (i, key) in keys.iter().enumerate() {
             let (sequence, preemptions) = (&self.sequences[key], self.preemptions);
             kept -= usize::from(sequence.generates());

@@ -63,7 +63,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N")]
     cache_tokens: Option<usize>,
     /// Milliseconds that texts being generated may wait while new prompts are read, which is done in pieces for it, of 64 tokens
-    /// at least. Larger pieces are faster for the prompts
+    /// at least, and of 8 for each text. Larger pieces are faster for the prompts
     #[arg(long, value_name = "MS", default_value_t = 250)]
     pause_ms: u64,
     /// Prompts that may wait for a model; more are refused

@@ -265,7 +265,9 @@ fn a_run_goes_on_in_another_layout() {
 #[test]
 fn bf16_runs_on_many_ranks_stay_near() {
     let lab = Lab::new();
-    for weights in ["split", "bf16-stochastic"] {
+    for (weights, ways) in
+        [("split", [[1, 4, 1, 1], [2, 1, 2, 1]]), ("bf16-stochastic", [[2, 2, 1, 1], [1, 2, 1, 2]])]
+    {
         let mut set = common(false);
         set.extend(["run.precision=bf16".into(), format!("run.weights={weights}")]);
         let losses = |name: &str, layout: Option<Layout>| {
@@ -276,8 +278,7 @@ fn bf16_runs_on_many_ranks_stay_near() {
             lab.metric(&name, "loss")
         };
         let one = losses("one", None);
-        for (number, way) in [[1, 4, 1, 1], [2, 2, 1, 1], [2, 1, 2, 1], [1, 2, 1, 2]].into_iter().enumerate()
-        {
+        for (number, way) in ways.into_iter().enumerate() {
             let many = losses(&number.to_string(), Some(layout(way, NONE, 2)));
             for ((step, a), (_, b)) in one.iter().zip(&many) {
                 assert!(

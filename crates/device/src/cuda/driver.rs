@@ -175,11 +175,6 @@ impl Gpu {
         &self.functions
     }
 
-    /// Its context, which tells it from other GPUs.
-    pub(super) fn context(&self) -> Handle {
-        self.context
-    }
-
     /// The stream of all work, or the one that records it.
     pub(super) fn stream(&self) -> Handle {
         self.recording().unwrap_or(self.stream)

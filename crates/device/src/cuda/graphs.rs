@@ -37,8 +37,8 @@ thread_local! {
 
 /// What operations would start, or are starting, in order.
 struct Notes {
-    /// Of which GPU, by its context.
-    context: Handle,
+    /// Of which device: two may share a GPU, and with it its context.
+    gpu: *const Gpu,
     words: Vec<u64>,
     /// Where they are recorded; null while they are only noted.
     recording: Handle,
@@ -57,7 +57,7 @@ pub(super) enum Noted {
 
 impl Gpu {
     fn with_notes<R>(&self, f: impl FnOnce(&mut Notes) -> R) -> Option<R> {
-        NOTES.with_borrow_mut(|notes| notes.as_mut().filter(|notes| notes.context == self.context()).map(f))
+        NOTES.with_borrow_mut(|notes| notes.as_mut().filter(|notes| std::ptr::eq(notes.gpu, self)).map(f))
     }
 
     /// To be called by every operation before it starts something, with all that decides what that does. Returns whether it
@@ -103,12 +103,7 @@ impl Gpu {
                 NOTES.take();
             }
         }
-        NOTES.set(Some(Notes {
-            context: self.context(),
-            words: Vec::new(),
-            recording: stream,
-            stale: false,
-        }));
+        NOTES.set(Some(Notes { gpu: self, words: Vec::new(), recording: stream, stale: false }));
         let end = End;
         work();
         let notes = NOTES.take();

@@ -141,10 +141,14 @@ impl Client {
 
     /// A number of the metrics.
     pub fn metric(&self, start: &str) -> f64 {
+        self.metric_if_any(start).unwrap_or_else(|| panic!("there is no {start}"))
+    }
+
+    /// The same; counters are absent before they count.
+    pub fn metric_if_any(&self, start: &str) -> Option<f64> {
         let answer = self.get("/metrics");
-        let line = answer.text().lines().find(|line| line.starts_with(start));
-        line.and_then(|line| line.rsplit(' ').next()?.parse().ok())
-            .unwrap_or_else(|| panic!("{start}: {}", answer.text()))
+        let line = answer.text().lines().find(|line| line.starts_with(start))?;
+        line.rsplit(' ').next()?.parse().ok()
     }
 }
 

@@ -159,7 +159,11 @@ fn the_drain_completes_what_was_taken_and_takes_nothing_new() {
     let mut streams: Vec<_> = (0..8).map(|_| client.begin("/v1/completions", &long)).collect();
     // Four are computed, the others wait; all were taken.
     streams[0].until("data: {");
-    until("they are there", || client.metric("ferropt_requests_in_flight") >= 8.0);
+    let done = "ferropt_requests_total{route=\"/v1/completions\",status=\"200\"}";
+    until("they are there", || {
+        let done = client.metric_if_any(done).unwrap_or(0.0);
+        client.metric("ferropt_requests_in_flight") + done >= 8.0
+    });
     let stopping = std::thread::spawn(move || server.stop(Duration::from_secs(60)));
     until("it stops", || client.get("/ready").json()["status"] == "stopping");
     let late = client.try_post("/v1/completions", &words(1).to_string());

@@ -16,6 +16,8 @@ use crate::{Element, PAGE, Placed};
 const QUERIES: usize = 6;
 /// Keys and values of so many tokens and heads are appended by one thread.
 const APPENDED: usize = 64;
+/// And so many at most are written together: as many as have their keys in the first-level cache.
+const TOGETHER: usize = 16;
 
 /// [`crate::Device::attention_paged`].
 pub(in crate::cpu) fn paged<E: Element>(
@@ -106,21 +108,33 @@ fn append<E: Element>(
     let (k_pages, v_pages) = (Shards::new(k_pages), Shards::new(v_pages));
     // Columns of a page of keys share cache lines, so that tokens that follow each other go to one thread.
     device.pool.for_chunks(heads * places.rows, APPENDED, |range| {
-        for i in range {
+        let mut i = range.start;
+        while i < range.end {
             let (h, row) = (i / places.rows, i % places.rows);
             let (pages, position) = place(places, row);
             let slot = position % PAGE;
+            let neighbours = |n: usize| {
+                let (others, at) = place(places, row + n);
+                std::ptr::eq(others, pages) && at == position + n
+            };
+            let most = TOGETHER.min(PAGE - slot).min(range.end - i).min(places.rows - row);
+            let count = (1..most).find(|n| !neighbours(*n)).unwrap_or(most);
             let start = (pages[position / PAGE] as usize * heads + h) * block;
-            let source = &qkv[row * 3 * all + h * width..];
-            for (d, k) in source[all..all + width].iter().enumerate() {
+            let rows: [&[E]; TOGETHER] = std::array::from_fn(|n| {
+                &qkv[(row + n.min(count - 1)) * 3 * all + h * width..][..2 * all + width]
+            });
+            for d in 0..width {
                 let at = start + d * PAGE + slot;
                 // SAFETY: every place is written once.
-                let place = unsafe { k_pages.range(at..at + 1) };
-                place[0] = *k;
+                let keys = unsafe { k_pages.range(at..at + count) };
+                keys.iter_mut().zip(&rows).for_each(|(k, row)| *k = row[all + d]);
             }
-            let at = start + slot * width;
-            // SAFETY: as above.
-            unsafe { v_pages.range(at..at + width) }.copy_from_slice(&source[2 * all..2 * all + width]);
+            for (n, row) in rows[..count].iter().enumerate() {
+                let at = start + (slot + n) * width;
+                // SAFETY: as above.
+                unsafe { v_pages.range(at..at + width) }.copy_from_slice(&row[2 * all..]);
+            }
+            i += count;
         }
     });
 }

@@ -12,7 +12,7 @@ use crate::{DType, Element};
 
 /// At most this many rows are multiplied in one pass over the weights: what the L2 cache holds of a block of k of
 /// them. More go block by block, as in training.
-const FEW_ROWS: usize = 64;
+const FEW_ROWS: usize = 128;
 
 /// Words by which weights that are read once are fetched ahead of their use: 32 KiB. A whole panel ahead, as for several tiles of
 /// rows, would be more than the L2 cache holds where k is long.
