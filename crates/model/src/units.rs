@@ -317,7 +317,7 @@ impl<D: Device> Totals<D> {
         let place = &mut places[*next];
         let into = place.goes.0;
         place.settle(device, group, &mut sums.layers[into])?;
-        place.begin(device, group, &sums.layers[l], (l, store))
+        Ok(place.begin(device, group, &sums.layers[l], (l, store)))
     }
 
     /// They are written.
@@ -340,7 +340,7 @@ impl<D: Device> Totals<D> {
         if !ends.coming.is_empty() {
             ends.settle(device, group, sums)?;
         }
-        ends.begin(device, group, &*sums, (0, store))
+        Ok(ends.begin(device, group, &*sums, (0, store)))
     }
 
     /// They are written.
@@ -372,11 +372,11 @@ impl<U: Unit<D, f32>, D: Device> Scattering<U, D> {
         group: &Group,
         sums: &impl Unit<D, f32>,
         goes: (usize, Store),
-    ) -> Result<(&mut U, Store)> {
+    ) -> (&mut U, Store) {
         let open = std::mem::replace(&mut self.open, true);
         self.goes = goes;
         if group.size() > 1 {
-            return Ok((&mut self.unit, Store::Overwrite));
+            return (&mut self.unit, Store::Overwrite);
         }
         // What a single rank has summed goes on where it stands, with the bits that it would have if it were not moved.
         if goes.1 == Store::Accumulate && !open {
@@ -386,7 +386,7 @@ impl<U: Unit<D, f32>, D: Device> Scattering<U, D> {
             }
         }
         self.goes.1 = Store::Overwrite;
-        Ok((&mut self.unit, goes.1))
+        (&mut self.unit, goes.1)
     }
 
     fn start(&mut self, device: &D, group: &Group, label: Label) -> Result<()> {

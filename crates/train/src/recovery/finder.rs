@@ -13,8 +13,9 @@ use std::fmt;
 pub struct Finding {
     /// Rank that found it.
     pub rank: usize,
-    /// When it was computed: tensors are counted from the weights on. Of what several ranks find, the first is the cause.
-    pub order: usize,
+    /// When it was computed: in which micro-batch of the rank's, from 1 on, in which stage on the way through a pipeline and back,
+    /// as which tensor there. Weights are before all. Of what several ranks find, the first is the cause.
+    pub order: [usize; 3],
     /// What kind of tensor.
     pub place: Place,
     /// Layer, where the tensor belongs to one.
@@ -70,8 +71,8 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Makes the passes of a step once more, with the same masks, and looks at every tensor. `load` fills the micro-batch of
-/// a number below `micro_batches`, and says the keys of its masks. Gradients of the step are overwritten.
+/// Makes the passes of a step once more, with the same masks, and looks at every tensor of stage `stage` of `stages`. `load` fills
+/// the micro-batch of a number below `micro_batches`, and says the keys of its masks. Gradients of the step are overwritten.
 ///
 /// `None` if each micro-batch is finite by itself; then only their sum is not. All passes are made whatever is found, so that
 /// ranks that share a model stay together.
@@ -83,16 +84,19 @@ pub fn find<D: Device, E: Element>(
     model: &Model<D, E>,
     backprop: &mut Backprop<D, E>,
     (micro_batches, seq, scale): (usize, usize, f32),
+    (stage, stages): (usize, usize),
     mut load: impl FnMut(usize, &mut Batch) -> Result<Pass>,
 ) -> Result<Option<Finding>> {
     let mut found = in_weights(device, model);
-    let mut order = 0;
+    let mut count = 0;
     let mut batch = Batch::default();
     for micro_batch in 0..micro_batches {
         let pass = load(micro_batch, &mut batch)?;
         let mut look = |written: Written<'_, D, E>| {
-            order += 1;
+            count += 1;
             if found.is_none() {
+                let way = if written.role == Role::Activation { stage } else { 2 * stages - 1 - stage };
+                let order = [micro_batch + 1, way, count];
                 found = in_tensor(device, &written, micro_batch, seq).map(|found| Finding { order, ..found });
             }
         };
@@ -116,7 +120,7 @@ fn in_weights<D: Device, E: Element>(device: &D, model: &Model<D, E>) -> Option<
         let width = if parameter.is_matrix() { parameter.shape[1] } else { 1 };
         Some(Finding {
             rank: 0,
-            order: 0,
+            order: [0; 3],
             place: Place::Weight,
             layer: None,
             tensor: parameter.names.join(", "),
@@ -148,7 +152,7 @@ fn in_tensor<D: Device, E: Element>(
     };
     let (layer, tensor, value) = (written.layer, written.name.into(), value.to_string());
     let micro_batch = Some(micro_batch);
-    Some(Finding { rank: 0, order: 0, place, layer, tensor, row, column, value, micro_batch, token })
+    Some(Finding { rank: 0, order: [0; 3], place, layer, tensor, row, column, value, micro_batch, token })
 }
 
 /// The first element that is not finite.

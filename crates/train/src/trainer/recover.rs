@@ -70,7 +70,8 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
             self.data.train.batch(first, r.micro_batch, batch)?;
             Ok(Pass { seed: r.config.run.seed, step: cause.step, first_sequence })
         };
-        let found = find(&self.device, &self.model, &mut self.backprop, size, load)?;
+        let stage = (self.mesh.pipeline.rank(), self.mesh.pipeline.size());
+        let found = find(&self.device, &self.model, &mut self.backprop, size, stage, load)?;
         let rank = self.mesh.world.rank();
         let mine = found.map(|f| Finding { rank, micro_batch: f.micro_batch.map(number), ..f });
         let all = self.mesh.all.gather_bytes(Label::new("finding"), &serde_json::to_vec(&mine)?)?;
