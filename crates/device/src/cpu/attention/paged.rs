@@ -77,15 +77,25 @@ struct Group<'a> {
 
 fn groups<'a>(places: &Placed<'a, CpuDevice>) -> Vec<Group<'a>> {
     let mut groups: Vec<Group<'_>> = Vec::with_capacity(places.rows);
-    for row in 0..places.rows {
+    let mut row = 0;
+    while row < places.rows {
         let (pages, position) = place(places, row);
-        let neighbours = |g: &Group<'_>| std::ptr::eq(g.pages, pages) && g.position + g.count == position;
-        match groups.last_mut().filter(|g| neighbours(g)) {
-            Some(group) if group.count < QUERIES && !position.is_multiple_of(PAGE) => group.count += 1,
-            _ => groups.push(Group { row, position, count: 1, pages }),
-        }
+        let count = neighbours(places, row, QUERIES.min(places.rows - row));
+        groups.push(Group { row, position, count, pages });
+        row += count;
     }
     groups
+}
+
+/// How many rows from `row` on, of `most` that there are, follow each other in a text and lie in the same page.
+fn neighbours(places: &Placed<'_, CpuDevice>, row: usize, most: usize) -> usize {
+    let (pages, position) = place(places, row);
+    let follows = |n: usize| {
+        let (others, at) = place(places, row + n);
+        std::ptr::eq(others, pages) && at == position + n
+    };
+    let most = most.min(PAGE - position % PAGE);
+    (1..most).find(|n| !follows(*n)).unwrap_or(most)
 }
 
 /// A row's pages, behind which there may be those of others, and its position.
@@ -113,12 +123,8 @@ fn append<E: Element>(
             let (h, row) = (i / places.rows, i % places.rows);
             let (pages, position) = place(places, row);
             let slot = position % PAGE;
-            let neighbours = |n: usize| {
-                let (others, at) = place(places, row + n);
-                std::ptr::eq(others, pages) && at == position + n
-            };
-            let most = TOGETHER.min(PAGE - slot).min(range.end - i).min(places.rows - row);
-            let count = (1..most).find(|n| !neighbours(*n)).unwrap_or(most);
+            let most = TOGETHER.min(range.end - i).min(places.rows - row);
+            let count = neighbours(places, row, most);
             let start = (pages[position / PAGE] as usize * heads + h) * block;
             let rows: [&[E]; TOGETHER] = std::array::from_fn(|n| {
                 &qkv[(row + n.min(count - 1)) * 3 * all + h * width..][..2 * all + width]
