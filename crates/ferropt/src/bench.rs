@@ -2,6 +2,7 @@
 
 use crate::model::{weight_cache, weights};
 use ferropt_device::{WeightFormat, Which};
+use ferropt_model::Offload;
 use ferropt_train::bench::inference::{Inference, WeightsOf, inference};
 use ferropt_train::bench::{Training, training};
 use ferropt_train::config::{Precision, Recompute};
@@ -95,6 +96,9 @@ struct TrainArgs {
     /// What computes: cpu, cuda or cuda:N (the N-th GPU)
     #[arg(long, value_name = "DEVICE", default_value_t)]
     device: Which,
+    /// What a GPU keeps in its host's memory: none, optimizer or all
+    #[arg(long, value_name = "WHAT", default_value = "none", value_parser = offload)]
+    offload: Offload,
     /// Threads; all available unless given
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -110,7 +114,8 @@ const EXAMPLES: &str = "\
 Examples:
   ferropt bench train
   ferropt bench train --preset tiny --seq 128 --steps 10
-  ferropt bench train --precision f32 --dropout 0.1 --json";
+  ferropt bench train --precision f32 --dropout 0.1 --json
+  ferropt bench train --preset 13b --device cuda --offload all";
 
 fn precision(text: &str) -> Result<Precision, String> {
     match text {
@@ -126,6 +131,15 @@ fn recompute(text: &str) -> Result<Recompute, String> {
         "selective" => Ok(Recompute::Selective),
         "full" => Ok(Recompute::Full),
         _ => Err("expected none, selective or full".into()),
+    }
+}
+
+fn offload(text: &str) -> Result<Offload, String> {
+    match text {
+        "none" => Ok(Offload::None),
+        "optimizer" => Ok(Offload::Optimizer),
+        "all" => Ok(Offload::All),
+        _ => Err("expected none, optimizer or all".into()),
     }
 }
 
@@ -162,6 +176,7 @@ fn train(args: TrainArgs) -> anyhow::Result<()> {
         recompute: args.recompute.into(),
         dropout: args.dropout,
         device: args.device,
+        offload: args.offload,
         threads: args.threads,
         steps: args.steps,
     })?;

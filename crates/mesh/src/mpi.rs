@@ -52,6 +52,7 @@ pub(crate) struct Mpi {
     recv: Symbol<Recv>,
     world: Handle,
     byte: Handle,
+    any_source: c_int,
     rank: usize,
     size: usize,
     version: String,
@@ -59,6 +60,9 @@ pub(crate) struct Mpi {
     sending: Vec<VecDeque<Sending>>,
     /// What has come of a message and is not read yet.
     left: Vec<(Vec<u8>, usize)>,
+    /// No message was there from any rank, and nothing has happened since. To look for each rank's costs as much as to look for
+    /// any, and where more ranks than processors wait, each look gives the processor away.
+    silent: bool,
     idle: Duration,
     called: Arc<(Mutex<bool>, Condvar)>,
     /// Never unloaded: its threads may outlive what is called here.
@@ -104,12 +108,14 @@ impl Mpi {
             let address = unsafe { library.get::<*mut c_void>(name.as_bytes()) };
             Ok(address.with_context(|| symbol(name))?.into_raw() as Handle)
         };
-        let (world, byte, errors_return) = match open_mpi {
+        let (world, byte, errors_return, any_source) = match open_mpi {
             true => {
-                (object("ompi_mpi_comm_world")?, object("ompi_mpi_byte")?, object("ompi_mpi_errors_return")?)
+                let [world, byte, errors_return] =
+                    ["ompi_mpi_comm_world", "ompi_mpi_byte", "ompi_mpi_errors_return"].map(object);
+                (world?, byte?, errors_return?, -1)
             }
             // Values of the interface that MPICH's family has agreed on.
-            false => (0x4400_0000, 0x4c00_010d, 0x5400_0001),
+            false => (0x4400_0000, 0x4c00_010d, 0x5400_0001, -2),
         };
 
         let mut provided = 0;
@@ -147,11 +153,13 @@ impl Mpi {
             recv: function!(Recv, "MPI_Recv"),
             world,
             byte,
+            any_source,
             rank,
             size,
             version,
             sending: (0..size).map(|_| VecDeque::new()).collect(),
             left: (0..size).map(|_| (Vec::new(), 0)).collect(),
+            silent: false,
             idle: SHORTEST,
             called: Arc::default(),
             _library: library,
@@ -164,6 +172,20 @@ impl Mpi {
 
     pub(crate) fn size(&self) -> usize {
         self.size
+    }
+
+    /// The size of the next message of a rank, or of any, if there is one.
+    fn next(&self, from: c_int) -> io::Result<Option<c_int>> {
+        let (mut there, mut status, mut count) = (0, Status::default(), 0);
+        // SAFETY: everything outlives the calls.
+        unsafe {
+            check((self.iprobe)(from, TAG, self.world, &mut there, &mut status), "MPI_Iprobe")?;
+            if there == 0 {
+                return Ok(None);
+            }
+            check((self.get_count)(&status, self.byte, &mut count), "MPI_Get_count")?;
+        }
+        Ok(Some(count.max(0)))
     }
 
     /// Forgets messages that have been sent.
@@ -227,24 +249,20 @@ impl Transport for Mpi {
         check(code, "MPI_Isend")?;
         let sent = bytes.len();
         self.sending[to].push_back(Sending { request, _bytes: bytes });
-        self.idle = SHORTEST;
+        (self.silent, self.idle) = (false, SHORTEST);
         Ok(sent)
     }
 
     fn read(&mut self, from: usize, into: &mut [u8]) -> io::Result<usize> {
-        let (left, at) = &mut self.left[from];
-        if *at == left.len() {
-            let (mut there, mut status, mut count) = (0, Status::default(), 0);
-            // SAFETY: everything outlives the calls.
-            unsafe {
-                let code = (self.iprobe)(from as c_int, TAG, self.world, &mut there, &mut status);
-                check(code, "MPI_Iprobe")?;
-                if there == 0 {
-                    return Ok(0);
-                }
-                check((self.get_count)(&status, self.byte, &mut count), "MPI_Get_count")?;
+        if self.left[from].1 == self.left[from].0.len() {
+            self.silent = self.silent || self.next(self.any_source)?.is_none();
+            if self.silent {
+                return Ok(0);
             }
-            let len = count.max(0) as usize;
+            let Some(count) = self.next(from as c_int)? else { return Ok(0) };
+            let (left, at) = &mut self.left[from];
+            let len = count as usize;
+            let mut status = Status::default();
             let direct = len <= into.len();
             if !direct {
                 left.resize(len, 0);
@@ -262,6 +280,7 @@ impl Transport for Mpi {
                 return Ok(len);
             }
         }
+        let (left, at) = &mut self.left[from];
         let count = into.len().min(left.len() - *at);
         into[..count].copy_from_slice(&left[*at..*at + count]);
         *at += count;
@@ -277,6 +296,7 @@ impl Transport for Mpi {
         let called = called.lock().unwrap_or_else(PoisonError::into_inner);
         let time = self.idle.min(at_most);
         self.idle = (self.idle * 2).min(LONGEST);
+        self.silent = false;
         let (mut called, _) = condition
             .wait_timeout_while(called, time, |called| !*called)
             .unwrap_or_else(PoisonError::into_inner);

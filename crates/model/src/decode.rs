@@ -183,19 +183,14 @@ impl<D: Device> Decoder<D> {
         }
         self.put(d, tokens, segments, cache.pages, memory);
         // All that differs between steps of as many rows is in memory now.
-        let mut pass = || {
+        perhaps_repeated(d, m, || {
             self.embed(d, m, memory);
             let (rows, a) = (&mut memory.numbers, &mut memory.activations);
             for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
                 layer.forward(d, &self.config, m, memory.places.placed(), cache, rows, a, &mut |_, _| {});
             }
             self.finish(d, m, memory);
-        };
-        if m <= REPEATED {
-            d.repeated(&mut pass);
-        } else {
-            pass();
-        }
+        });
         Ok(())
     }
 
@@ -285,11 +280,14 @@ impl<D: Device> Decoder<D> {
         memory: &'p mut Memory<D, E>,
     ) -> Result<Logits<'p, D>> {
         let (m, vocab) = (rows.len(), self.config.vocab);
-        self.choose(d, rows, memory)?;
+        memory.put_chosen(d, rows)?;
         if m > 0 {
-            let hidden = memory.narrow.as_ref().map_or(&memory.chosen, |(_, narrow)| narrow);
-            d.packed_linear(m, hidden, &self.tokens, None, Activation::Identity, &mut memory.logits);
-            d.log_sum_exp(m, vocab, &memory.logits, &mut memory.lse, &mut memory.largest);
+            perhaps_repeated(d, m, || {
+                self.choose(d, m, memory);
+                let hidden = memory.narrow.as_ref().map_or(&memory.chosen, |(_, narrow)| narrow);
+                d.packed_linear(m, hidden, &self.tokens, None, Activation::Identity, &mut memory.logits);
+                d.log_sum_exp(m, vocab, &memory.logits, &mut memory.lse, &mut memory.largest);
+            });
         }
         let (mut lse, mut largest) = (vec![0.0; m], vec![0; m]);
         d.download(&memory.lse, 0, &mut lse);
@@ -303,27 +301,32 @@ impl<D: Device> Decoder<D> {
     /// # Errors
     /// When there are more than the memory has room for.
     pub fn hidden<E: Element>(&self, d: &D, rows: &[u32], memory: &mut Memory<D, E>) -> Result<Vec<f32>> {
-        self.choose(d, rows, memory)?;
+        memory.put_chosen(d, rows)?;
+        if !rows.is_empty() {
+            self.choose(d, rows.len(), memory);
+        }
         let hidden = memory.narrow.as_ref().map_or(&memory.chosen, |(_, narrow)| narrow);
         let mut values = vec![E::default(); rows.len() * self.config.embedding_width];
         d.download(hidden, 0, &mut values);
         Ok(values.into_iter().map(E::to_f32).collect())
     }
 
-    /// Brings together what the head reads of some rows, in the embeddings' width.
-    fn choose<E: Element>(&self, d: &D, rows: &[u32], memory: &mut Memory<D, E>) -> Result<()> {
-        let m = rows.len();
-        ensure!(m <= memory.head_rows, "{m} rows are more than the {} of the memory", memory.head_rows);
-        if m == 0 {
-            return Ok(());
-        }
-        let numbers = &mut memory.numbers;
-        d.upload(&mut numbers.tokens, 0, rows);
-        d.embed(m, self.config.width, &numbers.tokens, &memory.activations.normed, None, &mut memory.chosen);
+    /// Brings together what the head reads of the rows that were put, in the embeddings' width.
+    fn choose<E: Element>(&self, d: &D, m: usize, memory: &mut Memory<D, E>) {
+        let (rows, normed) = (&memory.numbers.tokens, &memory.activations.normed);
+        d.embed(m, self.config.width, rows, normed, None, &mut memory.chosen);
         if let (Some((_, narrow)), Some((_, weight))) = (&mut memory.narrow, &self.projections) {
             d.packed_linear(m, &memory.chosen, weight, None, Activation::Identity, narrow);
         }
-        Ok(())
+    }
+}
+
+/// Runs operations on `m` rows, in such a way that they are started at once where as many are likely to come again.
+fn perhaps_repeated<D: Device>(d: &D, m: usize, mut work: impl FnMut()) {
+    if m <= REPEATED {
+        d.repeated(&mut work);
+    } else {
+        work();
     }
 }
 
@@ -426,6 +429,14 @@ impl<D: Device, E: Element> Memory<D, E> {
             lse: device.alloc(head_rows)?,
             largest: device.alloc(head_rows)?,
         })
+    }
+
+    /// Uploads the numbers of rows that something is wanted of.
+    fn put_chosen(&mut self, device: &D, rows: &[u32]) -> Result<()> {
+        let m = rows.len();
+        ensure!(m <= self.head_rows, "{m} rows are more than the {} of the memory", self.head_rows);
+        device.upload(&mut self.numbers.tokens, 0, rows);
+        Ok(())
     }
 
     /// Most tokens of a call.

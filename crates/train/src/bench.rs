@@ -52,6 +52,8 @@ pub struct Training {
     pub dropout: f64,
     /// What computes.
     pub device: Which,
+    /// What a GPU keeps in its host's memory.
+    pub offload: Offload,
     /// Threads; all available unless given.
     pub threads: Option<usize>,
     /// Steps to measure; one more goes before them.
@@ -120,7 +122,11 @@ pub fn training(wanted: &Training) -> Result<Report> {
         "--micro-batch {batch} does not divide --batch {sequences}; use for example {}",
         micro_batch(sequences, seq)
     );
-    let (recompute, offload) = (wanted.recompute, Offload::None);
+    let (recompute, offload) = (wanted.recompute, wanted.offload);
+    ensure!(
+        wanted.device != Which::Cpu || offload == Offload::None,
+        "--offload and --device cpu contradict each other: a processor's memory is the host's; use --device cuda"
+    );
     let options = Options { batch, seq, recompute, stop_at_documents: false, offload };
     let device = Timed::new(open_device(wanted.device, wanted.threads)?);
     match wanted.precision {
@@ -144,7 +150,7 @@ fn measure<E: Element>(
         seed: SEED,
     };
     let mut peak = device.measured_peak::<E>();
-    let mut model = Model::<_, E>::zeros(device, &config)?;
+    let mut model = Model::<_, E>::part(device, &config, Part::WHOLE, options.offload)?;
     let mut optimizer = Optimizer::new(device, &model, settings)?;
     optimizer.initialise(device, &mut model, SEED);
     let mut backprop = Backprop::new(device, &config, options)?;
@@ -275,6 +281,7 @@ mod tests {
             recompute: Recompute::Full,
             dropout: 0.1,
             device: Which::Cpu,
+            offload: Offload::None,
             threads: Some(1),
             steps: 2,
         }
@@ -301,6 +308,7 @@ mod tests {
             (Training { micro_batch: Some(3), ..wanted() }, &["--micro-batch 3", "--batch 4"]),
             (Training { seq: 5000, ..wanted() }, &["--seq 5000", "2048"]),
             (Training { dropout: 1.0, ..wanted() }, &["--dropout", "1"]),
+            (Training { offload: Offload::All, ..wanted() }, &["--offload", "--device cpu", "--device cuda"]),
             (Training { preset: "125".into(), ..wanted() }, &["125m"]),
         ] {
             let message = training(&wrong).unwrap_err().to_string();

@@ -343,8 +343,7 @@ pub(super) fn each_task(
 ) {
     let groups = a_panels.div_ceil(group.clamp(1, a_panels));
     let group = a_panels.div_ceil(groups);
-    // Small enough that threads finish together, large enough that a task is not all overhead.
-    let span = (b_panels * groups / (16 * device.threads())).clamp(1, 4);
+    let span = span(device, b_panels * groups);
     let spans = b_panels.div_ceil(span);
     device.pool.for_neighbours(groups * spans, |at, thread| {
         let a = at / spans * group..((at / spans + 1) * group).min(a_panels);
@@ -353,10 +352,27 @@ pub(super) fn each_task(
     });
 }
 
+/// B panels of a task of [`each_task`]: few enough that threads finish together, enough that a task is not all overhead.
+fn span(device: &CpuDevice, panels: usize) -> usize {
+    (panels / (16 * device.threads())).clamp(1, 4)
+}
+
+/// The B panel that a thread begins with in [`each_task`], of so many, where all panels of A are in one group.
+pub(super) fn first_panel(device: &CpuDevice, b_panels: usize, thread: usize) -> usize {
+    let span = span(device, b_panels);
+    device.pool.share(b_panels.div_ceil(span), thread).start * span
+}
+
 /// Multiply-accumulate of one unit.
 pub(super) trait Mac<S: Simd>: Copy {
     /// Units of B in a word of its panels.
     const IN_WORD: usize = 1;
+
+    /// [`Simd::within`], with the instructions that this needs.
+    #[inline(always)]
+    fn within<R>(s: S, f: impl FnOnce(S) -> R) -> R {
+        s.within(f)
+    }
 
     /// Unit `which` of the first `LANES` words of a panel.
     #[inline(always)]
@@ -404,8 +420,14 @@ pub(super) struct Dot;
 
 impl Mac<Avx512> for Dot {
     #[inline(always)]
+    fn within<R>(_: Avx512, f: impl FnOnce(Avx512) -> R) -> R {
+        // SAFETY: only used where the processor has AVX-512 BF16.
+        unsafe { with_avx512_bf16(f) }
+    }
+
+    #[inline(always)]
     fn mac(_: Avx512, a: __m512, b: __m512, c: __m512) -> __m512 {
-        // SAFETY: only used through `with_avx512_bf16`; the types only rename 512 bits.
+        // SAFETY: only used where the processor has AVX-512 BF16; the types only rename 512 bits.
         unsafe {
             _mm512_dpbf16_ps(
                 c,
@@ -418,8 +440,26 @@ impl Mac<Avx512> for Dot {
 
 /// `out[MR, NV * LANES] = a * b`, or with `add` `out += a * b`, over packed panels `a` [units, MR] and
 /// `b` [units / M::IN_WORD, NV * LANES]. Meanwhile `next` is brought to the second-level cache.
+///
+/// Not inlined: there is one for each tile, whatever happens to its results.
+#[inline(never)]
+fn micro_kernel<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(
+    s: S,
+    a: &[u32],
+    b: &[u32],
+    next: &[u32],
+    add: bool,
+    out: &mut [f32],
+) {
+    M::within(
+        s,
+        #[inline(always)]
+        |s| multiply_tile::<S, M, MR, NV>(s, a, b, next, add, out),
+    );
+}
+
 #[inline(always)]
-pub(super) fn micro_kernel<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(
+fn multiply_tile<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(
     s: S,
     a: &[u32],
     b: &[u32],

@@ -22,7 +22,7 @@ pub(crate) mod pool;
 mod random;
 mod simd;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use buffer::CpuBuf;
 pub use isa::Isa;
@@ -51,6 +51,8 @@ pub struct CpuDevice {
     workspace: Mutex<Workspace>,
     /// Held by the loss while the products that it is made of use `workspace`.
     loss_workspace: Mutex<Workspace>,
+    /// Of the last matrix that few rows were multiplied with: what follows it.
+    before: Mutex<Option<Arc<packed::Next>>>,
 }
 
 /// Memory that kernels use beside their arguments. Each piece grows to the largest size asked for, in the first step,
@@ -92,6 +94,7 @@ impl CpuDevice {
             pool: Pool::new(threads, options.pin),
             workspace: Mutex::default(),
             loss_workspace: Mutex::default(),
+            before: Mutex::default(),
         })
     }
 

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering:
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use super::simd::prefetch_l2;
+
 /// Spins before a waiting worker sleeps: tens of microseconds, longer than the gaps between kernels of a step.
 const SPINS: u32 = 20_000;
 
@@ -33,6 +35,28 @@ struct Shared {
     panicked: AtomicBool,
     stop: AtomicBool,
     asleep: Vec<AtomicBool>,
+    ahead: Vec<Ahead>,
+}
+
+/// Addresses that a thread has yet to bring near while it waits, the next one and where they end.
+#[derive(Default)]
+#[repr(align(64))]
+struct Ahead {
+    next: AtomicUsize,
+    end: AtomicUsize,
+}
+
+impl Ahead {
+    /// One round of waiting: another cache line, if any is left.
+    fn wait(&self) {
+        let next = self.next.load(Relaxed);
+        if next < self.end.load(Relaxed) {
+            prefetch_l2(std::ptr::without_provenance::<u8>(next));
+            self.next.store(next + 64, Relaxed);
+        } else {
+            std::hint::spin_loop();
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -61,6 +85,7 @@ impl Pool {
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             asleep: (0..threads).map(|_| AtomicBool::new(false)).collect(),
+            ahead: (0..threads).map(|_| Ahead::default()).collect(),
         });
         let cpus = if pin { allowed_cpus() } else { Vec::new() };
         let workers = (1..threads)
@@ -105,7 +130,7 @@ impl Pool {
         let mut spins = 0u32;
         while s.running.load(Acquire) != 0 {
             spins += 1;
-            if spins > SPINS { std::thread::yield_now() } else { std::hint::spin_loop() }
+            if spins > SPINS { std::thread::yield_now() } else { s.ahead[0].wait() }
         }
         if let Err(panic) = mine {
             std::panic::resume_unwind(panic);
@@ -137,9 +162,8 @@ impl Pool {
             return (0..tasks).for_each(|task| f(task, 0));
         }
         let count = self.threads().min(SHARES);
-        let edge = |i: usize| (tasks * i / count) as u32;
         let shares: [Share; SHARES] =
-            std::array::from_fn(|i| Share::new(edge(i.min(count))..edge((i + 1).min(count))));
+            std::array::from_fn(|i| Share::new(if i < count { self.share(tasks, i) } else { 0..0 }));
         self.run(&|thread| {
             let own = thread % count;
             while let Some(task) = shares[own].first() {
@@ -151,6 +175,23 @@ impl Pool {
                 }
             }
         });
+    }
+
+    /// The tasks that a thread begins with in [`Pool::for_neighbours`].
+    pub fn share(&self, tasks: usize, thread: usize) -> Range<usize> {
+        let count = self.threads().min(SHARES);
+        let own = thread % count;
+        tasks * own / count..tasks * (own + 1) / count
+    }
+
+    /// Which addresses each thread brings to its second-level cache while it waits, from now on.
+    pub fn expect(&self, addresses: impl Fn(usize) -> Range<usize>) {
+        for (thread, ahead) in self.shared.ahead.iter().enumerate() {
+            let Range { start, end } = addresses(thread);
+            ahead.end.store(0, Relaxed);
+            ahead.next.store(start, Relaxed);
+            ahead.end.store(end, Relaxed);
+        }
     }
 
     /// Runs `f(range)` for ranges of `size` (the last may be shorter) that cover `0..len`. The ranges do not depend on
@@ -168,7 +209,7 @@ const SHARES: usize = 64;
 struct Share(AtomicU64);
 
 impl Share {
-    fn new(tasks: Range<u32>) -> Self {
+    fn new(tasks: Range<usize>) -> Self {
         Share(AtomicU64::new((tasks.start as u64) << 32 | tasks.end as u64))
     }
 
@@ -205,7 +246,7 @@ impl Shared {
                 }
                 spins += 1;
                 if spins < SPINS {
-                    std::hint::spin_loop();
+                    self.ahead[id].wait();
                     continue;
                 }
                 // Announce, look again, then sleep: the starter either sees the announcement or we see its epoch.

@@ -23,9 +23,9 @@ use super::driver::{Gpu, Handle};
 /// Says whether sequences that come again are graphs, unless options do.
 const VARIABLE: &str = "FERROPT_CUDA_GRAPHS";
 
-/// Sequences that are remembered; the one that was not used for the longest time makes room. A step has one for each number
-/// of rows that is small enough, with a draft two.
-const KEPT: usize = 128;
+/// Sequences that are remembered; the one that was not used for the longest time makes room. A step has two for each number
+/// of rows that is small enough, its layers and its head, and with a draft as many again.
+const KEPT: usize = 256;
 
 /// CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: what other threads do is not forbidden meanwhile.
 const THREAD_LOCAL: c_uint = 1;

@@ -8,16 +8,38 @@
 
 use super::NOTHING;
 use crate::cpu::buffer::Shards;
-use crate::cpu::simd::{Simd, dispatch};
+use crate::cpu::simd::{Simd, dispatch, prefetch_l2};
 use crate::cpu::{CpuDevice, Scratch};
 use crate::{Element, PAGE, Placed};
 
-/// Most queries of one head that walk over the pages together.
-const QUERIES: usize = 6;
+/// Most queries of one head that walk over the pages together: so many that a page, which comes from the second-level cache or
+/// farther away, is used for longer than it takes to come.
+const QUERIES: usize = 24;
+/// Of these so many at a time have their sums in registers.
+const TILE: usize = 6;
 /// Keys and values of so many tokens and heads are appended by one thread.
 const APPENDED: usize = 64;
 /// And so many at most are written together: as many as have their keys in the first-level cache.
 const TOGETHER: usize = 16;
+
+/// Calls a function for the first of so many rows, at most [`TILE`] of them.
+macro_rules! on_tile {
+    ($rows:expr, $m:ident => $call:expr) => {
+        on_tile!(@ $rows, $m => $call, 1 2 3 4 5; TILE)
+    };
+    (@ $rows:expr, $m:ident => $call:expr, $($count:literal)*; $most:ident) => {
+        match $rows {
+            $($count => {
+                const $m: usize = $count;
+                $call
+            })*
+            _ => {
+                const $m: usize = $most;
+                $call
+            }
+        }
+    };
+}
 
 /// [`crate::Device::attention_paged`].
 pub(in crate::cpu) fn paged<E: Element>(
@@ -45,16 +67,19 @@ pub(in crate::cpu) fn paged<E: Element>(
         let task = tasks - 1 - task;
         let (h, group) = (task / groups.len(), &groups[task % groups.len()]);
         // SAFETY: each thread has its own scratch.
-        let (q, sums) =
-            unsafe { scratch.range(thread * words..(thread + 1) * words) }.split_at_mut(QUERIES * width);
-        for (i, q) in q.chunks_exact_mut(width).take(group.count).enumerate() {
+        let scratch = unsafe { scratch.range(thread * words..(thread + 1) * words) };
+        let (p, scratch) = scratch.split_at_mut(QUERIES * PAGE);
+        let (q, sums) = scratch.split_at_mut(QUERIES * width);
+        for i in 0..group.count {
             let row = &qkv[(group.row + i) * 3 * all + h * width..][..width];
-            q.iter_mut().zip(row).for_each(|(q, x)| *q = x.to_f32());
+            let q = q[i / TILE * TILE * width + i % TILE..].iter_mut().step_by(TILE);
+            q.zip(row).for_each(|(q, x)| *q = x.to_f32());
         }
         let pages =
             |cache| Pages { cache, numbers: group.pages, first: h * block, step: heads * block, block };
         let head = Head { width, padded, position: group.position, q, k: pages(k_pages), v: pages(v_pages) };
-        let results = dispatch!(device.isa, s => head.attend_some(s, group.count, sums));
+        let p = p.as_chunks_mut().0;
+        let results = dispatch!(device.isa, s => head.attend(s, group.count, p, sums));
         for (i, sum) in results[..group.count].iter().enumerate() {
             // SAFETY: each query of each head is one task's.
             let out = unsafe {
@@ -170,45 +195,36 @@ struct Head<'a, E> {
     padded: usize,
     /// Of the first query.
     position: usize,
-    /// Queries, `[count][D]`.
+    /// Queries, `[tile][D][TILE]`.
     q: &'a [f32],
     k: Pages<'a, E>,
     v: Pages<'a, E>,
 }
 
 impl<E: Element> Head<'_, E> {
-    /// [`Head::attend`] of `count` queries.
+    /// Leaves the sum of weighted values of each of `count` queries in `sums`, and returns the sums of the weights. `p` is room
+    /// for probabilities, a page's for each query.
     #[inline(always)]
-    fn attend_some<S: Simd>(&self, s: S, count: usize, sums: &mut [f32]) -> [f32; QUERIES] {
-        match count {
-            1 => self.attend::<S, 1>(s, sums),
-            2 => self.attend::<S, 2>(s, sums),
-            3 => self.attend::<S, 3>(s, sums),
-            4 => self.attend::<S, 4>(s, sums),
-            5 => self.attend::<S, 5>(s, sums),
-            _ => self.attend::<S, QUERIES>(s, sums),
-        }
-    }
-
-    /// Leaves the sum of weighted values of each query in `sums`, and returns the sums of the weights.
-    #[inline(always)]
-    fn attend<S: Simd, const M: usize>(&self, s: S, sums: &mut [f32]) -> [f32; QUERIES] {
+    fn attend<S: Simd>(&self, s: S, count: usize, p: &mut [[f32; PAGE]], sums: &mut [f32]) -> [f32; QUERIES] {
         let Head { width, padded, position, .. } = *self;
         let scale = s.splat(1.0 / (width as f32).sqrt());
-        let (mut max, mut weight) = ([NOTHING; M], [s.zero(); M]);
-        let mut p = [[0.0; PAGE]; M];
-        sums[..M * padded].fill(0.0);
+        let (mut max, mut shrink) = ([NOTHING; QUERIES], [1.0; QUERIES]);
+        let mut weight = [s.zero(); QUERIES];
+        sums[..count * padded].fill(0.0);
         let last = position / PAGE;
         for page in 0..=last {
-            if S::LANES == 16 {
-                scores::<S, E, M, 4>(s, width, self.q, self.k.part(page), &mut p);
-            } else {
-                scores::<S, E, M, 2>(s, width, self.q, self.k.part(page), &mut p);
+            // While keys are read, the page's values are fetched, and meanwhile the next page's keys: pages lie anywhere, so
+            // that the processor cannot guess where reading goes on.
+            let (k, v) = (self.k.part(page), self.v.part(page));
+            let next = if page < last { self.k.part(page + 1) } else { k };
+            for first in (0..count).step_by(TILE) {
+                let (q, p) = (&self.q[first * width..], &mut p[first..count]);
+                let ahead = if first == 0 { v } else { k };
+                on_tile!(p.len(), M => scores::<S, E, M>(s, q, k, ahead, p));
             }
             // Keys of this page that the first query sees; each of the others sees one more.
             let shared = if page == last { position % PAGE + 1 } else { PAGE };
-            let mut shrink = [s.zero(); M];
-            for (i, p) in p.iter_mut().enumerate() {
+            for (i, p) in p[..count].iter_mut().enumerate() {
                 let seen = if page == last { shared + i } else { PAGE };
                 let old = max[i];
                 for p in &mut p[seen..] {
@@ -221,52 +237,80 @@ impl<E: Element> Head<'_, E> {
                     s.store(p, score);
                 }
                 max[i] = s.max_lane(most);
-                shrink[i] = s.exp(s.splat(old - max[i]));
-                weight[i] = s.mul(weight[i], shrink[i]);
+                shrink[i] = 1.0;
+                if max[i] != old {
+                    let factor = s.exp(s.splat(old - max[i]));
+                    shrink[i] = s.to_array(factor)[0];
+                    weight[i] = s.mul(weight[i], factor);
+                }
                 for p in p.chunks_exact_mut(S::LANES) {
                     let e = s.exp(s.sub(s.load(p), s.splat(max[i])));
                     weight[i] = s.add(weight[i], e);
                     s.store(p, e);
                 }
             }
-            let v = self.v.part(page);
-            values::<S, E, M>(s, width, padded, &p, shrink, &v[..shared * width], sums);
+            let seen = &v[..shared * width];
+            for first in (0..count).step_by(TILE) {
+                let (p, shrink, sums) =
+                    (&p[first..count], &shrink[first..count], &mut sums[first * padded..]);
+                let ahead = if first == 0 { next } else { seen };
+                on_tile!(p.len(), M => values::<S, E, M>(s, width, padded, p, shrink, seen, ahead, sums));
+            }
             if page == last {
                 // A query never touches a later token's value, whatever that is.
-                for (i, p) in p.iter().enumerate().skip(1) {
+                for (i, p) in p[..count].iter().enumerate().skip(1) {
                     let own = [std::array::from_fn(|key| p[(shared + key).min(PAGE - 1)])];
                     let v = &v[shared * width..(shared + i) * width];
-                    values::<S, E, 1>(s, width, padded, &own, [s.splat(1.0)], v, &mut sums[i * padded..]);
+                    values::<S, E, 1>(s, width, padded, &own, &[1.0], v, v, &mut sums[i * padded..]);
                 }
             }
         }
         let mut total = [1.0; QUERIES];
-        for (total, weight) in total.iter_mut().zip(weight) {
+        for (total, weight) in total.iter_mut().zip(weight).take(count) {
             *total = s.sum(weight);
         }
         total
     }
 }
 
-/// `p = q * k`: rows of queries by columns of keys, each summed over the width in order.
+/// To be called before `count` elements from `at` on are read: fetches what is as far into `next`.
 #[inline(always)]
-fn scores<S: Simd, E: Element, const M: usize, const NV: usize>(
+fn fetch_ahead<E>(next: &[E], at: usize, count: usize) {
+    for i in (0..count).step_by(64 / size_of::<E>()) {
+        prefetch_l2(next.as_ptr().wrapping_add(at + i));
+    }
+}
+
+/// `p = q * k`: rows of queries by columns of keys, each summed over the width in order. `next` is read soon.
+#[inline(always)]
+fn scores<S: Simd, E: Element, const M: usize>(s: S, q: &[f32], k: &[E], next: &[E], p: &mut [[f32; PAGE]]) {
+    // As many registers of keys as there is room for beside the sums.
+    if S::LANES == 16 {
+        scores_of::<S, E, M, 4>(s, q, k, next, p);
+    } else {
+        scores_of::<S, E, M, 2>(s, q, k, next, p);
+    }
+}
+
+#[inline(always)]
+fn scores_of<S: Simd, E: Element, const M: usize, const NV: usize>(
     s: S,
-    width: usize,
     q: &[f32],
     k: &[E],
-    p: &mut [[f32; PAGE]; M],
+    next: &[E],
+    p: &mut [[f32; PAGE]],
 ) {
-    let q: [&[f32]; M] = std::array::from_fn(|i| &q[i * width..][..width]);
+    let (rows, q) = (k.as_chunks::<PAGE>().0, q.as_chunks::<TILE>().0);
     for at in (0..PAGE).step_by(NV * S::LANES) {
         let mut acc = [[s.zero(); NV]; M];
-        for (d, k) in k.chunks_exact(PAGE).enumerate() {
+        for (d, (row, q)) in rows.iter().zip(q).enumerate() {
+            fetch_ahead(next, d * PAGE + at, NV * S::LANES);
             let mut keys = [s.zero(); NV];
             for (v, key) in keys.iter_mut().enumerate() {
-                *key = s.load_as(&k[at + v * S::LANES..]);
+                *key = s.load_as(&row[at + v * S::LANES..]);
             }
-            for (acc, q) in acc.iter_mut().zip(&q) {
-                let x = s.splat(q[d]);
+            for (acc, q) in acc.iter_mut().zip(q) {
+                let x = s.splat(*q);
                 for (acc, key) in acc.iter_mut().zip(&keys) {
                     *acc = s.fma(x, *key, *acc);
                 }
@@ -280,29 +324,32 @@ fn scores<S: Simd, E: Element, const M: usize, const NV: usize>(
     }
 }
 
-/// `sums = shrink * sums + p * v`, each column summed over keys in order. `v` has as many rows as keys take part.
+/// `sums = shrink * sums + p * v` of the first `M` rows, each column summed over keys in order. `v` has as many rows as keys take
+/// part; `next` is read soon.
 #[inline(always)]
 fn values<S: Simd, E: Element, const M: usize>(
     s: S,
     width: usize,
     padded: usize,
-    p: &[[f32; PAGE]; M],
-    shrink: [S::F; M],
+    p: &[[f32; PAGE]],
+    shrink: &[f32],
     v: &[E],
+    next: &[E],
     sums: &mut [f32],
 ) {
+    let Some(p) = p.first_chunk::<M>() else { return };
     let mut at = 0;
     while at + 4 * S::LANES <= width {
-        columns::<S, E, M, 4>(s, width, padded, at, p, shrink, v, sums);
+        columns::<S, E, M, 4>(s, width, padded, at, p, shrink, v, next, sums);
         at += 4 * S::LANES;
     }
     while at < width {
-        columns::<S, E, M, 1>(s, width, padded, at, p, shrink, v, sums);
+        columns::<S, E, M, 1>(s, width, padded, at, p, shrink, v, next, sums);
         at += S::LANES;
     }
 }
 
-/// [`values`] of `NV` registers of columns from `at` on.
+/// [`values`] of `NV` registers of columns from `at` on; a single one may not be full.
 #[inline(always)]
 fn columns<S: Simd, E: Element, const M: usize, const NV: usize>(
     s: S,
@@ -310,20 +357,27 @@ fn columns<S: Simd, E: Element, const M: usize, const NV: usize>(
     padded: usize,
     at: usize,
     p: &[[f32; PAGE]; M],
-    shrink: [S::F; M],
+    shrink: &[f32],
     v: &[E],
+    next: &[E],
     sums: &mut [f32],
 ) {
     let mut acc = [[s.zero(); NV]; M];
     for (i, acc) in acc.iter_mut().enumerate() {
         for (r, acc) in acc.iter_mut().enumerate() {
-            *acc = s.mul(s.load(&sums[i * padded + at + r * S::LANES..]), shrink[i]);
+            *acc = s.mul(s.load(&sums[i * padded + at + r * S::LANES..]), s.splat(shrink[i]));
         }
     }
-    for (key, v) in v.chunks_exact(width).enumerate() {
+    for (key, values) in (0..PAGE).zip(v.chunks_exact(width)) {
+        fetch_ahead(next, key * width + at, NV * S::LANES);
         let mut row = [s.zero(); NV];
-        for (r, row) in row.iter_mut().enumerate() {
-            *row = s.load_up_to(&v[at + r * S::LANES..]);
+        if NV == 1 {
+            row[0] = s.load_up_to(&values[at..]);
+        } else {
+            let values = &values[at..at + NV * S::LANES];
+            for (r, row) in row.iter_mut().enumerate() {
+                *row = s.load_as(&values[r * S::LANES..]);
+            }
         }
         for (acc, p) in acc.iter_mut().zip(p) {
             let x = s.splat(p[key]);
@@ -348,5 +402,5 @@ fn scale_into<S: Simd, E: Element>(s: S, factor: f32, from: &[f32], to: &mut [E]
 
 /// Words of workspace for each thread.
 pub(super) fn words(width: usize) -> usize {
-    QUERIES * (width + width.next_multiple_of(16))
+    QUERIES * (PAGE + width + width.next_multiple_of(16))
 }

@@ -1,7 +1,10 @@
 //! Panels of f32 and bf16, and products with them.
 
+use std::sync::Arc;
+
 use half::bf16;
 
+use super::ahead::{Next, Place, expect_next};
 use super::{Finish, Kept, Rows};
 use crate::cpu::buffer::Shards;
 use crate::cpu::gemm::{self, Block, Dot, Fma, Mac, Operand, Tile, Widen, tile};
@@ -85,6 +88,10 @@ impl Panels {
         self.tile.nr * self.k.div_ceil(self.in_word)
     }
 
+    fn place(&self) -> Place {
+        [self.words.as_ptr().addr(), 4 * self.stride(), self.words.len() / self.stride()]
+    }
+
     fn widens(&self) -> bool {
         self.in_word > self.tile.per_unit
     }
@@ -152,25 +159,40 @@ pub(super) fn multiply(
     shape: (usize, usize, usize),
     x: Rows,
     w: &Panels,
+    next: &Arc<Next>,
     finish: &Finish,
 ) {
     match x {
-        Rows::F32(x) => multiply_rows(device, shape, x, w, finish),
-        Rows::Bf16(x) => multiply_rows(device, shape, x, w, finish),
+        Rows::F32(x) if shape.0 > FEW_ROWS => multiply_many(device, shape, x, w, finish),
+        Rows::Bf16(x) if shape.0 > FEW_ROWS => multiply_many(device, shape, x, w, finish),
+        _ => multiply_few(device, shape, x, w, next, finish),
     }
 }
 
-fn multiply_rows<E: Element>(
+/// Rows `x` [m, k] as an operand.
+fn operand<E>(x: &[E], m: usize, k: usize) -> Matrix<'_, E> {
+    Matrix { data: &x[..m * k], ld: k, k_contiguous: true }
+}
+
+fn multiply_many<E: Element>(
     device: &CpuDevice,
     (m, n, k): (usize, usize, usize),
     x: &[E],
     w: &Panels,
     finish: &Finish,
 ) {
-    let x = Matrix { data: &x[..m * k], ld: k, k_contiguous: true };
-    if m > FEW_ROWS {
-        return gemm::product(device, w.tile, (m, n, k), x, w, finish);
-    }
+    gemm::product(device, w.tile, (m, n, k), operand(x, m, k), w, finish);
+}
+
+/// Of at most [`FEW_ROWS`]. Past the packing of `x`, nothing depends on its type.
+fn multiply_few(
+    device: &CpuDevice,
+    (m, n, k): (usize, usize, usize),
+    x: Rows,
+    w: &Panels,
+    next: &Arc<Next>,
+    finish: &Finish,
+) {
     // As many rows in a tile as there are, so that none is computed for nothing.
     let mr = [1, 2, 4].into_iter().find(|mr| *mr >= m).unwrap_or(w.tile.mr).min(w.tile.mr);
     let Tile { nr, per_unit, .. } = w.tile;
@@ -181,13 +203,12 @@ fn multiply_rows<E: Element>(
     let mut workspace = device.workspace();
     let [packed, partials] =
         workspace.take([(Scratch::PackedA, padded * units), (Scratch::Partials, device.threads() * sums)]);
-    if m <= mr {
-        // A task on another thread would take longer to begin than this takes.
-        pack_panels(device.isa, x, 0..m, 0..k, mr, per_unit, packed);
-    } else {
-        for start in (0..k).step_by(in_block) {
-            let ks = start..(start + in_block).min(k);
-            pack(device, x, 0..m, ks, mr, per_unit, &mut packed[start / per_unit * padded..]);
+    for start in (0..k).step_by(in_block) {
+        let ks = start..(start + in_block).min(k);
+        let out = &mut packed[start / per_unit * padded..];
+        match x {
+            Rows::F32(x) => pack_few(device, operand(x, m, k), m, ks, mr, per_unit, out),
+            Rows::Bf16(x) => pack_few(device, operand(x, m, k), m, ks, mr, per_unit, out),
         }
     }
     let few = Few {
@@ -201,6 +222,7 @@ fn multiply_rows<E: Element>(
         partials: Shards::new(bytemuck::cast_slice_mut(partials)),
         finish,
     };
+    expect_next(device, m, next, w.place());
     gemm::each_task(device, (padded / mr, n.div_ceil(nr)), usize::MAX, |_, b, thread| match device.isa {
         // SAFETY: the processor has AVX-512 BF16.
         Isa::Avx512Bf16 if per_unit == 2 => unsafe {
@@ -219,6 +241,24 @@ fn multiply_rows<E: Element>(
         Isa::Avx2 => dispatch!(Isa::Avx2, s => few.task::<_, 6, 2>(s, b, thread)),
         Isa::Portable => few.task::<_, 4, 2>(Portable, b, thread),
     });
+}
+
+/// Packs all `m` rows and columns `ks` of `x`.
+fn pack_few<E: Element>(
+    device: &CpuDevice,
+    x: Matrix<E>,
+    m: usize,
+    ks: Range,
+    mr: usize,
+    per_unit: usize,
+    out: &mut [u32],
+) {
+    if m <= mr {
+        // A task on another thread would take longer to begin than this takes.
+        pack_panels(device.isa, x, 0..m, ks, mr, per_unit, out);
+    } else {
+        pack(device, x, 0..m, ks, mr, per_unit, out);
+    }
 }
 
 /// A product with few rows.

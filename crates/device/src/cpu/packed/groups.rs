@@ -8,9 +8,11 @@
 //! below 8 bits, their minima.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use half::bf16;
 
+use super::ahead::{Next, Place, expect_next};
 use super::tile::{Plain, Tile, Vnni};
 use super::{Finish, Kept, Rows};
 use crate::cpu::buffer::Shards;
@@ -164,6 +166,11 @@ impl Panels {
         Panels { bits, n, groups: k.div_ceil(GROUP), words }
     }
 
+    fn place(&self) -> Place {
+        let stride = self.groups * self.bits.stride();
+        [self.words.as_ptr().addr(), 4 * stride, self.n.div_ceil(NR)]
+    }
+
     /// Row `i` as f32.
     pub(super) fn row(&self, i: usize, out: &mut [f32]) {
         let (panel, column) = (i / NR, i % NR);
@@ -221,14 +228,15 @@ fn round_group<S: Simd, E: Element>(_: S, x: &[E], codes: &mut [i8; GROUP]) -> (
 }
 
 /// `x[m, k] * w^T`.
-pub(super) fn multiply(device: &CpuDevice, m: usize, k: usize, x: Rows, w: &Panels, finish: &Finish) {
-    match x {
-        Rows::F32(x) => multiply_rows(device, m, k, x, w, finish),
-        Rows::Bf16(x) => multiply_rows(device, m, k, x, w, finish),
-    }
-}
-
-fn multiply_rows<E: Element>(device: &CpuDevice, m: usize, k: usize, x: &[E], w: &Panels, finish: &Finish) {
+pub(super) fn multiply(
+    device: &CpuDevice,
+    m: usize,
+    k: usize,
+    x: Rows,
+    w: &Panels,
+    next: &Arc<Next>,
+    finish: &Finish,
+) {
     if m == 0 {
         return;
     }
@@ -237,9 +245,12 @@ fn multiply_rows<E: Element>(device: &CpuDevice, m: usize, k: usize, x: &[E], w:
     let stride = w.groups * activation_stride(mr);
     let mut workspace = device.workspace();
     let [packed] = workspace.take([(Scratch::PackedA, a_panels * stride)]);
-    let x = &x[..m * k];
     let round = |p: usize, out: &mut [u32]| {
-        round_rows(device.isa, w.bits, &x[p * mr * k..((p + 1) * mr * k).min(x.len())], k, mr, out);
+        let rows = p * mr * k..((p + 1) * mr).min(m) * k;
+        match x {
+            Rows::F32(x) => round_rows(device.isa, w.bits, &x[rows], k, mr, out),
+            Rows::Bf16(x) => round_rows(device.isa, w.bits, &x[rows], k, mr, out),
+        }
     };
     if a_panels == 1 {
         // A task on another thread would take longer to begin than this takes.
@@ -252,6 +263,7 @@ fn multiply_rows<E: Element>(device: &CpuDevice, m: usize, k: usize, x: &[E], w:
         });
     }
     let product = Product { m, mr, w, words: &w.words, a: packed, finish };
+    expect_next(device, m, next, w.place());
     each_task(device, (a_panels, b_panels), NEAR / (4 * stride), |a, b, _| {
         if device.isa >= Isa::Avx512 {
             // SAFETY: the processor has AVX-512 with VNNI.

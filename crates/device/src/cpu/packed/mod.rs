@@ -5,13 +5,14 @@
 //! in one order that depends on k alone, by the same instructions for few rows and for many, so that a row's result
 //! does not depend on the rows beside it: a request gives the same tokens alone and in any batch.
 
+mod ahead;
 mod float;
 mod groups;
 mod kept;
 mod rounding;
 mod tile;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use half::bf16;
 
@@ -22,6 +23,7 @@ use super::simd::{Simd, dispatch};
 use super::{CpuBuf, CpuDevice, Scratch};
 use crate::quantise::Codes;
 use crate::{Activation, DType, Element, Mapped, ReadRows, WeightFormat, WritePiece};
+pub(super) use ahead::Next;
 use groups::Bits;
 use kept::Kept;
 
@@ -30,6 +32,7 @@ pub struct Packed {
     n: usize,
     k: usize,
     data: Data,
+    next: Arc<Next>,
 }
 
 enum Data {
@@ -172,7 +175,7 @@ impl Packed {
             Layout::Float(dtype) => Data::Float(float::Panels::new(device.isa, dtype, k, kept)),
             Layout::Groups(bits) => Data::Groups(groups::Panels::new(bits, n, k, kept)),
         };
-        Packed { n, k, data }
+        Packed { n, k, data, next: Arc::default() }
     }
 
     pub(super) fn from_codes(
@@ -183,7 +186,8 @@ impl Packed {
         read: &mut dyn FnMut(std::ops::Range<usize>, Codes<'_>) -> anyhow::Result<()>,
     ) -> anyhow::Result<Packed> {
         check_sizes(n, k)?;
-        Ok(Packed { n, k, data: Data::Groups(groups::pack_codes(device, format, n, k, read)?) })
+        let data = Data::Groups(groups::pack_codes(device, format, n, k, read)?);
+        Ok(Packed { n, k, data, next: Arc::default() })
     }
 
     /// Bytes that it takes.
@@ -289,8 +293,8 @@ impl Epilogue for Finish<'_> {
 /// `x[m, k] * w^T`, handed to `finish`.
 pub(super) fn multiply(device: &CpuDevice, m: usize, x: Rows, w: &Packed, finish: &Finish) {
     match &w.data {
-        Data::Float(panels) => float::multiply(device, (m, w.n, w.k), x, panels, finish),
-        Data::Groups(panels) => groups::multiply(device, m, w.k, x, panels, finish),
+        Data::Float(panels) => float::multiply(device, (m, w.n, w.k), x, panels, &w.next, finish),
+        Data::Groups(panels) => groups::multiply(device, m, w.k, x, panels, &w.next, finish),
     }
 }
 
