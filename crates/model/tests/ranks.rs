@@ -116,8 +116,9 @@ fn passes<E: Element>(config: &Config, how: How, mesh: Mesh) -> Computed {
         part.score = backprop.score(&device, &model, batch).unwrap();
     }
     let tensors = backprop.gradients.tensors().into_iter().map(|g| {
-        let mut values = vec![0.0; g.flat().len()];
-        device.download(g.flat(), 0, &mut values);
+        let flat = g.flat();
+        let mut values = vec![0.0; flat.len()];
+        device.download(flat, 0, &mut values);
         values
     });
     part.gradients = model.held().iter().cloned().zip(tensors).collect();
