@@ -136,6 +136,6 @@ impl<T: Element> Buffer<T> for CudaBuf<T> {
 
     fn located(&self) -> Option<Located> {
         let device = Arc::as_ptr(&self.gpu) as usize;
-        (!self.on_host).then(|| Located { device, address: self.address, len: self.len, dtype: T::DTYPE })
+        (!self.on_host).then_some(Located { device, address: self.address, len: self.len, dtype: T::DTYPE })
     }
 }
