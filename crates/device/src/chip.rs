@@ -120,6 +120,13 @@ impl<T: Element> Buffer<T> for ChipBuf<T> {
             ChipBuf::Cuda(buf) => buf.write(offset, src),
         }
     }
+
+    fn located(&self) -> Option<Located> {
+        match self {
+            ChipBuf::Cpu(buf) => buf.located(),
+            ChipBuf::Cuda(buf) => buf.located(),
+        }
+    }
 }
 
 const OTHER: &str = "memory of another device was given to this one";
@@ -203,6 +210,7 @@ chip! {
     fn upload<T>(dst: &mut ChipBuf<T> => out, offset: usize => value, src: &[T] => value) -> ();
     fn download<T>(src: &ChipBuf<T> => buf, offset: usize => value, dst: &mut [T] => value) -> ();
     fn wait() -> ();
+    fn network() -> Option<anyhow::Result<Box<dyn Network>>>;
     fn repeated(work: &mut dyn FnMut() => value) -> ();
     fn fill<T>(dst: &mut ChipBuf<T> => out, value: T => value) -> ();
     fn embed<E, O>(rows: usize => value, width: usize => value, ids: &ChipBuf<u32> => buf, table: &ChipBuf<E> => buf,

@@ -18,6 +18,7 @@ mod chip;
 pub mod cpu;
 pub mod cuda;
 mod element;
+mod link;
 mod mapped;
 mod paged;
 mod places;
@@ -31,6 +32,7 @@ mod timed;
 pub use chip::{Chip, ChipBuf, ChipPacked, Which};
 pub use element::{DType, Element};
 pub use half::bf16;
+pub use link::{Exchange, Flight, Link, Located, Network, Transfer, Watch};
 pub use mapped::Mapped;
 pub use paged::{PAGE, Placed, Places, Segment};
 use rng::Stream;
@@ -56,6 +58,10 @@ pub trait Buffer<T: Element>: Send + Sync {
     fn read(&self, offset: usize, dst: &mut [T]);
     /// Copies `src` to the elements from `offset` on.
     fn write(&mut self, offset: usize, src: &[T]);
+    /// Where the memory is for a [`Link`] of its device; none where the processor reaches it.
+    fn located(&self) -> Option<Located> {
+        None
+    }
 }
 
 /// Function applied to the output of [`Device::linear`] after the bias.
@@ -274,6 +280,10 @@ pub trait Device: Send + Sync + Sized + 'static {
     fn download<T: Element>(&self, src: &Self::Buf<T>, offset: usize, dst: &mut [T]);
     /// Waits until all operations are done. Where they are done when they return, there is nothing to wait for.
     fn wait(&self);
+    /// How devices of this kind exchange memory themselves, or why they do not; none where their memory is the host's.
+    fn network(&self) -> Option<anyhow::Result<Box<dyn Network>>> {
+        None
+    }
     /// Runs `work`, a sequence of operations that is likely to come again with the same buffers, sizes and numbers, only with
     /// other contents. Where starting operations takes longer than some of them do, what came before is started at once; the
     /// results are the same bits. What differs each time must be in buffers already: `work` may be called more than once, and

@@ -1,14 +1,18 @@
 //! Collective operations between some of the ranks. All are exchanges between pairs: every rank sends each other its part at
 //! once, which is as many bytes as a ring takes. Sums are made here, in the order of the ranks and in f32, so
 //! that they depend neither on the transport nor on who is faster.
+//!
+//! Where the devices of a group are linked ([`Mesh::linked`](crate::Mesh::linked)) and reach a buffer, they do the operation
+//! instead, beside what they compute, and its sums in an order of their own. What is counted is the same.
 
 use crate::label::{Label, Operation};
 use crate::lost::Lost;
+use crate::memory::{Copied, Owned, Touched, given_back};
 use crate::reactor::{Command, Finished, Job, Memory, Place};
+use crate::route::Linked;
 use crate::world::{World, thread_has_died};
-use anyhow::{Context, Result, anyhow, bail};
-use ferropt_device::{Buffer, DType, Element};
-use std::any::Any;
+use anyhow::{Context, Result, bail, ensure};
+use ferropt_device::{Buffer, DType, Element, Exchange, Flight};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
@@ -25,27 +29,31 @@ const TILE: usize = 2048;
 #[derive(Clone)]
 pub struct Group(Arc<Inner>);
 
-struct Inner {
+pub(crate) struct Inner {
     world: World,
-    name: &'static str,
+    pub(crate) name: &'static str,
     /// Ranks of the world.
     members: Vec<usize>,
     rank: usize,
+    pub(crate) linked: Linked,
 }
 
 /// An operation that may not be done yet. Dropping it is harmless.
 #[must_use = "the buffer comes back from `wait`"]
-pub struct Pending<B>(State<B>);
+pub struct Pending<B: Send + 'static>(State<B>);
 
-enum State<B> {
+enum State<B: Send + 'static> {
     Ready(Result<B>),
     Waiting(Receiver<Result<Finished, String>>, Finish<B>),
+    /// Devices do it.
+    Flying(Flight<B>, World),
 }
 
 type Finish<B> = Box<dyn FnOnce(Finished) -> Result<B> + Send>;
 
-impl<B: 'static> Pending<B> {
-    /// Waits until it is done and gives the buffer back.
+impl<B: Send + 'static> Pending<B> {
+    /// Waits until it is done and gives the buffer back. Where devices do it, only what they do with the buffer afterwards
+    /// waits.
     ///
     /// # Errors
     /// When another rank is lost or does something else; the message names it. Every later operation fails alike.
@@ -56,100 +64,20 @@ impl<B: 'static> Pending<B> {
                 let finished = done.recv().map_err(thread_has_died)?;
                 finish(finished.map_err(Lost)?)
             }
+            State::Flying(flight, world) => {
+                world.alive()?;
+                Ok(flight.land())
+            }
         }
     }
 
-    fn ready(result: Result<B>) -> Self {
+    pub(crate) fn ready(result: Result<B>) -> Self {
         Pending(State::Ready(result))
     }
-}
 
-/// A buffer as bytes.
-struct Owned<T, B>(B, PhantomData<fn() -> T>);
-
-impl<T: Element, B: Buffer<T> + 'static> Memory for Owned<T, B> {
-    fn bytes(&self) -> &[u8] {
-        bytemuck::cast_slice(self.0.host().unwrap_or_default())
+    pub(crate) fn flying(flight: Flight<B>, world: &World) -> Self {
+        Pending(State::Flying(flight, world.clone()))
     }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        bytemuck::cast_slice_mut(self.0.host_mut().unwrap_or_default())
-    }
-
-    fn into_any(self: Box<Self>) -> Box<dyn Any + Send> {
-        Box::new(self.0)
-    }
-}
-
-impl Memory for Vec<u8> {
-    fn bytes(&self) -> &[u8] {
-        self
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        self
-    }
-
-    fn into_any(self: Box<Self>) -> Box<dyn Any + Send> {
-        self
-    }
-}
-
-/// A buffer of memory that no processor reaches, with a copy of it that is sent and received instead.
-struct Copied<T, B> {
-    buffer: B,
-    copy: Vec<T>,
-    /// Elements that are copied back when all is done.
-    back: Range<usize>,
-}
-
-/// Which elements an operation needs of such a buffer, and which it changes.
-struct Touched {
-    reads: Range<usize>,
-    writes: Range<usize>,
-}
-
-impl Touched {
-    /// Of a buffer of so many elements that is sent.
-    fn sent(len: usize) -> Touched {
-        Touched { reads: 0..len, writes: 0..0 }
-    }
-
-    /// Of a buffer of so many elements that is received.
-    fn received(len: usize) -> Touched {
-        Touched { reads: 0..0, writes: 0..len }
-    }
-}
-
-impl<T: Element, B: Buffer<T>> Copied<T, B> {
-    fn new(buffer: B, touched: Touched) -> Self {
-        let mut copy = vec![T::default(); buffer.len()];
-        buffer.read(touched.reads.start, &mut copy[touched.reads]);
-        Copied { buffer, copy, back: touched.writes }
-    }
-}
-
-impl<T: Element, B: Buffer<T> + 'static> Memory for Copied<T, B> {
-    fn bytes(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.copy)
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        bytemuck::cast_slice_mut(&mut self.copy)
-    }
-
-    fn into_any(self: Box<Self>) -> Box<dyn Any + Send> {
-        let Copied { mut buffer, copy, back } = *self;
-        buffer.write(back.start, &copy[back]);
-        Box::new(buffer)
-    }
-}
-
-/// The buffer that went into an operation.
-fn given_back<B: 'static>(memory: Box<dyn Memory>) -> Result<B> {
-    let buffer =
-        memory.into_any().downcast().map_err(|_| anyhow!("an operation gave another buffer back"))?;
-    Ok(*buffer)
 }
 
 impl Group {
@@ -169,12 +97,30 @@ impl Group {
         let rank = members.iter().position(|member| *member == me);
         let rank =
             rank.with_context(|| format!("group {name} of ranks {members:?} does not have rank {me}"))?;
-        Ok(Group(Arc::new(Inner { world: world.clone(), name, members: members.to_vec(), rank })))
+        let (world, members) = (world.clone(), members.to_vec());
+        Ok(Group(Arc::new(Inner { world, name, members, rank, linked: Linked::No })))
+    }
+
+    /// The same ranks, whose devices exchange memory themselves.
+    pub(crate) fn with(&self, linked: Linked) -> Group {
+        let Inner { world, name, members, rank, .. } = &*self.0;
+        let (world, members) = (world.clone(), members.clone());
+        Group(Arc::new(Inner { world, name, members, rank: *rank, linked }))
     }
 
     /// The only rank of a world.
     pub(crate) fn alone(world: &World) -> Group {
-        Group(Arc::new(Inner { world: world.clone(), name: "alone", members: vec![0], rank: 0 }))
+        let (world, members) = (world.clone(), vec![0]);
+        Group(Arc::new(Inner { world, name: "alone", members, rank: 0, linked: Linked::No }))
+    }
+
+    pub(crate) fn inner(&self) -> &Inner {
+        &self.0
+    }
+
+    /// All ranks, of which these are some.
+    pub(crate) fn world(&self) -> &World {
+        &self.0.world
     }
 
     /// Number of this rank in the group.
@@ -192,7 +138,7 @@ impl Group {
         self.0.members[member]
     }
 
-    fn others(&self) -> impl Iterator<Item = usize> + use<> {
+    pub(crate) fn others(&self) -> impl Iterator<Item = usize> + use<> {
         let (rank, size) = (self.rank(), self.size());
         // Every rank begins with its neighbour, so that not all send to the same one first.
         (1..size).map(move |step| (rank + step) % size)
@@ -201,6 +147,10 @@ impl Group {
     /// Gathers the parts of all: `buffer` has as many equal parts as there are ranks, and this rank's own is in its place.
     pub fn all_gather<T: Element, B: Buffer<T> + 'static>(&self, label: Label, buffer: B) -> Pending<B> {
         let equal = equal_parts(buffer.len(), self.size());
+        if let Some(route) = self.route(&buffer) {
+            let sent = (self.size() - 1) * equal(self.rank()).len();
+            return self.exchange(route, Exchange::AllGather, label, buffer, sent);
+        }
         self.gather_parts(Operation::AllGather, label, buffer, equal)
     }
 
@@ -227,7 +177,14 @@ impl Group {
     /// Sums the contributions of all: `buffer` has as many equal parts as there are ranks, and afterwards this rank's own
     /// part, in its place, is the sum over all ranks. The other parts are not to be used.
     pub fn reduce_scatter<T: Element, B: Buffer<T> + 'static>(&self, label: Label, buffer: B) -> Pending<B> {
+        if let Err(error) = can_be_summed::<T>() {
+            return Pending::ready(Err(error));
+        }
         let equal = equal_parts(buffer.len(), self.size());
+        if let Some(route) = self.route(&buffer) {
+            let sent = (self.size() - 1) * equal(self.rank()).len();
+            return self.exchange(route, Exchange::ReduceScatter, label, buffer, sent);
+        }
         self.sum_parts(Operation::ReduceScatter, label, buffer, equal)
     }
 
@@ -239,9 +196,6 @@ impl Group {
         buffer: B,
         range: impl Fn(usize) -> Range<usize>,
     ) -> Pending<B> {
-        if !matches!(T::DTYPE, DType::F32 | DType::Bf16) {
-            return Pending::ready(Err(anyhow!("{} is no type to sum in; f32 and bf16 are", T::DTYPE)));
-        }
         if self.size() == 1 {
             return Pending::ready(Ok(buffer));
         }
@@ -270,18 +224,26 @@ impl Group {
     /// them in the same order.
     pub fn all_reduce<T: Element, B: Buffer<T> + 'static>(&self, label: Label, buffer: B) -> Pending<B> {
         let (size, len, operation) = (self.size(), buffer.len(), Operation::AllReduce);
+        if let Err(error) = can_be_summed::<T>() {
+            return Pending::ready(Err(error));
+        }
         if size == 1 {
             return Pending::ready(Ok(buffer));
         }
-        if len * size_of::<T>() <= SMALL_SUM {
-            return self.sum_parts(operation, label, buffer, move |_| 0..len);
-        }
+        let small = len * size_of::<T>() <= SMALL_SUM;
         let part = len.div_ceil(size);
         let range = move |member: usize| (member * part).min(len)..((member + 1) * part).min(len);
+        if let Some(route) = self.route(&buffer) {
+            let own = range(self.rank()).len();
+            let sent = if small { (size - 1) * len } else { len - own + (size - 1) * own };
+            return self.exchange(route, Exchange::AllReduce, label, buffer, sent);
+        }
+        if small {
+            return self.sum_parts(operation, label, buffer, move |_| 0..len);
+        }
         let sum = self.sum_parts(operation, label, buffer, range);
         let group = self.clone();
         match sum.0 {
-            State::Ready(result) => Pending::ready(result),
             State::Waiting(done, finish) => Pending(State::Waiting(
                 done,
                 Box::new(move |finished| {
@@ -289,6 +251,7 @@ impl Group {
                     group.gather_parts::<T, B>(operation, label, buffer, range).wait()
                 }),
             )),
+            state => Pending(state),
         }
     }
 
@@ -301,6 +264,10 @@ impl Group {
     ) -> Pending<B> {
         if self.size() == 1 {
             return Pending::ready(Ok(buffer));
+        }
+        if let Some(route) = self.route(&buffer) {
+            let sent = if self.rank() == from { (self.size() - 1) * buffer.len() } else { 0 };
+            return self.exchange(route, Exchange::Broadcast { from }, label, buffer, sent);
         }
         let all = 0..buffer.len() * size_of::<T>();
         let (touched, sends, receives) = if self.rank() == from {
@@ -316,6 +283,10 @@ impl Group {
 
     /// Sends a buffer to another member, which calls [`Group::receive`].
     pub fn send<T: Element, B: Buffer<T> + 'static>(&self, label: Label, to: usize, buffer: B) -> Pending<B> {
+        if let Some(route) = self.route_to(to, &buffer) {
+            let sent = buffer.len();
+            return self.exchange(route, Exchange::Send { to: 1 }, label, buffer, sent);
+        }
         let all = 0..buffer.len() * size_of::<T>();
         let touched = Touched::sent(buffer.len());
         self.start::<T, B>(Operation::Send, label, buffer, touched, vec![(to, all)], Vec::new(), |finished| {
@@ -330,6 +301,9 @@ impl Group {
         from: usize,
         buffer: B,
     ) -> Pending<B> {
+        if let Some(route) = self.route_from(from, &buffer) {
+            return self.exchange(route, Exchange::Receive { from: 0 }, label, buffer, 0);
+        }
         let all = Place::Memory(0..buffer.len() * size_of::<T>());
         let touched = Touched::received(buffer.len());
         self.start::<T, B>(
@@ -431,6 +405,15 @@ impl Group {
         world.command(Command::Post(job))?;
         Ok(finished)
     }
+}
+
+fn can_be_summed<T: Element>() -> Result<()> {
+    ensure!(
+        matches!(T::DTYPE, DType::F32 | DType::Bf16),
+        "{} is no type to sum in; f32 and bf16 are",
+        T::DTYPE
+    );
+    Ok(())
 }
 
 /// Which elements are a member's when all have equally many.

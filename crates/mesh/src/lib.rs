@@ -7,15 +7,21 @@
 //! Operations take a buffer and give it back when they are done; until then this rank may compute. A thread moves
 //! the bytes, over TCP or MPI, and watches over the other ranks: when one is lost, every operation ends in an error that says
 //! which, and what it was doing, instead of hanging.
+//! Memory of devices that the processor does not reach is exchanged by the devices themselves where they can ([`Mesh::linked`]),
+//! otherwise copies of it are.
 
 mod environment;
+mod flights;
 mod frame;
 mod group;
 mod label;
+mod linked;
 mod lost;
+mod memory;
 mod mesh;
 mod mpi;
 mod reactor;
+mod route;
 mod tcp;
 mod trace;
 mod transport;

@@ -44,6 +44,8 @@ pub struct Mesh {
     pub data: Group,
     /// Those that have other layers.
     pub pipeline: Group,
+    /// The first and the last of these, where there are several and this rank is one of the two.
+    pub ends: Option<Group>,
     /// All ranks as a group.
     pub all: Group,
 }
@@ -68,12 +70,21 @@ impl Mesh {
             let members: Vec<usize> = (0..length).map(|step| first + step * stride).collect();
             world.group(&members, name)
         };
+        let last = pipeline - 1;
+        let across = along("pipeline", tensor * shard * replicate, pipeline)?;
+        let ends = match across.rank() {
+            rank if last > 0 && (rank == 0 || rank == last) => {
+                Some(world.group(&[across.world_rank(0), across.world_rank(last)], "tied")?)
+            }
+            _ => None,
+        };
         Ok(Mesh {
             tensor: along("tensor", 1, tensor)?,
             shard: along("shard", tensor, shard)?,
             replicate: along("replicate", tensor * shard, replicate)?,
             data: along("data", tensor, shard * replicate)?,
-            pipeline: along("pipeline", tensor * shard * replicate, pipeline)?,
+            pipeline: across,
+            ends,
             all: along("all", 1, size)?,
             world,
             axes,
@@ -92,6 +103,7 @@ impl Mesh {
             replicate: one(),
             data: one(),
             pipeline: one(),
+            ends: None,
             all: one(),
             world,
             axes,

@@ -1,18 +1,20 @@
 //! The thread that moves bytes: it owns the transport and the memory of operations under way, posts all their transfers at
 //! once, and watches over the other ranks.
 
+use crate::flights::{Exchanged, Flights};
 use crate::frame::{HEADER, Header, Kind};
 use crate::group::LARGEST_GATHERED;
 use crate::label::{Label, Operation};
 use crate::trace::Trace;
 use crate::transport::Transport;
 use anyhow::{Error, anyhow};
-use ferropt_device::DType;
+use ferropt_device::{DType, Link};
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 /// How often ranks say that they live.
@@ -88,6 +90,10 @@ pub(crate) struct Finished {
 /// What the thread is told.
 pub(crate) enum Command {
     Post(Job),
+    /// Devices of some ranks are linked.
+    Open(Weak<dyn Link>),
+    /// They exchange something.
+    Exchanged(Exchanged),
     /// What this rank does.
     Beat(Label),
     /// This rank gives up.
@@ -169,11 +175,12 @@ pub(crate) struct Reactor {
     peers: Vec<Peer>,
     jobs: HashMap<u64, Active>,
     next_job: u64,
+    flights: Flights,
     doing: String,
     limits: Limits,
     trace: Trace,
     /// Why nothing works any more.
-    failed: Option<String>,
+    failed: Arc<OnceLock<String>>,
 }
 
 impl Reactor {
@@ -184,6 +191,7 @@ impl Reactor {
         commands: Receiver<Command>,
         limits: Limits,
         trace: Trace,
+        failed: Arc<OnceLock<String>>,
     ) -> Reactor {
         let peer = |_| Peer {
             out: VecDeque::new(),
@@ -200,10 +208,11 @@ impl Reactor {
             peers: (0..size).map(peer).collect(),
             jobs: HashMap::new(),
             next_job: 0,
+            flights: Flights::default(),
             doing: String::new(),
             limits,
             trace,
-            failed: None,
+            failed,
         }
     }
 
@@ -217,12 +226,15 @@ impl Reactor {
                 closing = Some(Instant::now());
             }
             let moved = self.move_bytes();
+            self.flights.settle(&self.trace);
             let now = Instant::now();
             if let Some(since) = closing {
-                let idle = self.jobs.is_empty() && self.others().all(|rank| self.peers[rank].out.is_empty());
-                if idle || self.failed.is_some() || now - since > FAREWELL {
+                let sent = self.others().all(|rank| self.peers[rank].out.is_empty());
+                let idle = self.jobs.is_empty() && self.flights.is_empty() && sent;
+                if idle || self.has_failed() || now - since > FAREWELL {
                     self.part();
-                    return self.transport.close(self.failed.is_none());
+                    self.flights.part(FAREWELL);
+                    return self.transport.close(!self.has_failed());
                 }
             }
             if now - beat >= BEAT {
@@ -234,11 +246,16 @@ impl Reactor {
                 let writes: Vec<usize> =
                     self.others().filter(|rank| !self.peers[*rank].out.is_empty()).collect();
                 let at_most = if closing.is_some() { BEAT / 20 } else { BEAT.saturating_sub(now - beat) };
+                let at_most = at_most.min(self.flights.rest(&self.trace));
                 if let Err(error) = self.transport.wait(&reads, &writes, at_most) {
                     self.fail(format!("the connections to the other ranks failed: {error}"));
                 }
             }
         }
+    }
+
+    fn has_failed(&self) -> bool {
+        self.failed.get().is_some()
     }
 
     fn others(&self) -> impl Iterator<Item = usize> + use<> {
@@ -257,6 +274,13 @@ impl Reactor {
         loop {
             match self.commands.try_recv() {
                 Ok(Command::Post(job)) => self.post(job),
+                Ok(Command::Open(link)) => {
+                    self.flights.open(link);
+                    if self.has_failed() {
+                        self.flights.abort();
+                    }
+                }
+                Ok(Command::Exchanged(exchanged)) => self.flights.start(exchanged),
                 Ok(Command::Beat(label)) => self.doing = label.to_string(),
                 Ok(Command::Abandon(reason)) => self.fail(reason),
                 Err(TryRecvError::Empty) => return true,
@@ -266,7 +290,7 @@ impl Reactor {
     }
 
     fn post(&mut self, job: Job) {
-        if let Some(reason) = &self.failed {
+        if let Some(reason) = self.failed.get() {
             // Whoever asked may be gone.
             let _ = job.done.send(Err(reason.clone()));
             return;
@@ -509,7 +533,8 @@ impl Reactor {
         {
             return Some(format!("the {} of {}", active.job.operation, active.job.label));
         }
-        peer.incoming.front().map(|incoming| incoming.header.describe())
+        let posted = peer.incoming.front().map(|incoming| incoming.header.describe());
+        posted.or_else(|| self.flights.waits_for(rank))
     }
 
     /// Says that this rank lives, and looks for those that do not.
@@ -517,7 +542,11 @@ impl Reactor {
         let beat = Header::control(Kind::Beat, &self.doing, 0).to_bytes();
         for rank in self.others() {
             let peer = &mut self.peers[rank];
-            if peer.gone || self.failed.is_some() {
+            if self.failed.get().is_some() {
+                return;
+            }
+            if peer.gone {
+                self.miss(rank, now);
                 continue;
             }
             if peer.out.is_empty() {
@@ -541,13 +570,29 @@ impl Reactor {
                 ));
             }
         }
+        if let Some(trouble) = self.flights.trouble(now, self.limits.patience) {
+            self.fail(trouble);
+        }
+    }
+
+    /// Looks for exchanges between devices that wait for a rank that has ended its work. What it has sent before may still be on
+    /// its way.
+    fn miss(&mut self, rank: usize, now: Instant) {
+        let silent = now.saturating_duration_since(self.peers[rank].heard);
+        if silent > FAREWELL
+            && let Some(what) = self.flights.waits_for(rank)
+        {
+            self.fail(format!("{} has ended its work, but this rank waits for {what}", self.name(rank)));
+        }
     }
 
     /// From now on every operation ends in this error, here and on the other ranks.
     fn fail(&mut self, reason: String) {
-        if self.failed.is_some() {
+        // Known before anything ends, so that nobody takes what an aborted exchange left for a result.
+        if self.failed.set(reason.clone()).is_err() {
             return;
         }
+        self.flights.abort();
         for (_, active) in self.jobs.drain() {
             // Whoever asked may not care any more.
             let _ = active.job.done.send(Err(reason.clone()));
@@ -565,16 +610,16 @@ impl Reactor {
                 peer.out.push_back(Outgoing { head: head.clone(), rest: None, job: None, sent: 0 });
             }
         }
-        self.failed = Some(reason);
     }
 
     /// Says goodbye, and waits a moment until that is on its way.
     fn part(&mut self) {
         let bye = Header::control(Kind::Bye, &self.doing, 0).to_bytes().to_vec();
         let others: Vec<usize> = self.others().filter(|rank| !self.peers[*rank].gone).collect();
+        let failed = self.has_failed();
         for rank in &others {
             let peer = &mut self.peers[*rank];
-            if self.failed.is_none() && peer.out.is_empty() {
+            if !failed && peer.out.is_empty() {
                 peer.out.push_back(Outgoing { head: bye.clone(), rest: None, job: None, sent: 0 });
             }
         }

@@ -50,6 +50,11 @@ impl Trace {
         Span(self.lock().is_some().then(|| (self.clone(), label, Instant::now())))
     }
 
+    /// Whether it does.
+    pub(crate) fn records(&self) -> bool {
+        self.lock().is_some()
+    }
+
     /// An operation of the reactor, from when it was posted until now.
     pub(crate) fn communication(
         &self,

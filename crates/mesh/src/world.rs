@@ -13,7 +13,7 @@ use anyhow::{Context, Result, anyhow};
 use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -66,6 +66,8 @@ struct Inner {
     thread: Option<Thread>,
     traffic: Mutex<Counts>,
     trace: Trace,
+    /// Why nothing works any more.
+    failed: Arc<OnceLock<String>>,
 }
 
 /// The reactor.
@@ -85,6 +87,7 @@ impl World {
             thread: None,
             traffic: Mutex::default(),
             trace: Trace::default(),
+            failed: Arc::default(),
         }))
     }
 
@@ -160,8 +163,8 @@ impl World {
     {
         let (commands, inbox) = channel();
         let (made, ready) = channel();
-        let trace = Trace::default();
-        let recorder = trace.clone();
+        let (trace, failed) = (Trace::default(), Arc::<OnceLock<String>>::default());
+        let (recorder, failing) = (trace.clone(), failed.clone());
         let limits = Limits { silence: options.timeout, patience: options.patience };
         let body = move || {
             let (rank, size, transport) = match make() {
@@ -174,7 +177,7 @@ impl World {
                 host => format!("on {host}, over {}", transport.name()),
             };
             let _ = made.send(Ok((rank, size, transport.waker(), name)));
-            Reactor::new(rank, size, transport, inbox, limits, recorder).run();
+            Reactor::new(rank, size, transport, inbox, limits, recorder, failing).run();
         };
         let handle = std::thread::Builder::new()
             .name("ranks".into())
@@ -182,7 +185,8 @@ impl World {
             .context("cannot start the thread that talks to the other ranks")?;
         let (rank, size, waker, transport) = ready.recv().map_err(thread_has_died)??;
         let thread = Some(Thread { commands: Some(commands), waker, handle: Some(handle) });
-        Ok(World(Arc::new(Inner { rank, size, transport, thread, traffic: Mutex::default(), trace })))
+        let traffic = Mutex::default();
+        Ok(World(Arc::new(Inner { rank, size, transport, thread, traffic, trace, failed })))
     }
 
     /// Number of this rank.
@@ -244,6 +248,17 @@ impl World {
         let (sum, calls) = traffic.entry((group, operation)).or_default();
         *sum += bytes;
         *calls += 1;
+    }
+
+    /// Whether all is well.
+    ///
+    /// # Errors
+    /// Why it is not: a rank is lost, or somebody gave up.
+    pub(crate) fn alive(&self) -> Result<()> {
+        match self.0.failed.get() {
+            None => Ok(()),
+            Some(reason) => Err(Lost(reason.clone()).into()),
+        }
     }
 
     pub(crate) fn command(&self, command: Command) -> Result<()> {

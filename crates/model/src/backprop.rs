@@ -83,8 +83,6 @@ pub struct Backprop<D: Device, E: Element> {
     totals: Totals<D>,
     held: Vec<Held>,
     stage: Stage,
-    /// The first and last stages, both of which have the embedding table.
-    tied: Option<Group>,
     /// What was sent to the neighbouring stages and may not be there yet, and buffers for what is sent and received.
     sent: Vec<Pending<D::Buf<f32>>>,
     spare: Vec<D::Buf<f32>>,
@@ -134,11 +132,6 @@ impl<D: Device, E: Element> Backprop<D, E> {
         let (held, stage) = (config.held(part), part.stage);
         let under_way = stage.place.of - stage.place.rank;
         let flight = |_| Flight::new(device, config, options, stage, &mesh.tensor);
-        let (size, first) = (mesh.pipeline.size(), mesh.pipeline.world_rank(0));
-        let tied = match size > 1 && (stage.is_first() || stage.is_last()) {
-            true => Some(mesh.world.group(&[first, mesh.pipeline.world_rank(size - 1)], "tied")?),
-            false => None,
-        };
         Ok(Backprop {
             gradients: Weights::zeros(device, config, &held, offload)?,
             flights: (0..under_way).map(flight).collect::<Result<_>>()?,
@@ -146,7 +139,6 @@ impl<D: Device, E: Element> Backprop<D, E> {
             totals: Totals::new(device, config, &held, &mesh.shard, offload)?,
             held,
             stage,
-            tied,
             sent: Vec::new(),
             spare: Vec::new(),
             boundary: batch * seq / parts * config.width,
@@ -243,9 +235,9 @@ impl<D: Device, E: Element> Backprop<D, E> {
         // Of what all tensor-parallel parts have, each has the gradient of its own rows.
         let whole = |index: usize| held[index].is_whole();
         sum_over(device, &self.mesh.tensor, &mut self.gradients, held, whole)?;
-        if let Some(tied) = &self.tied {
-            // The embedding table comes first.
-            sum_over(device, tied, &mut self.gradients, held, |index| index == 0)?;
+        if let Some(ends) = &self.mesh.ends {
+            // Both have the embedding table, which comes first.
+            sum_over(device, ends, &mut self.gradients, held, |index| index == 0)?;
         }
         sum_over(device, &self.mesh.replicate, &mut self.gradients, held, |_| true)?;
 

@@ -1,9 +1,9 @@
-//! Passes on many ranks, as threads of one process, give the losses and gradients of passes on one.
+//! Passes on many ranks, as threads of one process, give the losses and gradients of passes on one. On the processor; with
+//! `FERROPT_TEST_DEVICE=cuda` on GPUs, real or emulated, of which ranks take the next ones in turn, and fewer layouts.
 
-use ferropt_device::bf16;
-use ferropt_device::cpu::{CpuDevice, CpuOptions};
+use ferropt_device::cuda::CudaDevice;
 use ferropt_device::rng::{Purpose, Stream};
-use ferropt_device::{DType, Element, Store};
+use ferropt_device::{Buffer, Chip, DType, Device, Element, Store, Which, bf16};
 use ferropt_mesh::{Axes, Mesh, World};
 use ferropt_model::{
     Backprop, Batch, Config, Held, Initial, Model, Offload, Options, Part, Pass, Place, Recompute, Task,
@@ -59,11 +59,26 @@ impl How {
     const PLAIN: How = How { batch: 2, recompute: Recompute::None, offload: Offload::None };
 }
 
+/// The device that is tested.
+fn which() -> Which {
+    let name = std::env::var("FERROPT_TEST_DEVICE").unwrap_or("cpu".into());
+    name.parse().expect("a device's name in FERROPT_TEST_DEVICE")
+}
+
+/// That of a rank.
+fn device(rank: usize) -> Chip {
+    let which = match which() {
+        Which::Cpu => Which::Cpu,
+        Which::Cuda(first) => Which::Cuda((first + rank) % CudaDevice::count().unwrap()),
+    };
+    Chip::open(which, Some(1), false).expect("the device that is to be tested")
+}
+
 /// A step's passes, twice, so that the second finds what the first left; and a score.
 fn passes<E: Element>(config: &Config, how: How, mesh: Mesh) -> Computed {
     let How { batch, recompute, offload } = how;
-    let options = CpuOptions { threads: Some(1), pin: false, ..CpuOptions::default() };
-    let device = CpuDevice::new(options).unwrap();
+    let device = device(mesh.world.rank());
+    let (mesh, _) = mesh.linked(&device).unwrap();
     let part = Part::of_rank(mesh.axes, config.layers, mesh.world.rank());
     let mut model = Model::<_, E>::part(&device, config, part, offload).unwrap();
     for held in model.held().to_vec() {
@@ -100,7 +115,12 @@ fn passes<E: Element>(config: &Config, how: How, mesh: Mesh) -> Computed {
         let batch = Batch { tokens: &tokens[rows], targets: &targets[rows], doc_start: &doc_start[rows] };
         part.score = backprop.score(&device, &model, batch).unwrap();
     }
-    let tensors = backprop.gradients.tensors().into_iter().map(|g| g.flat().to_vec());
+    let tensors = backprop.gradients.tensors().into_iter().map(|g| {
+        let flat = g.flat();
+        let mut values = vec![0.0; flat.len()];
+        device.download(flat, 0, &mut values);
+        values
+    });
     part.gradients = model.held().iter().cloned().zip(tensors).collect();
     part
 }
@@ -204,20 +224,28 @@ const LAYOUTS: [[usize; 4]; 18] = [
     [1, 4, 1, 2],
 ];
 
+/// On GPUs, which may be emulated and slow, every axis at least once.
+fn layouts() -> Vec<[usize; 4]> {
+    match which() {
+        Which::Cpu => LAYOUTS.to_vec(),
+        Which::Cuda(_) => vec![[1, 2, 1, 1], [2, 1, 2, 1], [2, 1, 1, 3]],
+    }
+}
+
 #[test]
 fn layouts_give_the_same_gradients() {
-    check::<f32>(false, &LAYOUTS);
+    check::<f32>(false, &layouts());
 }
 
 #[test]
 fn layouts_give_the_same_gradients_with_post_norm_and_projections() {
-    check::<f32>(true, &LAYOUTS);
+    check::<f32>(true, &layouts());
 }
 
 #[test]
 fn bf16_layouts_differ_by_rounding_alone() {
-    check::<bf16>(false, &LAYOUTS);
-    check::<bf16>(true, &LAYOUTS);
+    check::<bf16>(false, &layouts());
+    check::<bf16>(true, &layouts());
 }
 
 /// Where weights and sums are does not matter, on any layout, nor whether a layer is fetched for one rank or for many.
@@ -246,7 +274,7 @@ fn offload_changes_no_bit() {
 
 #[test]
 fn what_cannot_be_divided_is_refused() {
-    let (device, config) = (CpuDevice::new(CpuOptions::default()).unwrap(), config(false));
+    let (device, config) = (device(0), config(false));
     let options = Options {
         batch: 1,
         seq: 7,

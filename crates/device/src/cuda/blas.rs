@@ -42,6 +42,7 @@ const CUBLASLT: Wanted = Wanted {
     packages: &["cu13/lib", "cublas/lib"],
     loads: None,
     install: "Install CUDA 12 or 13, or in a Python environment `pip install nvidia-cublas`",
+    since: "CUDA 12",
 };
 
 /// CUBLAS_COMPUTE_32F, CUDA_R_32F, CUDA_R_16BF.

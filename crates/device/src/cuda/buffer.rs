@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, Result};
 
 use super::driver::{Address, Gpu};
-use crate::{Buffer, Element};
+use crate::{Buffer, Element, Located};
 
 /// A fixed number of elements in a GPU's memory, or in its host's: pinned, so that kernels and copies reach it over the bus
 /// at the same address.
@@ -132,5 +132,10 @@ impl<T: Element> Buffer<T> for CudaBuf<T> {
         }
         // SAFETY: within the buffer.
         unsafe { self.gpu.upload(self.at(offset, src.len()), src) };
+    }
+
+    fn located(&self) -> Option<Located> {
+        let device = Arc::as_ptr(&self.gpu) as usize;
+        (!self.on_host).then_some(Located { device, address: self.address, len: self.len, dtype: T::DTYPE })
     }
 }

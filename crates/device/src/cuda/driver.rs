@@ -42,6 +42,7 @@ functions! {
         fn cuStreamCreate(*mut Handle, c_uint) -> c_int;
         fn cuStreamDestroy_v2(Handle) -> c_int;
         fn cuStreamSynchronize(Handle) -> c_int;
+        fn cuStreamWaitEvent(Handle, Handle, c_uint) -> c_int;
         fn cuStreamBeginCapture_v2(Handle, c_uint) -> c_int;
         fn cuStreamEndCapture(Handle, *mut Handle) -> c_int;
         fn cuGraphInstantiateWithFlags(*mut Handle, Handle, u64) -> c_int;
@@ -51,6 +52,7 @@ functions! {
         fn cuEventCreate(*mut Handle, c_uint) -> c_int;
         fn cuEventDestroy_v2(Handle) -> c_int;
         fn cuEventRecord(Handle, Handle) -> c_int;
+        fn cuEventQuery(Handle) -> c_int;
         fn cuEventSynchronize(Handle) -> c_int;
         fn cuEventElapsedTime(*mut f32, Handle, Handle) -> c_int;
         fn cuModuleLoadData(*mut Handle, *const c_void) -> c_int;
@@ -69,6 +71,7 @@ const DRIVER: Wanted = Wanted {
     packages: &[],
     loads: None,
     install: "Install the driver of the GPU (https://www.nvidia.com/drivers)",
+    since: "CUDA 12",
 };
 
 const OUT_OF_MEMORY: c_int = 2;

@@ -21,6 +21,8 @@ pub(super) struct Wanted {
     pub loads: Option<&'static str>,
     /// What to do where it is missing.
     pub install: &'static str,
+    /// The first version that has all functions that are called.
+    pub since: &'static str,
 }
 
 /// A loaded library. It stays loaded as long as the process lives, and so do its functions.
@@ -28,6 +30,7 @@ pub(super) struct Wanted {
 pub(super) struct Library {
     handle: *mut c_void,
     what: &'static str,
+    since: &'static str,
 }
 
 impl Library {
@@ -52,7 +55,7 @@ impl Library {
                 match open(&path) {
                     Ok(handle) => {
                         load_beside(&place, wanted.loads);
-                        return Ok(Library { handle, what: wanted.what });
+                        return Ok(Library { handle, what: wanted.what, since: wanted.since });
                     }
                     // The system says so of a library that is nowhere, too.
                     Err(_) if place.as_os_str().is_empty() => {}
@@ -84,7 +87,11 @@ impl Library {
         // SAFETY: the handle is of a library that is never closed.
         let found = unsafe { libc::dlsym(self.handle, text.as_ptr()) };
         if found.is_null() {
-            bail!("{} has no function {name}: it is older than CUDA 12; install a newer one", self.what);
+            bail!(
+                "{} has no function {name}: it is older than {}; install a newer one",
+                self.what,
+                self.since
+            );
         }
         Ok(found)
     }
@@ -157,7 +164,7 @@ macro_rules! functions {
         impl $name {
             fn of(library: &$crate::cuda::library::Library) -> anyhow::Result<Self> {
                 Ok($name {
-                    // SAFETY: the functions have these types in the headers of CUDA 12 and 13.
+                    // SAFETY: the functions have these types in the headers of CUDA 12 and 13, and of NCCL 2.
                     $($function: unsafe {
                         std::mem::transmute::<*mut std::ffi::c_void, unsafe extern "C" fn($($type),*) -> $result>(
                             library.function(stringify!($function))?,
@@ -182,6 +189,7 @@ mod tests {
             packages: &[],
             loads: None,
             install: "install nothing",
+            since: "version 1",
         };
         let text = Library::load(&wanted).err().expect("no such library").to_string();
         for part in [

@@ -1,9 +1,9 @@
 //! The CUDA device: one NVIDIA GPU, its libraries found when it is opened.
 //!
-//! All work goes to one stream in order; operations return when it is enqueued, and only [`Device::download`] and what
+//! All work goes to one stream in order, but for what is exchanged with other GPUs (`nccl.rs`); operations return when it is enqueued, and only [`Device::download`] and what
 //! answers with numbers waits. Products are cuBLASLt's, the rest are the kernels in `kernels/`. This file holds the device
-//! itself and connects operations to [`Device`]; `kernels.rs` starts kernels, `driver.rs`, `nvrtc.rs`, `blas.rs` speak with
-//! NVIDIA's libraries.
+//! itself and connects operations to [`Device`]; `kernels.rs` starts kernels, `driver.rs`, `nvrtc.rs`, `blas.rs`, `nccl.rs` speak
+//! with NVIDIA's libraries.
 //!
 //! An operation that fails on the GPU (a lost device, a kernel that crashed) ends in a panic with the driver's words: what
 //! was computed before cannot be trusted either. Being out of memory when a buffer is made is an error like any other.
@@ -12,11 +12,13 @@ mod attention;
 mod blas;
 mod buffer;
 mod driver;
+mod event;
 mod graphs;
 mod kernels;
 mod library;
 mod linear;
 mod loss;
+mod nccl;
 mod nvrtc;
 mod optimizer;
 mod packed;
@@ -54,6 +56,8 @@ pub struct CudaOptions {
 /// One NVIDIA GPU.
 pub struct CudaDevice {
     graphs: Mutex<Graphs>,
+    /// Whether NCCL may be used.
+    nccl: bool,
     kernels: Kernels,
     blas: Blas,
     /// Threads of the processor, for what is done beside the GPU.
@@ -70,14 +74,16 @@ impl CudaDevice {
     ///
     /// # Errors
     /// When a library is missing, with where it was looked for and what to install; when there is no such GPU; when the
-    /// environment says about graphs what has no meaning.
+    /// environment says about graphs or NCCL what has no meaning.
     pub fn new(number: usize, options: CudaOptions) -> anyhow::Result<Self> {
         let threads = cpu::pool::threads(options.threads)?;
         let graphs = Graphs::new(options.graphs)?;
+        let nccl = nccl::wanted()?;
         let open = || {
             let gpu = Arc::new(Gpu::open(number)?);
             Ok(CudaDevice {
                 graphs: Mutex::new(graphs),
+                nccl,
                 kernels: Kernels::load(&gpu)?,
                 blas: Blas::load(&gpu)?,
                 pool: Pool::new(threads, false),
@@ -239,6 +245,10 @@ impl Device for CudaDevice {
 
     fn wait(&self) {
         self.gpu.wait();
+    }
+
+    fn network(&self) -> Option<anyhow::Result<Box<dyn Network>>> {
+        Some(nccl::open(&self.gpu, self.nccl))
     }
 
     fn repeated(&self, work: &mut dyn FnMut()) {

@@ -31,6 +31,7 @@ const NVRTC: Wanted = Wanted {
     packages: &["cu13/lib", "cuda_nvrtc/lib"],
     loads: Some("libnvrtc-builtins.so."),
     install: "Install CUDA 12 or 13, or in a Python environment `pip install nvidia-cuda-nvrtc`",
+    since: "CUDA 12",
 };
 
 /// A file of kernels: its name and text.

@@ -1,25 +1,54 @@
-// As much of CUDA's driver (libcuda.so.1) and of NVRTC as src/cuda calls, for a GPU that is emulated. Device memory and pinned
-// memory are the processor's, a stream does everything at once, unless it is captured, and a "compiled" program is a name: its
-// kernels are in this library.
-#include <chrono>
+// As much of CUDA's driver (libcuda.so.1) and of NVRTC as src/cuda calls, for GPUs that are emulated: one, or as many as
+// FERROPT_EMULATED_GPUS says. Device memory and pinned memory are the processor's, a stream does its work when it gets round to
+// it (stream.h), unless it is captured, and a "compiled" program is a name: its kernels are in this library.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <thread>
 
 #include "launch.h"
+#include "stream.h"
+
+using emulation::Event;
+using emulation::Graph;
+using emulation::Stream;
 
 namespace {
 
-const int OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, CAPTURING = 900, INVALIDATED = 901;
+const int OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_CONTEXT = 201, NOT_FOUND = 500, NOT_READY = 600, CAPTURING = 900, INVALIDATED = 901;
 const size_t TOTAL = size_t(4) << 30, BORDER = 256;
 const unsigned char MARK = 0xa5;
 
-std::mutex guard;
-std::map<uint64_t, size_t> pieces;
-size_t used;
+const int MOST_GPUS = 16;
+
+// A GPU, which is its own context.
+struct Gpu {
+    int number;
+    size_t used;
+    std::vector<Stream*> streams;
+};
+// The one that this thread works with.
+thread_local Gpu* current;
+
+// Work of streams may run until the very end, so none of this is ever destroyed.
+std::mutex& guard = *new std::mutex;
+std::map<uint64_t, size_t>& pieces = *new std::map<uint64_t, size_t>;
+
+Gpu* gpus() {
+    static Gpu* all = [] {
+        auto made = new Gpu[MOST_GPUS]();
+        for (int i = 0; i < MOST_GPUS; i++) made[i].number = i;
+        return made;
+    }();
+    return all;
+}
+
+int count() {
+    const char* text = std::getenv("FERROPT_EMULATED_GPUS");
+    int wanted = text == nullptr ? 1 : std::atoi(text);
+    return wanted < 0 ? 0 : wanted > MOST_GPUS ? MOST_GPUS : wanted;
+}
 
 // Every piece has borders that must stay as they are.
 void check_borders(uint64_t start, size_t size) {
@@ -30,18 +59,6 @@ void check_borders(uint64_t start, size_t size) {
             std::abort();
         }
     }
-}
-
-// A copy or a fill lies within one piece.
-void check_within(uint64_t start, size_t size) {
-    std::lock_guard<std::mutex> lock(guard);
-    auto after = pieces.upper_bound(start);
-    if (after != pieces.begin()) {
-        auto piece = *std::prev(after);
-        if (start + size <= piece.first + piece.second) return check_borders(piece.first, piece.second);
-    }
-    std::fprintf(stderr, "emulation: %zu bytes at %#zx are not in memory of the device\n", size, size_t(start));
-    std::abort();
 }
 
 // A new piece; memory that nobody has written to holds NaN. `guard` is held.
@@ -68,18 +85,6 @@ size_t give_back(uint64_t start) {
     return size;
 }
 
-// Work in its order. What was captured and what is launched are alike here.
-struct Graph {
-    std::vector<std::function<void()>> work;
-};
-
-struct Stream {
-    // While it is captured: what, by which thread, and whether something was asked for that a graph cannot do.
-    Graph* graph = nullptr;
-    std::thread::id thread;
-    bool invalid = false;
-};
-
 // The stream that this thread captures.
 thread_local Stream* captured;
 
@@ -100,6 +105,8 @@ struct Name {
 };
 const Name NAMES[] = {
     {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
+    {NO_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
+    {NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
     {NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {CAPTURING, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
     {INVALIDATED, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"},
@@ -109,27 +116,37 @@ const Name& named(int error) {
     for (const Name& name : NAMES) {
         if (name.error == error) return name;
     }
-    return NAMES[4];
-}
-
-double now_ms() {
-    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count();
+    return NAMES[sizeof NAMES / sizeof *NAMES - 1];
 }
 
 }  // namespace
 
+void emulation::check_within(uint64_t start, size_t size) {
+    if (size == 0) return;
+    std::lock_guard<std::mutex> lock(guard);
+    auto after = pieces.upper_bound(start);
+    if (after != pieces.begin()) {
+        auto piece = *std::prev(after);
+        if (start + size <= piece.first + piece.second) return check_borders(piece.first, piece.second);
+    }
+    std::fprintf(stderr, "emulation: %zu bytes at %#zx are not in memory of the device\n", size, size_t(start));
+    std::abort();
+}
+
 void emulation::enqueue(void* stream, std::function<void()> work) {
     auto s = static_cast<Stream*>(stream);
-    if (s->graph == nullptr) return work();
-    s->graph->work.push_back(std::move(work));
+    if (s->graph == nullptr) return s->give(std::move(work));
+    s->graph->push_back(std::move(work));
 }
+
+int emulation::device() { return current == nullptr ? -1 : current->number; }
 
 extern "C" {
 
 int cuInit(unsigned) { return OK; }
 int cuDriverGetVersion(int* version) { return *version = 13000, OK; }
-int cuDeviceGetCount(int* count) { return *count = 1, OK; }
-int cuDeviceGet(int* device, int number) { return *device = number, number == 0 ? OK : INVALID; }
+int cuDeviceGetCount(int* number) { return *number = count(), OK; }
+int cuDeviceGet(int* device, int number) { return *device = number, number >= 0 && number < count() ? OK : INVALID; }
 int cuDeviceGetName(char* name, int size, int) { return std::snprintf(name, size_t(size), "emulated GPU"), OK; }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
     switch (attribute) {
@@ -141,33 +158,39 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
     }
 }
 int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = TOTAL, OK; }
-int cuDevicePrimaryCtxRetain(void** context, int) {
-    static int the_one;
-    return *context = &the_one, OK;
-}
+int cuDevicePrimaryCtxRetain(void** context, int device) { return *context = &gpus()[device], OK; }
 int cuDevicePrimaryCtxRelease_v2(int) { return OK; }
-int cuCtxSetCurrent(void*) { return OK; }
+int cuCtxSetCurrent(void* context) { return current = static_cast<Gpu*>(context), OK; }
 int cuGetErrorName(int error, const char** name) { return *name = named(error).name, OK; }
 int cuGetErrorString(int error, const char** text) { return *text = named(error).text, OK; }
 
 int cuMemGetInfo_v2(size_t* left, size_t* total) {
     std::lock_guard<std::mutex> lock(guard);
-    return *left = TOTAL - used, *total = TOTAL, OK;
+    return *left = TOTAL - current->used, *total = TOTAL, OK;
 }
 int cuMemAlloc_v2(uint64_t* start, size_t size) {
     if (int error = not_while_capturing()) return error;
     std::lock_guard<std::mutex> lock(guard);
+    if (current == nullptr) return NO_CONTEXT;
     if (size == 0) return INVALID;
-    if (size > TOTAL - used) return OUT_OF_MEMORY;
+    if (size > TOTAL - current->used) return OUT_OF_MEMORY;
     if (!take(start, size)) return OUT_OF_MEMORY;
-    used += size;
+    current->used += size;
     return OK;
 }
+// Waits for all that the GPU does, as the driver does.
 int cuMemFree_v2(uint64_t start) {
     if (int error = not_while_capturing()) return error;
+    if (current == nullptr) return NO_CONTEXT;
+    std::vector<Event> ends;
+    {
+        std::lock_guard<std::mutex> lock(guard);
+        for (Stream* stream : current->streams) ends.push_back(stream->end());
+    }
+    for (Event& end : ends) end.wait();
     std::lock_guard<std::mutex> lock(guard);
     size_t size = give_back(start);
-    used -= size;
+    current->used -= size;
     return size > 0 ? OK : INVALID;
 }
 // Memory of the host that kernels reach too.
@@ -186,49 +209,81 @@ int cuMemFreeHost(void* start) {
 }
 int cuMemsetD8Async(uint64_t to, unsigned char value, size_t size, void* stream) {
     emulation::enqueue(stream, [=] {
-        check_within(to, size);
+        emulation::check_within(to, size);
         std::memset(reinterpret_cast<void*>(to), value, size);
     });
     return OK;
 }
-// Memory of the processor is never pinned here, so that copies of it cannot be captured.
+// Memory of the processor is never pinned here, so that copies of it cannot be captured; what is copied from it is taken at once.
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t size, void* stream) {
     if (int error = not_captured(stream)) return error;
-    check_within(to, size);
-    return std::memcpy(reinterpret_cast<void*>(to), from, size), OK;
+    auto bytes = static_cast<const char*>(from);
+    emulation::enqueue(stream, [to, values = std::vector<char>(bytes, bytes + size)] {
+        emulation::check_within(to, values.size());
+        std::memcpy(reinterpret_cast<void*>(to), values.data(), values.size());
+    });
+    return OK;
 }
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t size, void* stream) {
     if (int error = not_captured(stream)) return error;
-    check_within(from, size);
-    return std::memcpy(to, reinterpret_cast<void*>(from), size), OK;
+    emulation::enqueue(stream, [=] {
+        emulation::check_within(from, size);
+        std::memcpy(to, reinterpret_cast<void*>(from), size);
+    });
+    return OK;
 }
 int cuMemcpyAsync(uint64_t to, uint64_t from, size_t size, void* stream) {
     emulation::enqueue(stream, [=] {
-        check_within(to, size);
-        check_within(from, size);
+        emulation::check_within(to, size);
+        emulation::check_within(from, size);
         std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), size);
     });
     return OK;
 }
 
-int cuStreamCreate(void** stream, unsigned) { return *stream = new Stream, OK; }
+int cuStreamCreate(void** stream, unsigned) {
+    std::lock_guard<std::mutex> lock(guard);
+    if (current == nullptr) return NO_CONTEXT;
+    auto made = new Stream;
+    current->streams.push_back(made);
+    return *stream = made, OK;
+}
+// Its work is done first, as the driver does it, which does not wait for that.
 int cuStreamDestroy_v2(void* stream) {
     if (captured == stream) captured = nullptr;
+    {
+        std::lock_guard<std::mutex> lock(guard);
+        for (int i = 0; i < MOST_GPUS; i++) {
+            auto& all = gpus()[i].streams;
+            for (size_t j = 0; j < all.size(); j++) {
+                if (all[j] == stream) all.erase(all.begin() + long(j)), j--;
+            }
+        }
+    }
     return delete static_cast<Stream*>(stream), OK;
 }
-int cuStreamSynchronize(void* stream) { return not_captured(stream); }
+int cuStreamSynchronize(void* stream) {
+    if (int error = not_captured(stream)) return error;
+    return static_cast<Stream*>(stream)->end().wait(), OK;
+}
+int cuStreamWaitEvent(void* stream, void* event, unsigned flags) {
+    if (int error = not_captured(stream)) return error;
+    if (flags != 0) return INVALID;
+    static_cast<Stream*>(stream)->give([event = *static_cast<Event*>(event)]() mutable { event.wait(); });
+    return OK;
+}
 
 // Only the mode of one thread: what other threads do is not forbidden.
 int cuStreamBeginCapture_v2(void* stream, unsigned mode) {
     auto s = static_cast<Stream*>(stream);
     if (mode != 1 || s->graph != nullptr || captured != nullptr) return INVALID;
-    s->graph = new Graph, s->thread = std::this_thread::get_id(), s->invalid = false;
+    s->graph = new Graph, s->captor = std::this_thread::get_id(), s->invalid = false;
     return captured = s, OK;
 }
 int cuStreamEndCapture(void* stream, void** graph) {
     auto s = static_cast<Stream*>(stream);
     *graph = nullptr;
-    if (s->graph == nullptr || s->thread != std::this_thread::get_id()) return INVALID;
+    if (s->graph == nullptr || s->captor != std::this_thread::get_id()) return INVALID;
     captured = nullptr;
     Graph* made = std::exchange(s->graph, nullptr);
     if (s->invalid) return delete made, INVALIDATED;
@@ -241,20 +296,23 @@ int cuGraphInstantiateWithFlags(void** made, void* graph, unsigned long long fla
 int cuGraphDestroy(void* graph) { return delete static_cast<Graph*>(graph), OK; }
 int cuGraphLaunch(void* graph, void* stream) {
     if (int error = not_captured(stream)) return error;
-    for (auto& work : static_cast<Graph*>(graph)->work) work();
+    static_cast<Stream*>(stream)->give([work = *static_cast<Graph*>(graph)] {
+        for (auto& piece : work) piece();
+    });
     return OK;
 }
 int cuGraphExecDestroy(void* graph) { return delete static_cast<Graph*>(graph), OK; }
 
-int cuEventCreate(void** event, unsigned) { return *event = new double(0.0), OK; }
-int cuEventDestroy_v2(void* event) { return delete static_cast<double*>(event), OK; }
+int cuEventCreate(void** event, unsigned) { return *event = new Event, OK; }
+int cuEventDestroy_v2(void* event) { return delete static_cast<Event*>(event), OK; }
 int cuEventRecord(void* event, void* stream) {
     if (int error = not_captured(stream)) return error;
-    return *static_cast<double*>(event) = now_ms(), OK;
+    return *static_cast<Event*>(event) = static_cast<Stream*>(stream)->end(), OK;
 }
-int cuEventSynchronize(void*) { return OK; }
+int cuEventQuery(void* event) { return static_cast<Event*>(event)->reached() ? OK : NOT_READY; }
+int cuEventSynchronize(void* event) { return static_cast<Event*>(event)->wait(), OK; }
 int cuEventElapsedTime(float* ms, void* start, void* end) {
-    return *ms = float(*static_cast<double*>(end) - *static_cast<double*>(start)), OK;
+    return *ms = float(static_cast<Event*>(end)->milliseconds() - static_cast<Event*>(start)->milliseconds()), OK;
 }
 
 int cuModuleLoadData(void** module, const void* image) { return *module = const_cast<void*>(image), OK; }

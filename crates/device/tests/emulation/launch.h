@@ -9,6 +9,10 @@ namespace emulation {
 const Kernel* find(const char* name);
 /// Runs a kernel on all threads of all blocks, and returns when all have ended.
 void launch(const Kernel& kernel, dim3 blocks, dim3 threads, size_t shared_bytes, void** values);
-/// Does work of a stream: at once, or where the stream is captured, whenever the graph is launched.
+/// Gives work to a stream, or where it is captured, to whatever launches the graph.
 void enqueue(void* stream, std::function<void()> work);
+/// Ends the process if so many bytes are not within one piece of memory of a GPU.
+void check_within(uint64_t start, size_t size);
+/// Number of the GPU that this thread works with; -1 if none.
+int device();
 }  // namespace emulation

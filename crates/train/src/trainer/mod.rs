@@ -110,6 +110,7 @@ fn train_on(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Result
     let mesh = Mesh::new(world, resolved.axes)?;
     let threads = cores::threads(&mesh.all, resolved.config.run.threads)?;
     let device = Chip::open(cores::device(&mesh.all, resolved.device)?, threads, mesh.all.size() == 1)?;
+    let (mesh, links) = mesh.linked(&device)?;
     let plan = Plan::new(&resolved, &device);
     if mesh.all.rank() == 0 {
         hook(Event::Planned { resolved: &resolved, plan: &plan });
@@ -117,8 +118,10 @@ fn train_on(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Result
     stop.on_signals_of_a_job()?;
     let Some(data) = open_data(&mesh, &resolved, stop)? else { return Ok(stopped_early(&resolved, &mesh)) };
     match resolved.config.run.precision {
-        Precision::F32 => Trainer::<_, f32>::new(device, mesh, resolved, data, &plan, hook)?.run(stop),
-        Precision::Bf16 => Trainer::<_, bf16>::new(device, mesh, resolved, data, &plan, hook)?.run(stop),
+        Precision::F32 => Trainer::<_, f32>::new(device, mesh, links, resolved, data, &plan, hook)?.run(stop),
+        Precision::Bf16 => {
+            Trainer::<_, bf16>::new(device, mesh, links, resolved, data, &plan, hook)?.run(stop)
+        }
     }
 }
 

@@ -56,13 +56,14 @@ pub(super) struct Trainer<'h, D: Device, E: Element> {
 }
 
 impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
-    /// Opens the run folder, allocates, and loads the newest whole checkpoint or initialises.
+    /// Opens the run folder, allocates, and loads the newest whole checkpoint or initialises. `links` is told to people.
     ///
     /// # Errors
     /// Names what is wrong with the run folder, or the keys that have changed since the run began.
     pub(super) fn new(
         device: D,
         mesh: Mesh,
+        links: Option<String>,
         resolved: Resolved,
         data: Data,
         plan: &Plan,
@@ -130,7 +131,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             step,
             hook,
         };
-        for note in notes {
+        for note in links.into_iter().chain(notes) {
             trainer.say(&note);
         }
         trainer.say(&format!("energy: {}", trainer.meter.describe()));
