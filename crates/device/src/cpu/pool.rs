@@ -359,6 +359,25 @@ mod tests {
     }
 
     #[test]
+    fn who_waits_brings_near_what_is_expected() {
+        let pool = Pool::new(2, false);
+        let memory = [0u8; 1000];
+        let start = memory.as_ptr().addr();
+        let left = || {
+            let ahead = &pool.shared.ahead[1];
+            ahead.end.load(Relaxed).saturating_sub(ahead.next.load(Relaxed))
+        };
+        pool.expect(|thread| if thread == 1 { start..start + memory.len() } else { 0..0 });
+        // The worker may be asleep; behind a job it is not.
+        pool.run(&|_| ());
+        let begun = std::time::Instant::now();
+        while left() > 0 && begun.elapsed().as_secs() < 60 {
+            std::thread::yield_now();
+        }
+        assert_eq!(left(), 0);
+    }
+
+    #[test]
     fn a_panic_in_a_task_reaches_the_caller() {
         let pool = Pool::new(2, false);
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
