@@ -23,27 +23,8 @@ pub(super) struct Right<'a> {
 }
 
 /// `out[R, V * LANES] = a * b`, or with `add` `out += a * b`, over `units` units of k. Rows of `out` are `ld` apart.
-///
-/// Not inlined: there is one for each tile, for both passes and both types.
-#[inline(never)]
-fn multiply<S: Simd, M: Mac<S>, const R: usize, const V: usize>(
-    s: S,
-    units: usize,
-    a: Left,
-    b: Right,
-    add: bool,
-    out: &mut [f32],
-    ld: usize,
-) {
-    M::within(
-        s,
-        #[inline(always)]
-        |s| multiply_tile::<S, M, R, V>(s, units, a, b, add, out, ld),
-    );
-}
-
 #[inline(always)]
-fn multiply_tile<S: Simd, M: Mac<S>, const R: usize, const V: usize>(
+pub(super) fn multiply<S: Simd, M: Mac<S>, const R: usize, const V: usize>(
     s: S,
     units: usize,
     a: Left,
