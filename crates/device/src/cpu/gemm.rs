@@ -368,12 +368,6 @@ pub(super) trait Mac<S: Simd>: Copy {
     /// Units of B in a word of its panels.
     const IN_WORD: usize = 1;
 
-    /// [`Simd::within`], with the instructions that this needs.
-    #[inline(always)]
-    fn within<R>(s: S, f: impl FnOnce(S) -> R) -> R {
-        s.within(f)
-    }
-
     /// Unit `which` of the first `LANES` words of a panel.
     #[inline(always)]
     fn load(s: S, words: &[u32], _which: usize) -> S::F {
@@ -420,14 +414,8 @@ pub(super) struct Dot;
 
 impl Mac<Avx512> for Dot {
     #[inline(always)]
-    fn within<R>(_: Avx512, f: impl FnOnce(Avx512) -> R) -> R {
-        // SAFETY: only used where the processor has AVX-512 BF16.
-        unsafe { with_avx512_bf16(f) }
-    }
-
-    #[inline(always)]
     fn mac(_: Avx512, a: __m512, b: __m512, c: __m512) -> __m512 {
-        // SAFETY: only used where the processor has AVX-512 BF16; the types only rename 512 bits.
+        // SAFETY: only used through `with_avx512_bf16`; the types only rename 512 bits.
         unsafe {
             _mm512_dpbf16_ps(
                 c,
@@ -440,26 +428,8 @@ impl Mac<Avx512> for Dot {
 
 /// `out[MR, NV * LANES] = a * b`, or with `add` `out += a * b`, over packed panels `a` [units, MR] and
 /// `b` [units / M::IN_WORD, NV * LANES]. Meanwhile `next` is brought to the second-level cache.
-///
-/// Not inlined: there is one for each tile, whatever happens to its results.
-#[inline(never)]
-fn micro_kernel<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(
-    s: S,
-    a: &[u32],
-    b: &[u32],
-    next: &[u32],
-    add: bool,
-    out: &mut [f32],
-) {
-    M::within(
-        s,
-        #[inline(always)]
-        |s| multiply_tile::<S, M, MR, NV>(s, a, b, next, add, out),
-    );
-}
-
 #[inline(always)]
-fn multiply_tile<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(
+pub(super) fn micro_kernel<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(
     s: S,
     a: &[u32],
     b: &[u32],

@@ -22,9 +22,6 @@ pub trait Simd: WordLanes {
     /// The register.
     type F: Copy;
 
-    /// Calls a closure inside a function of its own that is compiled for the instruction set. A kernel that does so in a function
-    /// that is never inlined exists once, however many places call it.
-    fn within<R>(self, f: impl FnOnce(Self) -> R) -> R;
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::F;
     /// First `LANES` elements of `x`.
@@ -184,10 +181,6 @@ impl Simd for Portable {
     type F = [f32; 4];
 
     #[inline(always)]
-    fn within<R>(self, f: impl FnOnce(Self) -> R) -> R {
-        f(self)
-    }
-    #[inline(always)]
     fn splat(self, x: f32) -> Self::F {
         [x; 4]
     }
@@ -259,11 +252,6 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     type F = __m256;
 
-    #[inline(always)]
-    fn within<R>(self, f: impl FnOnce(Self) -> R) -> R {
-        // SAFETY: a token exists only where the processor has these instructions.
-        unsafe { with_avx2(f) }
-    }
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
         // SAFETY: a token exists only where the processor has these instructions.
@@ -351,11 +339,6 @@ impl Simd for Avx512 {
     const LANES: usize = 16;
     type F = __m512;
 
-    #[inline(always)]
-    fn within<R>(self, f: impl FnOnce(Self) -> R) -> R {
-        // SAFETY: a token exists only where the processor has these instructions.
-        unsafe { with_avx512(f) }
-    }
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         // SAFETY: a token exists only where the processor has these instructions.
@@ -458,6 +441,11 @@ impl Simd for Avx512 {
         unsafe { _mm512_reduce_add_ps(a) }
     }
     #[inline(always)]
+    fn max_lane(self, a: __m512) -> f32 {
+        // SAFETY: the token.
+        unsafe { _mm512_reduce_max_ps(a) }
+    }
+    #[inline(always)]
     fn select_bit(self, words: &[u32], bit: u32, x: __m512, y: __m512) -> __m512 {
         let words = &words[..16];
         // SAFETY: sixteen elements; the token.
@@ -477,12 +465,6 @@ impl Simd for Avx512 {
         select_gt(a, b, x, y) = _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), y, x);
         round(a) = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
         scale2(a, n) = _mm512_scalef_ps(a, n);
-    }
-
-    #[inline(always)]
-    fn max_lane(self, a: __m512) -> f32 {
-        // SAFETY: the token.
-        unsafe { _mm512_reduce_max_ps(a) }
     }
 }
 
