@@ -118,29 +118,26 @@ Examples:
   ferropt bench train --preset 13b --device cuda --offload all";
 
 fn precision(text: &str) -> Result<Precision, String> {
-    match text {
-        "bf16" => Ok(Precision::Bf16),
-        "f32" => Ok(Precision::F32),
-        _ => Err("expected bf16 or f32".into()),
-    }
+    one_of(text, &[("bf16", Precision::Bf16), ("f32", Precision::F32)])
 }
 
 fn recompute(text: &str) -> Result<Recompute, String> {
-    match text {
-        "none" => Ok(Recompute::None),
-        "selective" => Ok(Recompute::Selective),
-        "full" => Ok(Recompute::Full),
-        _ => Err("expected none, selective or full".into()),
-    }
+    let all = [("none", Recompute::None), ("selective", Recompute::Selective), ("full", Recompute::Full)];
+    one_of(text, &all)
 }
 
 fn offload(text: &str) -> Result<Offload, String> {
-    match text {
-        "none" => Ok(Offload::None),
-        "optimizer" => Ok(Offload::Optimizer),
-        "all" => Ok(Offload::All),
-        _ => Err("expected none, optimizer or all".into()),
-    }
+    one_of(text, &[("none", Offload::None), ("optimizer", Offload::Optimizer), ("all", Offload::All)])
+}
+
+/// What a name stands for.
+fn one_of<T: Copy>(text: &str, all: &[(&str, T)]) -> Result<T, String> {
+    let found = all.iter().find(|(name, _)| *name == text);
+    found.map(|(_, value)| *value).ok_or_else(|| {
+        let names: Vec<&str> = all.iter().map(|(name, _)| *name).collect();
+        let (last, others) = names.split_last().unwrap_or((&"nothing", &[]));
+        format!("expected {} or {last}", others.join(", "))
+    })
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {

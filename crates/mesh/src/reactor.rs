@@ -541,10 +541,10 @@ impl Reactor {
     fn look_around(&mut self, now: Instant) {
         let beat = Header::control(Kind::Beat, &self.doing, 0).to_bytes();
         for rank in self.others() {
-            let peer = &mut self.peers[rank];
-            if self.failed.get().is_some() {
+            if self.has_failed() {
                 return;
             }
+            let peer = &mut self.peers[rank];
             if peer.gone {
                 self.miss(rank, now);
                 continue;

@@ -1,19 +1,14 @@
 //! Every operation on one to eight ranks against its definition, what is counted, and what happens when a rank is lost.
 
+mod ranks;
+
 use ferropt_device::cpu::CpuBuf;
 use ferropt_device::{Buffer, Element, bf16};
 use ferropt_mesh::{Axes, Group, Join, Label, Mesh, Operation, SMALL_SUM, World};
+use ranks::{number, on_ranks, sum};
 use std::io::Write;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
-
-/// Runs `work` on every rank, each a thread, and returns what they return.
-fn on_ranks<R: Send>(worlds: Vec<World>, work: impl Fn(World) -> R + Sync) -> Vec<R> {
-    std::thread::scope(|scope| {
-        let ranks: Vec<_> = worlds.into_iter().map(|world| scope.spawn(|| work(world))).collect();
-        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
-    })
-}
 
 fn on<R: Send>(ranks: usize, work: impl Fn(Group) -> R + Sync) -> Vec<R> {
     let members: Vec<usize> = (0..ranks).collect();
@@ -25,15 +20,6 @@ fn buffer<T: Element>(values: impl Iterator<Item = f32>) -> CpuBuf<T> {
     let mut buffer = CpuBuf::zeroed(values.len()).unwrap();
     buffer.copy_from_slice(&values);
     buffer
-}
-
-/// A number that tells rank and place, small enough that sums of eight are exact in bf16.
-fn number(rank: usize, place: usize) -> f32 {
-    ((rank * 5 + place * 3) % 16) as f32 - 7.0
-}
-
-fn sum(ranks: usize, place: usize) -> f32 {
-    (0..ranks).map(|rank| number(rank, place)).sum()
 }
 
 fn check<T: Element>(ranks: usize, part: usize) {

@@ -1,9 +1,12 @@
 //! What the devices of ranks exchange themselves: against its definition, beside computing, and when something goes wrong. On GPUs,
 //! one for each rank, real or emulated; `scripts/check-cuda-kernels` runs it.
 
+mod ranks;
+
 use ferropt_device::cuda::CudaDevice;
 use ferropt_device::{Buffer, Chip, ChipBuf, Device, Element, Store, Which, bf16};
 use ferropt_mesh::{Axes, Group, Join, Label, Mesh, Operation, Pending, SMALL_SUM, World};
+use ranks::{number, on_ranks, sum};
 use std::time::{Duration, Instant};
 
 const ALONE: Axes = Axes { tensor: 1, shard: 1, replicate: 1, pipeline: 1 };
@@ -26,13 +29,6 @@ fn on_gpus<R: Send>(axes: Axes, join: Join, work: impl Fn(Mesh, &Chip) -> R + Sy
     })
 }
 
-fn on_ranks<R: Send>(worlds: Vec<World>, work: impl Fn(World) -> R + Sync) -> Vec<R> {
-    std::thread::scope(|scope| {
-        let ranks: Vec<_> = worlds.into_iter().map(|world| scope.spawn(|| work(world))).collect();
-        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
-    })
-}
-
 fn upload<T: Element>(device: &Chip, values: impl Iterator<Item = f32>) -> ChipBuf<T> {
     let values: Vec<T> = values.map(T::from_f32).collect();
     let mut buffer = device.alloc(values.len()).unwrap();
@@ -44,15 +40,6 @@ fn download<T: Element>(device: &Chip, buffer: &ChipBuf<T>) -> Vec<f32> {
     let mut values = vec![T::default(); buffer.len()];
     device.download(buffer, 0, &mut values);
     values.into_iter().map(T::to_f32).collect()
-}
-
-/// A number that tells rank and place, small enough that sums of eight are exact in bf16.
-fn number(rank: usize, place: usize) -> f32 {
-    ((rank * 5 + place * 3) % 16) as f32 - 7.0
-}
-
-fn sum(ranks: usize, place: usize) -> f32 {
-    (0..ranks).map(|rank| number(rank, place)).sum()
 }
 
 fn check<T: Element>(device: &Chip, group: &Group, part: usize) {

@@ -15,10 +15,11 @@ use std::ffi::{c_int, c_uint};
 use std::ptr::null_mut;
 use std::sync::{Arc, PoisonError};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use super::CudaDevice;
 use super::driver::{Gpu, Handle};
+use super::switch;
 
 /// Says whether sequences that come again are graphs, unless options do.
 const VARIABLE: &str = "FERROPT_CUDA_GRAPHS";
@@ -217,13 +218,9 @@ impl Graphs {
     /// # Errors
     /// When that says something else than 0 or 1.
     pub(super) fn new(wanted: Option<bool>) -> Result<Graphs> {
-        let wanted = match (wanted, std::env::var(VARIABLE).as_deref()) {
-            (Some(wanted), _) => wanted,
-            (None, Err(_) | Ok("1")) => true,
-            (None, Ok("0")) => false,
-            (None, Ok(other)) => bail!(
-                "{VARIABLE} is {other:?}; expected 1, as when it is unset, or 0 to start the operations of a step one by one"
-            ),
+        let wanted = match wanted {
+            Some(wanted) => wanted,
+            None => switch::is_on(VARIABLE, "start the operations of a step one by one")?,
         };
         Ok(Graphs { wanted, known: Vec::new(), met: 0, started: 0 })
     }

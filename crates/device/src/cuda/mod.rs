@@ -24,6 +24,7 @@ mod optimizer;
 mod packed;
 mod peak;
 mod rows;
+mod switch;
 mod workspace;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

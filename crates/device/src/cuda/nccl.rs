@@ -19,6 +19,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::driver::{Gpu, Handle};
 use super::event::Event;
 use super::library::{Library, Wanted, functions};
+use super::switch;
 use crate::{DType, Exchange, Link, Located, Network, Transfer};
 
 /// Says whether NCCL is used.
@@ -100,13 +101,7 @@ functions! {
 /// # Errors
 /// When it says something else than 0 or 1.
 pub(super) fn wanted() -> Result<bool> {
-    match std::env::var(VARIABLE).as_deref() {
-        Err(_) | Ok("1") => Ok(true),
-        Ok("0") => Ok(false),
-        Ok(other) => bail!(
-            "{VARIABLE} is {other:?}; expected 1, as when it is unset, or 0 to exchange copies in the hosts' memory"
-        ),
-    }
+    switch::is_on(VARIABLE, "exchange copies in the hosts' memory")
 }
 
 /// Loads NCCL, for a GPU.

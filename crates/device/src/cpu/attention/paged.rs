@@ -25,16 +25,16 @@ const TOGETHER: usize = 16;
 /// Calls a function for the first of so many rows, at most [`TILE`] of them.
 macro_rules! on_tile {
     ($rows:expr, $m:ident => $call:expr) => {
-        on_tile!(@ $rows, $m => $call, 1 2 3 4 5; TILE)
+        on_tile!(@ $rows, $m => $call, 1 2 3 4 5)
     };
-    (@ $rows:expr, $m:ident => $call:expr, $($count:literal)*; $most:ident) => {
+    (@ $rows:expr, $m:ident => $call:expr, $($count:literal)*) => {
         match $rows {
             $($count => {
                 const $m: usize = $count;
                 $call
             })*
             _ => {
-                const $m: usize = $most;
+                const $m: usize = TILE;
                 $call
             }
         }
