@@ -531,8 +531,8 @@ pub trait Device: Send + Sync + Sized + 'static {
     /// its sequence was cut into calls.
     ///
     /// `qkv` [N, 3*H*D] and `out` [N, H*D] hold the rows of all segments that were put into `places`, one after the other. Page
-    /// p of `k_pages` is [H, D, PAGE] (keys as columns), of `v_pages` [H, PAGE, D]. Sequences may share pages that nothing is
-    /// appended to.
+    /// p of `k_pages` is [H, D, PAGE] (keys as columns), of `v_pages` [H, PAGE, D]; how a head's part is ordered inside is the
+    /// device's own affair. Sequences may share pages that nothing is appended to.
     fn attention_paged<E: Element>(
         &self,
         heads: usize,

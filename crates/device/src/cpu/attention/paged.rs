@@ -2,25 +2,33 @@
 //!
 //! A page holds, for each head, keys as columns, `[D][PAGE]`, and values as rows, `[PAGE][D]`. Scores then lie across
 //! the lanes of a register, key by key, and so do the columns of the output: nothing is summed across lanes but a
-//! query's sum of probabilities, once. Each score, each probability and each column of the output is summed in an order
+//! query's sum of probabilities, once. Pages are read in words of 32 bits. In bf16 a word is two numbers that are
+//! neighbours in the direction of sums, `[D / 2][PAGE]` and `[PAGE / 2][D]` words, as `vdpbf16ps` takes them and as they are
+//! widened with the fewest instructions; the last number of an odd D lies alone behind them. Each score, each probability and each column of the output is summed in an order
 //! that follows from the query's own position alone, since pages are walked from the first token on. So a query has the
 //! same bits however many others are computed with it, and however a text was cut into pieces.
 
-use super::NOTHING;
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use super::{NOTHING, Rows, Tile, carve, carved};
 use crate::cpu::buffer::Shards;
-use crate::cpu::simd::{Simd, dispatch, prefetch_l2};
+use crate::cpu::gemm::{Dot, Fma, Mac, Widen};
+use crate::cpu::pack::{Matrix, pack_panels};
+use crate::cpu::simd::{Avx512, Isa, Simd, dispatch, prefetch_l2, with_avx512_bf16};
 use crate::cpu::{CpuDevice, Scratch};
-use crate::{Element, PAGE, Placed};
+use crate::{DType, Element, PAGE, Placed};
 
 /// Most queries of one head that walk over the pages together: so many that a page, which comes from the second-level cache or
 /// farther away, is used for longer than it takes to come.
 const QUERIES: usize = 24;
 /// Of these so many at a time have their sums in registers.
 const TILE: usize = 6;
+/// Rows of a panel that has room for [`QUERIES`], of a width that panels are packed fast in.
+const PANEL: usize = 32;
 /// Keys and values of so many tokens and heads are appended by one thread.
 const APPENDED: usize = 64;
-/// And so many at most are written together: as many as have their keys in the first-level cache.
-const TOGETHER: usize = 16;
 
 /// Calls a function for the first of so many rows, at most [`TILE`] of them.
 macro_rules! on_tile {
@@ -54,13 +62,17 @@ pub(in crate::cpu) fn paged<E: Element>(
 ) {
     places.check(k_pages.len(), v_pages.len(), heads * width * PAGE);
     append(device, heads, width, &places, qkv, k_pages, v_pages);
-    let groups = groups(&places);
-    let (all, block, padded) = (heads * width, width * PAGE, width.next_multiple_of(16));
+    let groups = groups(&places, QUERIES);
+    let (all, padded) = (heads * width, width.next_multiple_of(16));
+    let per_unit = Tile::of::<E>(device.isa).per_unit;
+    let units = width.div_ceil(per_unit);
     let words = words(width);
     let mut workspace = device.workspace();
     let [scratch] = workspace.take([(Scratch::Attention, device.threads() * words)]);
-    let (scratch, out) = (Shards::new(bytemuck::cast_slice_mut::<u32, f32>(scratch)), Shards::new(out));
-    let (k_pages, v_pages) = (&*k_pages, &*v_pages);
+    let (scratch, out) = (Shards::new(scratch), Shards::new(out));
+    let (k_pages, v_pages) =
+        (bytemuck::cast_slice::<E, u32>(k_pages), bytemuck::cast_slice::<E, u32>(v_pages));
+    let block = width * PAGE / in_word::<E>();
     let tasks = heads * groups.len();
     device.pool.for_each(tasks, |task, thread| {
         // The last groups of a text have the most keys, so they come first.
@@ -68,18 +80,30 @@ pub(in crate::cpu) fn paged<E: Element>(
         let (h, group) = (task / groups.len(), &groups[task % groups.len()]);
         // SAFETY: each thread has its own scratch.
         let scratch = unsafe { scratch.range(thread * words..(thread + 1) * words) };
-        let (p, scratch) = scratch.split_at_mut(QUERIES * PAGE);
-        let (q, sums) = scratch.split_at_mut(QUERIES * width);
-        for i in 0..group.count {
-            let row = &qkv[(group.row + i) * 3 * all + h * width..][..width];
-            let q = q[i / TILE * TILE * width + i % TILE..].iter_mut().step_by(TILE);
-            q.zip(row).for_each(|(q, x)| *q = x.to_f32());
+        let [p, q, panel, sums, half] = carve(scratch, sizes(width));
+        let panel = &mut panel[..PANEL * units];
+        let rows = Matrix { data: &qkv[h * width..], ld: 3 * all, k_contiguous: true };
+        let queries = group.row..group.row + group.count;
+        pack_panels(device.isa, rows, queries, 0..width, PANEL, per_unit, panel);
+        let tiles = q.chunks_exact_mut(units * TILE).take(group.count.div_ceil(TILE));
+        for (tile, q) in tiles.enumerate() {
+            for (q, unit) in q.as_chunks_mut::<TILE>().0.iter_mut().zip(panel.as_chunks::<PANEL>().0) {
+                q.copy_from_slice(&unit[tile * TILE..][..TILE]);
+            }
         }
         let pages =
             |cache| Pages { cache, numbers: group.pages, first: h * block, step: heads * block, block };
-        let head = Head { width, padded, position: group.position, q, k: pages(k_pages), v: pages(v_pages) };
-        let p = p.as_chunks_mut().0;
-        let results = dispatch!(device.isa, s => head.attend(s, group.count, p, sums));
+        let head = Head {
+            width,
+            padded,
+            position: group.position,
+            q: bytemuck::cast_slice(q),
+            k: pages(k_pages),
+            v: pages(v_pages),
+        };
+        let sums: &mut [f32] = bytemuck::cast_slice_mut(sums);
+        let p = bytemuck::cast_slice_mut(p).as_chunks_mut().0;
+        let results = head.attend_on(device.isa, E::DTYPE, group.count, p, sums, half);
         for (i, sum) in results[..group.count].iter().enumerate() {
             // SAFETY: each query of each head is one task's.
             let out = unsafe {
@@ -91,7 +115,12 @@ pub(in crate::cpu) fn paged<E: Element>(
     });
 }
 
-/// Queries that walk together: neighbours in a text whose last keys are in the same page.
+/// Numbers in a word of a page.
+fn in_word<E: Element>() -> usize {
+    size_of::<u32>() / size_of::<E>()
+}
+
+/// Neighbours in a text whose last keys are in the same page.
 struct Group<'a> {
     /// Row of the first in `qkv`, its position in its text, and how many there are.
     row: usize,
@@ -100,12 +129,13 @@ struct Group<'a> {
     pages: &'a [u32],
 }
 
-fn groups<'a>(places: &Placed<'a, CpuDevice>) -> Vec<Group<'a>> {
+/// All rows in groups of at most so many.
+fn groups<'a>(places: &Placed<'a, CpuDevice>, most: usize) -> Vec<Group<'a>> {
     let mut groups: Vec<Group<'_>> = Vec::with_capacity(places.rows);
     let mut row = 0;
     while row < places.rows {
         let (pages, position) = place(places, row);
-        let count = neighbours(places, row, QUERIES.min(places.rows - row));
+        let count = neighbours(places, row, most.min(places.rows - row));
         groups.push(Group { row, position, count, pages });
         row += count;
     }
@@ -139,75 +169,172 @@ fn append<E: Element>(
     k_pages: &mut [E],
     v_pages: &mut [E],
 ) {
-    let (all, block) = (heads * width, width * PAGE);
     let (k_pages, v_pages) = (Shards::new(k_pages), Shards::new(v_pages));
+    let (all, block) = (heads * width, width * PAGE);
     // Columns of a page of keys share cache lines, so that tokens that follow each other go to one thread.
-    device.pool.for_chunks(heads * places.rows, APPENDED, |range| {
-        let mut i = range.start;
-        while i < range.end {
-            let (h, row) = (i / places.rows, i % places.rows);
-            let (pages, position) = place(places, row);
-            let slot = position % PAGE;
-            let most = TOGETHER.min(range.end - i).min(places.rows - row);
-            let count = neighbours(places, row, most);
-            let start = (pages[position / PAGE] as usize * heads + h) * block;
-            let rows: [&[E]; TOGETHER] = std::array::from_fn(|n| {
-                &qkv[(row + n.min(count - 1)) * 3 * all + h * width..][..2 * all + width]
-            });
-            for d in 0..width {
-                let at = start + d * PAGE + slot;
-                // SAFETY: every place is written once.
-                let keys = unsafe { k_pages.range(at..at + count) };
-                keys.iter_mut().zip(&rows).for_each(|(k, row)| *k = row[all + d]);
-            }
-            for (n, row) in rows[..count].iter().enumerate() {
-                let at = start + (slot + n) * width;
-                // SAFETY: as above.
-                unsafe { v_pages.range(at..at + width) }.copy_from_slice(&row[2 * all..]);
-            }
-            i += count;
+    let groups = groups(places, PAGE);
+    let together = (APPENDED * groups.len() / places.rows.max(1)).max(1);
+    device.pool.for_chunks(heads * groups.len(), together, |range| {
+        for i in range {
+            let (h, group) = (i / groups.len(), &groups[i % groups.len()]);
+            let (page, slot) = (group.pages[group.position / PAGE] as usize, group.position % PAGE);
+            let start = (page * heads + h) * block;
+            let rows = &qkv[group.row * 3 * all + h * width..];
+            let part = |which: usize| Rows { data: &rows[which * all..], ld: 3 * all };
+            let new = New { isa: device.isa, width, slot, count: group.count, k: part(1), v: part(2) };
+            new.append(start, k_pages, v_pages);
         }
     });
 }
 
+/// Keys and values of new tokens that follow each other, of one head.
+struct New<'a, E> {
+    isa: Isa,
+    /// D.
+    width: usize,
+    /// Where in the page the first goes, and how many there are.
+    slot: usize,
+    count: usize,
+    k: Rows<'a, E>,
+    v: Rows<'a, E>,
+}
+
+impl<E: Element> New<'_, E> {
+    /// Writes them to the parts of a page that begin at `start`. Each token of each head is appended once.
+    fn append(&self, start: usize, k_pages: Shards<E>, v_pages: Shards<E>) {
+        let New { width, slot, count, .. } = *self;
+        let per_word = in_word::<E>();
+        if count == PAGE && width.is_multiple_of(per_word) {
+            let (ks, vs) = (self.k.over_width(), self.v.over_tokens());
+            // SAFETY: this is the whole of the head's part.
+            let (keys, values) = unsafe {
+                (k_pages.range(start..start + width * PAGE), v_pages.range(start..start + width * PAGE))
+            };
+            pack_panels(self.isa, ks, 0..PAGE, 0..width, PAGE, per_word, bytemuck::cast_slice_mut(keys));
+            pack_panels(self.isa, vs, 0..width, 0..PAGE, width, per_word, bytemuck::cast_slice_mut(values));
+            return;
+        }
+        for d in (0..width).step_by(per_word) {
+            let numbers = per_word.min(width - d);
+            let at = start + d * PAGE + slot * numbers;
+            // SAFETY: every place is written once.
+            let keys = unsafe { k_pages.range(at..at + count * numbers) };
+            for (i, k) in keys.iter_mut().enumerate() {
+                *k = self.k.data[i / numbers * self.k.ld + d + i % numbers];
+            }
+        }
+        for n in 0..count {
+            let at = start + (slot + n) / per_word * width * per_word + (slot + n) % per_word;
+            for (d, v) in self.v.data[n * self.v.ld..][..width].iter().enumerate() {
+                // SAFETY: as above.
+                let value = unsafe { v_pages.range(at + d * per_word..at + d * per_word + 1) };
+                value[0] = *v;
+            }
+        }
+    }
+}
+
+/// How units of queries and probabilities meet the words of a page.
+trait Cached<S: Simd>: Mac<S> {
+    /// Numbers in a unit.
+    const PER_UNIT: usize = 1;
+    /// Numbers in a word of a page.
+    const PER_WORD: usize = Self::PER_UNIT * Self::IN_WORD;
+
+    /// Makes units of a query's probabilities, in their place.
+    #[inline(always)]
+    fn narrow(_: S, _: &mut [f32; PAGE]) {}
+}
+
+impl<S: Simd> Cached<S> for Fma {}
+
+impl<S: Simd> Cached<S> for Widen {}
+
+impl Cached<Avx512> for Dot {
+    const PER_UNIT: usize = 2;
+
+    #[inline(always)]
+    fn narrow(s: Avx512, p: &mut [f32; PAGE]) {
+        for at in (0..PAGE).step_by(32) {
+            let (low, high) = (s.load(&p[at..]), s.load(&p[at + 16..]));
+            // SAFETY: only used through `with_avx512_bf16`; the types only rename 512 bits.
+            let pairs: __m512 = unsafe { std::mem::transmute(_mm512_cvtne2ps_pbh(high, low)) };
+            s.store(&mut p[at / 2..], pairs);
+        }
+    }
+}
+
 /// One head's part of the pages of a text.
 #[derive(Clone, Copy)]
-struct Pages<'a, E> {
-    cache: &'a [E],
+struct Pages<'a> {
+    /// Words.
+    cache: &'a [u32],
     numbers: &'a [u32],
-    /// Where page 0 has this head's part, elements from one page to the next, and in a part.
+    /// Where page 0 has this head's part, words from one page to the next, and in a part.
     first: usize,
     step: usize,
     block: usize,
 }
 
-impl<'a, E> Pages<'a, E> {
+impl<'a> Pages<'a> {
     #[inline(always)]
-    fn part(&self, page: usize) -> &'a [E] {
+    fn part(&self, page: usize) -> &'a [u32] {
         &self.cache[self.first + self.numbers[page] as usize * self.step..][..self.block]
     }
 }
 
 /// A group's queries of one head.
-struct Head<'a, E> {
+struct Head<'a> {
     /// D, and the distance of rows of sums.
     width: usize,
     padded: usize,
     /// Of the first query.
     position: usize,
-    /// Queries, `[tile][D][TILE]`.
+    /// Queries, `[tile][unit of D][TILE]`.
     q: &'a [f32],
-    k: Pages<'a, E>,
-    v: Pages<'a, E>,
+    k: Pages<'a>,
+    v: Pages<'a>,
 }
 
-impl<E: Element> Head<'_, E> {
+impl Head<'_> {
     /// Leaves the sum of weighted values of each of `count` queries in `sums`, and returns the sums of the weights. `p` is room
-    /// for probabilities, a page's for each query.
+    /// for probabilities, a page's for each query, and `half` for a row of words. Not generic, so that it is compiled once.
+    fn attend_on(
+        &self,
+        isa: Isa,
+        dtype: DType,
+        count: usize,
+        p: &mut [[f32; PAGE]],
+        sums: &mut [f32],
+        half: &mut [u32],
+    ) -> [f32; QUERIES] {
+        match isa {
+            // SAFETY: the processor has AVX-512 BF16.
+            Isa::Avx512Bf16 if dtype == DType::Bf16 => unsafe {
+                with_avx512_bf16(
+                    #[inline(always)]
+                    |s| self.attend::<_, Dot>(s, count, p, sums, half),
+                )
+            },
+            _ if dtype == DType::Bf16 => {
+                dispatch!(isa, s => self.attend::<_, Widen>(s, count, p, sums, half))
+            }
+            _ => dispatch!(isa, s => self.attend::<_, Fma>(s, count, p, sums, half)),
+        }
+    }
+
     #[inline(always)]
-    fn attend<S: Simd>(&self, s: S, count: usize, p: &mut [[f32; PAGE]], sums: &mut [f32]) -> [f32; QUERIES] {
+    fn attend<S: Simd, M: Cached<S>>(
+        &self,
+        s: S,
+        count: usize,
+        p: &mut [[f32; PAGE]],
+        sums: &mut [f32],
+        half: &mut [u32],
+    ) -> [f32; QUERIES] {
         let Head { width, padded, position, .. } = *self;
         let scale = s.splat(1.0 / (width as f32).sqrt());
+        let units = width.div_ceil(M::PER_UNIT);
         let (mut max, mut shrink) = ([NOTHING; QUERIES], [1.0; QUERIES]);
         let mut weight = [s.zero(); QUERIES];
         sums[..count * padded].fill(0.0);
@@ -218,16 +345,19 @@ impl<E: Element> Head<'_, E> {
             let (k, v) = (self.k.part(page), self.v.part(page));
             let next = if page < last { self.k.part(page + 1) } else { k };
             for first in (0..count).step_by(TILE) {
-                let (q, p) = (&self.q[first * width..], &mut p[first..count]);
+                let (q, p) = (&self.q[first * units..], &mut p[first..count]);
                 let ahead = if first == 0 { v } else { k };
-                on_tile!(p.len(), M => scores::<S, E, M>(s, q, k, ahead, p));
+                on_tile!(p.len(), R => scores::<S, M, R>(s, width, q, k, ahead, p));
+                if !width.is_multiple_of(M::PER_WORD) {
+                    let (q, k) = (&q[(units - 1) * TILE..], &k[width / M::PER_WORD * PAGE..]);
+                    add_last::<S, M>(s, &q[..TILE], k, p);
+                }
             }
-            // Keys of this page that the first query sees; each of the others sees one more.
-            let shared = if page == last { position % PAGE + 1 } else { PAGE };
+            // Keys of this page that a query sees: of the last, each sees one more than the one before.
+            let seen = |i: usize| if page == last { position % PAGE + 1 + i } else { PAGE };
             for (i, p) in p[..count].iter_mut().enumerate() {
-                let seen = if page == last { shared + i } else { PAGE };
                 let old = max[i];
-                for p in &mut p[seen..] {
+                for p in &mut p[seen(i)..] {
                     *p = f32::NEG_INFINITY;
                 }
                 let mut most = s.splat(old);
@@ -248,20 +378,35 @@ impl<E: Element> Head<'_, E> {
                     weight[i] = s.add(weight[i], e);
                     s.store(p, e);
                 }
+                M::narrow(s, p);
             }
-            let seen = &v[..shared * width];
             for first in (0..count).step_by(TILE) {
+                // What all queries of the tile see: whole words of what the first does.
+                let whole = seen(first) / M::PER_WORD;
                 let (p, shrink, sums) =
                     (&p[first..count], &shrink[first..count], &mut sums[first * padded..]);
-                let ahead = if first == 0 { next } else { seen };
-                on_tile!(p.len(), M => values::<S, E, M>(s, width, padded, p, shrink, seen, ahead, sums));
-            }
-            if page == last {
+                let ahead = if first == 0 { next } else { v };
+                let words = &v[..whole * width];
+                on_tile!(p.len(), R => {
+                    values::<S, M, R>(s, width, padded, p, 0, shrink, words, ahead, sums)
+                });
+                if page < last {
+                    continue;
+                }
                 // A query never touches a later token's value, whatever that is.
-                for (i, p) in p[..count].iter().enumerate().skip(1) {
-                    let own = [std::array::from_fn(|key| p[(shared + key).min(PAGE - 1)])];
-                    let v = &v[shared * width..(shared + i) * width];
-                    values::<S, E, 1>(s, width, padded, &own, &[1.0], v, v, &mut sums[i * padded..]);
+                for (i, p) in p.iter().take(TILE).enumerate() {
+                    let (p, sums) = (std::slice::from_ref(p), &mut sums[i * padded..]);
+                    let (words, rest) = (seen(first + i) / M::PER_WORD, seen(first + i) % M::PER_WORD);
+                    if words > whole {
+                        let v = &v[whole * width..words * width];
+                        values::<S, M, 1>(s, width, padded, p, whole, &[1.0], v, v, sums);
+                    }
+                    if rest > 0 {
+                        for (half, word) in half.iter_mut().zip(&v[words * width..][..width]) {
+                            *half = word & 0xffff;
+                        }
+                        values::<S, M, 1>(s, width, padded, p, words, &[1.0], half, v, sums);
+                    }
                 }
             }
         }
@@ -273,46 +418,57 @@ impl<E: Element> Head<'_, E> {
     }
 }
 
-/// To be called before `count` elements from `at` on are read: fetches what is as far into `next`.
+/// To be called before `count` words from `at` on are read: fetches what is as far into `next`.
 #[inline(always)]
-fn fetch_ahead<E>(next: &[E], at: usize, count: usize) {
-    for i in (0..count).step_by(64 / size_of::<E>()) {
+fn fetch_ahead(next: &[u32], at: usize, count: usize) {
+    for i in (0..count).step_by(16) {
         prefetch_l2(next.as_ptr().wrapping_add(at + i));
     }
 }
 
 /// `p = q * k`: rows of queries by columns of keys, each summed over the width in order. `next` is read soon.
 #[inline(always)]
-fn scores<S: Simd, E: Element, const M: usize>(s: S, q: &[f32], k: &[E], next: &[E], p: &mut [[f32; PAGE]]) {
+fn scores<S: Simd, M: Cached<S>, const R: usize>(
+    s: S,
+    width: usize,
+    q: &[f32],
+    k: &[u32],
+    next: &[u32],
+    p: &mut [[f32; PAGE]],
+) {
     // As many registers of keys as there is room for beside the sums.
     if S::LANES == 16 {
-        scores_of::<S, E, M, 4>(s, q, k, next, p);
+        scores_of::<S, M, R, 4>(s, width, q, k, next, p);
     } else {
-        scores_of::<S, E, M, 2>(s, q, k, next, p);
+        scores_of::<S, M, R, 2>(s, width, q, k, next, p);
     }
 }
 
 #[inline(always)]
-fn scores_of<S: Simd, E: Element, const M: usize, const NV: usize>(
+fn scores_of<S: Simd, M: Cached<S>, const R: usize, const NV: usize>(
     s: S,
+    width: usize,
     q: &[f32],
-    k: &[E],
-    next: &[E],
+    k: &[u32],
+    next: &[u32],
     p: &mut [[f32; PAGE]],
 ) {
-    let (rows, q) = (k.as_chunks::<PAGE>().0, q.as_chunks::<TILE>().0);
+    let (rows, q) = (k[..width / M::PER_WORD * PAGE].as_chunks::<PAGE>().0, q.as_chunks::<TILE>().0);
     for at in (0..PAGE).step_by(NV * S::LANES) {
-        let mut acc = [[s.zero(); NV]; M];
-        for (d, (row, q)) in rows.iter().zip(q).enumerate() {
-            fetch_ahead(next, d * PAGE + at, NV * S::LANES);
-            let mut keys = [s.zero(); NV];
-            for (v, key) in keys.iter_mut().enumerate() {
-                *key = s.load_as(&row[at + v * S::LANES..]);
-            }
-            for (acc, q) in acc.iter_mut().zip(q) {
-                let x = s.splat(*q);
-                for (acc, key) in acc.iter_mut().zip(&keys) {
-                    *acc = s.fma(x, *key, *acc);
+        let mut acc = [[s.zero(); NV]; R];
+        for (i, (row, q)) in rows.iter().zip(q.chunks_exact(M::IN_WORD)).enumerate() {
+            fetch_ahead(next, i * PAGE + at, NV * S::LANES);
+            let row = &row[at..at + NV * S::LANES];
+            for (which, q) in q.iter().enumerate() {
+                let mut keys = [s.zero(); NV];
+                for (v, key) in keys.iter_mut().enumerate() {
+                    *key = M::load(s, &row[v * S::LANES..], which);
+                }
+                for (acc, q) in acc.iter_mut().zip(q) {
+                    let q = s.splat(*q);
+                    for (acc, key) in acc.iter_mut().zip(&keys) {
+                        *acc = M::mac(s, q, *key, *acc);
+                    }
                 }
             }
         }
@@ -324,65 +480,85 @@ fn scores_of<S: Simd, E: Element, const M: usize, const NV: usize>(
     }
 }
 
-/// `sums = shrink * sums + p * v` of the first `M` rows, each column summed over keys in order. `v` has as many rows as keys take
-/// part; `next` is read soon.
+/// Adds the products with the last number of an odd width, which has no neighbour.
 #[inline(always)]
-fn values<S: Simd, E: Element, const M: usize>(
+fn add_last<S: Simd, M: Cached<S>>(s: S, q: &[f32], keys: &[u32], p: &mut [[f32; PAGE]]) {
+    let keys: &[bf16] = bytemuck::cast_slice(keys);
+    for (p, q) in p.iter_mut().zip(q) {
+        // Keys are widened, which is the upper half of a pair; of a pair without a neighbour q is the lower one.
+        let q = s.splat(f32::from_bits(q.to_bits() << (16 * (M::PER_UNIT - 1))));
+        for (p, keys) in p.chunks_exact_mut(S::LANES).zip(keys.chunks_exact(S::LANES)) {
+            let sum = M::mac(s, q, s.load_bf16(keys), s.load(p));
+            s.store(p, sum);
+        }
+    }
+}
+
+/// `sums = shrink * sums + p * v` of the first `R` rows, each column summed over keys in order. `v` has as many rows of words
+/// as take part, and begins with word `first` of the page; `next` is read soon.
+#[inline(always)]
+fn values<S: Simd, M: Cached<S>, const R: usize>(
     s: S,
     width: usize,
     padded: usize,
     p: &[[f32; PAGE]],
+    first: usize,
     shrink: &[f32],
-    v: &[E],
-    next: &[E],
+    v: &[u32],
+    next: &[u32],
     sums: &mut [f32],
 ) {
-    let Some(p) = p.first_chunk::<M>() else { return };
+    let Some(p) = p.first_chunk::<R>() else { return };
     let mut at = 0;
     while at + 4 * S::LANES <= width {
-        columns::<S, E, M, 4>(s, width, padded, at, p, shrink, v, next, sums);
+        columns::<S, M, R, 4>(s, width, padded, at, p, first, shrink, v, next, sums);
         at += 4 * S::LANES;
     }
     while at < width {
-        columns::<S, E, M, 1>(s, width, padded, at, p, shrink, v, next, sums);
+        columns::<S, M, R, 1>(s, width, padded, at, p, first, shrink, v, next, sums);
         at += S::LANES;
     }
 }
 
 /// [`values`] of `NV` registers of columns from `at` on; a single one may not be full.
 #[inline(always)]
-fn columns<S: Simd, E: Element, const M: usize, const NV: usize>(
+fn columns<S: Simd, M: Cached<S>, const R: usize, const NV: usize>(
     s: S,
     width: usize,
     padded: usize,
     at: usize,
-    p: &[[f32; PAGE]; M],
+    p: &[[f32; PAGE]; R],
+    first: usize,
     shrink: &[f32],
-    v: &[E],
-    next: &[E],
+    v: &[u32],
+    next: &[u32],
     sums: &mut [f32],
 ) {
-    let mut acc = [[s.zero(); NV]; M];
+    let mut acc = [[s.zero(); NV]; R];
     for (i, acc) in acc.iter_mut().enumerate() {
         for (r, acc) in acc.iter_mut().enumerate() {
             *acc = s.mul(s.load(&sums[i * padded + at + r * S::LANES..]), s.splat(shrink[i]));
         }
     }
-    for (key, values) in (0..PAGE).zip(v.chunks_exact(width)) {
-        fetch_ahead(next, key * width + at, NV * S::LANES);
-        let mut row = [s.zero(); NV];
-        if NV == 1 {
-            row[0] = s.load_up_to(&values[at..]);
+    for (word, row) in (first..PAGE / M::PER_WORD).zip(v.chunks_exact(width)) {
+        fetch_ahead(next, word * width + at, NV * S::LANES);
+        let mut part = [0; 16];
+        let row = if NV == 1 && row.len() < at + S::LANES {
+            part[..row.len() - at].copy_from_slice(&row[at..]);
+            &part[..S::LANES]
         } else {
-            let values = &values[at..at + NV * S::LANES];
-            for (r, row) in row.iter_mut().enumerate() {
-                *row = s.load_as(&values[r * S::LANES..]);
+            &row[at..at + NV * S::LANES]
+        };
+        for which in 0..M::IN_WORD {
+            let mut registers = [s.zero(); NV];
+            for (r, register) in registers.iter_mut().enumerate() {
+                *register = M::load(s, &row[r * S::LANES..], which);
             }
-        }
-        for (acc, p) in acc.iter_mut().zip(p) {
-            let x = s.splat(p[key]);
-            for (acc, row) in acc.iter_mut().zip(&row) {
-                *acc = s.fma(x, *row, *acc);
+            for (acc, p) in acc.iter_mut().zip(p) {
+                let p = s.splat(p[word * M::IN_WORD + which]);
+                for (acc, register) in acc.iter_mut().zip(&registers) {
+                    *acc = M::mac(s, p, *register, *acc);
+                }
             }
         }
     }
@@ -402,5 +578,10 @@ fn scale_into<S: Simd, E: Element>(s: S, factor: f32, from: &[f32], to: &mut [E]
 
 /// Words of workspace for each thread.
 pub(super) fn words(width: usize) -> usize {
-    QUERIES * (PAGE + width + width.next_multiple_of(16))
+    carved(sizes(width))
+}
+
+/// Probabilities, queries in tiles and as they are packed, sums, and half of a row of words.
+fn sizes(width: usize) -> [usize; 5] {
+    [QUERIES * PAGE, QUERIES * width, PANEL * width, QUERIES * width.next_multiple_of(16), width]
 }

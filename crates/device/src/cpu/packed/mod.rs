@@ -19,7 +19,7 @@ use half::bf16;
 use super::buffer::Shards;
 use super::embed::add;
 use super::gemm::Epilogue;
-use super::simd::{Simd, dispatch};
+use super::simd::{Simd, dispatch, prefetch};
 use super::{CpuBuf, CpuDevice, Scratch};
 use crate::quantise::Codes;
 use crate::{Activation, DType, Element, Mapped, ReadRows, WeightFormat, WritePiece};
@@ -259,34 +259,55 @@ impl Epilogue for Finish<'_> {
     fn row<S: Simd>(&self, s: S, row: usize, col: usize, acc: &[f32]) {
         let start = row * self.n + col;
         let to = start..start + acc.len();
-        for at in (0..acc.len()).step_by(S::LANES) {
-            let end = (at + S::LANES).min(acc.len());
-            let mut v = s.load_up_to(&acc[at..end]);
-            if let Some(bias) = self.bias {
-                v = s.add(v, s.load_up_to(&bias[col + at..col + end]));
-            }
-            if self.act == Activation::Relu {
-                v = s.max(v, s.zero());
-            }
-            if let Some(residual) = self.residual {
-                v = s.add(v, s.load_up_to(&residual[start + at..start + end]));
-            }
-            // SAFETY: every part of every row comes once.
-            unsafe {
-                match &self.y {
-                    Out::F32(y) => s.store_up_to(&mut y.range(to.clone())[at..end], v),
-                    Out::Bf16(y) => s.store_up_to(&mut y.range(to.clone())[at..end], v),
-                }
+        let bias = self.bias.map(|bias| &bias[col..col + acc.len()]);
+        let residual = self.residual.map(|residual| &residual[to.clone()]);
+        // SAFETY: every part of every row comes once.
+        unsafe {
+            match &self.y {
+                Out::F32(y) => finish(s, acc, bias, self.act, residual, y.range(to)),
+                Out::Bf16(y) => finish(s, acc, bias, self.act, residual, y.range(to)),
             }
         }
     }
 
     #[inline(always)]
     fn prefetch(&self, row: usize, col: usize, len: usize) {
-        match &self.y {
-            Out::F32(y) => y.prefetch(row * self.n + col, len),
-            Out::Bf16(y) => y.prefetch(row * self.n + col, len),
+        let start = row * self.n + col;
+        if let Some(residual) = self.residual {
+            for at in (0..len).step_by(16) {
+                prefetch(residual.as_ptr().wrapping_add(start + at));
+            }
         }
+        match &self.y {
+            Out::F32(y) => y.prefetch(start, len),
+            Out::Bf16(y) => y.prefetch(start, len),
+        }
+    }
+}
+
+/// `y = act(acc + bias) + residual`. All are of one length.
+#[inline(always)]
+fn finish<S: Simd, O: Element>(
+    s: S,
+    acc: &[f32],
+    bias: Option<&[f32]>,
+    act: Activation,
+    residual: Option<&[f32]>,
+    y: &mut [O],
+) {
+    for (at, y) in (0..acc.len()).step_by(S::LANES).zip(y.chunks_mut(S::LANES)) {
+        let part = at..at + y.len();
+        let mut v = s.load_up_to(&acc[part.clone()]);
+        if let Some(bias) = bias {
+            v = s.add(v, s.load_up_to(&bias[part.clone()]));
+        }
+        if act == Activation::Relu {
+            v = s.max(v, s.zero());
+        }
+        if let Some(residual) = residual {
+            v = s.add(v, s.load_up_to(&residual[part]));
+        }
+        s.store_up_to(y, v);
     }
 }
 
