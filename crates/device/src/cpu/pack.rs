@@ -22,6 +22,9 @@ const COLUMNS: usize = 128;
 /// Units of a strided matrix that are packed together: some cache lines of each panel.
 const UNITS: usize = 8;
 
+/// Blocks by which rows that are turned are fetched ahead.
+const AHEAD: usize = 6;
+
 /// Packs rows `is` and columns `ks` of `x` into panels of `width` rows, on all threads: `[panel][unit][width]`, zeros
 /// where the matrix ends.
 pub(super) fn pack<E: Element>(
@@ -182,6 +185,8 @@ unsafe fn pack_transposed_avx512<E: Element>(
             let mut t = [_mm512_setzero_si512(); 16];
             for (r, t) in t[..full].iter_mut().enumerate() {
                 let at = (is.start + row + r) * x.ld + k;
+                // More rows than the processor can guess where reading goes on.
+                prefetch(x.data.as_ptr().wrapping_add(at + AHEAD * block));
                 // SAFETY: the mask covers the elements of the slice and no more.
                 *t = unsafe { _mm512_maskz_loadu_epi16(mask, x.data[at..at + count].as_ptr().cast()) };
             }
