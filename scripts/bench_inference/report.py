@@ -74,7 +74,7 @@ def page(pairs):
         f"Measured there: memory is read at {bandwidth * 1e-9:.0f} GB/s, f32 multiply-adds reach {peak * 1e-9:.0f} GFLOP/s; shares are of these as each turn",
         "measured them. The arithmetic of 8-bit products is not that of f32, so that their share of it may exceed 1.",
         "",
-        "OpenVINO computes in f32, which is its fastest where the processor has no bf16. ferropt's int8 and int4 products round",
+        "OpenVINO computes in bf16 where the processor has that, otherwise in f32. ferropt's int8 and int4 products round",
         "activations to 8 bits as well, a group of 64 at a time. Load is without a cache; `again` with the one that ferropt keeps.",
         "Memory is what was resident at most, weights, keys and values of 32 texts included.",
     ]  # fmt: skip
