@@ -60,7 +60,9 @@ def table(pairs):
 def page(pairs):
     machines = sorted({(pair["processor"], pair["threads"]) for pair in pairs})
     bandwidth = statistics.median(pair["ferropt"]["bandwidth"] for pair in pairs)
-    peak = statistics.median(pair["ferropt"]["peak"] for pair in pairs)
+    # f32 is multiplied as f32, everything else as bf16 where the processor has that.
+    peaks = [[pair["ferropt"]["peak"] for pair in pairs if (pair["weights"] == "f32") == plain] for plain in (True, False)]
+    peaks = [f"{statistics.median(peak) * 1e-9:.0f} GFLOP/s {what}" for peak, what in zip(peaks, ("in f32", "for other weights")) if peak]
     versions = {pair["peer"]: pair["other"]["version"] for pair in pairs}
     lines = [
         "# Inference beside other engines",
@@ -71,8 +73,8 @@ def page(pairs):
         + "; ".join(f"{NAMES[peer]} {versions[peer]}" for peer in NAMES if peer in versions) + ".",
         "",
         *[f"On {name}; {threads} threads, {min(p['date'] for p in pairs)} to {max(p['date'] for p in pairs)}." for name, threads in machines],
-        f"Measured there: memory is read at {bandwidth * 1e-9:.0f} GB/s, f32 multiply-adds reach {peak * 1e-9:.0f} GFLOP/s; shares are of these as each turn",
-        "measured them. The arithmetic of 8-bit products is not that of f32, so that their share of it may exceed 1.",
+        f"Measured there: memory is read at {bandwidth * 1e-9:.0f} GB/s, multiply-adds reach {' and '.join(peaks)}; shares are of these as each turn",
+        "measured them. The arithmetic of 8-bit products is another, so that their share of it may exceed 1.",
         "",
         "OpenVINO computes in bf16 where the processor has that, otherwise in f32. ferropt's int8 and int4 products round",
         "activations to 8 bits as well, a group of 64 at a time. Load is without a cache; `again` with the one that ferropt keeps.",
