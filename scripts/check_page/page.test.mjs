@@ -142,7 +142,8 @@ test("errors stand where they belong", async () => {
     await set(page, { top_p: "1.5" });
     await page.locator("#prompt").press("Control+Enter");
     assert.match(await page.locator("#set-top_p-wrong").textContent(), /1\.5 is not a number from 0 to 1/);
-    assert.equal(await page.evaluate(() => document.activeElement.id), "set-top_p");
+    // The focus moves once the message has been drawn.
+    await page.waitForFunction(() => document.activeElement.id === "set-top_p");
     assert.equal(await page.locator("#set-top_p").getAttribute("aria-invalid"), "true");
     await page.fill("#set-top_p", "1");
     assert.equal(await page.locator(".wrong").count(), 0);
