@@ -2,11 +2,13 @@
 //!
 //! A page holds, for each head, keys as columns, `[D][PAGE]`, and values as rows, `[PAGE][D]`. Scores then lie across
 //! the lanes of a register, key by key, and so do the columns of the output: nothing is summed across lanes but a
-//! query's sum of probabilities, once. Pages are read in words of 32 bits. In bf16 a word is two numbers that are
-//! neighbours in the direction of sums, `[D / 2][PAGE]` and `[PAGE / 2][D]` words, as `vdpbf16ps` takes them and as they are
-//! widened with the fewest instructions; the last number of an odd D lies alone behind them. Each score, each probability and each column of the output is summed in an order
+//! query's sum of probabilities, once. Each score, each probability and each column of the output is summed in an order
 //! that follows from the query's own position alone, since pages are walked from the first token on. So a query has the
 //! same bits however many others are computed with it, and however a text was cut into pieces.
+//!
+//! Pages are read in words of 32 bits. In bf16 a word is two numbers that are neighbours in the direction of sums, `[D / 2][PAGE]`
+//! and `[PAGE / 2][D]` words, as `vdpbf16ps` takes them and as they are widened with the fewest instructions; the last number
+//! of an odd D lies alone behind them.
 
 use std::arch::x86_64::*;
 
@@ -200,7 +202,8 @@ struct New<'a, E> {
 }
 
 impl<E: Element> New<'_, E> {
-    /// Writes them to the parts of a page that begin at `start`. Each token of each head is appended once.
+    /// Writes them to the parts of a page that begin at `start`: a whole page as panels of products are packed, whose layout it
+    /// has. Each token of each head is appended once.
     fn append(&self, start: usize, k_pages: Shards<E>, v_pages: Shards<E>) {
         let New { width, slot, count, .. } = *self;
         let per_word = in_word::<E>();
