@@ -70,9 +70,7 @@ test("text appears as it is made", async () => {
         await sleep(10);
     }
     await all;
-    // A fast machine is soon through.
-    const unfinished = [...seen].filter((count) => count > 0 && count < 300);
-    assert.ok(unfinished.length > 1, `the text was seen with ${[...seen]} tokens`);
+    assert.ok(seen.size > 5, `the text was seen with ${[...seen]} tokens`);
     assert.equal(await page.locator(".list .token").count(), 300);
     assert.match(
         await page.locator(".figures").textContent(),

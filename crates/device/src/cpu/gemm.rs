@@ -365,6 +365,8 @@ pub(super) fn first_panel(device: &CpuDevice, b_panels: usize, thread: usize) ->
 
 /// Multiply-accumulate of one unit.
 pub(super) trait Mac<S: Simd>: Copy {
+    /// Numbers in a unit.
+    const PER_UNIT: usize = 1;
     /// Units of B in a word of its panels.
     const IN_WORD: usize = 1;
 
@@ -413,6 +415,8 @@ impl<S: Simd> Mac<S> for Widen {
 pub(super) struct Dot;
 
 impl Mac<Avx512> for Dot {
+    const PER_UNIT: usize = 2;
+
     #[inline(always)]
     fn mac(_: Avx512, a: __m512, b: __m512, c: __m512) -> __m512 {
         // SAFETY: only used through `with_avx512_bf16`; the types only rename 512 bits.

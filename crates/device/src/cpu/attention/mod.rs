@@ -93,8 +93,6 @@ fn on_tile<E: Element>(isa: Isa, kernel: impl Kernel) {
 
 /// How a multiply-accumulate's units are made of f32 numbers.
 trait Units<S: Simd>: Mac<S> {
-    /// Numbers in a unit.
-    const PER_UNIT: usize;
     /// Type of these numbers.
     type Value: Element;
     /// Stores rows `2i` and `2i + 1` of a tile whose rows are `nr` wide as the rows of units that they make; `out`
@@ -103,7 +101,6 @@ trait Units<S: Simd>: Mac<S> {
 }
 
 impl<S: Simd> Units<S> for Fma {
-    const PER_UNIT: usize = 1;
     type Value = f32;
 
     #[inline(always)]
@@ -114,7 +111,6 @@ impl<S: Simd> Units<S> for Fma {
 }
 
 impl Units<Avx512> for Dot {
-    const PER_UNIT: usize = 2;
     type Value = bf16;
 
     #[inline(always)]

@@ -239,8 +239,6 @@ impl<E: Element> New<'_, E> {
 
 /// How units of queries and probabilities meet the words of a page.
 trait Cached<S: Simd>: Mac<S> {
-    /// Numbers in a unit.
-    const PER_UNIT: usize = 1;
     /// Numbers in a word of a page.
     const PER_WORD: usize = Self::PER_UNIT * Self::IN_WORD;
 
@@ -254,8 +252,6 @@ impl<S: Simd> Cached<S> for Fma {}
 impl<S: Simd> Cached<S> for Widen {}
 
 impl Cached<Avx512> for Dot {
-    const PER_UNIT: usize = 2;
-
     #[inline(always)]
     fn narrow(s: Avx512, p: &mut [f32; PAGE]) {
         for at in (0..PAGE).step_by(32) {
