@@ -10,10 +10,12 @@
 //! Every element of C is summed by one thread in one order that depends on the shape alone.
 
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 use std::ops::Range;
 
+use super::amx::{self, Tiles, Upper};
 use super::buffer::Shards;
-use super::pack::{Matrix, pack, pack_panels};
+use super::pack::{Matrix, pack, pack_panels, pack_tiles};
 use super::simd::{
     Avx512, Isa, Portable, Simd, dispatch, prefetch, prefetch_l2, with_avx512, with_avx512_bf16,
 };
@@ -34,8 +36,6 @@ const KC: usize = 1024;
 const PACKED_UNITS: usize = 2 << 20;
 /// Most sums of a super-block that wait for the next block of k.
 const PARTIAL_SUMS: usize = 4 << 20;
-/// Units of A that a thread packs and works through per panel of B: 256 KiB, a part of its L2 cache.
-const GROUP_UNITS: usize = 64 << 10;
 /// Tasks for each thread at least, so that threads finish together.
 const TASKS: usize = 4;
 /// Units of k by which a panel of A, and one of B, are fetched to the first-level cache ahead of their use.
@@ -49,21 +49,76 @@ pub(super) struct Tile {
     pub(super) nr: usize,
     /// Elements of k in a unit.
     pub(super) per_unit: usize,
+    /// Units that panels have a multiple of. Where it is above 1, rows of A lie in tiles.
+    pub(super) step: usize,
+    /// Units for which a panel of B is multiplied with all rows at hand before its next ones are.
+    pub(super) block: usize,
+    /// Units of A that a thread packs and works through per panel of B: a part of its L2 cache.
+    group: usize,
+}
+
+impl Tile {
+    /// Panels in registers of vectors.
+    const fn vectors(mr: usize, nr: usize, per_unit: usize) -> Tile {
+        Tile { mr, nr, per_unit, step: 1, block: usize::MAX, group: 64 << 10 }
+    }
+
+    /// Tile registers read 64 bytes a cycle, more than the second-level cache gives: a panel of B stays in the first level for
+    /// 16 KiB of it, while rows of A come from the second.
+    const TILES: Tile = Tile {
+        mr: amx::SIDE,
+        nr: amx::SIDE,
+        per_unit: 2,
+        step: amx::STEP,
+        block: 8 * amx::STEP,
+        group: 256 << 10,
+    };
+
+    /// For a product of so few rows: as many rows as there are, so that none is computed for nothing, and where one panel has
+    /// all of them, no blocks of k.
+    pub(super) fn for_rows(self, m: usize) -> Tile {
+        let smaller: &[usize] = if self.step > 1 { &[amx::SIDE / 2] } else { &[1, 2, 4] };
+        let mr = smaller.iter().copied().find(|mr| *mr >= m).unwrap_or(self.mr).min(self.mr);
+        Tile { mr, block: if m <= mr { usize::MAX } else { self.block }, ..self }
+    }
+
+    /// Units of so many elements of k.
+    pub(super) fn units(&self, k: usize) -> usize {
+        k.div_ceil(self.per_unit).next_multiple_of(self.step)
+    }
+
+    /// Packs rows `is` and columns `ks` of A on this thread.
+    pub(super) fn pack_rows<E: Element>(
+        &self,
+        isa: Isa,
+        a: Matrix<E>,
+        is: Range<usize>,
+        ks: Range<usize>,
+        out: &mut [u32],
+    ) {
+        if self.step > 1 {
+            // SAFETY: a processor with tiles has AVX-512.
+            unsafe { pack_tiles(a, is, ks, self.mr, out) };
+        } else {
+            pack_panels(isa, a, is, ks, self.mr, self.per_unit, out);
+        }
+    }
 }
 
 /// The tile for operands of `dtype`.
 pub(super) fn tile(isa: Isa, dtype: DType) -> Tile {
     match isa {
-        Isa::Avx512Bf16 => Tile { mr: 8, nr: 48, per_unit: if dtype == DType::Bf16 { 2 } else { 1 } },
-        Isa::Avx512 => Tile { mr: 8, nr: 48, per_unit: 1 },
-        Isa::Avx2 => Tile { mr: 6, nr: 16, per_unit: 1 },
-        Isa::Portable => Tile { mr: 4, nr: 8, per_unit: 1 },
+        Isa::Amx if dtype == DType::Bf16 => Tile::TILES,
+        Isa::Avx512Bf16 => Tile::vectors(8, 48, if dtype == DType::Bf16 { 2 } else { 1 }),
+        Isa::Avx512 | Isa::Amx => Tile::vectors(8, 48, 1),
+        Isa::Avx2 => Tile::vectors(6, 16, 1),
+        Isa::Portable => Tile::vectors(4, 8, 1),
     }
 }
 
-/// Elements of k in each of several equal blocks, an even number.
-pub(super) fn k_block(k: usize, per_unit: usize) -> usize {
-    k.div_ceil(k.div_ceil(KC * per_unit).max(1)).next_multiple_of(2)
+/// Elements of k in each of several equal blocks, whole steps and an even number.
+pub(super) fn k_block(t: Tile, k: usize) -> usize {
+    k.div_ceil(k.div_ceil(KC * t.per_unit).max(1)).next_multiple_of(t.per_unit * t.step).next_multiple_of(2)
 }
 
 /// How a product is cut into blocks.
@@ -77,7 +132,7 @@ struct Blocks {
 }
 
 fn blocks(t: Tile, m: usize, n: usize, k: usize) -> Blocks {
-    let kc = k_block(k, t.per_unit);
+    let kc = k_block(t, k);
     let side =
         |size: usize, step: usize, most: usize| size.next_multiple_of(step).min((most / step).max(1) * step);
     // With several blocks of k, a super-block's partial sums are bounded too.
@@ -85,7 +140,7 @@ fn blocks(t: Tile, m: usize, n: usize, k: usize) -> Blocks {
         let n = side(n, t.nr, PACKED_UNITS / KC);
         return Blocks { m: side(m, t.mr, PARTIAL_SUMS / n), n, k: kc };
     }
-    let n = side(n, t.nr, PACKED_UNITS / kc.div_ceil(t.per_unit).max(1));
+    let n = side(n, t.nr, PACKED_UNITS / t.units(kc).max(1));
     Blocks { m: m.next_multiple_of(t.mr), n, k: kc }
 }
 
@@ -112,7 +167,8 @@ impl<E: Element> Operand for Matrix<'_, E> {
         t: Tile,
         scratch: &mut [u32],
     ) {
-        pack(device, *self, cols, ks, t.nr, t.per_unit, scratch);
+        let words = cols.len().next_multiple_of(t.nr) * t.units(ks.len());
+        pack(device, *self, cols, ks, t.nr, t.per_unit, &mut scratch[..words]);
     }
 }
 
@@ -141,10 +197,16 @@ pub(super) fn product<E: Element, B: Operand, P: Epilogue>(
     }
     let step = blocks(t, m, n, k);
     let k_blocks = k.div_ceil(step.k).max(1);
-    let units = step.k.div_ceil(t.per_unit);
-    let partial = if k_blocks > 1 { step.m * step.n } else { 0 };
-    let a_panels = (GROUP_UNITS / (units * t.mr).max(1)).max(1);
+    let units = t.units(step.k);
+    let a_panels = (t.group / (units * t.mr).max(1)).max(1);
     let group = a_panels * t.mr * units;
+    // Sums of a super-block, or of a thread's rows and one panel of B.
+    let own = a_panels * t.mr * t.nr;
+    let partial = match k_blocks {
+        2.. => step.m * step.n,
+        _ if units > t.block => device.threads() * own,
+        _ => 0,
+    };
     let mut workspace = device.workspace();
     let [packed_a, scratch, partials] = workspace.take([
         (Scratch::PackedA, device.threads() * group),
@@ -159,7 +221,7 @@ pub(super) fn product<E: Element, B: Operand, P: Epilogue>(
             let rows = m0..(m0 + step.m).min(m);
             for k_block in 0..k_blocks {
                 let ks = k_block * step.k..((k_block + 1) * step.k).min(k);
-                let units = ks.len().div_ceil(t.per_unit);
+                let units = t.units(ks.len());
                 if in_scratch != Some((n0, k_block)) {
                     b.prepare(device, cols.clone(), ks.clone(), t, scratch);
                     in_scratch = Some((n0, k_block));
@@ -170,7 +232,8 @@ pub(super) fn product<E: Element, B: Operand, P: Epilogue>(
                     let len = rows.len().next_multiple_of(t.mr) * units;
                     // SAFETY: each thread has its own part.
                     let packed = unsafe { packed_a.range(thread * group..thread * group + len) };
-                    pack_panels(device.isa, a, rows.clone(), ks.clone(), t.mr, t.per_unit, packed);
+                    t.pack_rows(device.isa, a, rows.clone(), ks.clone(), packed);
+                    let alone = k_blocks == 1;
                     let block = Block {
                         tile: t,
                         units,
@@ -180,7 +243,12 @@ pub(super) fn product<E: Element, B: Operand, P: Epilogue>(
                         last: k_block + 1 == k_blocks,
                         a: packed,
                         b: panels,
-                        partials_from: start * cols.len().next_multiple_of(t.nr),
+                        sums_from: if alone {
+                            thread * own
+                        } else {
+                            start * cols.len().next_multiple_of(t.nr)
+                        },
+                        one_panel: alone,
                     };
                     block.run(device.isa, b_panels, partials, epilogue);
                 });
@@ -221,7 +289,9 @@ pub(super) fn workspace_bytes<E: Element>(device: &CpuDevice, rows: usize, wides
     let packed = (widest.next_multiple_of(t.nr) * KC).min(PACKED_UNITS);
     let sums = longest.next_multiple_of(t.mr) * widest.next_multiple_of(t.nr);
     let partials = if longest > KC * t.per_unit { sums.min(PARTIAL_SUMS) } else { 0 };
-    4 * (device.threads() * GROUP_UNITS + packed + partials)
+    // Sums of the rows of a group where it has the shortest k of those that are cut into blocks.
+    let own = if t.block < KC { t.group / t.block * t.nr } else { 0 };
+    4 * (device.threads() * t.group + packed + partials.max(device.threads() * own))
 }
 
 /// Panels of B over one block of k: that of panel `p` begins at `p * stride + start`. What is used after it begins `next` later.
@@ -245,8 +315,10 @@ pub(super) struct Block<'a> {
     pub(super) last: bool,
     pub(super) a: &'a [u32],
     pub(super) b: Panels<'a>,
-    /// Where the sums of these rows begin among those that wait for the next block of k.
-    pub(super) partials_from: usize,
+    /// Where the sums of these rows begin among those that wait for the next block of k, and whether there is only room for
+    /// those of one panel of B.
+    pub(super) sums_from: usize,
+    pub(super) one_panel: bool,
 }
 
 impl Block<'_> {
@@ -254,24 +326,32 @@ impl Block<'_> {
     fn run<P: Epilogue>(&self, isa: Isa, b: Range<usize>, partials: Shards<f32>, epilogue: &P) {
         let a = 0..self.panels().0;
         match isa {
+            // SAFETY: the processor has AVX-512 and tiles.
+            Isa::Amx if self.tile.step > 1 => unsafe {
+                let tiles = Tiles::new();
+                with_avx512(
+                    #[inline(always)]
+                    |s| self.task(s, &tiles, a, b, partials, epilogue),
+                )
+            },
             // SAFETY: the processor has AVX-512 BF16.
             Isa::Avx512Bf16 if self.tile.per_unit == 2 => unsafe {
                 with_avx512_bf16(
                     #[inline(always)]
-                    |s| self.task::<_, Dot, _, 8, 3>(s, a, b, partials, epilogue),
+                    |s| self.task(s, &Vectors::<Dot, 8, 3>::NEW, a, b, partials, epilogue),
                 )
             },
             // SAFETY: the processor has AVX-512.
-            Isa::Avx512 | Isa::Avx512Bf16 => unsafe {
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe {
                 with_avx512(
                     #[inline(always)]
-                    |s| self.task::<_, Fma, _, 8, 3>(s, a, b, partials, epilogue),
+                    |s| self.task(s, &Vectors::<Fma, 8, 3>::NEW, a, b, partials, epilogue),
                 )
             },
             Isa::Avx2 => {
-                dispatch!(Isa::Avx2, s => self.task::<_, Fma, _, 6, 2>(s, a, b, partials, epilogue))
+                dispatch!(Isa::Avx2, s => self.task(s, &Vectors::<Fma, 6, 2>::NEW, a, b, partials, epilogue))
             }
-            Isa::Portable => self.task::<_, Fma, _, 4, 2>(Portable, a, b, partials, epilogue),
+            Isa::Portable => self.task(Portable, &Vectors::<Fma, 4, 2>::NEW, a, b, partials, epilogue),
         }
     }
 
@@ -281,52 +361,61 @@ impl Block<'_> {
     }
 
     #[inline(always)]
-    pub(super) fn task<S: Simd, M: Mac<S>, P: Epilogue, const MR: usize, const NV: usize>(
+    pub(super) fn task<S: Simd, I: Inner<S>, P: Epilogue>(
         &self,
         s: S,
+        inner: &I,
         a_panels: Range<usize>,
         b_panels: Range<usize>,
         partials: Shards<f32>,
         epilogue: &P,
     ) {
-        let nr = NV * S::LANES;
-        let words = nr * self.units.div_ceil(M::IN_WORD);
-        let mut out = [0.0f32; 8 * 48];
-        let a_count = self.rows.len().div_ceil(MR);
+        let (mr, nr, units) = (I::MR, I::NR, self.units);
+        let in_block = self.tile.block.min(units).max(1);
+        let mut out = I::SUMS;
+        let out = out.as_mut();
+        let a_count = self.rows.len().div_ceil(mr);
         let all = self.b.data;
         for bp in b_panels {
             let start = bp * self.b.stride + self.b.start;
-            let b = &all[start..start + words];
-            for ap in a_panels.clone() {
-                let a = &self.a[ap * MR * self.units..(ap + 1) * MR * self.units];
-                // What comes next of B is brought to the L2 cache while this is in use, a share with each panel of A.
-                let share = b.len().div_ceil(a_panels.len());
-                let at = (start + self.b.next + (ap - a_panels.start) * share).min(all.len());
-                let next = &all[at..(at + share).min(all.len())];
-                // What earlier blocks of k gave.
-                let keep = self.partials_from + (bp * a_count + ap) * MR * nr;
-                let keep = keep..keep + MR * nr;
-                if !(self.first && self.last) {
-                    partials.prefetch(keep.end, MR * nr);
-                }
-                if !self.last {
-                    // SAFETY: every (ap, bp) belongs to one task.
-                    let sums = unsafe { partials.range(keep) };
-                    micro_kernel::<S, M, MR, NV>(s, a, b, next, !self.first, sums);
-                    continue;
-                }
-                if !self.first {
-                    // SAFETY: as above.
-                    out[..MR * nr].copy_from_slice(unsafe { partials.range(keep) });
-                }
-                let (row, col) = (self.rows.start + ap * MR, self.cols.start + bp * nr);
-                let (height, width) = (MR.min(self.rows.end - row), nr.min(self.cols.end - col));
-                for i in 0..height {
-                    epilogue.prefetch(row + i, col, width);
-                }
-                micro_kernel::<S, M, MR, NV>(s, a, b, next, !self.first, &mut out);
-                for i in 0..height {
-                    epilogue.row(s, row + i, col, &out[i * nr..i * nr + width]);
+            for from in (0..units.max(1)).step_by(in_block) {
+                let count = in_block.min(units - from);
+                let (first, last) = (self.first && from == 0, self.last && from + count == units);
+                let word = start + from / I::IN_WORD * nr;
+                let b = &all[word..word + count.div_ceil(I::IN_WORD) * nr];
+                let next = if from + count < units { word + b.len() } else { start + self.b.next };
+                for ap in a_panels.clone() {
+                    let a = &self.a[(ap * units + from) * mr..][..count * mr];
+                    // What comes next of B is brought to the L2 cache while this is in use, a share with each panel of A.
+                    let share = b.len().div_ceil(a_panels.len());
+                    let at = (next + (ap - a_panels.start) * share).min(all.len());
+                    let next = &all[at..(at + share).min(all.len())];
+                    // What earlier blocks of k gave.
+                    let keep =
+                        self.sums_from + (if self.one_panel { ap } else { bp * a_count + ap }) * mr * nr;
+                    let keep = keep..keep + mr * nr;
+                    if in_block >= units && !(first && last) {
+                        partials.prefetch(keep.end, mr * nr);
+                    }
+                    if !last {
+                        // SAFETY: every (ap, bp) belongs to one task.
+                        let sums = unsafe { partials.range(keep) };
+                        inner.multiply(s, a, b, next, !first, sums);
+                        continue;
+                    }
+                    if !first {
+                        // SAFETY: as above.
+                        out[..mr * nr].copy_from_slice(unsafe { partials.range(keep) });
+                    }
+                    let (row, col) = (self.rows.start + ap * mr, self.cols.start + bp * nr);
+                    let (height, width) = (mr.min(self.rows.end - row), nr.min(self.cols.end - col));
+                    for i in 0..height {
+                        epilogue.prefetch(row + i, col, width);
+                    }
+                    inner.multiply(s, a, b, next, !first, out);
+                    for i in 0..height {
+                        epilogue.row(s, row + i, col, &out[i * nr..i * nr + width]);
+                    }
                 }
             }
         }
@@ -430,10 +519,82 @@ impl Mac<Avx512> for Dot {
     }
 }
 
+/// Multiplies a panel of A with one of B.
+pub(super) trait Inner<S: Simd> {
+    /// Rows and columns of the result.
+    const MR: usize;
+    const NR: usize;
+    /// Units of B in a word of its panels.
+    const IN_WORD: usize;
+    /// Room for a result.
+    type Sums: AsMut<[f32]>;
+    const SUMS: Self::Sums;
+
+    /// `out[MR, NR] = a * b`, or with `add` `out += a * b`. Meanwhile `next` is brought to the second-level cache.
+    fn multiply(&self, s: S, a: &[u32], b: &[u32], next: &[u32], add: bool, out: &mut [f32]);
+}
+
+/// `MR` rows and `NV` registers of columns of vectors.
+pub(super) struct Vectors<M, const MR: usize, const NV: usize>(PhantomData<M>);
+
+impl<M, const MR: usize, const NV: usize> Vectors<M, MR, NV> {
+    pub(super) const NEW: Self = Vectors(PhantomData);
+}
+
+impl<S: Simd, M: Mac<S>, const MR: usize, const NV: usize> Inner<S> for Vectors<M, MR, NV> {
+    const MR: usize = MR;
+    const NR: usize = NV * S::LANES;
+    const IN_WORD: usize = M::IN_WORD;
+    type Sums = [f32; 8 * 48];
+    const SUMS: Self::Sums = [0.0; 8 * 48];
+
+    #[inline(always)]
+    fn multiply(&self, s: S, a: &[u32], b: &[u32], next: &[u32], add: bool, out: &mut [f32]) {
+        micro_kernel::<S, M, MR, NV>(s, a, b, next, add, out);
+    }
+}
+
+/// As many sums as the tile registers hold, each row on cache lines of its own.
+#[repr(align(64))]
+pub(super) struct TileSums([f32; amx::SIDE * amx::SIDE]);
+
+impl AsMut<[f32]> for TileSums {
+    #[inline(always)]
+    fn as_mut(&mut self) -> &mut [f32] {
+        &mut self.0
+    }
+}
+
+impl Inner<Avx512> for Upper<'_> {
+    const MR: usize = amx::SIDE / 2;
+    const NR: usize = amx::SIDE;
+    const IN_WORD: usize = 1;
+    type Sums = TileSums;
+    const SUMS: Self::Sums = TileSums([0.0; amx::SIDE * amx::SIDE]);
+
+    #[inline(always)]
+    fn multiply(&self, _: Avx512, a: &[u32], b: &[u32], next: &[u32], add: bool, out: &mut [f32]) {
+        Upper::multiply(self, a, b, add, out, next);
+    }
+}
+
+impl Inner<Avx512> for Tiles {
+    const MR: usize = amx::SIDE;
+    const NR: usize = amx::SIDE;
+    const IN_WORD: usize = 1;
+    type Sums = TileSums;
+    const SUMS: Self::Sums = TileSums([0.0; amx::SIDE * amx::SIDE]);
+
+    #[inline(always)]
+    fn multiply(&self, _: Avx512, a: &[u32], b: &[u32], next: &[u32], add: bool, out: &mut [f32]) {
+        Tiles::multiply(self, a, b, add, out, next);
+    }
+}
+
 /// `out[MR, NV * LANES] = a * b`, or with `add` `out += a * b`, over packed panels `a` [units, MR] and
 /// `b` [units / M::IN_WORD, NV * LANES]. Meanwhile `next` is brought to the second-level cache.
 #[inline(always)]
-pub(super) fn micro_kernel<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(
+fn micro_kernel<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(
     s: S,
     a: &[u32],
     b: &[u32],

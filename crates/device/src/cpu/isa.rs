@@ -2,6 +2,8 @@
 
 use std::arch::x86_64::__cpuid;
 
+use super::amx;
+
 /// Instruction sets that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Isa {
@@ -13,10 +15,12 @@ pub enum Isa {
     Avx512,
     /// The same with BF16, whose `vdpbf16ps` multiplies bf16.
     Avx512Bf16,
+    /// The same with tiles (AMX), which multiply bf16 and 8-bit integers; the rest as with [`Isa::Avx512`].
+    Amx,
 }
 
 impl Isa {
-    const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
 
     /// The fastest that this processor has.
     pub fn detect() -> Self {
@@ -37,7 +41,11 @@ impl Isa {
             && is_x86_feature_detected!("avx512vnni")
             && is_x86_feature_detected!("fma")
         {
-            if is_x86_feature_detected!("avx512bf16") { Isa::Avx512Bf16 } else { Isa::Avx512 }
+            match is_x86_feature_detected!("avx512bf16") {
+                true if amx::available() => Isa::Amx,
+                true => Isa::Avx512Bf16,
+                false => Isa::Avx512,
+            }
         } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             Isa::Avx2
         } else {
@@ -62,6 +70,7 @@ impl Isa {
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Bf16 => "avx512-bf16",
+            Isa::Amx => "amx",
         }
     }
 }

@@ -3,6 +3,7 @@
 //! Kernels take slices and live one concept a file; this file holds the device itself and connects them to
 //! [`Device`].
 
+mod amx;
 mod attention;
 mod buffer;
 mod elementwise;
@@ -38,7 +39,7 @@ pub struct CpuOptions {
     /// Threads; all that the process may use when absent.
     pub threads: Option<usize>,
     /// Instruction set; the fastest there is when absent. The environment variable `FERROPT_ISA` (portable, avx2,
-    /// avx512, avx512-bf16) sets the default.
+    /// avx512, avx512-bf16, amx) sets the default.
     pub isa: Option<Isa>,
     /// Bind worker threads to processors.
     pub pin: bool,

@@ -5,6 +5,7 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use super::CpuDevice;
+use super::amx::STEP;
 use super::buffer::Shards;
 use super::simd::{Isa, prefetch};
 use crate::{DType, Element};
@@ -26,7 +27,7 @@ const UNITS: usize = 8;
 const AHEAD: usize = 6;
 
 /// Packs rows `is` and columns `ks` of `x` into panels of `width` rows, on all threads: `[panel][unit][width]`, zeros
-/// where the matrix ends.
+/// where the matrix ends and for what else there is room in `out`, whose length says how many units a panel has.
 pub(super) fn pack<E: Element>(
     device: &CpuDevice,
     x: Matrix<E>,
@@ -36,8 +37,8 @@ pub(super) fn pack<E: Element>(
     per_unit: usize,
     out: &mut [u32],
 ) {
-    let units = ks.len().div_ceil(per_unit);
     let panels = is.len().div_ceil(width);
+    let units = out.len() / (panels * width).max(1);
     // A task reads whole cache lines of a strided matrix; a transposition of 16 rows serves two panels of 8.
     let together = if x.k_contiguous { 16_usize.div_ceil(width) } else { COLUMNS.div_ceil(width) };
     let tasks = panels.div_ceil(together);
@@ -53,7 +54,7 @@ pub(super) fn pack<E: Element>(
     });
 }
 
-/// Packs one or more neighbouring panels on this thread.
+/// Packs one or more neighbouring panels on this thread, as [`pack`] does.
 pub(super) fn pack_panels<E: Element>(
     isa: Isa,
     x: Matrix<E>,
@@ -63,18 +64,25 @@ pub(super) fn pack_panels<E: Element>(
     per_unit: usize,
     out: &mut [u32],
 ) {
+    let units = out.len() / (is.len().div_ceil(width) * width).max(1);
+    let used = ks.len().div_ceil(per_unit);
     let whole = E::DTYPE == DType::Bf16 || per_unit == 1;
     let avx512 = isa >= Isa::Avx512 && (width == 8 || width.is_multiple_of(16)) && whole;
     match E::DTYPE {
         // SAFETY: the processor has AVX-512, and the width is right; indices are checked inside.
         DType::F32 | DType::Bf16 if avx512 => unsafe {
             if x.k_contiguous {
-                pack_transposed_avx512(x, is, ks, width, per_unit, out);
+                pack_transposed_avx512(x, is, ks, width, per_unit, units, out);
             } else {
-                pack_strided_avx512(x, is, ks, width, per_unit, out);
+                pack_strided_avx512(x, is, ks, width, per_unit, units, out);
             }
         },
-        _ => pack_rows(x, is, ks, width, per_unit, out),
+        _ => pack_rows(x, is, ks, width, per_unit, units, out),
+    }
+    if used < units {
+        for panel in out.chunks_exact_mut(width * units) {
+            panel[used * width..].fill(0);
+        }
     }
 }
 
@@ -85,14 +93,14 @@ fn pack_rows<E: Element>(
     ks: std::ops::Range<usize>,
     width: usize,
     per_unit: usize,
+    units: usize,
     out: &mut [u32],
 ) {
-    let units = ks.len().div_ceil(per_unit);
     let at = |i: usize, k: usize| if x.k_contiguous { x.data[i * x.ld + k] } else { x.data[k * x.ld + i] };
     for (panel, out) in out.chunks_exact_mut(width * units).enumerate() {
         let i0 = is.start + panel * width;
         let rows = width.min(is.end.saturating_sub(i0));
-        for (unit, out) in out.chunks_exact_mut(width).enumerate() {
+        for (unit, out) in out.chunks_exact_mut(width).take(ks.len().div_ceil(per_unit)).enumerate() {
             let k = ks.start + unit * per_unit;
             if per_unit == 1 && !x.k_contiguous {
                 let row = &x.data[k * x.ld + i0..k * x.ld + i0 + rows];
@@ -168,10 +176,10 @@ unsafe fn pack_transposed_avx512<E: Element>(
     ks: std::ops::Range<usize>,
     width: usize,
     per_unit: usize,
+    units: usize,
     out: &mut [u32],
 ) {
     let widen = E::DTYPE == DType::Bf16 && per_unit == 1;
-    let units = ks.len().div_ceil(per_unit);
     let rows = out.len() / units;
     // Elements of k in 16 words.
     let block = 64 / size_of::<E>();
@@ -250,9 +258,9 @@ unsafe fn pack_strided_avx512<E: Element>(
     ks: std::ops::Range<usize>,
     width: usize,
     per_unit: usize,
+    units: usize,
     out: &mut [u32],
 ) {
-    let units = ks.len().div_ceil(per_unit);
     let rows = out.len() / units;
     assert!(x.data.len() >= (ks.end - 1) * x.ld + is.end, "matrix ends inside the packed part");
     let load = |k: usize, i: usize, mask: u16| {
@@ -265,8 +273,9 @@ unsafe fn pack_strided_avx512<E: Element>(
             }
         }
     };
-    for first in (0..units).step_by(UNITS) {
-        let block = first..(first + UNITS).min(units);
+    let used = ks.len().div_ceil(per_unit);
+    for first in (0..used).step_by(UNITS) {
+        let block = first..(first + UNITS).min(used);
         for k in (block.end * per_unit..).take(UNITS * per_unit) {
             for i in is.clone().step_by(64 / size_of::<E>()) {
                 prefetch(x.data.as_ptr().wrapping_add((ks.start + k) * x.ld + i));
@@ -287,6 +296,129 @@ unsafe fn pack_strided_avx512<E: Element>(
                     words = _mm512_slli_epi32::<16>(words);
                 }
                 place.store(out, unit, words);
+            }
+        }
+    }
+}
+
+/// Packs rows `is` and columns `ks` of `x` for tile registers, on this thread: `[panel][step][tile][16 rows][STEP]`, where a
+/// panel has `mr` rows in tiles of 16, and a step [`STEP`] units; zeros where columns end. Rows that the matrix does not have
+/// are left as they are.
+///
+/// # Safety
+/// The processor has AVX-512 F, BW, VL.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) unsafe fn pack_tiles<E: Element>(
+    x: Matrix<E>,
+    is: std::ops::Range<usize>,
+    ks: std::ops::Range<usize>,
+    mr: usize,
+    out: &mut [u32],
+) {
+    let steps = ks.len().div_ceil(2 * STEP);
+    // Where a row of a tile begins.
+    let place = |i: usize, step: usize| (i / mr * steps + step) * mr * STEP + i % mr * STEP;
+    if x.k_contiguous {
+        for i in 0..is.len() {
+            let start = (is.start + i) * x.ld;
+            let row = &x.data[start + ks.start..start + ks.end];
+            for step in 0..steps {
+                let at = place(i, step);
+                let to: &mut [bf16; 2 * STEP] =
+                    bytemuck::cast_mut(out[at..].first_chunk_mut::<STEP>().expect("a row of a tile"));
+                match row[(2 * STEP * step).min(row.len())..].first_chunk::<{ 2 * STEP }>() {
+                    Some(all) if E::DTYPE == DType::Bf16 => to.copy_from_slice(bytemuck::cast_slice(all)),
+                    _ => {
+                        let part =
+                            &row[(2 * STEP * step).min(row.len())..(2 * STEP * (step + 1)).min(row.len())];
+                        to[part.len()..].fill(bf16::ZERO);
+                        for (to, x) in to.iter_mut().zip(part) {
+                            *to = bf16::from_f32(x.to_f32());
+                        }
+                    }
+                }
+            }
+        }
+        return;
+    }
+    let halves: &[u16] = bytemuck::cast_slice(x.data);
+    assert!(
+        E::DTYPE == DType::Bf16 && halves.len() >= (ks.end - 1) * x.ld + is.end,
+        "matrix ends inside the packed part"
+    );
+    for step in 0..steps {
+        let from = ks.start + step * 2 * STEP;
+        for k in from + 2 * STEP..(from + 4 * STEP).min(ks.end) {
+            for i in is.clone().step_by(32) {
+                prefetch(halves.as_ptr().wrapping_add(k * x.ld + i));
+            }
+        }
+        for i in (0..is.len()).step_by(32) {
+            let left = (is.len() - i).min(32);
+            let mask = if left == 32 { !0 } else { (1u32 << left) - 1 };
+            let load = |k: usize| {
+                let mask = if k < ks.end { mask } else { 0 };
+                // SAFETY: the mask ends at `is.end`, which every row below `ks.end` reaches, as asserted.
+                unsafe {
+                    _mm512_maskz_loadu_epi16(
+                        mask,
+                        halves.as_ptr().wrapping_add(k * x.ld + is.start + i).cast(),
+                    )
+                }
+            };
+            let (mut low, mut high) = ([_mm512_setzero_si512(); 16], [_mm512_setzero_si512(); 16]);
+            for unit in 0..16 {
+                let (even, odd) = (load(from + 2 * unit), load(from + 2 * unit + 1));
+                low[unit] = _mm512_unpacklo_epi16(even, odd);
+                high[unit] = _mm512_unpackhi_epi16(even, odd);
+            }
+            // Each 128 bits of `low` are of the first four of eight rows, those of `high` of the others.
+            for (words, first) in [(&mut low, 0), (&mut high, 4)] {
+                transpose(words);
+                for (at, words) in words.iter().enumerate() {
+                    let i = i + at / 4 * 8 + first + at % 4;
+                    if i >= is.len() {
+                        continue;
+                    }
+                    let at = place(i, step);
+                    // SAFETY: the slice has 16 elements.
+                    unsafe { _mm512_storeu_si512(out[at..at + 16].as_mut_ptr().cast(), *words) };
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_in_tiles_are_where_the_layout_says() {
+        if Isa::available().last() < Some(&Isa::Avx512) {
+            return println!("skipped: this processor has no AVX-512");
+        }
+        let (m, k) = (70, 150);
+        let data: Vec<bf16> = (0..m * k).map(|i| bf16::from_bits(i as u16)).collect();
+        let (is, ks) = (3..67, 5..142);
+        for k_contiguous in [true, false] {
+            let x = Matrix { data: &data, ld: if k_contiguous { k } else { m }, k_contiguous };
+            for mr in [16, 32] {
+                let steps = ks.len().div_ceil(2 * STEP);
+                let mut out = vec![0; is.len().div_ceil(mr) * mr * STEP * steps];
+                // SAFETY: the processor has AVX-512.
+                unsafe { pack_tiles(x, is.clone(), ks.clone(), mr, &mut out) };
+                for (at, word) in out.iter().enumerate() {
+                    let (unit, row, step) = (at % STEP, at / STEP % mr, at / (STEP * mr) % steps);
+                    let i = is.start + at / (STEP * mr * steps) * mr + row;
+                    let half = |k: usize| match i < is.end && k < ks.end {
+                        true if k_contiguous => data[i * x.ld + k].to_bits() as u32,
+                        true => data[k * x.ld + i].to_bits() as u32,
+                        false => 0,
+                    };
+                    let k = ks.start + 2 * (step * STEP + unit);
+                    assert_eq!(*word, half(k) | half(k + 1) << 16, "row {i}, k {k}");
+                }
             }
         }
     }

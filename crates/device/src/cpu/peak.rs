@@ -4,6 +4,7 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use super::amx::{self, Tiles};
 use super::buffer::Shards;
 use super::simd::{Isa, Simd, dispatch};
 use super::{CpuBuf, CpuDevice, elementwise};
@@ -14,20 +15,23 @@ use crate::DType;
 const SUMS: usize = 12;
 /// Rounds in one trial: a millisecond or two, so that on a machine that others use some trials are left alone.
 const ROUNDS: usize = 400_000;
+/// The same of [`Tiles::all_at_once`].
+const TILE_ROUNDS: usize = 100_000;
 /// Time that all threads go on for.
 const WINDOW: Duration = Duration::from_millis(150);
 
 /// Sum of each thread's best trial, all threads being busy. Others on the same machine can only make a trial slower,
 /// so this is what the processor gives, not what they leave.
 pub(super) fn measure(device: &CpuDevice, dtype: DType) -> f64 {
-    let with_bf16 = dtype == DType::Bf16 && device.isa == Isa::Avx512Bf16;
+    let isa = if dtype == DType::Bf16 { device.isa } else { device.isa.min(Isa::Avx512) };
     let trial = || {
         let start = Instant::now();
-        if with_bf16 {
+        match isa {
             // SAFETY: an `Isa` value is only made for a processor that has it.
-            unsafe { bf16_products() }
-        } else {
-            dispatch!(device.isa, s => f32_products(s))
+            Isa::Amx => unsafe { Tiles::new() }.all_at_once(TILE_ROUNDS),
+            // SAFETY: as above.
+            Isa::Avx512Bf16 => unsafe { bf16_products() },
+            _ => dispatch!(isa, s => f32_products(s)),
         }
         start.elapsed().as_secs_f64()
     };
@@ -51,9 +55,13 @@ pub(super) fn measure(device: &CpuDevice, dtype: DType) -> f64 {
             }
         }
     });
-    let lanes = dispatch!(device.isa, s => lanes(s));
-    // A lane multiplies and adds one pair of f32, or two pairs of bf16.
-    let flops = (ROUNDS * SUMS * lanes * if with_bf16 { 4 } else { 2 }) as f64;
+    let lanes = dispatch!(isa, s => lanes(s));
+    // A lane multiplies and adds one pair of f32, or two pairs of bf16; a product of tiles has 16 x 16 sums of 32.
+    let flops = match isa {
+        Isa::Amx => TILE_ROUNDS * amx::ROUND * 2 * 16 * 16 * 32,
+        Isa::Avx512Bf16 => ROUNDS * SUMS * lanes * 4,
+        _ => ROUNDS * SUMS * lanes * 2,
+    } as f64;
     best.iter().map(|seconds| flops / seconds).sum()
 }
 

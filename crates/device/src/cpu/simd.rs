@@ -545,7 +545,9 @@ macro_rules! dispatch {
                 )
             },
             // SAFETY: as above.
-            $crate::cpu::simd::Isa::Avx512 | $crate::cpu::simd::Isa::Avx512Bf16 => unsafe {
+            $crate::cpu::simd::Isa::Avx512
+            | $crate::cpu::simd::Isa::Avx512Bf16
+            | $crate::cpu::simd::Isa::Amx => unsafe {
                 $crate::cpu::simd::with_avx512(
                     #[inline(always)]
                     |$s| $body,

@@ -48,7 +48,7 @@ impl Tile {
         match isa {
             Isa::Portable => Tile { nr: 8, lanes: 4, per_unit: 1 },
             Isa::Avx2 => Tile { nr: 24, lanes: 8, per_unit: 1 },
-            Isa::Avx512 => Tile { nr: 48, lanes: 16, per_unit: 1 },
+            Isa::Avx512 | Isa::Amx => Tile { nr: 48, lanes: 16, per_unit: 1 },
             Isa::Avx512Bf16 => {
                 Tile { nr: 48, lanes: 16, per_unit: if E::DTYPE == DType::Bf16 { 2 } else { 1 } }
             }
@@ -82,7 +82,7 @@ fn on_tile<E: Element>(isa: Isa, kernel: impl Kernel) {
             )
         },
         // SAFETY: as above.
-        Isa::Avx512 | Isa::Avx512Bf16 => unsafe {
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe {
             with_avx512(
                 #[inline(always)]
                 |s| kernel.run::<_, Fma, 8, 3, 12>(s),

@@ -6,8 +6,9 @@ use half::bf16;
 
 use super::ahead::{Next, Place, expect_next};
 use super::{Finish, Kept, Rows};
+use crate::cpu::amx::{self, Tiles};
 use crate::cpu::buffer::Shards;
-use crate::cpu::gemm::{self, Block, Dot, Fma, Mac, Operand, Tile, Widen, tile};
+use crate::cpu::gemm::{self, Block, Dot, Fma, Inner, Mac, Operand, Tile, Vectors, Widen, tile};
 use crate::cpu::pack::{Matrix, pack, pack_panels};
 use crate::cpu::simd::{Isa, Portable, Simd, dispatch, with_avx512, with_avx512_bf16};
 use crate::cpu::{CpuDevice, Scratch};
@@ -38,8 +39,8 @@ fn in_word(dtype: DType) -> usize {
 
 /// Rows and words of a panel.
 pub(super) fn panel(isa: Isa, dtype: DType, k: usize) -> (usize, usize) {
-    let nr = tile(isa, dtype).nr;
-    (nr, nr * k.div_ceil(in_word(dtype)))
+    let t = tile(isa, dtype);
+    (t.nr, t.nr * k.div_ceil(in_word(dtype)).next_multiple_of(t.step))
 }
 
 /// Packs rows into a panel.
@@ -85,7 +86,7 @@ impl Panels {
 
     /// Words of a panel.
     fn stride(&self) -> usize {
-        self.tile.nr * self.k.div_ceil(self.in_word)
+        self.tile.nr * self.k.div_ceil(self.in_word).next_multiple_of(self.tile.step)
     }
 
     fn place(&self) -> Place {
@@ -194,45 +195,55 @@ fn multiply_few(
     finish: &Finish,
 ) {
     // As many rows in a tile as there are, so that none is computed for nothing.
-    let mr = [1, 2, 4].into_iter().find(|mr| *mr >= m).unwrap_or(w.tile.mr).min(w.tile.mr);
-    let Tile { nr, per_unit, .. } = w.tile;
-    let (units, padded) = (k.div_ceil(per_unit), m.next_multiple_of(mr));
+    let t = w.tile.for_rows(m);
+    let (mr, padded) = (t.mr, m.next_multiple_of(t.mr));
     // A panel that several tiles of rows read is read in blocks of k, which stay in the L2 cache meanwhile.
-    let in_block = if m <= mr { k } else { gemm::k_block(k, per_unit) };
-    let sums = if in_block < k { padded * nr } else { 0 };
+    let in_block = if m <= mr { k } else { gemm::k_block(t, k) };
+    let sums = if in_block < k || t.units(k) > t.block { padded * t.nr } else { 0 };
     let mut workspace = device.workspace();
-    let [packed, partials] =
-        workspace.take([(Scratch::PackedA, padded * units), (Scratch::Partials, device.threads() * sums)]);
+    let [packed, partials] = workspace
+        .take([(Scratch::PackedA, padded * t.units(k)), (Scratch::Partials, device.threads() * sums)]);
     for start in (0..k).step_by(in_block) {
         let ks = start..(start + in_block).min(k);
-        let out = &mut packed[start / per_unit * padded..];
+        let out = &mut packed[t.units(start) * padded..][..t.units(ks.len()) * padded];
         match x {
-            Rows::F32(x) => pack_few(device, operand(x, m, k), m, ks, mr, per_unit, out),
-            Rows::Bf16(x) => pack_few(device, operand(x, m, k), m, ks, mr, per_unit, out),
+            Rows::F32(x) => pack_few(device, operand(x, m, k), m, ks, t, out),
+            Rows::Bf16(x) => pack_few(device, operand(x, m, k), m, ks, t, out),
         }
     }
     let few = Few {
-        tile: Tile { mr, nr, per_unit },
+        tile: t,
         rows: m,
         cols: n,
-        units,
-        in_block: in_block.div_ceil(per_unit),
+        units: t.units(k),
+        in_block: t.units(in_block),
         a: packed,
         w,
         partials: Shards::new(bytemuck::cast_slice_mut(partials)),
         finish,
     };
     expect_next(device, m, next, w.place());
-    gemm::each_task(device, (padded / mr, n.div_ceil(nr)), usize::MAX, |_, b, thread| match device.isa {
+    gemm::each_task(device, (padded / mr, n.div_ceil(t.nr)), usize::MAX, |_, b, thread| match device.isa {
+        // SAFETY: the processor has AVX-512 and tiles.
+        Isa::Amx if t.step > 1 => unsafe {
+            let tiles = Tiles::new();
+            with_avx512(
+                #[inline(always)]
+                |s| match mr {
+                    amx::SIDE => few.panels(s, &tiles, b, thread),
+                    _ => few.panels(s, &tiles.upper(), b, thread),
+                },
+            )
+        },
         // SAFETY: the processor has AVX-512 BF16.
-        Isa::Avx512Bf16 if per_unit == 2 => unsafe {
+        Isa::Avx512Bf16 if t.per_unit == 2 => unsafe {
             with_avx512_bf16(
                 #[inline(always)]
                 |s| few.task_of::<_, Dot, 8, 3>(s, b, thread),
             )
         },
         // SAFETY: the processor has AVX-512.
-        Isa::Avx512 | Isa::Avx512Bf16 => unsafe {
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe {
             with_avx512(
                 #[inline(always)]
                 |s| few.task::<_, 8, 3>(s, b, thread),
@@ -244,20 +255,20 @@ fn multiply_few(
 }
 
 /// Packs all `m` rows and columns `ks` of `x`.
-fn pack_few<E: Element>(
-    device: &CpuDevice,
-    x: Matrix<E>,
-    m: usize,
-    ks: Range,
-    mr: usize,
-    per_unit: usize,
-    out: &mut [u32],
-) {
-    if m <= mr {
+fn pack_few<E: Element>(device: &CpuDevice, x: Matrix<E>, m: usize, ks: Range, t: Tile, out: &mut [u32]) {
+    if m <= t.mr {
         // A task on another thread would take longer to begin than this takes.
-        pack_panels(device.isa, x, 0..m, ks, mr, per_unit, out);
+        t.pack_rows(device.isa, x, 0..m, ks, out);
+    } else if t.step == 1 {
+        pack(device, x, 0..m, ks, t.mr, t.per_unit, out);
     } else {
-        pack(device, x, 0..m, ks, mr, per_unit, out);
+        let panel = t.mr * t.units(ks.len());
+        let shards = Shards::new(out);
+        device.pool.for_each(m.div_ceil(t.mr), |p, _| {
+            // SAFETY: each task writes its own panel.
+            let out = unsafe { shards.range(p * panel..(p + 1) * panel) };
+            t.pack_rows(device.isa, x, p * t.mr..((p + 1) * t.mr).min(m), ks.clone(), out);
+        });
     }
 }
 
@@ -292,21 +303,22 @@ impl Few<'_> {
     #[inline(always)]
     fn task_of<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(&self, s: S, b: Range, thread: usize) {
         match self.tile.mr {
-            1 => self.panels::<S, M, 1, NV>(s, b, thread),
-            2 => self.panels::<S, M, 2, NV>(s, b, thread),
-            4 => self.panels::<S, M, 4, NV>(s, b, thread),
-            _ => self.panels::<S, M, MR, NV>(s, b, thread),
+            1 => self.panels(s, &Vectors::<M, 1, NV>::NEW, b, thread),
+            2 => self.panels(s, &Vectors::<M, 2, NV>::NEW, b, thread),
+            4 => self.panels(s, &Vectors::<M, 4, NV>::NEW, b, thread),
+            _ => self.panels(s, &Vectors::<M, MR, NV>::NEW, b, thread),
         }
     }
 
     /// All rows with some panels of the weights, block after block of each.
     #[inline(always)]
-    fn panels<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(&self, s: S, b: Range, thread: usize) {
-        let (nr, count, stride) = (self.tile.nr, self.rows.div_ceil(MR), self.w.stride());
+    fn panels<S: Simd, I: Inner<S>>(&self, s: S, inner: &I, b: Range, thread: usize) {
+        let (mr, nr, stride) = (self.tile.mr, self.tile.nr, self.w.stride());
+        let count = self.rows.div_ceil(mr);
         for panel in b {
             for start in (0..self.units).step_by(self.in_block) {
                 let units = self.in_block.min(self.units - start);
-                let words = |units: usize| units.div_ceil(M::IN_WORD) * nr;
+                let words = |units: usize| units.div_ceil(I::IN_WORD) * nr;
                 let block = Block {
                     tile: self.tile,
                     units,
@@ -314,16 +326,17 @@ impl Few<'_> {
                     cols: panel * nr..((panel + 1) * nr).min(self.cols),
                     first: start == 0,
                     last: start + units == self.units,
-                    a: &self.a[start * count * MR..],
+                    a: &self.a[start * count * mr..],
                     b: gemm::Panels {
                         data: &self.w.words,
                         stride,
                         start: panel * stride + words(start),
                         next: if count == 1 { words(units).min(AHEAD) } else { words(units) },
                     },
-                    partials_from: thread * count * MR * nr,
+                    sums_from: thread * count * mr * nr,
+                    one_panel: true,
                 };
-                block.task::<S, M, _, MR, NV>(s, 0..count, 0..1, self.partials, self.finish);
+                block.task(s, inner, 0..count, 0..1, self.partials, self.finish);
             }
         }
     }
