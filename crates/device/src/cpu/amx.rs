@@ -75,7 +75,8 @@ impl Tiles {
     }
 
     /// `out[SIDE][SIDE] = a * b`, or with `add` `out += a * b`, of panels of whole steps: `a` `[step][2 tiles]`, `b`
-    /// `[unit][SIDE]`. Meanwhile `next` is brought to the second-level cache.
+    /// `[unit][SIDE]`. Meanwhile `next` is brought to the second-level cache. `b` is what stays in the first level: `a` is read
+    /// past it.
     #[inline(always)]
     pub(super) fn multiply(&self, a: &[u32], b: &[u32], add: bool, out: &mut [f32], next: &[u32]) {
         let out = &mut out[..SIDE * SIDE];
@@ -102,12 +103,12 @@ impl Tiles {
                 "tilezero tmm2",
                 "tilezero tmm3",
                 "3:",
-                "tileloadd tmm4, [{a} + {single}]",
+                "tileloaddt1 tmm4, [{a} + {single}]",
                 "tileloadd tmm6, [{b} + {double}]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tileloadd tmm7, [{b} + {double} + 64]",
                 "tdpbf16ps tmm1, tmm4, tmm7",
-                "tileloadd tmm5, [{a} + {single} + 1024]",
+                "tileloaddt1 tmm5, [{a} + {single} + 1024]",
                 "tdpbf16ps tmm2, tmm5, tmm6",
                 "tdpbf16ps tmm3, tmm5, tmm7",
                 "add {a}, 2048",
@@ -169,7 +170,7 @@ impl Upper<'_> {
                 "tilezero tmm0",
                 "tilezero tmm1",
                 "3:",
-                "tileloadd tmm4, [{a} + {single}]",
+                "tileloaddt1 tmm4, [{a} + {single}]",
                 "tileloadd tmm6, [{b} + {double}]",
                 "tdpbf16ps tmm0, tmm4, tmm6",
                 "tileloadd tmm7, [{b} + {double} + 64]",

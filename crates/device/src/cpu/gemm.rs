@@ -51,7 +51,7 @@ pub(super) struct Tile {
     pub(super) per_unit: usize,
     /// Units that panels have a multiple of. Where it is above 1, rows of A lie in tiles.
     pub(super) step: usize,
-    /// Units for which a panel of B is multiplied with all rows at hand before its next ones are.
+    /// Most units for which a panel of B is multiplied with all rows at hand before its next ones are.
     pub(super) block: usize,
     /// Units of A that a thread packs and works through per panel of B: a part of its L2 cache.
     group: usize,
@@ -371,14 +371,15 @@ impl Block<'_> {
         epilogue: &P,
     ) {
         let (mr, nr, units) = (I::MR, I::NR, self.units);
-        let in_block = self.tile.block.min(units).max(1);
+        let in_block =
+            units.div_ceil(units.div_ceil(self.tile.block).max(1)).next_multiple_of(self.tile.step);
         let mut out = I::SUMS;
         let out = out.as_mut();
         let a_count = self.rows.len().div_ceil(mr);
         let all = self.b.data;
         for bp in b_panels {
             let start = bp * self.b.stride + self.b.start;
-            for from in (0..units.max(1)).step_by(in_block) {
+            for from in (0..units.max(1)).step_by(in_block.max(1)) {
                 let count = in_block.min(units - from);
                 let (first, last) = (self.first && from == 0, self.last && from + count == units);
                 let word = start + from / I::IN_WORD * nr;
@@ -403,18 +404,19 @@ impl Block<'_> {
                         inner.multiply(s, a, b, next, !first, sums);
                         continue;
                     }
-                    if !first {
+                    let sums = match first {
+                        true => &mut *out,
                         // SAFETY: as above.
-                        out[..mr * nr].copy_from_slice(unsafe { partials.range(keep) });
-                    }
+                        false => unsafe { partials.range(keep) },
+                    };
                     let (row, col) = (self.rows.start + ap * mr, self.cols.start + bp * nr);
                     let (height, width) = (mr.min(self.rows.end - row), nr.min(self.cols.end - col));
                     for i in 0..height {
                         epilogue.prefetch(row + i, col, width);
                     }
-                    inner.multiply(s, a, b, next, !first, out);
+                    inner.multiply(s, a, b, next, !first, sums);
                     for i in 0..height {
-                        epilogue.row(s, row + i, col, &out[i * nr..i * nr + width]);
+                        epilogue.row(s, row + i, col, &sums[i * nr..i * nr + width]);
                     }
                 }
             }
