@@ -220,7 +220,7 @@ unsafe fn pack_transposed_avx512<E: Element>(
 /// Transposes 16 x 16 words.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transpose(t: &mut [__m512i; 16]) {
+pub(super) fn transpose(t: &mut [__m512i; 16]) {
     let mut a = *t;
     for i in (0..16).step_by(2) {
         a[i] = _mm512_unpacklo_epi32(t[i], t[i + 1]);

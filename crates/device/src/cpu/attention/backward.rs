@@ -7,9 +7,10 @@
 
 use super::product::{Columns, Left, add_products, scores};
 use super::{HeadDropout, Kernel, MOST_LANES, Panel, Rows, Tile, Units, carve, carved, on_tile, store_row};
+use crate::cpu::amx;
 use crate::cpu::buffer::Shards;
 use crate::cpu::pack::pack_panels;
-use crate::cpu::simd::{Isa, Simd};
+use crate::cpu::simd::{Avx512, Isa, Simd};
 use crate::cpu::{CpuDevice, Scratch};
 use crate::rng::BLOCK;
 use crate::{AttentionShape, Dropout, Element};
@@ -64,24 +65,24 @@ pub(in crate::cpu) fn backward<E: Element>(
 }
 
 /// One head of one sequence.
-struct Head<'a, E> {
-    isa: Isa,
+pub(super) struct Head<'a, E> {
+    pub(super) isa: Isa,
     /// D and T.
-    width: usize,
-    seq: usize,
-    q: Rows<'a, E>,
-    k: Rows<'a, E>,
-    v: Rows<'a, E>,
-    doc_start: Option<&'a [u32]>,
-    dropout: Option<HeadDropout>,
-    out: Rows<'a, E>,
-    dout: Rows<'a, E>,
-    lse: &'a [f32],
+    pub(super) width: usize,
+    pub(super) seq: usize,
+    pub(super) q: Rows<'a, E>,
+    pub(super) k: Rows<'a, E>,
+    pub(super) v: Rows<'a, E>,
+    pub(super) doc_start: Option<&'a [u32]>,
+    pub(super) dropout: Option<HeadDropout>,
+    pub(super) out: Rows<'a, E>,
+    pub(super) dout: Rows<'a, E>,
+    pub(super) lse: &'a [f32],
     /// Gradients of token i's q, k and v are at `start + (3 * i + 0, 1, 2) * all`.
-    dqkv: Shards<'a, E>,
-    start: usize,
-    all: usize,
-    scratch: &'a mut [u32],
+    pub(super) dqkv: Shards<'a, E>,
+    pub(super) start: usize,
+    pub(super) all: usize,
+    pub(super) scratch: &'a mut [u32],
 }
 
 /// Words of workspace for each thread.
@@ -90,22 +91,21 @@ pub(super) fn words(tile: Tile, width: usize, seq: usize) -> usize {
 }
 
 /// Of all queries: q and dO packed for sums over the width, then for sums over queries; dQ; lse and D.
-fn query_sizes(tile: Tile, width: usize, seq: usize) -> [usize; 7] {
-    let Tile { nr, lanes, per_unit } = tile;
-    let (seq, padded) = (seq.next_multiple_of(nr), width.next_multiple_of(lanes));
-    let (over_width, over_queries) = (width.div_ceil(per_unit) * seq, padded * seq / per_unit);
+pub(super) fn query_sizes(tile: Tile, width: usize, seq: usize) -> [usize; 7] {
+    let Tile { nr, per_unit, .. } = tile;
+    let (seq, padded) = (seq.next_multiple_of(nr), tile.padded(width));
+    let (over_width, over_queries) = (tile.units(width) * seq, padded * seq / per_unit);
     [over_width, over_width, over_queries, over_queries, padded * seq, seq, seq]
 }
 
 /// Of a block of keys: k and v packed for sums over the width, k for sums over keys; dK, dV.
-fn key_sizes(tile: Tile, width: usize) -> [usize; 5] {
-    let Tile { lanes, per_unit, .. } = tile;
-    let (over_width, padded) = (width.div_ceil(per_unit) * KEYS, width.next_multiple_of(lanes));
-    [over_width, over_width, padded * KEYS / per_unit, padded * KEYS, padded * KEYS]
+pub(super) fn key_sizes(tile: Tile, width: usize) -> [usize; 5] {
+    let (over_width, padded) = (tile.units(width) * KEYS, tile.padded(width));
+    [over_width, over_width, padded * KEYS / tile.per_unit, padded * KEYS, padded * KEYS]
 }
 
 /// Of a square tile: scores, dP; P and dS as rows, and dS as units of keys where these differ from rows.
-fn tile_sizes(tile: Tile) -> [usize; 5] {
+pub(super) fn tile_sizes(tile: Tile) -> [usize; 5] {
     let Tile { nr, per_unit, .. } = tile;
     let units = nr * nr / per_unit;
     [nr * nr, nr * nr, units, units, if per_unit > 1 { units } else { 0 }]
@@ -117,8 +117,8 @@ impl<E: Element> Kernel for Head<'_, E> {
         let Head { isa, width, seq, scratch, .. } = self;
         let nr = NV * S::LANES;
         let per_unit = M::PER_UNIT;
-        let tile = Tile { nr, lanes: S::LANES, per_unit };
-        let (units, padded) = (width.div_ceil(per_unit), width.next_multiple_of(S::LANES));
+        let tile = Tile::of::<E>(isa);
+        let (units, padded) = (tile.units(width), tile.padded(width));
         let scale = 1.0 / (width as f32).sqrt();
         let factor = self.dropout.map_or(1.0, |d| d.factor());
 
@@ -243,27 +243,32 @@ impl<E: Element> Kernel for Head<'_, E> {
         }
         store(s, dq.chunks_exact(padded).take(seq), width, scale, self.dqkv, self.start, 3 * self.all);
     }
+
+    #[inline(always)]
+    fn run_on_tiles(self, s: Avx512, tiles: &amx::Tiles) {
+        self.differentiate(s, tiles);
+    }
 }
 
 /// A square tile: rows are keys, columns are queries.
-struct Tiles<'a, V> {
+pub(super) struct Tiles<'a, V> {
     /// Of each query.
-    lse: &'a [f32],
-    delta: &'a [f32],
+    pub(super) lse: &'a [f32],
+    pub(super) delta: &'a [f32],
     /// Bits of the keys of a block that dropout keeps, and what it multiplies them by.
-    kept: Option<(&'a [u32], f32)>,
-    scores: &'a [f32],
-    dp: &'a [f32],
+    pub(super) kept: Option<(&'a [u32], f32)>,
+    pub(super) scores: &'a [f32],
+    pub(super) dp: &'a [f32],
     /// Receive probabilities after dropout, and gradients of scores.
-    p: &'a mut [V],
-    ds: &'a mut [V],
+    pub(super) p: &'a mut [V],
+    pub(super) ds: &'a mut [V],
 }
 
 impl<V: Element> Tiles<'_, V> {
     /// Fills `p`, `ds`, and where a unit is more than a number, `units` with those that rows of `ds` make. Row 0 is key
     /// `first` of the block.
     #[inline(always)]
-    fn differentiate<S: Simd, M: Units<S>, const NV: usize>(
+    pub(super) fn differentiate<S: Simd, M: Units<S>, const NV: usize>(
         self,
         s: S,
         rows: usize,
@@ -303,7 +308,7 @@ impl<V: Element> Tiles<'_, V> {
 
 /// Stores `factor` times the first `width` numbers of row i of `rows` at `start + i * ld` of `to`.
 #[inline(always)]
-fn store<'a, E: Element, S: Simd>(
+pub(super) fn store<'a, E: Element, S: Simd>(
     s: S,
     rows: impl Iterator<Item = &'a [f32]>,
     width: usize,
@@ -322,7 +327,7 @@ fn store<'a, E: Element, S: Simd>(
 
 /// Sum of products, in four registers.
 #[inline(always)]
-fn dot<S: Simd, E: Element>(s: S, a: &[E], b: &[E]) -> f32 {
+pub(super) fn dot<S: Simd, E: Element>(s: S, a: &[E], b: &[E]) -> f32 {
     let mut sums = [s.zero(); 4];
     for (a, b) in a.chunks(4 * S::LANES).zip(b.chunks(4 * S::LANES)) {
         for (i, (a, b)) in a.chunks(S::LANES).zip(b.chunks(S::LANES)).enumerate() {

@@ -6,9 +6,10 @@ use super::product::{Columns, Left, add_products, scores};
 use super::{
     HeadDropout, Kernel, MOST_LANES, NOTHING, Panel, Rows, Tile, Units, carve, carved, on_tile, store_row,
 };
+use crate::cpu::amx::Tiles;
 use crate::cpu::buffer::Shards;
 use crate::cpu::pack::pack_panels;
-use crate::cpu::simd::{Isa, Simd};
+use crate::cpu::simd::{Avx512, Isa, Simd};
 use crate::cpu::{CpuDevice, Scratch};
 use crate::{AttentionShape, Dropout, Element};
 
@@ -51,22 +52,22 @@ pub(in crate::cpu) fn forward<E: Element>(
 }
 
 /// Attention of one head of one sequence.
-struct Head<'a, E> {
+pub(super) struct Head<'a, E> {
     /// D.
-    width: usize,
-    q: Rows<'a, E>,
-    k: Rows<'a, E>,
-    v: Rows<'a, E>,
+    pub(super) width: usize,
+    pub(super) q: Rows<'a, E>,
+    pub(super) k: Rows<'a, E>,
+    pub(super) v: Rows<'a, E>,
     /// Of each query.
-    doc_start: Option<&'a [u32]>,
-    dropout: Option<HeadDropout>,
+    pub(super) doc_start: Option<&'a [u32]>,
+    pub(super) dropout: Option<HeadDropout>,
     /// Query i's output is at `out_start + i * out_ld`.
-    out: Shards<'a, E>,
-    out_start: usize,
-    out_ld: usize,
+    pub(super) out: Shards<'a, E>,
+    pub(super) out_start: usize,
+    pub(super) out_ld: usize,
     /// Query i's log-sum-exp is at `lse_start + i`.
-    lse: Shards<'a, f32>,
-    lse_start: usize,
+    pub(super) lse: Shards<'a, f32>,
+    pub(super) lse_start: usize,
 }
 
 /// Words of workspace for each thread, for at most `keys` keys.
@@ -75,10 +76,10 @@ pub(super) fn words(tile: Tile, width: usize, keys: usize) -> usize {
 }
 
 /// Packed queries, a tile of scores, its output, packed keys, rows of values.
-fn sizes(tile: Tile, width: usize, keys: usize) -> [usize; 5] {
-    let Tile { nr, lanes, per_unit } = tile;
+pub(super) fn sizes(tile: Tile, width: usize, keys: usize) -> [usize; 5] {
+    let Tile { nr, per_unit, .. } = tile;
     let keys = keys.next_multiple_of(KEYS);
-    let (units, padded) = (width.div_ceil(per_unit), width.next_multiple_of(lanes));
+    let (units, padded) = (tile.units(width), tile.padded(width));
     [units * nr, KEYS * nr, padded * nr, keys * units, padded * keys / per_unit]
 }
 
@@ -113,13 +114,13 @@ fn attend<'a, E: Element>(
 }
 
 /// Some panels of queries of one head.
-struct Task<'a, 'b, E> {
-    isa: Isa,
-    head: Head<'a, E>,
+pub(super) struct Task<'a, 'b, E> {
+    pub(super) isa: Isa,
+    pub(super) head: Head<'a, E>,
     /// Of the whole head.
-    queries: usize,
-    panels: Range<usize>,
-    scratch: &'b mut [u32],
+    pub(super) queries: usize,
+    pub(super) panels: Range<usize>,
+    pub(super) scratch: &'b mut [u32],
 }
 
 impl<E: Element> Kernel for Task<'_, '_, E> {
@@ -132,11 +133,11 @@ impl<E: Element> Kernel for Task<'_, '_, E> {
         if queries.is_empty() {
             return;
         }
-        let (units, padded) = (head.width.div_ceil(per_unit), head.width.next_multiple_of(S::LANES));
+        let tile = Tile::of::<E>(isa);
+        let (units, padded) = (tile.units(head.width), tile.padded(head.width));
         let keys_end = queries.end;
         let first = head.doc_start.map_or(0, |d| d[queries.clone()].iter().copied().min().unwrap_or(0));
         let first = first as usize / KEYS * KEYS;
-        let tile = Tile { nr, lanes: S::LANES, per_unit };
         let [q, score, out, k, v] = carve(scratch, sizes(tile, head.width, keys_end - first));
         let k = &mut k[..(keys_end - first).next_multiple_of(MR) * units];
         pack_panels(isa, head.k.over_width(), first..keys_end, 0..head.width, MR, per_unit, k);
@@ -194,28 +195,33 @@ impl<E: Element> Kernel for Task<'_, '_, E> {
             finish(s, &head, &panel, &state, scale, out, padded);
         }
     }
+
+    #[inline(always)]
+    fn run_on_tiles(self, s: Avx512, tiles: &Tiles) {
+        self.attend(s, tiles);
+    }
 }
 
 /// The online softmax of a panel of queries.
-struct State {
+pub(super) struct State {
     /// Largest score so far, before scaling.
-    max: [f32; MOST_LANES],
+    pub(super) max: [f32; MOST_LANES],
     /// Sum of exponentials, relative to it.
-    sum: [f32; MOST_LANES],
+    pub(super) sum: [f32; MOST_LANES],
     /// What the last update multiplied earlier exponentials by.
-    shrink: [f32; MOST_LANES],
+    pub(super) shrink: [f32; MOST_LANES],
 }
 
 impl State {
     #[inline(always)]
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         State { max: [NOTHING; MOST_LANES], sum: [0.0; MOST_LANES], shrink: [1.0; MOST_LANES] }
     }
 
     /// Replaces rows of scores by units of their exponentials relative to the largest score so far, without those
     /// that dropout zeroes. True if earlier results must be multiplied by `shrink`.
     #[inline(always)]
-    fn update<S: Simd, M: Units<S>, const NV: usize>(
+    pub(super) fn update<S: Simd, M: Units<S>, const NV: usize>(
         &mut self,
         s: S,
         scores: &mut [f32],

@@ -9,7 +9,9 @@
 //! dealt to threads.
 
 mod backward;
+mod backward_tiles;
 mod forward;
+mod forward_tiles;
 mod paged;
 mod product;
 
@@ -20,6 +22,7 @@ pub(super) use backward::backward;
 pub(super) use forward::forward;
 pub(super) use paged::paged;
 
+use super::amx::{self, Tiles};
 use super::gemm::{Dot, Fma, Mac};
 use super::pack::Matrix;
 use super::simd::{Avx512, Isa, Portable, Simd, with_avx2, with_avx512, with_avx512_bf16};
@@ -37,22 +40,35 @@ const NOTHING: f32 = f32::MIN;
 struct Tile {
     /// Queries of a panel.
     nr: usize,
-    /// Numbers in a register.
-    lanes: usize,
+    /// What the head's columns come in multiples of: numbers in a register, or columns of tiles.
+    columns: usize,
     /// Numbers in a unit of packed panels.
     per_unit: usize,
+    /// What units over the width of the head come in multiples of.
+    step: usize,
 }
 
 impl Tile {
     fn of<E: Element>(isa: Isa) -> Self {
         match isa {
-            Isa::Portable => Tile { nr: 8, lanes: 4, per_unit: 1 },
-            Isa::Avx2 => Tile { nr: 24, lanes: 8, per_unit: 1 },
-            Isa::Avx512 | Isa::Amx => Tile { nr: 48, lanes: 16, per_unit: 1 },
-            Isa::Avx512Bf16 => {
-                Tile { nr: 48, lanes: 16, per_unit: if E::DTYPE == DType::Bf16 { 2 } else { 1 } }
+            Isa::Portable => Tile { nr: 8, columns: 4, per_unit: 1, step: 1 },
+            Isa::Avx2 => Tile { nr: 24, columns: 8, per_unit: 1, step: 1 },
+            Isa::Avx512Bf16 if E::DTYPE == DType::Bf16 => Tile { nr: 48, columns: 16, per_unit: 2, step: 1 },
+            Isa::Amx if E::DTYPE == DType::Bf16 => {
+                Tile { nr: amx::SIDE, columns: amx::SIDE, per_unit: 2, step: amx::STEP }
             }
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => Tile { nr: 48, columns: 16, per_unit: 1, step: 1 },
         }
+    }
+
+    /// Units of a head's width.
+    fn units(self, width: usize) -> usize {
+        width.div_ceil(self.per_unit).next_multiple_of(self.step)
+    }
+
+    /// Columns of a head of such a width in memory.
+    fn padded(self, width: usize) -> usize {
+        width.next_multiple_of(self.columns)
     }
 }
 
@@ -61,6 +77,9 @@ trait Kernel {
     /// Runs with tiles of `MR` keys and `NV` registers of queries for scores, and of `R` rows and two registers of the head's
     /// columns for sums over tokens. `NV` registers are whole tiles of `R` rows.
     fn run<S: Simd, M: Units<S>, const MR: usize, const NV: usize, const R: usize>(self, s: S);
+
+    /// The same in bf16 with tile registers.
+    fn run_on_tiles(self, s: Avx512, tiles: &Tiles);
 }
 
 /// Runs a kernel with the register tile of [`Tile::of`].
@@ -72,6 +91,14 @@ fn on_tile<E: Element>(isa: Isa, kernel: impl Kernel) {
             with_avx2(
                 #[inline(always)]
                 |s| kernel.run::<_, Fma, 4, 3, 6>(s),
+            )
+        },
+        // SAFETY: as above; a processor with tiles has all of AVX-512.
+        Isa::Amx if E::DTYPE == DType::Bf16 => unsafe {
+            let tiles = Tiles::new();
+            with_avx512_bf16(
+                #[inline(always)]
+                |s| kernel.run_on_tiles(s, &tiles),
             )
         },
         // SAFETY: as above.
@@ -265,4 +292,6 @@ pub(super) fn workspace_bytes<E: Element>(device: &CpuDevice, s: AttentionShape)
     4 * device.threads() * most
 }
 
-const _: () = assert!(forward::KEYS == BLOCK && backward::KEYS.is_multiple_of(BLOCK));
+const _: () = assert!(
+    forward::KEYS == BLOCK && backward::KEYS.is_multiple_of(BLOCK) && BLOCK.is_multiple_of(amx::SIDE)
+);

@@ -14,7 +14,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::{NOTHING, Rows, Tile, carve, carved};
+use super::{NOTHING, Rows, carve, carved};
 use crate::cpu::buffer::Shards;
 use crate::cpu::gemm::{Dot, Fma, Mac, Widen};
 use crate::cpu::pack::{Matrix, pack_panels};
@@ -66,7 +66,8 @@ pub(in crate::cpu) fn paged<E: Element>(
     append(device, heads, width, &places, qkv, k_pages, v_pages);
     let groups = groups(&places, QUERIES);
     let (all, padded) = (heads * width, width.next_multiple_of(16));
-    let per_unit = Tile::of::<E>(device.isa).per_unit;
+    let pairs = device.isa == Isa::Avx512Bf16 && E::DTYPE == DType::Bf16;
+    let per_unit = if pairs { 2 } else { 1 };
     let units = width.div_ceil(per_unit);
     let words = words(width);
     let mut workspace = device.workspace();
