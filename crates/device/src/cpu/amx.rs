@@ -60,13 +60,36 @@ impl Tiles {
     /// # Safety
     /// [`available`] is true.
     pub(super) unsafe fn new() -> Self {
+        // SAFETY: as the caller promises.
+        unsafe { Self::shaped(16, STEP) }
+    }
+
+    /// With so many rows in registers 0, of sums, and 4 and 6, of A, and so many units in the last of these and in 7, of B.
+    ///
+    /// # Safety
+    /// [`available`] is true, and there are 1 to 16 rows and units.
+    unsafe fn shaped(rows: usize, units: usize) -> Self {
         let mut shapes =
             Shapes { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         shapes.row_bytes[..8].fill(64);
         shapes.rows[..8].fill(16);
+        for register in [0, 4, 6] {
+            shapes.rows[register] = rows as u8;
+        }
+        shapes.row_bytes[6] = 4 * units as u16;
+        shapes.rows[7] = units as u8;
         // SAFETY: the processor has tiles, and `shapes` is laid out as it wants.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &shapes, options(nostack, readonly)) };
         Tiles(PhantomData)
+    }
+
+    /// For [`Tiles::multiply_square`] of so many rows, at most 16, and where it ends with a step of so many units, if any.
+    ///
+    /// # Safety
+    /// [`available`] is true.
+    pub(super) unsafe fn square(rows: usize, units: usize) -> Self {
+        // SAFETY: as the caller promises.
+        unsafe { Self::shaped(rows, if units == 0 { STEP } else { units }) }
     }
 
     /// For products of at most 16 rows.
@@ -136,6 +159,113 @@ impl Tiles {
                 single = in(reg) 64usize,
                 double = in(reg) 128usize,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+}
+
+/// Where rows of an operand begin, in words, and the operand.
+#[derive(Clone, Copy)]
+pub(super) struct Strided<'a> {
+    pub(super) data: &'a [u32],
+    pub(super) row: usize,
+}
+
+impl Tiles {
+    /// `out[16][16] = a * b`, or with `add` `out += a * b`, over `units` of k of operands that lie anywhere: rows of units `a`, rows
+    /// of columns `b`, one for each unit. Rows of `out` are `row` apart. If `units` are not whole steps, `self` was made for the rest.
+    #[inline(always)]
+    pub(super) fn multiply_square(
+        &self,
+        units: usize,
+        a: Strided,
+        b: Strided,
+        add: bool,
+        out: &mut [f32],
+        row: usize,
+    ) {
+        let (steps, rest) = (units / STEP, units % STEP);
+        assert!(units > 0 && 15 * a.row + units <= a.data.len(), "the left operand ends early");
+        assert!((units - 1) * b.row + 16 <= b.data.len(), "the right operand ends early");
+        assert!(15 * row + 16 <= out.len(), "there is no room for the sums");
+        // SAFETY: the registers are set up as long as `self` lives; all that is read and written is there, as asserted.
+        unsafe {
+            asm!(
+                "test {add:e}, {add:e}",
+                "jz 2f",
+                "tileloadd tmm0, [{out} + {row}]",
+                "jmp 3f",
+                "2:",
+                "tilezero tmm0",
+                "3:",
+                "test {steps}, {steps}",
+                "jz 5f",
+                "4:",
+                "tileloadd tmm4, [{a} + {a_row}]",
+                "tileloadd tmm5, [{b} + {b_row}]",
+                "tdpbf16ps tmm0, tmm4, tmm5",
+                "add {a}, 64",
+                "add {b}, {b_step}",
+                "dec {steps}",
+                "jnz 4b",
+                "5:",
+                "test {rest:e}, {rest:e}",
+                "jz 6f",
+                "tileloadd tmm6, [{a} + {a_row}]",
+                "tileloadd tmm7, [{b} + {b_row}]",
+                "tdpbf16ps tmm0, tmm6, tmm7",
+                "6:",
+                "tilestored [{out} + {row}], tmm0",
+                add = in(reg) u32::from(add),
+                out = in(reg) out.as_mut_ptr(),
+                row = in(reg) 4 * row,
+                a = inout(reg) a.data.as_ptr() => _,
+                a_row = in(reg) 4 * a.row,
+                b = inout(reg) b.data.as_ptr() => _,
+                b_row = in(reg) 4 * b.row,
+                b_step = in(reg) 4 * STEP * b.row,
+                steps = inout(reg) steps => _,
+                rest = in(reg) rest as u32,
+                out("tmm0") _, out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        }
+    }
+}
+
+/// Columns of [`Tiles::multiply_bytes`]: three tiles.
+pub(super) const BYTE_COLUMNS: usize = 48;
+
+impl Tiles {
+    /// `out[16][BYTE_COLUMNS] = a * b`, exactly: signed bytes `a`, 16 rows of 64, by unsigned ones `b`, `[16][BYTE_COLUMNS]` words
+    /// of four neighbours in k.
+    #[inline(always)]
+    pub(super) fn multiply_bytes(&self, a: &[u32], b: &[u32], out: &mut [i32; 16 * BYTE_COLUMNS]) {
+        let (a, b) = (&a[..TILE], &b[..16 * BYTE_COLUMNS]);
+        // SAFETY: the registers are set up as long as `self` lives; all three have what is read and written.
+        unsafe {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tileloadd tmm4, [{a} + {row}]",
+                "tileloadd tmm5, [{b} + {columns}]",
+                "tdpbsud tmm0, tmm4, tmm5",
+                "tileloadd tmm6, [{b} + {columns} + 64]",
+                "tdpbsud tmm1, tmm4, tmm6",
+                "tileloadd tmm7, [{b} + {columns} + 128]",
+                "tdpbsud tmm2, tmm4, tmm7",
+                "tilestored [{out} + {columns}], tmm0",
+                "tilestored [{out} + {columns} + 64], tmm1",
+                "tilestored [{out} + {columns} + 128], tmm2",
+                a = in(reg) a.as_ptr(),
+                b = in(reg) b.as_ptr(),
+                out = in(reg) out.as_mut_ptr(),
+                row = in(reg) 64usize,
+                columns = in(reg) 4 * BYTE_COLUMNS,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
             );

@@ -64,14 +64,14 @@ impl Tile {
     }
 
     /// Tile registers read 64 bytes a cycle, more than the second-level cache gives: a panel of B stays in the first level for
-    /// 16 KiB of it, while rows of A come from the second.
+    /// 32 KiB of it, while rows of A come from the second.
     const TILES: Tile = Tile {
         mr: amx::SIDE,
         nr: amx::SIDE,
         per_unit: 2,
         step: amx::STEP,
-        block: 8 * amx::STEP,
-        group: 256 << 10,
+        block: 16 * amx::STEP,
+        group: 128 << 10,
     };
 
     /// For a product of so few rows: as many rows as there are, so that none is computed for nothing, and where one panel has

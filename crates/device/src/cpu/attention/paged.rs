@@ -15,6 +15,7 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use super::{NOTHING, Rows, carve, carved};
+use crate::cpu::amx::{STEP, Strided, Tiles};
 use crate::cpu::buffer::Shards;
 use crate::cpu::gemm::{Dot, Fma, Mac, Widen};
 use crate::cpu::pack::{Matrix, pack_panels};
@@ -27,8 +28,10 @@ use crate::{DType, Element, PAGE, Placed};
 const QUERIES: usize = 24;
 /// Of these so many at a time have their sums in registers.
 const TILE: usize = 6;
-/// Rows of a panel that has room for [`QUERIES`], of a width that panels are packed fast in.
+/// Rows of a panel that has room for [`QUERIES`], of a width that panels are packed fast in and that is whole tiles.
 const PANEL: usize = 32;
+/// Rows of a tile register.
+const ROWS: usize = 16;
 /// Keys and values of so many tokens and heads are appended by one thread.
 const APPENDED: usize = 64;
 
@@ -66,7 +69,8 @@ pub(in crate::cpu) fn paged<E: Element>(
     append(device, heads, width, &places, qkv, k_pages, v_pages);
     let groups = groups(&places, QUERIES);
     let (all, padded) = (heads * width, width.next_multiple_of(16));
-    let pairs = device.isa == Isa::Avx512Bf16 && E::DTYPE == DType::Bf16;
+    let in_tiles = in_tiles(device.isa, E::DTYPE, width);
+    let pairs = in_tiles || device.isa == Isa::Avx512Bf16 && E::DTYPE == DType::Bf16;
     let per_unit = if pairs { 2 } else { 1 };
     let units = width.div_ceil(per_unit);
     let words = words(width);
@@ -83,15 +87,21 @@ pub(in crate::cpu) fn paged<E: Element>(
         let (h, group) = (task / groups.len(), &groups[task % groups.len()]);
         // SAFETY: each thread has its own scratch.
         let scratch = unsafe { scratch.range(thread * words..(thread + 1) * words) };
-        let [p, q, panel, sums, half] = carve(scratch, sizes(width));
-        let panel = &mut panel[..PANEL * units];
+        let [p, q, panel, sums, rest] = carve(scratch, sizes(width));
         let rows = Matrix { data: &qkv[h * width..], ld: 3 * all, k_contiguous: true };
         let queries = group.row..group.row + group.count;
-        pack_panels(device.isa, rows, queries, 0..width, PANEL, per_unit, panel);
-        let tiles = q.chunks_exact_mut(units * TILE).take(group.count.div_ceil(TILE));
-        for (tile, q) in tiles.enumerate() {
-            for (q, unit) in q.as_chunks_mut::<TILE>().0.iter_mut().zip(panel.as_chunks::<PANEL>().0) {
-                q.copy_from_slice(&unit[tile * TILE..][..TILE]);
+        let panel = &mut panel[..PANEL * units];
+        if in_tiles {
+            for (i, to) in queries.zip(panel.chunks_exact_mut(units)) {
+                bytemuck::cast_slice_mut(to).copy_from_slice(&rows.data[i * rows.ld..][..width]);
+            }
+        } else {
+            pack_panels(device.isa, rows, queries, 0..width, PANEL, per_unit, panel);
+            let tiles = q.chunks_exact_mut(units * TILE).take(group.count.div_ceil(TILE));
+            for (tile, q) in tiles.enumerate() {
+                for (q, unit) in q.as_chunks_mut::<TILE>().0.iter_mut().zip(panel.as_chunks::<PANEL>().0) {
+                    q.copy_from_slice(&unit[tile * TILE..][..TILE]);
+                }
             }
         }
         let pages =
@@ -100,13 +110,13 @@ pub(in crate::cpu) fn paged<E: Element>(
             width,
             padded,
             position: group.position,
-            q: bytemuck::cast_slice(q),
+            q: bytemuck::cast_slice(if in_tiles { panel } else { q }),
             k: pages(k_pages),
             v: pages(v_pages),
         };
         let sums: &mut [f32] = bytemuck::cast_slice_mut(sums);
         let p = bytemuck::cast_slice_mut(p).as_chunks_mut().0;
-        let results = head.attend_on(device.isa, E::DTYPE, group.count, p, sums, half);
+        let results = head.attend_on(device.isa, E::DTYPE, group.count, p, sums, rest);
         for (i, sum) in results[..group.count].iter().enumerate() {
             // SAFETY: each query of each head is one task's.
             let out = unsafe {
@@ -116,6 +126,11 @@ pub(in crate::cpu) fn paged<E: Element>(
             dispatch!(device.isa, s => scale_into(s, factor, &sums[i * padded..][..width], out));
         }
     });
+}
+
+/// Whether tile registers are used, for all queries alike: their order of sums is their own.
+fn in_tiles(isa: Isa, dtype: DType, width: usize) -> bool {
+    isa == Isa::Amx && dtype == DType::Bf16 && width.is_multiple_of(16)
 }
 
 /// Numbers in a word of a page.
@@ -290,7 +305,7 @@ struct Head<'a> {
     padded: usize,
     /// Of the first query.
     position: usize,
-    /// Queries, `[tile][unit of D][TILE]`.
+    /// Queries, `[tile][unit of D][TILE]`, or for tile registers as they are, `[PANEL][unit of D]`.
     q: &'a [f32],
     k: Pages<'a>,
     v: Pages<'a>,
@@ -298,7 +313,8 @@ struct Head<'a> {
 
 impl Head<'_> {
     /// Leaves the sum of weighted values of each of `count` queries in `sums`, and returns the sums of the weights. `p` is room
-    /// for probabilities, a page's for each query, and `half` for a row of words. Not generic, so that it is compiled once.
+    /// for probabilities, a page's for each query, and `rest` for the part of a page's values that is seen. Not generic, so that
+    /// it is compiled once.
     fn attend_on(
         &self,
         isa: Isa,
@@ -306,20 +322,28 @@ impl Head<'_> {
         count: usize,
         p: &mut [[f32; PAGE]],
         sums: &mut [f32],
-        half: &mut [u32],
+        rest: &mut [u32],
     ) -> [f32; QUERIES] {
         match isa {
+            // SAFETY: the processor has AVX-512 BF16 and tiles.
+            _ if in_tiles(isa, dtype, self.width) => unsafe {
+                let tiles = Tiles::square(count.min(ROWS), self.width / 2 % STEP);
+                with_avx512_bf16(
+                    #[inline(always)]
+                    |s| self.attend_in_tiles(s, &tiles, count, p, sums, rest),
+                )
+            },
             // SAFETY: the processor has AVX-512 BF16.
             Isa::Avx512Bf16 if dtype == DType::Bf16 => unsafe {
                 with_avx512_bf16(
                     #[inline(always)]
-                    |s| self.attend::<_, Dot>(s, count, p, sums, half),
+                    |s| self.attend::<_, Dot>(s, count, p, sums, rest),
                 )
             },
             _ if dtype == DType::Bf16 => {
-                dispatch!(isa, s => self.attend::<_, Widen>(s, count, p, sums, half))
+                dispatch!(isa, s => self.attend::<_, Widen>(s, count, p, sums, rest))
             }
-            _ => dispatch!(isa, s => self.attend::<_, Fma>(s, count, p, sums, half)),
+            _ => dispatch!(isa, s => self.attend::<_, Fma>(s, count, p, sums, rest)),
         }
     }
 
@@ -330,7 +354,7 @@ impl Head<'_> {
         count: usize,
         p: &mut [[f32; PAGE]],
         sums: &mut [f32],
-        half: &mut [u32],
+        rest: &mut [u32],
     ) -> [f32; QUERIES] {
         let Head { width, padded, position, .. } = *self;
         let scale = s.splat(1.0 / (width as f32).sqrt());
@@ -356,28 +380,7 @@ impl Head<'_> {
             // Keys of this page that a query sees: of the last, each sees one more than the one before.
             let seen = |i: usize| if page == last { position % PAGE + 1 + i } else { PAGE };
             for (i, p) in p[..count].iter_mut().enumerate() {
-                let old = max[i];
-                for p in &mut p[seen(i)..] {
-                    *p = f32::NEG_INFINITY;
-                }
-                let mut most = s.splat(old);
-                for p in p.chunks_exact_mut(S::LANES) {
-                    let score = s.mul(s.load(p), scale);
-                    most = s.max(score, most);
-                    s.store(p, score);
-                }
-                max[i] = s.max_lane(most);
-                shrink[i] = 1.0;
-                if max[i] != old {
-                    let factor = s.exp(s.splat(old - max[i]));
-                    shrink[i] = s.to_array(factor)[0];
-                    weight[i] = s.mul(weight[i], factor);
-                }
-                for p in p.chunks_exact_mut(S::LANES) {
-                    let e = s.exp(s.sub(s.load(p), s.splat(max[i])));
-                    weight[i] = s.add(weight[i], e);
-                    s.store(p, e);
-                }
+                shrink[i] = soften(s, p, seen(i), scale, &mut max[i], &mut weight[i]);
                 M::narrow(s, p);
             }
             for first in (0..count).step_by(TILE) {
@@ -396,16 +399,16 @@ impl Head<'_> {
                 // A query never touches a later token's value, whatever that is.
                 for (i, p) in p.iter().take(TILE).enumerate() {
                     let (p, sums) = (std::slice::from_ref(p), &mut sums[i * padded..]);
-                    let (words, rest) = (seen(first + i) / M::PER_WORD, seen(first + i) % M::PER_WORD);
+                    let (words, left) = (seen(first + i) / M::PER_WORD, seen(first + i) % M::PER_WORD);
                     if words > whole {
                         let v = &v[whole * width..words * width];
                         values::<S, M, 1>(s, width, padded, p, whole, &[1.0], v, v, sums);
                     }
-                    if rest > 0 {
-                        for (half, word) in half.iter_mut().zip(&v[words * width..][..width]) {
+                    if left > 0 {
+                        for (half, word) in rest.iter_mut().zip(&v[words * width..][..width]) {
                             *half = word & 0xffff;
                         }
-                        values::<S, M, 1>(s, width, padded, p, words, &[1.0], half, v, sums);
+                        values::<S, M, 1>(s, width, padded, p, words, &[1.0], &rest[..width], v, sums);
                     }
                 }
             }
@@ -416,6 +419,119 @@ impl Head<'_> {
         }
         total
     }
+}
+
+impl Head<'_> {
+    /// [`Head::attend`] in tile registers: scores and results lie as there, queries as rows.
+    #[inline(always)]
+    fn attend_in_tiles(
+        &self,
+        s: Avx512,
+        tiles: &Tiles,
+        count: usize,
+        p: &mut [[f32; PAGE]],
+        sums: &mut [f32],
+        seen_values: &mut [u32],
+    ) -> [f32; QUERIES] {
+        let Head { width, padded, position, .. } = *self;
+        let scale = s.splat(1.0 / (width as f32).sqrt());
+        let units = width / 2;
+        let q: &[u32] = bytemuck::cast_slice(self.q);
+        let (mut max, mut weight) = ([NOTHING; QUERIES], [s.zero(); QUERIES]);
+        sums[..count * padded].fill(0.0);
+        let last = position / PAGE;
+        for page in 0..=last {
+            let (k, mut v) = (self.k.part(page), self.v.part(page));
+            fetch_ahead(v, 0, v.len());
+            for first in (0..count).step_by(ROWS) {
+                let q = Strided { data: &q[first * units..], row: units };
+                for key in (0..PAGE).step_by(16) {
+                    let k = Strided { data: &k[key..], row: PAGE };
+                    let out = &mut p[first..].as_flattened_mut()[key..];
+                    tiles.multiply_square(units, q, k, false, out, PAGE);
+                }
+            }
+            let seen = |i: usize| if page == last { position % PAGE + 1 + i } else { PAGE };
+            for (i, p) in p[..count].iter_mut().enumerate() {
+                let shrink = soften(s, p, seen(i), scale, &mut max[i], &mut weight[i]);
+                Dot::narrow(s, p);
+                if shrink != 1.0 {
+                    for sum in sums[i * padded..(i + 1) * padded].chunks_exact_mut(16) {
+                        let shrunk = s.mul(s.load(sum), s.splat(shrink));
+                        s.store(sum, shrunk);
+                    }
+                }
+            }
+            // Values of later tokens, whatever they are, must not meet probabilities, even those of 0.
+            let all = seen(count - 1);
+            let words = all.div_ceil(2).next_multiple_of(STEP);
+            if page == last {
+                let to = &mut seen_values[..words * width];
+                let whole = all / 2 * width;
+                to[..whole].copy_from_slice(&v[..whole]);
+                to[whole..].fill(0);
+                if all % 2 == 1 {
+                    for (to, word) in to[whole..].iter_mut().zip(&v[whole..whole + width]) {
+                        *to = word & 0xffff;
+                    }
+                }
+                v = to;
+            } else {
+                let next = self.k.part(page + 1);
+                fetch_ahead(next, 0, next.len());
+            }
+            for first in (0..count).step_by(ROWS) {
+                let p: &[u32] = bytemuck::cast_slice(p[first..].as_flattened());
+                for column in (0..width).step_by(16) {
+                    let v = Strided { data: &v[column..], row: width };
+                    let p = Strided { data: p, row: PAGE };
+                    let out = &mut sums[first * padded + column..];
+                    tiles.multiply_square(words, p, v, true, out, padded);
+                }
+            }
+        }
+        let mut total = [1.0; QUERIES];
+        for (total, weight) in total.iter_mut().zip(weight).take(count) {
+            *total = s.sum(weight);
+        }
+        total
+    }
+}
+
+/// Turns a query's scores of a page, of which it sees the first `seen`, into exponentials relative to its largest score so far,
+/// and adds them to `weight`. Returns what earlier ones are to be multiplied by.
+#[inline(always)]
+fn soften<S: Simd>(
+    s: S,
+    p: &mut [f32; PAGE],
+    seen: usize,
+    scale: S::F,
+    max: &mut f32,
+    weight: &mut S::F,
+) -> f32 {
+    let old = *max;
+    for p in &mut p[seen..] {
+        *p = f32::NEG_INFINITY;
+    }
+    let mut most = s.splat(old);
+    for p in p.chunks_exact_mut(S::LANES) {
+        let score = s.mul(s.load(p), scale);
+        most = s.max(score, most);
+        s.store(p, score);
+    }
+    *max = s.max_lane(most);
+    let mut shrink = 1.0;
+    if *max != old {
+        let factor = s.exp(s.splat(old - *max));
+        shrink = s.to_array(factor)[0];
+        *weight = s.mul(*weight, factor);
+    }
+    for p in p.chunks_exact_mut(S::LANES) {
+        let e = s.exp(s.sub(s.load(p), s.splat(*max)));
+        *weight = s.add(*weight, e);
+        s.store(p, e);
+    }
+    shrink
 }
 
 /// To be called before `count` words from `at` on are read: fetches what is as far into `next`.
@@ -581,7 +697,8 @@ pub(super) fn words(width: usize) -> usize {
     carved(sizes(width))
 }
 
-/// Probabilities, queries in tiles and as they are packed, sums, and half of a row of words.
+/// Probabilities, queries in tiles and as they are packed, sums, and what is seen of a page's values.
 fn sizes(width: usize) -> [usize; 5] {
-    [QUERIES * PAGE, QUERIES * width, PANEL * width, QUERIES * width.next_multiple_of(16), width]
+    let padded = width.next_multiple_of(16);
+    [PANEL * PAGE, QUERIES * width, PANEL * padded, PANEL * padded, PAGE / 2 * padded]
 }

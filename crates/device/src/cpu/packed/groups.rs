@@ -13,11 +13,12 @@ use std::sync::Arc;
 use half::bf16;
 
 use super::ahead::{Next, Place, expect_next};
-use super::tile::{Plain, Tile, Vnni};
+use super::tile::{Plain, Tile, Vnni, add_scaled, group_bytes};
 use super::{Finish, Kept, Rows};
+use crate::cpu::amx::Tiles;
 use crate::cpu::buffer::Shards;
 use crate::cpu::gemm::{Epilogue, each_task};
-use crate::cpu::simd::{Isa, Simd, dispatch, with_avx512};
+use crate::cpu::simd::{Avx512, Isa, Simd, dispatch, with_avx512};
 use crate::cpu::{CpuBuf, CpuDevice, Scratch};
 use crate::places::{self, UNIT};
 use crate::quantise::{self, Codes, GROUP, Group};
@@ -25,8 +26,14 @@ use crate::{Element, WeightFormat};
 
 /// Columns of a panel.
 pub(super) const NR: usize = 48;
-/// Rows of a full tile.
+/// Rows of a full tile of vectors, and of tile registers.
 const MR: usize = 8;
+pub(super) const ROWS: usize = 16;
+/// So many rows are multiplied in tile registers where there are any. Of fewer, each panel's bytes would not be used often enough
+/// to be worth putting in order.
+const MANY: usize = 64;
+/// Tiles of rows that meet a group of a panel one after the other, while it is in the first-level cache.
+const TOGETHER: usize = 4;
 /// Words that hold a group of activations of one row.
 pub(super) const STEPS: usize = GROUP / 4;
 /// Bytes of activations that a thread works through per panel: a part of its L2 cache.
@@ -196,8 +203,10 @@ pub(super) const fn activation_stride(mr: usize) -> usize {
     (STEPS + 2) * mr
 }
 
-/// Rounds up to `mr` rows `[_, k]` into a panel `[group][step][mr]`, with the rest of each group behind its codes.
+/// Rounds up to `mr` rows `[_, k]` into a panel `[group][step][mr]`, or for tile registers `[group][mr][step]`, with the rest
+/// of each group behind its codes.
 fn round_rows<E: Element>(isa: Isa, bits: Bits, x: &[E], k: usize, mr: usize, out: &mut [u32]) {
+    let (of_row, of_step) = if mr == ROWS { (STEPS, 1) } else { (1, mr) };
     let rows = x.len() / k;
     for (g, out) in out.chunks_exact_mut(activation_stride(mr)).enumerate() {
         let (words, numbers) = out.split_at_mut(STEPS * mr);
@@ -209,8 +218,8 @@ fn round_rows<E: Element>(isa: Isa, bits: Bits, x: &[E], k: usize, mr: usize, ou
             } else {
                 (0.0, 0)
             };
-            for (codes, out) in codes.chunks_exact(4).zip(words.chunks_exact_mut(mr)) {
-                out[i] = u32::from_le_bytes(std::array::from_fn(|j| codes[j] as u8));
+            for (step, codes) in codes.as_chunks().0.iter().enumerate() {
+                words[i * of_row + step * of_step] = u32::from_le_bytes(codes.map(|code| code as u8));
             }
             numbers[i] = scale.to_bits();
             numbers[mr + i] = match bits {
@@ -240,11 +249,15 @@ pub(super) fn multiply(
     if m == 0 {
         return;
     }
-    let mr = [1, 2, 4].into_iter().find(|mr| *mr >= m).unwrap_or(MR);
+    let in_tiles = device.isa == Isa::Amx && m >= MANY;
+    let mr = if in_tiles { ROWS } else { [1, 2, 4].into_iter().find(|mr| *mr >= m).unwrap_or(MR) };
     let (a_panels, b_panels) = (m.div_ceil(mr), w.n.div_ceil(NR));
     let stride = w.groups * activation_stride(mr);
     let mut workspace = device.workspace();
-    let [packed] = workspace.take([(Scratch::PackedA, a_panels * stride)]);
+    let bytes = if in_tiles { w.groups * STEPS * NR } else { 0 };
+    let [packed, bytes_of] =
+        workspace.take([(Scratch::PackedA, a_panels * stride), (Scratch::PackedB, device.threads() * bytes)]);
+    let bytes_of = Shards::new(bytes_of);
     let round = |p: usize, out: &mut [u32]| {
         let rows = p * mr * k..((p + 1) * mr).min(m) * k;
         match x {
@@ -264,8 +277,18 @@ pub(super) fn multiply(
     }
     let product = Product { m, mr, w, words: &w.words, a: packed, finish };
     expect_next(device, m, next, w.place());
-    each_task(device, (a_panels, b_panels), NEAR / (4 * stride), |a, b, _| {
-        if device.isa >= Isa::Avx512 {
+    each_task(device, (a_panels, b_panels), NEAR / (4 * stride), |a, b, thread| {
+        if in_tiles {
+            // SAFETY: the processor has AVX-512 and tiles, and each thread has its own bytes.
+            unsafe {
+                let bytes = bytes_of.range(thread * bytes..(thread + 1) * bytes);
+                let tiles = Tiles::new();
+                with_avx512(
+                    #[inline(always)]
+                    |s| product.in_tiles(s, a, b, &tiles, bytes),
+                )
+            }
+        } else if device.isa >= Isa::Avx512 {
             // SAFETY: the processor has AVX-512 with VNNI.
             unsafe {
                 with_avx512(
@@ -281,7 +304,7 @@ pub(super) fn multiply(
 
 struct Product<'a> {
     m: usize,
-    /// Rows of a tile: 1, 2, 4 or [`MR`].
+    /// Rows of a tile: 1, 2, 4, [`MR`] or [`ROWS`].
     mr: usize,
     w: &'a Panels,
     /// Those of the panels.
@@ -307,6 +330,68 @@ impl Product<'_> {
             2 => self.tiles::<S, T, 2, BITS>(s, a, b, tile),
             4 => self.tiles::<S, T, 4, BITS>(s, a, b, tile),
             _ => self.tiles::<S, T, MR, BITS>(s, a, b, tile),
+        }
+    }
+
+    /// In tile registers: a panel's codes become bytes once for all rows.
+    #[inline(always)]
+    fn in_tiles(&self, s: Avx512, a: Range<usize>, b: Range<usize>, tiles: &Tiles, bytes: &mut [u32]) {
+        match self.w.bits {
+            Bits::Eight => self.many_rows::<8>(s, a, b, tiles, bytes),
+            Bits::Four => self.many_rows::<4>(s, a, b, tiles, bytes),
+            Bits::Three => self.many_rows::<3>(s, a, b, tiles, bytes),
+        }
+    }
+
+    #[inline(always)]
+    fn many_rows<const BITS: usize>(
+        &self,
+        s: Avx512,
+        a_panels: Range<usize>,
+        b_panels: Range<usize>,
+        tiles: &Tiles,
+        bytes: &mut [u32],
+    ) {
+        let (w_stride, a_stride) = (self.w.bits.stride(), activation_stride(ROWS));
+        let panel = self.w.groups * w_stride;
+        let bytes = bytes.as_chunks_mut::<{ STEPS * NR }>().0;
+        let of_group = |a: usize, g: usize| &self.a[(a * self.w.groups + g) * a_stride..][..a_stride];
+        for bp in b_panels {
+            let b = &self.words[bp * panel..(bp + 1) * panel];
+            for (b, bytes) in b.chunks_exact(w_stride).zip(bytes.iter_mut()) {
+                group_bytes::<BITS>(b, bytes);
+            }
+            for first in a_panels.clone().step_by(TOGETHER) {
+                let rows = first..(first + TOGETHER).min(a_panels.end);
+                let mut out = [[[0.0f32; NR]; ROWS]; TOGETHER];
+                // Products of the next tile are made while those of this one are scaled.
+                let mut sums = [[0; ROWS * NR]; 2];
+                let mut made = 0;
+                let mut make = |a: &[u32], bytes: &[u32; STEPS * NR], sums: &mut [[i32; ROWS * NR]; 2]| {
+                    tiles.multiply_bytes(a, bytes, &mut sums[made % 2]);
+                    made += 1;
+                };
+                make(of_group(first, 0), &bytes[0], &mut sums);
+                let mut added = 0;
+                for (g, b) in b.chunks_exact(w_stride).enumerate() {
+                    for (i, out) in out[..rows.len()].iter_mut().enumerate() {
+                        if i + 1 < rows.len() {
+                            make(of_group(first + i + 1, g), &bytes[g], &mut sums);
+                        } else if g + 1 < self.w.groups {
+                            make(of_group(first, g + 1), &bytes[g + 1], &mut sums);
+                        }
+                        add_scaled::<BITS>(&sums[added % 2], of_group(first + i, g), b, out);
+                        added += 1;
+                    }
+                }
+                for (ap, out) in rows.zip(&out) {
+                    let (row, col) = (ap * ROWS, bp * NR);
+                    let width = NR.min(self.w.n - col);
+                    for (i, out) in out[..ROWS.min(self.m - row)].iter().enumerate() {
+                        self.finish.row(s, row + i, col, &out[..width]);
+                    }
+                }
+            }
         }
     }
 

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::groups::{Bits, NR, STEPS, activation_stride};
+use super::groups::{Bits, NR, ROWS, STEPS, activation_stride};
 use crate::cpu::simd::prefetch_l2;
 use crate::places::{UNIT, UNIT_STEPS, places};
 use crate::quantise::GROUP;
@@ -63,6 +63,71 @@ fn step_codes<const BITS: usize>(words: &[u32], step: usize) -> [u32; NR] {
         }
     }
     codes
+}
+
+/// A group's codes of all columns, one in each byte, `[step][NR]`.
+#[inline(always)]
+pub(super) fn group_bytes<const BITS: usize>(b: &[u32], out: &mut [u32; STEPS * NR]) {
+    if BITS == 8 {
+        // As they are, but on cache lines of their own, which tile registers read twice as fast.
+        out.copy_from_slice(&b[..STEPS * NR]);
+        return;
+    }
+    for (step, out) in out.as_chunks_mut().0.iter_mut().enumerate() {
+        *out = step_codes::<BITS>(b, step);
+    }
+}
+
+/// Adds a group's products, which tile registers made, to `out`: by the same operations as [`Vnni`], so to the same bits.
+#[inline(always)]
+pub(super) fn add_scaled<const BITS: usize>(
+    sums: &[i32; ROWS * NR],
+    a: &[u32],
+    b: &[u32],
+    out: &mut [[f32; NR]; ROWS],
+) {
+    let bits = Bits::counted(BITS);
+    assert!(a.len() == activation_stride(ROWS) && b.len() == bits.stride());
+    // SAFETY: only used where the processor has tiles, and so AVX-512; lengths are as asserted.
+    unsafe {
+        let [scales, minima] = numbers(bits, b);
+        for (i, out) in out.iter_mut().enumerate() {
+            let scale = _mm512_set1_ps(f32::from_bits(a[STEPS * ROWS + i]));
+            let zero = a[(STEPS + 1) * ROWS + i];
+            for j in 0..3 {
+                let mut acc = _mm512_loadu_si512(sums[i * NR + j * 16..].as_ptr().cast());
+                let at = out[j * 16..].as_mut_ptr();
+                let mut sum = _mm512_loadu_ps(at);
+                if bits.minima() {
+                    sum = _mm512_fmadd_ps(minima[j], _mm512_set1_ps(f32::from_bits(zero)), sum);
+                } else {
+                    acc = _mm512_add_epi32(acc, _mm512_set1_epi32(zero as i32));
+                }
+                let factor = _mm512_mul_ps(scales[j], scale);
+                _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), factor, sum));
+            }
+        }
+    }
+}
+
+/// Scales and, if there are any, minima of a panel's columns in a group.
+///
+/// # Safety
+/// The processor has AVX-512 F, and `b` is a group.
+#[inline(always)]
+unsafe fn numbers(bits: Bits, b: &[u32]) -> [[__m512; 3]; 2] {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let numbers = b.as_ptr().add(bits.words()).cast::<u16>();
+        let mut widened = [[_mm512_setzero_ps(); 3]; 2];
+        for (which, widened) in widened.iter_mut().enumerate().take(1 + bits.minima() as usize) {
+            for (j, widened) in widened.iter_mut().enumerate() {
+                let halves = _mm256_loadu_si256(numbers.add(which * NR + j * 16).cast());
+                *widened = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)));
+            }
+        }
+        widened
+    }
 }
 
 /// `vpdpbusd`: four products of an unsigned and a signed byte, added to a 32-bit sum.
@@ -162,23 +227,17 @@ impl Tile for Vnni {
                     add_step(&mut acc, joined::<5>(row(words.add(2 * NR)), row(words.add(NR))), x.add(7 * R));
                 }
             }
-            let numbers = b.as_ptr().add(bits.words()).cast::<u16>();
-            let widened = |at: usize| {
-                let halves = _mm256_loadu_si256(numbers.add(at).cast());
-                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
-            };
+            let [scales, minima] = numbers(bits, b);
             for j in 0..3 {
-                let scales = widened(j * 16);
-                let minima = if bits.minima() { widened(NR + j * 16) } else { scales };
                 for (i, out) in out.iter_mut().enumerate() {
                     let scale = f32::from_bits(a[STEPS * R + i]);
                     let at = out[j * 16..].as_mut_ptr();
                     let mut sum = _mm512_loadu_ps(at);
                     if bits.minima() {
                         let zero = f32::from_bits(a[(STEPS + 1) * R + i]);
-                        sum = _mm512_fmadd_ps(minima, _mm512_set1_ps(zero), sum);
+                        sum = _mm512_fmadd_ps(minima[j], _mm512_set1_ps(zero), sum);
                     }
-                    let factor = _mm512_mul_ps(scales, _mm512_set1_ps(scale));
+                    let factor = _mm512_mul_ps(scales[j], _mm512_set1_ps(scale));
                     _mm512_storeu_ps(at, _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[i][j]), factor, sum));
                 }
             }
