@@ -8,7 +8,9 @@ use std::ptr::NonNull;
 use crate::{Buffer, Element};
 
 const LINE: usize = 64;
-const HUGE: usize = 2 << 20;
+const PAGE: usize = 4 << 10;
+/// Bytes from which memory comes straight from the system.
+const LARGE: usize = 1 << 20;
 
 /// A fixed number of elements; dereferences to a slice.
 pub struct CpuBuf<T: Element> {
@@ -29,7 +31,7 @@ impl<T: Element> CpuBuf<T> {
         }
         let layout = layout::<T>(len)
             .ok_or_else(|| anyhow::anyhow!("cannot address a buffer of {len} elements of {}", T::DTYPE))?;
-        let data = if layout.align() == HUGE {
+        let data = if layout.align() == PAGE {
             map(layout)
         } else {
             // SAFETY: the layout is not empty.
@@ -46,39 +48,30 @@ impl<T: Element> CpuBuf<T> {
     }
 }
 
-/// Size and alignment; large buffers are whole huge pages.
+/// Size and alignment; large buffers are whole pages.
 fn layout<T>(len: usize) -> Option<Layout> {
     let bytes = len.checked_mul(size_of::<T>())?;
-    match Layout::from_size_align(bytes, if bytes >= HUGE { HUGE } else { LINE }).ok()? {
-        large if large.align() == HUGE => Some(large.pad_to_align()),
-        small => Some(small),
+    if bytes < LARGE {
+        return Layout::from_size_align(bytes, LINE).ok();
     }
+    Layout::from_size_align(bytes.checked_next_multiple_of(PAGE)?, PAGE).ok()
 }
 
 /// Memory straight from the system, in huge pages if it has them. It is zero, and takes none until it is written, which a
-/// cache for many texts or long ones may never be.
+/// cache for many texts or long ones may never be. The system puts one mapping beside the other, and a huge page may belong to
+/// two of them: matrices of a few MiB that began with one each would take an eighth more memory.
 fn map(layout: Layout) -> Option<NonNull<u8>> {
     let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-    // Larger by the alignment, the rest of which is given back.
-    let size = layout.size().checked_add(HUGE)?;
-    // SAFETY: new memory, of which nothing else knows; the parts given back are within it and of whole pages.
+    // SAFETY: new memory, of which nothing else knows.
     unsafe {
-        let start = libc::mmap(std::ptr::null_mut(), size, protection, flags, -1, 0);
+        let start = libc::mmap(std::ptr::null_mut(), layout.size(), protection, flags, -1, 0);
         if start == libc::MAP_FAILED {
             return None;
         }
-        let before = start.align_offset(HUGE);
-        let (data, after) = (start.byte_add(before), HUGE - before);
-        if before > 0 {
-            libc::munmap(start, before);
-        }
-        if after > 0 {
-            libc::munmap(data.byte_add(layout.size()), after);
-        }
         // Advice; a refusal changes nothing.
         #[cfg(target_os = "linux")]
-        libc::madvise(data, layout.size(), libc::MADV_HUGEPAGE);
-        NonNull::new(data.cast())
+        libc::madvise(start, layout.size(), libc::MADV_HUGEPAGE);
+        NonNull::new(start.cast())
     }
 }
 
@@ -87,7 +80,7 @@ impl<T: Element> Drop for CpuBuf<T> {
         if let (Some(layout), true) = (layout::<T>(self.len), self.len > 0) {
             // SAFETY: allocated by `zeroed` with the same layout, in the same way.
             unsafe {
-                if layout.align() == HUGE {
+                if layout.align() == PAGE {
                     libc::munmap(self.data.as_ptr().cast(), layout.size());
                 } else {
                     dealloc(self.data.as_ptr().cast(), layout);
