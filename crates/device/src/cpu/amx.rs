@@ -106,9 +106,10 @@ impl Tiles {
         let steps = b.len() / (2 * TILE);
         assert!(a.len() == 2 * TILE * steps && b.len() == a.len(), "panels are not of whole steps");
         if steps == 0 {
-            return if !add {
-                out.fill(0.0)
-            };
+            if !add {
+                out.fill(0.0);
+            }
+            return;
         }
         // SAFETY: the registers are set up as long as `self` lives; `a` and `b` have what is read, `out` what is written.
         unsafe {
@@ -166,7 +167,7 @@ impl Tiles {
     }
 }
 
-/// Where rows of an operand begin, in words, and the operand.
+/// An operand whose rows begin `row` words apart.
 #[derive(Clone, Copy)]
 pub(super) struct Strided<'a> {
     pub(super) data: &'a [u32],
@@ -273,7 +274,7 @@ impl Tiles {
     }
 }
 
-/// The same with one tile of rows, for products of few.
+/// The tile registers for products of at most 16 rows: [`Tiles::multiply`] with one tile of them.
 pub(super) struct Upper<'a>(PhantomData<&'a Tiles>);
 
 impl Upper<'_> {
@@ -284,9 +285,10 @@ impl Upper<'_> {
         let steps = b.len() / (2 * TILE);
         assert!(a.len() == TILE * steps && b.len() == 2 * a.len(), "panels are not of whole steps");
         if steps == 0 {
-            return if !add {
-                out.fill(0.0)
-            };
+            if !add {
+                out.fill(0.0);
+            }
+            return;
         }
         // SAFETY: as in `Tiles::multiply`.
         unsafe {
@@ -334,7 +336,7 @@ impl Upper<'_> {
     }
 }
 
-/// Products of tiles that [`all_at_once`] does in a round.
+/// Products of tiles that [`Tiles::all_at_once`] does in a round.
 pub(super) const ROUND: usize = 4;
 
 impl Tiles {

@@ -462,7 +462,8 @@ impl Head<'_> {
                     }
                 }
             }
-            // Values of later tokens, whatever they are, must not meet probabilities, even those of 0.
+            // What a page holds behind the last query's own token is anything, and must not meet probabilities, even those of
+            // 0. Between the first query's token and the last one's there are numbers.
             let all = seen(count - 1);
             let words = all.div_ceil(2).next_multiple_of(STEP);
             if page == last {
