@@ -544,10 +544,8 @@ macro_rules! dispatch {
                     |$s| $body,
                 )
             },
-            // SAFETY: as above.
-            $crate::cpu::simd::Isa::Avx512
-            | $crate::cpu::simd::Isa::Avx512Bf16
-            | $crate::cpu::simd::Isa::Amx => unsafe {
+            // SAFETY: as above; all others have AVX-512.
+            _ => unsafe {
                 $crate::cpu::simd::with_avx512(
                     #[inline(always)]
                     |$s| $body,
