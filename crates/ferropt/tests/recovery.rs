@@ -153,7 +153,9 @@ fn many_ranks_find_the_same_weight_and_go_back_together() {
     ] {
         let lab = Lab::new();
         let set = ["checkpoint.keep_last=20", "schedule.total=60", "recovery.window=16", "run.threads=1"];
-        let set = [&set[..], &["batch.micro_batch=1", "model.vocab=264", layout]].concat();
+        // In bf16 it depends on the order of sums which step is the first that overflows.
+        let precision = "run.precision=f32";
+        let set = [&set[..], &["batch.micro_batch=1", "model.vocab=264", precision, layout]].concat();
         let train_on = |steps: u64| {
             let out = train(&lab.config("run", steps), &set).args(["--ranks", ranks]).output().unwrap();
             assert!(out.status.success(), "{}", text(&out));
