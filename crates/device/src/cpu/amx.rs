@@ -11,8 +11,10 @@ use std::arch::x86_64::__cpuid_count;
 use std::marker::PhantomData;
 use std::sync::OnceLock;
 
+/// Rows of a tile.
+pub(super) const ROWS: usize = 16;
 /// Rows, and columns, of sums that [`Tiles::multiply`] makes: two tiles each way.
-pub(super) const SIDE: usize = 32;
+pub(super) const SIDE: usize = 2 * ROWS;
 /// Units of k that one product of tiles takes.
 pub(super) const STEP: usize = 16;
 /// Words of a cache line.
@@ -43,8 +45,12 @@ fn permitted() -> bool {
     false
 }
 
-/// The tile registers of this thread, all of full size, until it is dropped. They belong to the thread that made it.
-pub(super) struct Tiles(PhantomData<*const ()>);
+/// The tile registers of this thread until it is dropped. They belong to the thread that made it.
+pub(super) struct Tiles {
+    /// Units in the registers for the rest of k.
+    rest: usize,
+    of_thread: PhantomData<*const ()>,
+}
 
 /// What `ldtilecfg` reads: palette 1, then bytes of a row and rows of each register.
 #[repr(C, align(64))]
@@ -61,7 +67,7 @@ impl Tiles {
     /// [`available`] is true.
     pub(super) unsafe fn new() -> Self {
         // SAFETY: as the caller promises.
-        unsafe { Self::shaped(16, STEP) }
+        unsafe { Self::shaped(ROWS, STEP) }
     }
 
     /// With so many rows in registers 0, of sums, and 4 and 6, of A, and so many units in the last of these and in 7, of B.
@@ -80,7 +86,7 @@ impl Tiles {
         shapes.rows[7] = units as u8;
         // SAFETY: the processor has tiles, and `shapes` is laid out as it wants.
         unsafe { asm!("ldtilecfg [{}]", in(reg) &shapes, options(nostack, readonly)) };
-        Tiles(PhantomData)
+        Tiles { rest: units, of_thread: PhantomData }
     }
 
     /// For [`Tiles::multiply_square`] of so many rows, at most 16, and where it ends with a step of so many units, if any.
@@ -188,6 +194,7 @@ impl Tiles {
         row: usize,
     ) {
         let (steps, rest) = (units / STEP, units % STEP);
+        assert!(rest == 0 || rest == self.rest, "the registers are set up for another rest of k");
         assert!(units > 0 && 15 * a.row + units <= a.data.len(), "the left operand ends early");
         assert!((units - 1) * b.row + 16 <= b.data.len(), "the right operand ends early");
         assert!(15 * row + 16 <= out.len(), "there is no room for the sums");

@@ -77,7 +77,7 @@ impl Tile {
     /// For a product of so few rows: as many rows as there are, so that none is computed for nothing, and where one panel has
     /// all of them, no blocks of k.
     pub(super) fn for_rows(self, m: usize) -> Tile {
-        let smaller: &[usize] = if self.step > 1 { &[amx::SIDE / 2] } else { &[1, 2, 4] };
+        let smaller: &[usize] = if self.step > 1 { &[amx::ROWS] } else { &[1, 2, 4] };
         let mr = smaller.iter().copied().find(|mr| *mr >= m).unwrap_or(self.mr).min(self.mr);
         Tile { mr, block: if m <= mr { usize::MAX } else { self.block }, ..self }
     }
@@ -568,7 +568,7 @@ impl AsMut<[f32]> for TileSums {
 }
 
 impl Inner<Avx512> for Upper<'_> {
-    const MR: usize = amx::SIDE / 2;
+    const MR: usize = amx::ROWS;
     const NR: usize = amx::SIDE;
     const IN_WORD: usize = 1;
     type Sums = TileSums;

@@ -15,7 +15,7 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use super::{NOTHING, Rows, carve, carved};
-use crate::cpu::amx::{STEP, Strided, Tiles};
+use crate::cpu::amx::{ROWS, STEP, Strided, Tiles};
 use crate::cpu::buffer::Shards;
 use crate::cpu::gemm::{Dot, Fma, Mac, Widen};
 use crate::cpu::pack::{Matrix, pack_panels};
@@ -30,8 +30,6 @@ const QUERIES: usize = 24;
 const TILE: usize = 6;
 /// Rows of a panel that has room for [`QUERIES`], of a width that panels are packed fast in and that is whole tiles.
 const PANEL: usize = 32;
-/// Rows of a tile register.
-const ROWS: usize = 16;
 /// Keys and values of so many tokens and heads are appended by one thread.
 const APPENDED: usize = 64;
 

@@ -15,7 +15,7 @@ use half::bf16;
 use super::ahead::{Next, Place, expect_next};
 use super::tile::{Plain, Tile, Vnni, add_scaled, group_bytes};
 use super::{Finish, Kept, Rows};
-use crate::cpu::amx::Tiles;
+use crate::cpu::amx::{ROWS, Tiles};
 use crate::cpu::buffer::Shards;
 use crate::cpu::gemm::{Epilogue, each_task};
 use crate::cpu::simd::{Avx512, Isa, Simd, dispatch, with_avx512};
@@ -26,9 +26,8 @@ use crate::{Element, WeightFormat};
 
 /// Columns of a panel.
 pub(super) const NR: usize = 48;
-/// Rows of a full tile of vectors, and of tile registers.
+/// Rows of a full tile of vectors.
 const MR: usize = 8;
-pub(super) const ROWS: usize = 16;
 /// So many rows are multiplied in tile registers where there are any. Of fewer, each panel's bytes would not be used often enough
 /// to be worth putting in order.
 const MANY: usize = 64;
@@ -364,24 +363,18 @@ impl Product<'_> {
             for first in a_panels.clone().step_by(TOGETHER) {
                 let rows = first..(first + TOGETHER).min(a_panels.end);
                 let mut out = [[[0.0f32; NR]; ROWS]; TOGETHER];
-                // Products of the next tile are made while those of this one are scaled.
+                // All rows meet one group after the other. The next product is made while this one is scaled.
                 let mut sums = [[0; ROWS * NR]; 2];
-                let mut made = 0;
-                let mut make = |a: &[u32], bytes: &[u32; STEPS * NR], sums: &mut [[i32; ROWS * NR]; 2]| {
-                    tiles.multiply_bytes(a, bytes, &mut sums[made % 2]);
-                    made += 1;
-                };
-                make(of_group(first, 0), &bytes[0], &mut sums);
-                let mut added = 0;
-                for (g, b) in b.chunks_exact(w_stride).enumerate() {
-                    for (i, out) in out[..rows.len()].iter_mut().enumerate() {
-                        if i + 1 < rows.len() {
-                            make(of_group(first + i + 1, g), &bytes[g], &mut sums);
-                        } else if g + 1 < self.w.groups {
-                            make(of_group(first, g + 1), &bytes[g + 1], &mut sums);
-                        }
-                        add_scaled::<BITS>(&sums[added % 2], of_group(first + i, g), b, out);
-                        added += 1;
+                let all = rows.len() * self.w.groups;
+                for next in 0..=all {
+                    if next < all {
+                        let (g, i) = (next / rows.len(), next % rows.len());
+                        tiles.multiply_bytes(of_group(first + i, g), &bytes[g], &mut sums[next % 2]);
+                    }
+                    if let Some(this) = next.checked_sub(1) {
+                        let (g, i) = (this / rows.len(), this % rows.len());
+                        let b = &b[g * w_stride..][..w_stride];
+                        add_scaled::<BITS>(&sums[this % 2], of_group(first + i, g), b, &mut out[i]);
                     }
                 }
                 for (ap, out) in rows.zip(&out) {

@@ -4,7 +4,8 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::groups::{Bits, NR, ROWS, STEPS, activation_stride};
+use super::groups::{Bits, NR, STEPS, activation_stride};
+use crate::cpu::amx::ROWS;
 use crate::cpu::simd::prefetch_l2;
 use crate::places::{UNIT, UNIT_STEPS, places};
 use crate::quantise::GROUP;
