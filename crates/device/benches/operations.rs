@@ -246,6 +246,7 @@ fn paged<E: Element>(b: &Bench) {
         ("last 512", 1, N - 512, 512),
         ("1 token", 1, N - 1, 1),
         ("1 token of 32", 32, 511, 1),
+        ("1 token of 128", 128, 299, 1),
     ] {
         let each = (past + rows).div_ceil(PAGE);
         let pages: Vec<u32> = (0..(texts * each) as u32).collect();

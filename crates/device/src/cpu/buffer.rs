@@ -135,7 +135,7 @@ pub struct Shards<'a, T> {
     lifetime: std::marker::PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: access goes through `range`, whose caller promises disjointness.
+// SAFETY: access goes through `range` and `read`, whose callers promise disjointness.
 unsafe impl<T: Send> Send for Shards<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for Shards<'_, T> {}
@@ -161,6 +161,12 @@ impl<'a, T> Shards<'a, T> {
         }
     }
 
+    /// Where an element is, or would be.
+    #[inline(always)]
+    pub fn pointer(&self, at: usize) -> *const T {
+        self.data.wrapping_add(at)
+    }
+
     /// A part of the slice.
     ///
     /// # Safety
@@ -168,12 +174,25 @@ impl<'a, T> Shards<'a, T> {
     #[allow(clippy::mut_from_ref)]
     #[inline(always)]
     pub unsafe fn range(&self, range: std::ops::Range<usize>) -> &'a mut [T] {
-        assert!(
-            range.start <= range.end && range.end <= self.len,
-            "range {range:?} of {} elements",
-            self.len
-        );
+        self.check(&range);
         // SAFETY: within bounds; disjointness is the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
+    }
+
+    /// A part of the slice that nobody writes to.
+    ///
+    /// # Safety
+    /// No part that [`Shards::range`] gave and that is alive at the same time overlaps with it.
+    #[inline(always)]
+    pub unsafe fn read(&self, range: std::ops::Range<usize>) -> &'a [T] {
+        self.check(&range);
+        // SAFETY: within bounds; that it does not change is the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.data.add(range.start), range.len()) }
+    }
+
+    #[inline(always)]
+    fn check(&self, range: &std::ops::Range<usize>) {
+        let len = self.len;
+        assert!(range.start <= range.end && range.end <= len, "range {range:?} of {len} elements");
     }
 }

@@ -11,6 +11,7 @@
 //! of an odd D lies alone behind them.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use half::bf16;
 
@@ -64,7 +65,9 @@ pub(in crate::cpu) fn paged<E: Element>(
     out: &mut [E],
 ) {
     places.check(k_pages.len(), v_pages.len(), heads * width * PAGE);
-    append(device, heads, width, &places, qkv, k_pages, v_pages);
+    let [k, v] = [k_pages, v_pages].map(|pages| Shards::new(bytemuck::cast_slice_mut(pages)));
+    let new = New { isa: device.isa, heads, width, qkv, k, v };
+    new.append_together(device, &places);
     let groups = groups(&places, QUERIES);
     let (all, padded) = (heads * width, width.next_multiple_of(16));
     let in_tiles = in_tiles(device.isa, E::DTYPE, width);
@@ -75,14 +78,19 @@ pub(in crate::cpu) fn paged<E: Element>(
     let mut workspace = device.workspace();
     let [scratch] = workspace.take([(Scratch::Attention, device.threads() * words)]);
     let (scratch, out) = (Shards::new(scratch), Shards::new(out));
-    let (k_pages, v_pages) =
-        (bytemuck::cast_slice::<E, u32>(k_pages), bytemuck::cast_slice::<E, u32>(v_pages));
-    let block = width * PAGE / in_word::<E>();
-    let tasks = heads * groups.len();
-    device.pool.for_each(tasks, |task, thread| {
+    // Head after head of a text: where each has one new token, a thread goes through its pages in the order of memory.
+    let of = |task: usize| {
+        let text = &groups[task / heads].text;
+        let at = task - heads * text.start;
         // The last groups of a text have the most keys, so they come first.
-        let task = tasks - 1 - task;
-        let (h, group) = (task / groups.len(), &groups[task % groups.len()]);
+        (at / text.len(), &groups[text.end - 1 - at % text.len()])
+    };
+    let tasks = heads * groups.len();
+    device.pool.for_neighbours(tasks, |task, thread| {
+        let (h, group) = of(task);
+        if group.alone() {
+            new.append(h, group);
+        }
         // SAFETY: each thread has its own scratch.
         let scratch = unsafe { scratch.range(thread * words..(thread + 1) * words) };
         let [p, q, panel, sums, rest] = carve(scratch, sizes(width));
@@ -102,19 +110,23 @@ pub(in crate::cpu) fn paged<E: Element>(
                 }
             }
         }
-        let pages =
-            |cache| Pages { cache, numbers: group.pages, first: h * block, step: heads * block, block };
+        let next = (task + 1 < tasks).then(|| {
+            let (h, group) = of(task + 1);
+            Soon::of(&new.pages(h, group, k), 0, group.position + group.count)
+        });
         let head = Head {
             width,
             padded,
             position: group.position,
+            count: group.count,
             q: bytemuck::cast_slice(if in_tiles { panel } else { q }),
-            k: pages(k_pages),
-            v: pages(v_pages),
+            k: new.pages(h, group, k),
+            v: new.pages(h, group, v),
+            next,
         };
         let sums: &mut [f32] = bytemuck::cast_slice_mut(sums);
         let p = bytemuck::cast_slice_mut(p).as_chunks_mut().0;
-        let results = head.attend_on(device.isa, E::DTYPE, group.count, p, sums, rest);
+        let results = head.attend_on(device.isa, E::DTYPE, p, sums, rest);
         for (i, sum) in results[..group.count].iter().enumerate() {
             // SAFETY: each query of each head is one task's.
             let out = unsafe {
@@ -143,6 +155,16 @@ struct Group<'a> {
     position: usize,
     count: usize,
     pages: &'a [u32],
+    /// All groups of its text.
+    text: Range<usize>,
+}
+
+impl Group<'_> {
+    /// Whether its text has no other rows, and they are few enough to be one group of queries: then nobody else reads their keys
+    /// and values.
+    fn alone(&self) -> bool {
+        self.text.len() == 1 && self.count <= QUERIES
+    }
 }
 
 /// All rows in groups of at most so many.
@@ -151,22 +173,22 @@ fn groups<'a>(places: &Placed<'a, CpuDevice>, most: usize) -> Vec<Group<'a>> {
     let mut row = 0;
     while row < places.rows {
         let (pages, position) = place(places, row);
-        let count = neighbours(places, row, most.min(places.rows - row));
-        groups.push(Group { row, position, count, pages });
-        row += count;
+        let follows = |n: usize| {
+            let (others, at) = place(places, row + n);
+            std::ptr::eq(others, pages) && at == position + n
+        };
+        let rows = (1..places.rows - row).find(|n| !follows(*n)).unwrap_or(places.rows - row);
+        let (first, end) = (groups.len(), row + rows);
+        let mut position = position;
+        while row < end {
+            let count = most.min(PAGE - position % PAGE).min(end - row);
+            groups.push(Group { row, position, count, pages, text: 0..0 });
+            (row, position) = (row + count, position + count);
+        }
+        let text = first..groups.len();
+        groups[first..].iter_mut().for_each(|group| group.text = text.clone());
     }
     groups
-}
-
-/// How many rows from `row` on, of `most` that there are, follow each other in a text and lie in the same page.
-fn neighbours(places: &Placed<'_, CpuDevice>, row: usize, most: usize) -> usize {
-    let (pages, position) = place(places, row);
-    let follows = |n: usize| {
-        let (others, at) = place(places, row + n);
-        std::ptr::eq(others, pages) && at == position + n
-    };
-    let most = most.min(PAGE - position % PAGE);
-    (1..most).find(|n| !follows(*n)).unwrap_or(most)
 }
 
 /// A row's pages, behind which there may be those of others, and its position.
@@ -175,77 +197,69 @@ fn place<'a>(places: &Placed<'a, CpuDevice>, row: usize) -> (&'a [u32], usize) {
     (&places.words[first..], position)
 }
 
-/// Writes the new tokens' keys and values to their places.
-fn append<E: Element>(
-    device: &CpuDevice,
-    heads: usize,
-    width: usize,
-    places: &Placed<'_, CpuDevice>,
-    qkv: &[E],
-    k_pages: &mut [E],
-    v_pages: &mut [E],
-) {
-    let (k_pages, v_pages) = (Shards::new(k_pages), Shards::new(v_pages));
-    let (all, block) = (heads * width, width * PAGE);
-    // Columns of a page of keys share cache lines, so that tokens that follow each other go to one thread.
-    let groups = groups(places, PAGE);
-    let together = (APPENDED * groups.len() / places.rows.max(1)).max(1);
-    device.pool.for_chunks(heads * groups.len(), together, |range| {
-        for i in range {
-            let (h, group) = (i / groups.len(), &groups[i % groups.len()]);
-            let (page, slot) = (group.pages[group.position / PAGE] as usize, group.position % PAGE);
-            let start = (page * heads + h) * block;
-            let rows = &qkv[group.row * 3 * all + h * width..];
-            let part = |which: usize| Rows { data: &rows[which * all..], ld: 3 * all };
-            let new = New { isa: device.isa, width, slot, count: group.count, k: part(1), v: part(2) };
-            new.append(start, k_pages, v_pages);
-        }
-    });
-}
-
-/// Keys and values of new tokens that follow each other, of one head.
+/// New tokens, and the caches that their keys and values go to.
 struct New<'a, E> {
     isa: Isa,
-    /// D.
+    /// H and D.
+    heads: usize,
     width: usize,
-    /// Where in the page the first goes, and how many there are.
-    slot: usize,
-    count: usize,
-    k: Rows<'a, E>,
-    v: Rows<'a, E>,
+    qkv: &'a [E],
+    k: Shards<'a, u32>,
+    v: Shards<'a, u32>,
 }
 
-impl<E: Element> New<'_, E> {
-    /// Writes them to the parts of a page that begin at `start`: a whole page as panels of products are packed, whose layout it
-    /// has. Each token of each head is appended once.
-    fn append(&self, start: usize, k_pages: Shards<E>, v_pages: Shards<E>) {
-        let New { width, slot, count, .. } = *self;
-        let per_word = in_word::<E>();
+impl<'a, E: Element> New<'a, E> {
+    /// A head's part of the pages of a group's text.
+    fn pages(&self, h: usize, group: &Group<'a>, cache: Shards<'a, u32>) -> Pages<'a> {
+        let block = self.width * PAGE / in_word::<E>();
+        Pages { cache, numbers: group.pages, first: h * block, step: self.heads * block, block }
+    }
+
+    /// Appends rows that several groups of queries read. Others are appended by who reads them, when they are in its caches anyway.
+    fn append_together(&self, device: &CpuDevice, places: &Placed<'_, CpuDevice>) {
+        // Columns of a page of keys share cache lines, so that tokens that follow each other go to one thread.
+        let mut groups = groups(places, PAGE);
+        groups.retain(|group| !group.alone());
+        let rows: usize = groups.iter().map(|group| group.count).sum();
+        let together = (APPENDED * groups.len() / rows.max(1)).max(1);
+        device.pool.for_chunks(self.heads * groups.len(), together, |range| {
+            for i in range {
+                self.append(i / groups.len(), &groups[i % groups.len()]);
+            }
+        });
+    }
+
+    /// Writes keys and values of a group, of one head, to their page: a whole page as panels of products are packed, whose layout it
+    /// has. To be called once for each token of each head.
+    fn append(&self, h: usize, group: &Group<'_>) {
+        let New { isa, heads, width, .. } = *self;
+        let (all, per_word) = (heads * width, in_word::<E>());
+        let rows = &self.qkv[group.row * 3 * all + h * width..];
+        let [new_k, new_v] = [1, 2].map(|which| Rows { data: &rows[which * all..], ld: 3 * all });
+        let (page, slot, count) = (group.position / PAGE, group.position % PAGE, group.count);
+        let [keys, values] = [self.k, self.v].map(|cache| {
+            // SAFETY: no text shares a page that is appended to, and of its own only this group has rows in it.
+            unsafe { self.pages(h, group, cache).write(page) }
+        });
         if count == PAGE && width.is_multiple_of(per_word) {
-            let (ks, vs) = (self.k.over_width(), self.v.over_tokens());
-            // SAFETY: this is the whole of the head's part.
-            let (keys, values) = unsafe {
-                (k_pages.range(start..start + width * PAGE), v_pages.range(start..start + width * PAGE))
-            };
-            pack_panels(self.isa, ks, 0..PAGE, 0..width, PAGE, per_word, bytemuck::cast_slice_mut(keys));
-            pack_panels(self.isa, vs, 0..width, 0..PAGE, width, per_word, bytemuck::cast_slice_mut(values));
+            pack_panels(isa, new_k.over_width(), 0..PAGE, 0..width, PAGE, per_word, keys);
+            pack_panels(isa, new_v.over_tokens(), 0..width, 0..PAGE, width, per_word, values);
             return;
         }
+        let (keys, values): (&mut [E], &mut [E]) =
+            (bytemuck::cast_slice_mut(keys), bytemuck::cast_slice_mut(values));
         for d in (0..width).step_by(per_word) {
             let numbers = per_word.min(width - d);
-            let at = start + d * PAGE + slot * numbers;
-            // SAFETY: every place is written once.
-            let keys = unsafe { k_pages.range(at..at + count * numbers) };
+            let keys = &mut keys[d * PAGE + slot * numbers..][..count * numbers];
             for (i, k) in keys.iter_mut().enumerate() {
-                *k = self.k.data[i / numbers * self.k.ld + d + i % numbers];
+                *k = new_k.data[i / numbers * new_k.ld + d + i % numbers];
             }
         }
         for n in 0..count {
-            let at = start + (slot + n) / per_word * width * per_word + (slot + n) % per_word;
-            for (d, v) in self.v.data[n * self.v.ld..][..width].iter().enumerate() {
-                // SAFETY: as above.
-                let value = unsafe { v_pages.range(at + d * per_word..at + d * per_word + 1) };
-                value[0] = *v;
+            let (word, half) = ((slot + n) / per_word, (slot + n) % per_word);
+            let values = &mut values[word * width * per_word..][..width * per_word];
+            for (to, v) in values.chunks_exact_mut(per_word).zip(&new_v.data[n * new_v.ld..]) {
+                to[half] = *v;
             }
         }
     }
@@ -281,7 +295,7 @@ impl Cached<Avx512> for Dot {
 #[derive(Clone, Copy)]
 struct Pages<'a> {
     /// Words.
-    cache: &'a [u32],
+    cache: Shards<'a, u32>,
     numbers: &'a [u32],
     /// Where page 0 has this head's part, words from one page to the next, and in a part.
     first: usize,
@@ -291,8 +305,52 @@ struct Pages<'a> {
 
 impl<'a> Pages<'a> {
     #[inline(always)]
-    fn part(&self, page: usize) -> &'a [u32] {
-        &self.cache[self.first + self.numbers[page] as usize * self.step..][..self.block]
+    fn start(&self, page: usize) -> usize {
+        self.first + self.numbers[page] as usize * self.step
+    }
+
+    /// # Safety
+    /// Nothing is written to the page's part while it is alive.
+    #[inline(always)]
+    unsafe fn read(&self, page: usize) -> &'a [u32] {
+        let start = self.start(page);
+        // SAFETY: as the caller promises.
+        unsafe { self.cache.read(start..start + self.block) }
+    }
+
+    /// # Safety
+    /// Nobody else reads the page's part, or writes to it, while it is alive.
+    unsafe fn write(&self, page: usize) -> &'a mut [u32] {
+        let start = self.start(page);
+        // SAFETY: as the caller promises.
+        unsafe { self.cache.range(start..start + self.block) }
+    }
+}
+
+/// Keys that are read soon, `[word of D][PAGE]`, and how many of them. Others may write to them until then.
+#[derive(Clone, Copy)]
+struct Soon {
+    keys: *const u32,
+    rows: usize,
+    seen: usize,
+}
+
+impl Soon {
+    /// Keys of a page of a text of so many tokens.
+    #[inline(always)]
+    fn of(pages: &Pages<'_>, page: usize, tokens: usize) -> Self {
+        let keys = pages.cache.pointer(pages.start(page));
+        Soon { keys, rows: pages.block / PAGE, seen: PAGE.min(tokens - page * PAGE) }
+    }
+
+    /// Brings them to the second-level cache.
+    #[inline(always)]
+    fn fetch(self) {
+        for row in 0..self.rows {
+            for at in (0..self.seen).step_by(16) {
+                prefetch_l2(self.keys.wrapping_add(row * PAGE + at));
+            }
+        }
     }
 }
 
@@ -301,23 +359,25 @@ struct Head<'a> {
     /// D, and the distance of rows of sums.
     width: usize,
     padded: usize,
-    /// Of the first query.
+    /// Of the first query, and how many there are.
     position: usize,
+    count: usize,
     /// Queries, `[tile][unit of D][TILE]`, or for tile registers as they are, `[PANEL][unit of D]`.
     q: &'a [f32],
     k: Pages<'a>,
     v: Pages<'a>,
+    /// What this thread probably does next.
+    next: Option<Soon>,
 }
 
 impl Head<'_> {
-    /// Leaves the sum of weighted values of each of `count` queries in `sums`, and returns the sums of the weights. `p` is room
+    /// Leaves the sum of weighted values of each query in `sums`, and returns the sums of the weights. `p` is room
     /// for probabilities, a page's for each query, and `rest` for the part of a page's values that is seen. Not generic, so that
     /// it is compiled once.
     fn attend_on(
         &self,
         isa: Isa,
         dtype: DType,
-        count: usize,
         p: &mut [[f32; PAGE]],
         sums: &mut [f32],
         rest: &mut [u32],
@@ -325,36 +385,49 @@ impl Head<'_> {
         match isa {
             // SAFETY: the processor has AVX-512 BF16 and tiles.
             _ if in_tiles(isa, dtype, self.width) => unsafe {
-                let tiles = Tiles::square(count.min(ROWS), self.width / 2 % STEP);
+                let tiles = Tiles::square(self.count.min(ROWS), self.width / 2 % STEP);
                 with_avx512_bf16(
                     #[inline(always)]
-                    |s| self.attend_in_tiles(s, &tiles, count, p, sums, rest),
+                    |s| self.attend_in_tiles(s, &tiles, p, sums, rest),
                 )
             },
             // SAFETY: the processor has AVX-512 BF16.
             Isa::Avx512Bf16 if dtype == DType::Bf16 => unsafe {
                 with_avx512_bf16(
                     #[inline(always)]
-                    |s| self.attend::<_, Dot>(s, count, p, sums, rest),
+                    |s| self.attend::<_, Dot>(s, p, sums, rest),
                 )
             },
             _ if dtype == DType::Bf16 => {
-                dispatch!(isa, s => self.attend::<_, Widen>(s, count, p, sums, rest))
+                dispatch!(isa, s => self.attend::<_, Widen>(s, p, sums, rest))
             }
-            _ => dispatch!(isa, s => self.attend::<_, Fma>(s, count, p, sums, rest)),
+            _ => dispatch!(isa, s => self.attend::<_, Fma>(s, p, sums, rest)),
         }
+    }
+
+    /// Keys of a page that query `i` sees: of the last page each sees one more than the one before.
+    #[inline(always)]
+    fn seen(&self, page: usize, i: usize) -> usize {
+        PAGE.min(self.position + 1 + i - page * PAGE)
+    }
+
+    /// Keys and values of a page.
+    #[inline(always)]
+    fn page(&self, page: usize) -> (&[u32], &[u32]) {
+        // SAFETY: what these queries see was appended before, by this thread or in a task that is over, and nothing else is
+        // appended to their pages.
+        unsafe { (self.k.read(page), self.v.read(page)) }
     }
 
     #[inline(always)]
     fn attend<S: Simd, M: Cached<S>>(
         &self,
         s: S,
-        count: usize,
         p: &mut [[f32; PAGE]],
         sums: &mut [f32],
         rest: &mut [u32],
     ) -> [f32; QUERIES] {
-        let Head { width, padded, position, .. } = *self;
+        let Head { width, padded, position, count, .. } = *self;
         let scale = s.splat(1.0 / (width as f32).sqrt());
         let units = width.div_ceil(M::PER_UNIT);
         let (mut max, mut shrink) = ([NOTHING; QUERIES], [1.0; QUERIES]);
@@ -364,29 +437,32 @@ impl Head<'_> {
         for page in 0..=last {
             // While keys are read, the page's values are fetched, and meanwhile the next page's keys: pages lie anywhere, so
             // that the processor cannot guess where reading goes on.
-            let (k, v) = (self.k.part(page), self.v.part(page));
-            let next = if page < last { self.k.part(page + 1) } else { k };
+            let (k, v) = self.page(page);
+            let seen = |i| self.seen(page, i);
+            let words = seen(count - 1).div_ceil(M::PER_WORD) * width;
             for first in (0..count).step_by(TILE) {
                 let (q, p) = (&self.q[first * units..], &mut p[first..count]);
-                let ahead = if first == 0 { v } else { k };
+                let ahead = if first == 0 { &v[..words] } else { &[] };
                 on_tile!(p.len(), R => scores::<S, M, R>(s, width, q, k, ahead, p));
                 if !width.is_multiple_of(M::PER_WORD) {
                     let (q, k) = (&q[(units - 1) * TILE..], &k[width / M::PER_WORD * PAGE..]);
                     add_last::<S, M>(s, &q[..TILE], k, p);
                 }
             }
-            // Keys of this page that a query sees: of the last, each sees one more than the one before.
-            let seen = |i: usize| if page == last { position % PAGE + 1 + i } else { PAGE };
             for (i, p) in p[..count].iter_mut().enumerate() {
                 shrink[i] = soften(s, p, seen(i), scale, &mut max[i], &mut weight[i]);
                 M::narrow(s, p);
+            }
+            let next = if page < last { self.page(page + 1).0 } else { &[] };
+            if let (true, Some(next)) = (page == last, self.next) {
+                next.fetch();
             }
             for first in (0..count).step_by(TILE) {
                 // What all queries of the tile see: whole words of what the first does.
                 let whole = seen(first) / M::PER_WORD;
                 let (p, shrink, sums) =
                     (&p[first..count], &shrink[first..count], &mut sums[first * padded..]);
-                let ahead = if first == 0 { next } else { v };
+                let ahead = if first == 0 { next } else { &[] };
                 let words = &v[..whole * width];
                 on_tile!(p.len(), R => {
                     values::<S, M, R>(s, width, padded, p, 0, shrink, words, ahead, sums)
@@ -400,13 +476,13 @@ impl Head<'_> {
                     let (words, left) = (seen(first + i) / M::PER_WORD, seen(first + i) % M::PER_WORD);
                     if words > whole {
                         let v = &v[whole * width..words * width];
-                        values::<S, M, 1>(s, width, padded, p, whole, &[1.0], v, v, sums);
+                        values::<S, M, 1>(s, width, padded, p, whole, &[1.0], v, &[], sums);
                     }
                     if left > 0 {
                         for (half, word) in rest.iter_mut().zip(&v[words * width..][..width]) {
                             *half = word & 0xffff;
                         }
-                        values::<S, M, 1>(s, width, padded, p, words, &[1.0], &rest[..width], v, sums);
+                        values::<S, M, 1>(s, width, padded, p, words, &[1.0], &rest[..width], &[], sums);
                     }
                 }
             }
@@ -426,12 +502,11 @@ impl Head<'_> {
         &self,
         s: Avx512,
         tiles: &Tiles,
-        count: usize,
         p: &mut [[f32; PAGE]],
         sums: &mut [f32],
-        seen_values: &mut [u32],
+        rest: &mut [u32],
     ) -> [f32; QUERIES] {
-        let Head { width, padded, position, .. } = *self;
+        let Head { width, padded, position, count, .. } = *self;
         let scale = s.splat(1.0 / (width as f32).sqrt());
         let units = width / 2;
         let q: &[u32] = bytemuck::cast_slice(self.q);
@@ -439,17 +514,20 @@ impl Head<'_> {
         sums[..count * padded].fill(0.0);
         let last = position / PAGE;
         for page in 0..=last {
-            let (k, mut v) = (self.k.part(page), self.v.part(page));
-            fetch_ahead(v, 0, v.len());
+            let (k, v) = self.page(page);
+            let seen = |i| self.seen(page, i);
+            // Of keys, and words of values, that any query sees.
+            let keys = seen(count - 1);
+            let words = keys.div_ceil(2);
+            fetch_ahead(v, 0, words * width);
             for first in (0..count).step_by(ROWS) {
                 let q = Strided { data: &q[first * units..], row: units };
-                for key in (0..PAGE).step_by(16) {
+                for key in (0..keys).step_by(16) {
                     let k = Strided { data: &k[key..], row: PAGE };
                     let out = &mut p[first..].as_flattened_mut()[key..];
                     tiles.multiply_square(units, q, k, false, out, PAGE);
                 }
             }
-            let seen = |i: usize| if page == last { position % PAGE + 1 + i } else { PAGE };
             for (i, p) in p[..count].iter_mut().enumerate() {
                 let shrink = soften(s, p, seen(i), scale, &mut max[i], &mut weight[i]);
                 Dot::narrow(s, p);
@@ -460,32 +538,38 @@ impl Head<'_> {
                     }
                 }
             }
+            let next =
+                if page < last { Some(Soon::of(&self.k, page + 1, position + count)) } else { self.next };
+            if let Some(next) = next {
+                next.fetch();
+            }
             // What a page holds behind the last query's own token is anything, and must not meet probabilities, even those of
-            // 0. Between the first query's token and the last one's there are numbers.
-            let all = seen(count - 1);
-            let words = all.div_ceil(2).next_multiple_of(STEP);
-            if page == last {
-                let to = &mut seen_values[..words * width];
-                let whole = all / 2 * width;
-                to[..whole].copy_from_slice(&v[..whole]);
-                to[whole..].fill(0);
-                if all % 2 == 1 {
-                    for (to, word) in to[whole..].iter_mut().zip(&v[whole..whole + width]) {
-                        *to = word & 0xffff;
-                    }
+            // 0: a step that is not full is copied. Between the first query's token and the last one's there are numbers.
+            let whole = keys / 2 / STEP * STEP;
+            let rest = &mut rest[..STEP * width];
+            if whole < words {
+                let (seen, behind) = rest.split_at_mut((words - whole) * width);
+                seen.copy_from_slice(&v[whole * width..words * width]);
+                if keys % 2 == 1 {
+                    let last = seen.len() - width;
+                    seen[last..].iter_mut().for_each(|word| *word &= 0xffff);
                 }
-                v = to;
-            } else {
-                let next = self.k.part(page + 1);
-                fetch_ahead(next, 0, next.len());
+                behind.fill(0);
             }
             for first in (0..count).step_by(ROWS) {
                 let p: &[u32] = bytemuck::cast_slice(p[first..].as_flattened());
                 for column in (0..width).step_by(16) {
-                    let v = Strided { data: &v[column..], row: width };
-                    let p = Strided { data: p, row: PAGE };
                     let out = &mut sums[first * padded + column..];
-                    tiles.multiply_square(words, p, v, true, out, padded);
+                    if whole > 0 {
+                        let p = Strided { data: p, row: PAGE };
+                        let v = Strided { data: &v[column..], row: width };
+                        tiles.multiply_square(whole, p, v, true, out, padded);
+                    }
+                    if whole < words {
+                        let p = Strided { data: &p[whole..], row: PAGE };
+                        let rest = Strided { data: &rest[column..], row: width };
+                        tiles.multiply_square(STEP, p, rest, true, out, padded);
+                    }
                 }
             }
         }
@@ -533,11 +617,14 @@ fn soften<S: Simd>(
     shrink
 }
 
-/// To be called before `count` words from `at` on are read: fetches what is as far into `next`.
+/// To be called before `count` words from `at` on are read: fetches what is as far into `next`, if it is as long.
 #[inline(always)]
 fn fetch_ahead(next: &[u32], at: usize, count: usize) {
-    for i in (0..count).step_by(16) {
-        prefetch_l2(next.as_ptr().wrapping_add(at + i));
+    // The number of steps stays a constant where `count` is one.
+    if at < next.len() {
+        for i in (0..count).step_by(16) {
+            prefetch_l2(next.as_ptr().wrapping_add(at + i));
+        }
     }
 }
 
