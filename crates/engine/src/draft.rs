@@ -101,6 +101,11 @@ impl<D: Device, E: Element> Draft<D, E> {
         })
     }
 
+    /// Takes the cache's memory from the system.
+    pub(crate) fn reserve(&mut self, device: &D) {
+        self.cache.reserve(device);
+    }
+
     /// How many tokens are worth guessing behind a text of `tokens` tokens, in a step with `rows` rows of `texts` texts: so
     /// many that the most tokens come in a unit of time, if `acceptance` is the share of guesses that are right.
     pub(crate) fn worth(

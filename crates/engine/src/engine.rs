@@ -28,6 +28,8 @@ pub struct Options {
     /// How long texts that are being generated may wait for a piece of a prompt, which is made shorter for it, but not shorter
     /// than some tens of tokens, nor than eight for each of the texts. Absent: prompts are read as fast as can be.
     pub pause: Option<Duration>,
+    /// Whether the cache's memory is taken from the system at once, rather than page by page as texts need it.
+    pub reserve: bool,
 }
 
 impl Options {
@@ -36,7 +38,7 @@ impl Options {
         let limits = Limits { tokens: TOKENS.max(sequences), sequences, reuse: true };
         // A page more for each: while it is copied, a page that two texts have in common is there twice.
         let cache_tokens = sequences * (longest.next_multiple_of(PAGE) + PAGE);
-        Options { limits, cache_tokens, draft_tokens: DRAFT_TOKENS, pause: None }
+        Options { limits, cache_tokens, draft_tokens: DRAFT_TOKENS, pause: None, reserve: false }
     }
 }
 
@@ -106,7 +108,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
         let pages = options.cache_tokens.div_ceil(PAGE);
         let scheduler = Scheduler::new(options.limits, pages)?;
         let memory = Memory::new(&device, config, options.limits.tokens, HEAD_ROWS)?;
-        let cache = Cache::new(&device, config, pages)?;
+        let mut cache = Cache::new(&device, config, pages)?;
         let capacity = Capacity {
             vocab: config.vocab,
             positions: config.positions,
@@ -115,7 +117,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             width: config.embedding_width,
         };
         let known = tokenizer.vocab_size().min(config.vocab);
-        let draft = match draft {
+        let mut draft = match draft {
             Some(draft) => {
                 let sizes =
                     draft::Sizes { pages, rows: options.limits.tokens, known, ahead: options.draft_tokens };
@@ -123,6 +125,12 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             }
             None => None,
         };
+        if options.reserve {
+            cache.reserve(&device);
+            if let Some(draft) = &mut draft {
+                draft.reserve(&device);
+            }
+        }
         Ok(Engine {
             device,
             decoder,

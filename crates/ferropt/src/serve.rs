@@ -62,6 +62,10 @@ pub(crate) struct Args {
     /// full, the youngest texts wait
     #[arg(long, value_name = "N")]
     cache_tokens: Option<usize>,
+    /// Take the memory for them from the system before the first request, not when texts first need it: then no request waits
+    /// for it, and a machine that has too little shows it at once
+    #[arg(long)]
+    reserve_cache: bool,
     /// Milliseconds that texts being generated may wait while new prompts are read, which is done in pieces for it, of 64 tokens
     /// at least, and of 8 for each text. Larger pieces are faster for the prompts
     #[arg(long, value_name = "MS", default_value_t = 250)]
@@ -214,7 +218,9 @@ impl Args {
     fn source(&self, name: String, path: PathBuf, draft: Option<PathBuf>) -> Result<ModelSource> {
         let (sequences, cache_tokens) = (self.sequences, self.cache_tokens);
         let (draft_tokens, pause) = (self.draft_tokens, Some(Duration::from_millis(self.pause_ms)));
-        let opening = Opening { draft, draft_tokens, pause, ..self.opening.opening(sequences, None)? };
+        let reserve = self.reserve_cache;
+        let opening =
+            Opening { draft, draft_tokens, pause, reserve, ..self.opening.opening(sequences, None)? };
         let open = move || {
             Model::open(&path, &Opening { longest: Some(longest(&path, &opening, cache_tokens)?), ..opening })
         };

@@ -10,9 +10,10 @@ use crate::ready::Ready;
 use crate::weights::Norm;
 use anyhow::{Context, Result, ensure};
 use ferropt_device::quantise::Codes;
-use ferropt_device::{Activation, Device, Element, PAGE, Places, Segment, WeightFormat};
+use ferropt_device::{Activation, Buffer, Device, Element, PAGE, Places, Segment, WeightFormat};
 use layer::{Layer, Linear};
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 /// Gives rows of a parameter (its number in [`Config::parameters`]) as f32; a vector's rows are its elements. May be
 /// called from several threads at once.
@@ -330,6 +331,9 @@ fn perhaps_repeated<D: Device>(d: &D, m: usize, mut work: impl FnMut()) {
     }
 }
 
+/// Bytes that the system gives at a time, at least.
+const SYSTEM_PAGE: usize = 4 << 10;
+
 /// Keys and values of all layers, in pages of [`PAGE`] tokens.
 pub struct Cache<D: Device, E: Element> {
     layers: Vec<(D::Buf<E>, D::Buf<E>)>,
@@ -349,6 +353,21 @@ impl<D: Device, E: Element> Cache<D, E> {
         let layers = (0..config.layers).map(|_| Ok((side()?, side()?))).collect::<Result<_>>();
         let layers = layers.with_context(|| format!("a cache of {} tokens does not fit", pages * PAGE))?;
         Ok(Cache { layers, pages, size })
+    }
+
+    /// Takes all its memory from the system now, on all threads: otherwise that happens where a page is used for the first time,
+    /// which on some virtual machines takes longer than the step that it is in. Where the memory is a device's own, it is taken
+    /// already.
+    pub fn reserve(&mut self, device: &D) {
+        let layers: Vec<_> = self.layers.iter_mut().map(Mutex::new).collect();
+        device.each_task(layers.len(), &|layer| {
+            let mut layer = layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
+            let (k, v) = &mut **layer;
+            for side in [k, v] {
+                let parts = side.host_mut().unwrap_or_default().chunks_mut(SYSTEM_PAGE / size_of::<E>());
+                parts.for_each(|part| part[0] = E::default());
+            }
+        });
     }
 
     /// Copies pages, from and to, in this order.

@@ -252,6 +252,28 @@ fn decoding_is_the_forward_pass() {
     check::<bf16>(WeightFormat::Bf16, 0.15);
 }
 
+/// Bytes of this process that are in memory.
+#[cfg(target_os = "linux")]
+fn resident() -> usize {
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    4096 * pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_cache_takes_its_memory_when_it_is_used_or_reserved() {
+    const MIB: usize = 1 << 20;
+    let device = device();
+    let [config, _] = configs();
+    let page = 2 * config.layers * 64 * config.width * size_of::<f32>();
+    let before = resident();
+    // Other tests take some at the same time, but not as much.
+    let mut cache = Cache::<_, f32>::new(&device, &config, 512 * MIB / page).unwrap();
+    assert!(resident() < before + 256 * MIB, "memory is taken before it is needed");
+    cache.reserve(&device);
+    assert!(resident() > before + 448 * MIB, "memory is not taken: {} before, {} now", before, resident());
+}
+
 #[test]
 fn what_a_decoder_cannot_do_is_refused() {
     let device = device();

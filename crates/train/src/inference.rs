@@ -53,6 +53,8 @@ pub struct Opening {
     pub draft_tokens: usize,
     /// How long texts that are being generated may wait for a piece of a prompt; as long as it takes when absent.
     pub pause: Option<Duration>,
+    /// Whether the cache's memory is taken from the system at once, rather than page by page as texts need it.
+    pub reserve: bool,
 }
 
 impl Default for Opening {
@@ -72,6 +74,7 @@ impl Default for Opening {
             draft: None,
             draft_tokens: DRAFT_TOKENS,
             pause: None,
+            reserve: false,
         }
     }
 }
@@ -284,8 +287,9 @@ fn start(
 ) -> Result<Model> {
     let (config, weight_bytes) = (decoder.config().clone(), decoder.bytes(&device) as u64);
     let longest = opening.longest.unwrap_or(config.positions).clamp(1, config.positions);
-    let (draft_tokens, pause) = (opening.draft_tokens, opening.pause);
-    let mut options = Options { draft_tokens, pause, ..Options::new(opening.sequences.max(1), longest) };
+    let Opening { draft_tokens, pause, reserve, .. } = *opening;
+    let mut options =
+        Options { draft_tokens, pause, reserve, ..Options::new(opening.sequences.max(1), longest) };
     options.limits.reuse = opening.reuse;
     let tokenizer = Arc::new(tokenizer);
     let engine = match weights {

@@ -76,6 +76,7 @@ fn check<E: Element>(format: WeightFormat) {
         cache_tokens: pages * 64,
         draft_tokens: 8,
         pause: reuse.then_some(Duration::ZERO),
+        reserve: reuse,
     };
     let (mut reused, mut preemptions) = (0, 0);
     for (round, options) in [

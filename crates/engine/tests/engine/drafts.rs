@@ -79,6 +79,7 @@ fn check<E: Element>(format: WeightFormat) {
         cache_tokens: pages * 64,
         draft_tokens,
         pause: None,
+        reserve: false,
     };
     let (mut drafted, mut accepted, mut reused, mut preemptions) = (0, 0, 0, 0);
     for (round, (options, draft)) in [
@@ -180,6 +181,7 @@ fn cancelled_requests_leave_nothing_of_their_guesses() {
         cache_tokens: 30 * 64,
         draft_tokens: 6,
         pause: None,
+        reserve: false,
     };
     let mut engine = engine::<f32>(&tokenizer, WeightFormat::F32, (few, 0.1), Some(small()));
     let numbers: Vec<u64> = requests.iter().map(|r| engine.submit(r.clone()).unwrap()).collect();

@@ -41,6 +41,7 @@ fn check<E: Element>(format: WeightFormat) {
         cache_tokens: 9 * 64,
         draft_tokens: 8,
         pause: None,
+        reserve: false,
     };
     let mut engine = engine::<E>(&tokenizer, format, few);
     for pooling in [Pooling::Mean, Pooling::Last] {

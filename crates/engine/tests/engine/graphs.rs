@@ -15,6 +15,7 @@ fn written<E: Element>(graphs: bool, drafted: bool) -> (BTreeMap<u64, Completion
         cache_tokens: 14 * PAGE,
         draft_tokens: 3,
         pause: None,
+        reserve: false,
     };
     let mut engine = Engine::<_, E>::new(device, ours, draft, &tokenizer, options).unwrap();
     // One begins every third step: from one text to as many as there may be, with the borders of pages among them.

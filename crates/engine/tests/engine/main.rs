@@ -64,6 +64,7 @@ fn roomy() -> Options {
         cache_tokens: 200 * 320,
         draft_tokens: 8,
         pause: None,
+        reserve: false,
     }
 }
 

@@ -166,6 +166,7 @@ fn every_text_of_a_batch_follows_its_own_fields() {
         cache_tokens: 16 * 64,
         draft_tokens: 8,
         pause: None,
+        reserve: false,
     };
     let mut engine = engine::<f32>(&tokenizer, WeightFormat::F32, few);
     let requests = asked.iter().map(|(fields, prompt, more)| Request {
