@@ -82,6 +82,12 @@ impl Tile {
         Tile { mr, block: if m <= mr { usize::MAX } else { self.block }, ..self }
     }
 
+    /// Whether all rows of a product can be multiplied in one pass over the weights: the L2 cache holds a block of k of them.
+    /// More go group by group, as in training.
+    pub(super) fn are_few(&self, m: usize, k: usize) -> bool {
+        m.next_multiple_of(self.mr) * self.units(k_block(*self, k)) <= 2 * self.group
+    }
+
     /// Units of so many elements of k.
     pub(super) fn units(&self, k: usize) -> usize {
         k.div_ceil(self.per_unit).next_multiple_of(self.step)

@@ -14,10 +14,6 @@ use crate::cpu::simd::{Isa, Portable, Simd, dispatch, with_avx512, with_avx512_b
 use crate::cpu::{CpuDevice, Scratch};
 use crate::{DType, Element};
 
-/// At most this many rows are multiplied in one pass over the weights: what the L2 cache holds of a block of k of
-/// them. More go block by block, as in training.
-const FEW_ROWS: usize = 128;
-
 /// Words by which weights that are read once are fetched ahead of their use: 32 KiB. A whole panel ahead, as for several tiles of
 /// rows, would be more than the L2 cache holds where k is long.
 const AHEAD: usize = 8 << 10;
@@ -164,9 +160,9 @@ pub(super) fn multiply(
     finish: &Finish,
 ) {
     match x {
-        Rows::F32(x) if shape.0 > FEW_ROWS => multiply_many(device, shape, x, w, finish),
-        Rows::Bf16(x) if shape.0 > FEW_ROWS => multiply_many(device, shape, x, w, finish),
-        _ => multiply_few(device, shape, x, w, next, finish),
+        _ if w.tile.are_few(shape.0, shape.2) => multiply_few(device, shape, x, w, next, finish),
+        Rows::F32(x) => multiply_many(device, shape, x, w, finish),
+        Rows::Bf16(x) => multiply_many(device, shape, x, w, finish),
     }
 }
 
@@ -185,7 +181,7 @@ fn multiply_many<E: Element>(
     gemm::product(device, w.tile, (m, n, k), operand(x, m, k), w, finish);
 }
 
-/// Of at most [`FEW_ROWS`]. Past the packing of `x`, nothing depends on its type.
+/// Of [`Tile::are_few`]. Past the packing of `x`, nothing depends on its type.
 fn multiply_few(
     device: &CpuDevice,
     (m, n, k): (usize, usize, usize),
