@@ -25,7 +25,8 @@ pub(super) struct Panels {
     tile: Tile,
     /// Elements of k in a word.
     in_word: usize,
-    k: usize,
+    /// Words of a panel.
+    stride: usize,
 }
 
 /// Elements of k in a word.
@@ -77,16 +78,11 @@ fn widen<S: Simd>(s: S, nr: usize, pairs: &[u32], out: &mut [f32]) {
 
 impl Panels {
     pub(super) fn new(isa: Isa, dtype: DType, k: usize, words: Kept) -> Self {
-        Panels { words, tile: tile(isa, dtype), in_word: in_word(dtype), k }
-    }
-
-    /// Words of a panel.
-    fn stride(&self) -> usize {
-        self.tile.nr * self.k.div_ceil(self.in_word).next_multiple_of(self.tile.step)
+        Panels { words, tile: tile(isa, dtype), in_word: in_word(dtype), stride: panel(isa, dtype, k).1 }
     }
 
     fn place(&self) -> Place {
-        [self.words.as_ptr().addr(), 4 * self.stride(), self.words.len() / self.stride()]
+        [self.words.as_ptr().addr(), 4 * self.stride, self.words.len() / self.stride]
     }
 
     fn widens(&self) -> bool {
@@ -96,7 +92,7 @@ impl Panels {
     /// Row `i` as f32.
     pub(super) fn row(&self, i: usize, out: &mut [f32]) {
         let nr = self.tile.nr;
-        let words = self.words[i / nr * self.stride()..][i % nr..].iter().step_by(nr);
+        let words = self.words[i / nr * self.stride..][i % nr..].iter().step_by(nr);
         for (word, out) in words.zip(out.chunks_mut(self.in_word)) {
             match out {
                 [one] if self.in_word == 1 => *one = f32::from_bits(*word),
@@ -127,7 +123,7 @@ impl Operand for Panels {
         device.pool.for_each(panels, |p, _| {
             // SAFETY: each task writes its own panel.
             let out = unsafe { shards.range(p * size..(p + 1) * size) };
-            let pairs = &self.words[(first + p) * self.stride()..][words.clone()];
+            let pairs = &self.words[(first + p) * self.stride..][words.clone()];
             dispatch!(device.isa, s => widen(s, t.nr, pairs, bytemuck::cast_slice_mut(out)));
         });
     }
@@ -143,7 +139,7 @@ impl Operand for Panels {
         if self.widens() {
             return gemm::Panels { data: scratch, stride: units * t.nr, start: 0, next: units * t.nr };
         }
-        let (stride, start) = (self.stride(), k / self.in_word * t.nr);
+        let (stride, start) = (self.stride, k / self.in_word * t.nr);
         gemm::Panels { data: &self.words[col / t.nr * stride..], stride, start, next: stride }
     }
 }
@@ -309,7 +305,7 @@ impl Few<'_> {
     /// All rows with some panels of the weights, block after block of each.
     #[inline(always)]
     fn panels<S: Simd, I: Inner<S>>(&self, s: S, inner: &I, b: Range, thread: usize) {
-        let (mr, nr, stride) = (self.tile.mr, self.tile.nr, self.w.stride());
+        let (mr, nr, stride) = (self.tile.mr, self.tile.nr, self.w.stride);
         let count = self.rows.div_ceil(mr);
         for panel in b {
             for start in (0..self.units).step_by(self.in_block) {

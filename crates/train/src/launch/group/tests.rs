@@ -76,6 +76,9 @@ fn a_stopped_rank_is_killed() {
 fn a_request_to_stop_is_passed_on() {
     let folder = tempfile::tempdir().unwrap();
     let stop = Stop::default();
+    // As a launcher does. A shell cannot trap what is ignored where it was started, as in the background of a script; what is
+    // handled there is as usual for what is started.
+    stop.on_signals().unwrap();
     let asker = stop.clone();
     let script = "trap 'exit 0' INT; echo up > $0.$RANK; while :; do sleep 0.02; done";
     let mut group = group(folder.path(), 2, script);
