@@ -783,8 +783,8 @@ pub(super) fn words(width: usize) -> usize {
     carved(sizes(width))
 }
 
-/// Probabilities, queries in tiles and as they are packed, sums, and what is seen of a page's values.
+/// Probabilities, queries in tiles and as they are packed, sums, and the last that is seen of values.
 fn sizes(width: usize) -> [usize; 5] {
     let padded = width.next_multiple_of(16);
-    [PANEL * PAGE, QUERIES * width, PANEL * padded, PANEL * padded, PAGE / 2 * padded]
+    [PANEL * PAGE, QUERIES * width, PANEL * padded, PANEL * padded, STEP * padded]
 }
