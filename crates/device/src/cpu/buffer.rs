@@ -136,9 +136,9 @@ pub struct Shards<'a, T> {
 }
 
 // SAFETY: access goes through `range` and `read`, whose callers promise disjointness.
-unsafe impl<T: Send> Send for Shards<'_, T> {}
+unsafe impl<T: Send + Sync> Send for Shards<'_, T> {}
 // SAFETY: as above.
-unsafe impl<T: Send> Sync for Shards<'_, T> {}
+unsafe impl<T: Send + Sync> Sync for Shards<'_, T> {}
 
 impl<'a, T> Shards<'a, T> {
     /// Shares `slice` among threads.
