@@ -121,6 +121,13 @@ impl<T: Element> Buffer<T> for ChipBuf<T> {
         }
     }
 
+    fn reserve(&mut self) {
+        match self {
+            ChipBuf::Cpu(buf) => buf.reserve(),
+            ChipBuf::Cuda(buf) => buf.reserve(),
+        }
+    }
+
     fn located(&self) -> Option<Located> {
         match self {
             ChipBuf::Cpu(buf) => buf.located(),

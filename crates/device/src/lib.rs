@@ -58,6 +58,9 @@ pub trait Buffer<T: Element>: Send + Sync {
     fn read(&self, offset: usize, dst: &mut [T]);
     /// Copies `src` to the elements from `offset` on.
     fn write(&mut self, offset: usize, src: &[T]);
+    /// Takes the memory of a new buffer, which is all zeros, from the system now, if that would otherwise happen where it is
+    /// first written to.
+    fn reserve(&mut self) {}
     /// Where the memory is for a [`Link`] of its device; none where the processor reaches it.
     fn located(&self) -> Option<Located> {
         None

@@ -331,9 +331,6 @@ fn perhaps_repeated<D: Device>(d: &D, m: usize, mut work: impl FnMut()) {
     }
 }
 
-/// Bytes that the system gives at a time, at least.
-const SYSTEM_PAGE: usize = 4 << 10;
-
 /// Keys and values of all layers, in pages of [`PAGE`] tokens.
 pub struct Cache<D: Device, E: Element> {
     layers: Vec<(D::Buf<E>, D::Buf<E>)>,
@@ -355,18 +352,14 @@ impl<D: Device, E: Element> Cache<D, E> {
         Ok(Cache { layers, pages, size })
     }
 
-    /// Takes all its memory from the system now, on all threads: otherwise that happens where a page is used for the first time,
-    /// which on some virtual machines takes longer than the step that it is in. Where the memory is a device's own, it is taken
-    /// already.
+    /// Takes all memory of a new cache from the system now, on all threads: otherwise that happens where a page is used for the
+    /// first time, which on some virtual machines takes longer than the step that it is in.
     pub fn reserve(&mut self, device: &D) {
         let layers: Vec<_> = self.layers.iter_mut().map(Mutex::new).collect();
         device.each_task(layers.len(), &|layer| {
             let mut layer = layers[layer].lock().unwrap_or_else(PoisonError::into_inner);
-            let (k, v) = &mut **layer;
-            for side in [k, v] {
-                let parts = side.host_mut().unwrap_or_default().chunks_mut(SYSTEM_PAGE / size_of::<E>());
-                parts.for_each(|part| part[0] = E::default());
-            }
+            layer.0.reserve();
+            layer.1.reserve();
         });
     }
 

@@ -125,6 +125,12 @@ impl<T: Element> Buffer<T> for CpuBuf<T> {
     fn write(&mut self, offset: usize, src: &[T]) {
         self[offset..offset + src.len()].copy_from_slice(src);
     }
+
+    fn reserve(&mut self) {
+        for page in self.chunks_mut(PAGE / size_of::<T>()) {
+            page[0] = T::default();
+        }
+    }
 }
 
 /// A mutable slice that threads write disjoint parts of.
