@@ -1,6 +1,6 @@
 //! Number types that buffers hold.
 
-use half::bf16;
+use half::{bf16, f16};
 
 /// Type of a buffer's elements, as a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -9,6 +9,8 @@ pub enum DType {
     F32,
     /// bfloat16.
     Bf16,
+    /// IEEE half.
+    F16,
     /// Unsigned 32-bit: token ids, positions.
     U32,
     /// Signed 16-bit: low halves of split masters.
@@ -20,7 +22,7 @@ impl DType {
     pub const fn size(self) -> usize {
         match self {
             DType::F32 | DType::U32 => 4,
-            DType::Bf16 | DType::I16 => 2,
+            DType::Bf16 | DType::F16 | DType::I16 => 2,
         }
     }
 }
@@ -30,19 +32,21 @@ impl std::fmt::Display for DType {
         f.write_str(match self {
             DType::F32 => "f32",
             DType::Bf16 => "bf16",
+            DType::F16 => "f16",
             DType::U32 => "u32",
             DType::I16 => "i16",
         })
     }
 }
 
-/// A number type that buffers hold. Compute types are `f32` and `bf16`; the others are only stored.
+/// A number type that buffers hold. Compute types are `f32`, `bf16` and, for training, `f16`; the others
+/// are only stored.
 pub trait Element: bytemuck::Pod + Send + Sync + Default + PartialEq + std::fmt::Debug + 'static {
     /// The type, as a value.
     const DTYPE: DType;
     /// Value as f32.
     fn to_f32(self) -> f32;
-    /// Nearest value (ties to even for bf16).
+    /// Nearest value (ties to even for bf16 and f16).
     fn from_f32(x: f32) -> Self;
 }
 
@@ -63,5 +67,6 @@ macro_rules! element {
 }
 element!(f32, F32, |x| x, |x| x);
 element!(bf16, Bf16, bf16::to_f32, bf16::from_f32);
+element!(f16, F16, f16::to_f32, f16::from_f32);
 element!(u32, U32, |x| x as f32, |x| x as u32);
 element!(i16, I16, |x| x as f32, |x| x as i16);

@@ -5,7 +5,7 @@
 //! F feed-forward width, V vocabulary, L layers. All matrices are row-major. Weights are `[out, in]`, as in
 //! Hugging Face checkpoints.
 //!
-//! Numbers: matrices and activations are of the compute type `E` (f32 or bf16); the residual stream, biases,
+//! Numbers: matrices and activations are of the compute type `E` (f32, bf16 or f16); the residual stream, biases,
 //! layer-norm parameters, gradients and optimiser moments are always f32; every sum is accumulated in f32 or wider.
 //! Every operation gives the same bits whatever the number of threads.
 
@@ -31,7 +31,7 @@ mod timed;
 
 pub use chip::{Chip, ChipBuf, ChipPacked, Which};
 pub use element::{DType, Element};
-pub use half::bf16;
+pub use half::{bf16, f16};
 pub use link::{Exchange, Flight, Link, Located, Network, Transfer, Watch};
 pub use mapped::Mapped;
 pub use paged::{PAGE, Placed, Places, Segment};
@@ -241,6 +241,8 @@ pub struct Sgd {
 /// *split master* (`low` present): the f32 master weight is `w` and `low` side by side, `f32 bits =
 /// (w bits << 16) + sign_extended(low)`, `w` being the master rounded to nearest (ties away from zero), so a master
 /// costs 2 bytes more than the bf16 weight; or *stochastic rounding* (`low` absent, `rounding` present).
+/// With f16 there is the split master only: the master is `w + low * u`, where u is a part in 2^25 of w's power of two, which
+/// is taken to be 2^-14 where it is less. So masters from 2^-14 on are those of f32, and lesser ones multiples of 2^-39.
 pub struct Param<'a, D: Device, E: Element> {
     /// The weight used in compute.
     pub w: &'a mut D::Buf<E>,

@@ -84,7 +84,7 @@ struct TrainArgs {
     /// Sequences per forward and backward pass; derived as in a run unless given
     #[arg(long, value_name = "B")]
     micro_batch: Option<usize>,
-    /// Compute type: bf16 or f32
+    /// Compute type: bf16, f32 or f16
     #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = precision)]
     precision: Precision,
     /// Activations to compute again in the backward pass: none, selective or full
@@ -118,7 +118,7 @@ Examples:
   ferropt bench train --preset 13b --device cuda --offload all";
 
 fn precision(text: &str) -> Result<Precision, String> {
-    one_of(text, &[("bf16", Precision::Bf16), ("f32", Precision::F32)])
+    one_of(text, &[Precision::Bf16, Precision::F32, Precision::F16].map(|p| (p.name(), p)))
 }
 
 fn recompute(text: &str) -> Result<Recompute, String> {

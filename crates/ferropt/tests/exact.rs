@@ -15,7 +15,7 @@ fn run(lab: &Lab, name: &str, set: &[&str]) -> std::collections::BTreeMap<String
 #[test]
 fn recomputation_and_threads_leave_every_bit_alone() {
     let lab = Lab::new();
-    for precision in ["f32", "bf16"] {
+    for precision in ["f32", "bf16", "f16"] {
         let precision_key = format!("run.precision={precision}");
         let reference = run(&lab, &format!("{precision}-reference"), &[&precision_key]);
         for key in ["run.recompute=selective", "run.recompute=full", "run.threads=1", "run.threads=3"] {

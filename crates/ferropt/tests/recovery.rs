@@ -242,3 +242,62 @@ fn switched_off_the_first_loss_that_is_not_finite_ends_the_run() {
     assert!(text(&out).contains("recovery.enabled = false"), "{}", text(&out));
     assert_eq!(events(&lab, "run"), ["started", "skipped", "gave-up"]);
 }
+
+/// A factor on the loss that grows until something overflows, and again: no text is lost, no bit by a break, and the model is
+/// the one of f32.
+#[test]
+fn in_f16_steps_that_overflow_are_tried_again_with_the_same_batch() {
+    let lab = Lab::new();
+    const STEPS: u64 = 60;
+    // A gradient of the largest factor is above 65,504 for a token that is not expected.
+    let set = ["batch.tokens=128", "optimizer.lr=2e-3", "schedule.total=60", "schedule.warmup=5"];
+    let f16 =
+        [&set[..], &["run.precision=f16", "loss_scale.initial=16777216", "loss_scale.window=7"]].concat();
+    lab.train(&lab.config("f32", STEPS), &[&set[..], &["run.precision=f32"]].concat());
+    let out = lab.train(&lab.config("f16", STEPS), &f16);
+    let said = text(&out);
+    let again = said.matches("it is tried again with 8388608").count();
+    assert!(again >= 3, "{again} steps were tried again: {said}");
+    assert!(!events(&lab, "f16").contains(&"skipped".to_string()), "{said}");
+    let (one, other) = (lab.metric("f32", "loss"), lab.metric("f16", "loss"));
+    assert_eq!(one.len(), other.len());
+    for ((step, a), (_, b)) in one.iter().zip(&other) {
+        assert!((a - b).abs() < 3e-3 * a, "step {step}: loss {b}, in f32 {a}");
+    }
+    for ((step, a), (_, b)) in lab.metric("f32", "grad_norm").iter().zip(lab.metric("f16", "grad_norm")) {
+        assert!((a - b).abs() < 3e-2 * a, "step {step}: norm {b}, in f32 {a}");
+    }
+    let factors = lab.metric("f16", "loss_scale");
+    assert!(factors.iter().any(|(_, factor)| *factor == 8_388_608.0), "{factors:?}");
+
+    // In two parts, the second of which begins where the factor was.
+    lab.train(&lab.config("broken", 33), &f16);
+    lab.train(&lab.config("broken", STEPS), &f16);
+    assert!(lab.tensors("broken", STEPS) == lab.tensors("f16", STEPS), "a break changed the weights");
+    assert_eq!(lab.metric("broken", "loss_scale"), factors);
+}
+
+#[test]
+fn a_loss_scale_at_its_floor_is_trouble_whose_place_is_named() {
+    let lab = Lab::new();
+    let set = [
+        "batch.tokens=64",
+        "run.precision=f16",
+        "loss_scale.initial=16777216",
+        "loss_scale.floor=8388608",
+        "recovery.max_rollbacks=1",
+    ];
+    let out = train(&lab.config("run", 20), &set).output().unwrap();
+    assert_eq!(out.status.code(), Some(3), "{}", text(&out));
+    assert!(
+        text(&out).contains("at the loss scale 16777216; it is tried again with 8388608"),
+        "{}",
+        text(&out)
+    );
+    let entries = book(&lab, "run");
+    let skipped = entries.iter().find(|entry| entry["event"] == "skipped").expect("a skipped step");
+    let said = skipped["text"].as_str().unwrap();
+    assert!(said.contains("not finite") && said.contains("embed_tokens.weight, row"), "{said}");
+    assert!(said.contains("-inf in the gradient of the weight"), "{said}");
+    assert!(events(&lab, "run").contains(&"gave-up".to_string()));
+}

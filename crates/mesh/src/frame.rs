@@ -9,7 +9,7 @@ pub(crate) const HEADER: usize = 96;
 const NAME: usize = 32;
 
 /// All types of elements.
-const DTYPES: [DType; 4] = [DType::F32, DType::Bf16, DType::U32, DType::I16];
+const DTYPES: [DType; 5] = [DType::F32, DType::Bf16, DType::U32, DType::I16, DType::F16];
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -409,8 +409,8 @@ impl Group {
 
 fn can_be_summed<T: Element>() -> Result<()> {
     ensure!(
-        matches!(T::DTYPE, DType::F32 | DType::Bf16),
-        "{} is no type to sum in; f32 and bf16 are",
+        matches!(T::DTYPE, DType::F32 | DType::Bf16 | DType::F16),
+        "{} is no type to sum in; f32, bf16 and f16 are",
         T::DTYPE
     );
     Ok(())

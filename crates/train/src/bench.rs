@@ -10,7 +10,7 @@ use crate::telemetry::peak_resident_bytes;
 use crate::trainer::open_device;
 use anyhow::{Result, anyhow, ensure};
 use ferropt_device::rng::{Purpose, Stream};
-use ferropt_device::{Chip, Device, Element, Store, Timed, Which, bf16};
+use ferropt_device::{Chip, Device, Element, Store, Timed, Which, bf16, f16};
 use ferropt_model::{Backprop, Batch, Config, Model, Offload, Options, Part, Pass, Recompute};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -132,6 +132,7 @@ pub fn training(wanted: &Training) -> Result<Report> {
     match wanted.precision {
         Precision::F32 => measure::<f32>(wanted, model, options, &device),
         Precision::Bf16 => measure::<bf16>(wanted, model, options, &device),
+        Precision::F16 => measure::<f16>(wanted, model, options, &device),
     }
 }
 
@@ -168,7 +169,7 @@ fn measure<E: Element>(
             sum += backprop.train(device, &model, batch, pass, (1.0 / tokens) as f32, store)?;
         }
         let norm = backprop.sum(device)?;
-        optimizer.step(device, &mut model, &backprop.gradients, step, 1e-4, norm);
+        optimizer.step(device, &mut model, &backprop.gradients, step, 1e-4, norm, 1.0);
         Ok(sum / tokens)
     };
     one_step(1)?;

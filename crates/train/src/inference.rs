@@ -271,7 +271,8 @@ impl From<Precision> for WeightFormat {
     fn from(precision: Precision) -> Self {
         match precision {
             Precision::F32 => WeightFormat::F32,
-            Precision::Bf16 => WeightFormat::Bf16,
+            // IEEE halves become bf16, as those of files do.
+            Precision::Bf16 | Precision::F16 => WeightFormat::Bf16,
         }
     }
 }

@@ -7,6 +7,7 @@ pub mod config;
 pub mod inference;
 pub mod launch;
 pub mod logbook;
+pub mod loss_scale;
 pub mod models;
 pub mod optimizer;
 pub mod planner;

@@ -1,6 +1,6 @@
 //! AdamW and gradient descent over the parameter table, with the state that they keep.
 //!
-//! Every parameter is updated by one fused pass of the device. In bf16 the exact f32 value of a matrix is its bf16 weight
+//! Every parameter is updated by one fused pass of the device. In bf16 and f16 the f32 value of a matrix is its weight
 //! joined with a low half kept here (the *split master*), unless updates are rounded at random instead; vectors and
 //! f32 matrices are their own masters.
 
@@ -81,7 +81,7 @@ impl Settings {
 
     /// Whether matrices of type `compute` have low halves.
     pub(crate) fn splits(&self, compute: DType) -> bool {
-        compute == DType::Bf16 && !self.stochastic
+        compute != DType::F32 && !self.stochastic
     }
 }
 
@@ -149,8 +149,8 @@ impl<D: Device> Optimizer<D> {
         }
     }
 
-    /// Update number `step` (1 is the first) at learning rate `lr`. `norm` is that of the gradients
-    /// ([`ferropt_model::Backprop::sum`]); where it is above the clipping threshold they are scaled down to it.
+    /// Update number `step` (1 is the first) at learning rate `lr`. `gradients` are those of `loss_scale` times the loss;
+    /// `norm` is that of the loss's own. Where it is above the clipping threshold they are scaled down to it.
     pub fn step<E: Element>(
         &mut self,
         device: &D,
@@ -159,10 +159,11 @@ impl<D: Device> Optimizer<D> {
         step: u64,
         lr: f64,
         norm: f64,
+        loss_scale: f64,
     ) {
         let s = self.settings;
-        let clipped = s.clip > 0.0 && norm > s.clip;
-        let grad_scale = if clipped { (s.clip / norm) as f32 } else { 1.0 };
+        let clip = if s.clip > 0.0 && norm > s.clip { s.clip / norm } else { 1.0 };
+        let grad_scale = (clip / loss_scale) as f32;
         let parameters =
             model.weights.tensors_mut().into_iter().zip(gradients.tensors()).zip(&mut self.slots);
         for (index, ((parameter, gradient), slot)) in parameters.enumerate() {

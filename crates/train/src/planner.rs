@@ -8,7 +8,7 @@ pub use communication::Communication;
 use crate::checkpoint::human_bytes;
 use crate::config::{Precision, Resolved};
 use crate::optimizer::Settings;
-use ferropt_device::{AttentionShape, DType, Device, Element, bf16};
+use ferropt_device::{AttentionShape, DType, Device, Element, bf16, f16};
 use ferropt_model::{
     ActivationTable, Config, Held, Offload, Options, Parameter, Part, Recompute, layers_at_once,
 };
@@ -78,7 +78,7 @@ pub struct BatchPlan {
 pub struct Memory {
     /// Weights in the compute type, vectors in f32.
     pub weights: u64,
-    /// Low halves of bf16 weights that make them f32 masters.
+    /// Low halves of bf16 and f16 weights that make them f32 masters.
     pub masters: u64,
     /// Layers and ends that are whole at a time, and their gradients, where ranks share them out or the host has them.
     pub units: u64,
@@ -137,6 +137,7 @@ impl Plan {
         match resolved.config.run.precision {
             Precision::F32 => Plan::of::<D, f32>(resolved, device),
             Precision::Bf16 => Plan::of::<D, bf16>(resolved, device),
+            Precision::F16 => Plan::of::<D, f16>(resolved, device),
         }
     }
 

@@ -66,7 +66,7 @@ fn run<E: Element>(config: &Config, settings: Settings, offload: Offload) -> Run
         }
         let norm = backprop.sum(&device).unwrap();
         assert!(norm > settings.clip, "{norm}");
-        optimizer.step(&device, &mut model, &backprop.gradients, step, 1e-2, norm);
+        optimizer.step(&device, &mut model, &backprop.gradients, step, 1e-2, norm, 1.0);
         figures.push([loss.to_bits(), norm.to_bits()]);
     }
     let bits = |tensor: &Tensor<'_, Chip, E>| match tensor {

@@ -9,7 +9,7 @@ use super::amx;
 pub enum Isa {
     /// Plain Rust, whatever the compiler makes of it.
     Portable,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, DQ, VL with VNNI; products of bf16 are widened to f32.
     Avx512,
@@ -46,7 +46,10 @@ impl Isa {
                 true => Isa::Avx512Bf16,
                 false => Isa::Avx512,
             }
-        } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        } else if is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+        {
             Isa::Avx2
         } else {
             Isa::Portable

@@ -460,7 +460,7 @@ impl Device for CpuDevice {
         v_pages: &mut CpuBuf<E>,
         out: &mut CpuBuf<E>,
     ) {
-        once!(self, attention::paged<E>, heads: usize, width: usize, places: Placed<'_, CpuDevice>, qkv: &[E],
+        once!(self, attention::paged<E of inference>, heads: usize, width: usize, places: Placed<'_, CpuDevice>, qkv: &[E],
             k_pages: &mut [E], v_pages: &mut [E], out: &mut [E]);
     }
 

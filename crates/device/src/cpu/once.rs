@@ -10,7 +10,17 @@ macro_rules! once {
         let compiled = match $E::DTYPE {
             DType::F32 => once!(@compiled [$E = f32] $($kernel)::+ ($($arg: $t),+)),
             DType::Bf16 => once!(@compiled [$E = bf16] $($kernel)::+ ($($arg: $t),+)),
-            other => panic!("{other} is no type to compute with; f32 and bf16 are"),
+            DType::F16 => once!(@compiled [$E = f16] $($kernel)::+ ($($arg: $t),+)),
+            other => panic!("{other} is no type to compute with; f32, bf16 and f16 are"),
+        };
+        once!(@call compiled $device ($($arg: $t),+))
+    }};
+    // Texts are never generated in f16.
+    ($device:ident, $($kernel:ident)::+ <$E:ident of inference>, $($arg:ident: $t:ty),+) => {{
+        let compiled = match $E::DTYPE {
+            DType::F32 => once!(@compiled [$E = f32] $($kernel)::+ ($($arg: $t),+)),
+            DType::Bf16 => once!(@compiled [$E = bf16] $($kernel)::+ ($($arg: $t),+)),
+            other => panic!("{other} is no type to generate with; f32 and bf16 are"),
         };
         once!(@call compiled $device ($($arg: $t),+))
     }};
@@ -20,7 +30,10 @@ macro_rules! once {
             (DType::F32, DType::Bf16) => once!(@compiled [$E = f32, $O = bf16] $($kernel)::+ ($($arg: $t),+)),
             (DType::Bf16, DType::F32) => once!(@compiled [$E = bf16, $O = f32] $($kernel)::+ ($($arg: $t),+)),
             (DType::Bf16, DType::Bf16) => once!(@compiled [$E = bf16, $O = bf16] $($kernel)::+ ($($arg: $t),+)),
-            (a, b) => panic!("{a} to {b} are no types to compute with; f32 and bf16 are"),
+            (DType::F32, DType::F16) => once!(@compiled [$E = f32, $O = f16] $($kernel)::+ ($($arg: $t),+)),
+            (DType::F16, DType::F32) => once!(@compiled [$E = f16, $O = f32] $($kernel)::+ ($($arg: $t),+)),
+            (DType::F16, DType::F16) => once!(@compiled [$E = f16, $O = f16] $($kernel)::+ ($($arg: $t),+)),
+            (a, b) => panic!("{a} to {b} are no types to compute with together; f32 with bf16 or f16 are"),
         };
         once!(@call compiled $device ($($arg: $t),+))
     }};

@@ -70,8 +70,33 @@ fn read<S: Simd, E: Element>(s: S, w: &[E], low: Option<&[i16]>, values: &mut [f
             for (value, w) in values.chunks_mut(S::LANES).zip(w.chunks(S::LANES)) {
                 s.store_up_to(value, s.load_up_to(w));
             }
+            if let Some(low) = low {
+                for (value, low) in values.iter_mut().zip(low) {
+                    *value += f32::from(*low) * low_unit(*value);
+                }
+            }
         }
     }
+}
+
+/// The nearest number that a split master of f16 can be: below 2^-14 a multiple of 2^-39, ties to even. A weight and its low
+/// half must follow from their sum alone, which is all that a checkpoint has.
+#[inline(always)]
+fn representable(value: f32) -> f32 {
+    const UNIT: f32 = 1.0 / (1u64 << 39) as f32;
+    if value.abs() < 1.0 / 16384.0 {
+        // Minus zero does not survive a sum.
+        (value * (1.0 / UNIT)).round_ties_even() * UNIT + 0.0
+    } else {
+        value
+    }
+}
+
+/// What the low half of an f16 weight counts: 2^-25 of its power of two, or of 2^-14 where that is more.
+#[inline(always)]
+fn low_unit(w: f32) -> f32 {
+    const SMALLEST: u32 = 0x3880_0000;
+    f32::from_bits((w.to_bits() & 0x7f80_0000).max(SMALLEST) - (25 << 23))
 }
 
 /// Stores master values. `rounding` has the number of the first element here.
@@ -109,7 +134,23 @@ fn write<S: Simd, E: Element>(
                 }
             }
         }
-        _ => {
+        (_, Some(low), _) => {
+            let places = w.chunks_mut(S::LANES).zip(low.chunks_mut(S::LANES));
+            for (values, (w, low)) in values.chunks(S::LANES).zip(places) {
+                let mut exact = [0.0; 16];
+                for (exact, value) in exact.iter_mut().zip(values) {
+                    *exact = representable(*value);
+                }
+                s.store_up_to(w, s.load(&exact));
+                let near = s.to_array(s.load_up_to(w));
+                for ((exact, near), low) in exact.iter().zip(near).zip(low) {
+                    // A whole number, at most 2^14; of an infinity or a NaN, nothing is left that counts.
+                    let left = (exact - near) * (1.0 / low_unit(near));
+                    *low = if left.abs() <= 32767.0 { left as i16 } else { 0 };
+                }
+            }
+        }
+        (_, None, _) => {
             for (value, w) in values.chunks(S::LANES).zip(w.chunks_mut(S::LANES)) {
                 s.store_up_to(w, s.load_up_to(value));
             }
@@ -235,9 +276,9 @@ fn squares<S: Simd>(_compiled_for: S, x: &[f32]) -> f64 {
 mod tests {
     use super::*;
     use crate::Strided;
-    use crate::bf16;
     use crate::cpu::simd::Isa;
     use crate::rng::{Purpose, Stream};
+    use crate::{bf16, f16};
 
     /// Every exponent, signs, ties, the largest numbers, infinities and NaNs.
     fn awkward() -> Vec<f32> {
@@ -273,6 +314,53 @@ mod tests {
                         "{isa:?}: tie {value} went to {w}"
                     );
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_split_master_of_f16_is_exact_above_the_smallest_and_kept_by_its_sum() {
+        let x = awkward();
+        let smallest = 2f32.powi(-39);
+        for isa in Isa::available() {
+            let (mut w, mut low, mut back) =
+                (vec![f16::ZERO; x.len()], vec![0i16; x.len()], vec![0.0; x.len()]);
+            dispatch!(isa, s => {
+                write(s, &x, &mut w, Some(&mut low), None);
+                read(s, &w, Some(&low), &mut back)
+            });
+            for ((x, back), w) in x.iter().zip(&back).zip(&w) {
+                if !back.is_nan() {
+                    assert_eq!(
+                        w.to_bits(),
+                        f16::from_f32(*back).to_bits(),
+                        "{isa:?}: the weight of {x} is {w}"
+                    );
+                }
+                if w.is_infinite() || x.is_nan() {
+                    assert!(!back.is_finite(), "{isa:?}: {x} came back as {back}");
+                } else if x.abs() >= 2f32.powi(-14) {
+                    assert_eq!(x, back, "{isa:?}: {x} came back as {back}");
+                } else {
+                    assert!((x - back).abs() <= smallest / 2.0, "{isa:?}: {x} came back as {back}");
+                    assert_eq!(back / smallest, (back / smallest).round(), "{isa:?}: {back}");
+                }
+            }
+            // What came back is kept.
+            let (first, w_first, low_first) = (back.clone(), w.clone(), low.clone());
+            dispatch!(isa, s => {
+                write(s, &first, &mut w, Some(&mut low), None);
+                read(s, &w, Some(&low), &mut back)
+            });
+            let kept = |i: &usize| first[*i].is_finite();
+            for i in (0..x.len()).filter(kept) {
+                assert_eq!(
+                    (w[i].to_bits(), low[i]),
+                    (w_first[i].to_bits(), low_first[i]),
+                    "{isa:?}: {}",
+                    x[i]
+                );
+                assert_eq!(first[i].to_bits(), back[i].to_bits(), "{isa:?}: {}", x[i]);
             }
         }
     }

@@ -70,7 +70,7 @@ pub(super) fn pack_panels<E: Element>(
     let avx512 = isa >= Isa::Avx512 && (width == 8 || width.is_multiple_of(16)) && whole;
     match E::DTYPE {
         // SAFETY: the processor has AVX-512, and the width is right; indices are checked inside.
-        DType::F32 | DType::Bf16 if avx512 => unsafe {
+        DType::F32 | DType::Bf16 | DType::F16 if avx512 => unsafe {
             if x.k_contiguous {
                 pack_transposed_avx512(x, is, ks, width, per_unit, units, out);
             } else {
@@ -164,11 +164,12 @@ impl Place {
     }
 }
 
-/// Packs a k-contiguous matrix: 16 x 16 words of its rows are turned at a time, which are units, or pairs of bf16 to
+/// Packs a k-contiguous matrix: 16 x 16 words of its rows are turned at a time, which are units, or pairs of halves to
 /// be widened.
 ///
 /// # Safety
-/// The processor has AVX-512 F, BW, VL; `width` is 8 or a multiple of 16; `E` is f32 with one to a unit, or bf16.
+/// The processor has AVX-512 F, BW, VL; `width` is 8 or a multiple of 16; `E` is f32 or f16 with one to a
+/// unit, or bf16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn pack_transposed_avx512<E: Element>(
     x: Matrix<E>,
@@ -179,7 +180,7 @@ unsafe fn pack_transposed_avx512<E: Element>(
     units: usize,
     out: &mut [u32],
 ) {
-    let widen = E::DTYPE == DType::Bf16 && per_unit == 1;
+    let widen = size_of::<E>() == 2 && per_unit == 1;
     let rows = out.len() / units;
     // Elements of k in 16 words.
     let block = 64 / size_of::<E>();
@@ -202,10 +203,9 @@ unsafe fn pack_transposed_avx512<E: Element>(
             let unit = (k - ks.start) / per_unit;
             if widen {
                 for (u, t) in t.iter().take(count.div_ceil(2)).enumerate() {
-                    place.store(out, unit + 2 * u, _mm512_slli_epi32::<16>(*t));
+                    place.store(out, unit + 2 * u, widened::<E>(*t));
                     if 2 * u + 1 < count {
-                        let odd = _mm512_and_si512(*t, _mm512_set1_epi32(0xffff_0000u32 as i32));
-                        place.store(out, unit + 2 * u + 1, odd);
+                        place.store(out, unit + 2 * u + 1, widened::<E>(_mm512_srli_epi32::<16>(*t)));
                     }
                 }
             } else {
@@ -214,6 +214,16 @@ unsafe fn pack_transposed_avx512<E: Element>(
                 }
             }
         }
+    }
+}
+
+/// The halves in the lower parts of words, as f32.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn widened<E: Element>(words: __m512i) -> __m512i {
+    match E::DTYPE {
+        DType::F16 => _mm512_castps_si512(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(words))),
+        _ => _mm512_slli_epi32::<16>(words),
     }
 }
 
@@ -292,8 +302,8 @@ unsafe fn pack_strided_avx512<E: Element>(
                     if k + 1 < ks.end {
                         words = _mm512_or_si512(words, _mm512_slli_epi32::<16>(load(k + 1, i, mask)));
                     }
-                } else if E::DTYPE == DType::Bf16 {
-                    words = _mm512_slli_epi32::<16>(words);
+                } else if size_of::<E>() == 2 {
+                    words = widened::<E>(words);
                 }
                 place.store(out, unit, words);
             }

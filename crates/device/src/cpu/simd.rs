@@ -6,7 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use half::bf16;
+use half::{bf16, f16};
 
 pub use super::isa::Isa;
 use super::random::WordLanes;
@@ -14,6 +14,8 @@ use crate::{DType, Element};
 
 /// The upper half of a word.
 const UPPER: u32 = 0xffff_0000;
+/// How f16 are rounded: to nearest even.
+const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
 
 /// Operations on one register of f32. All methods are single instructions or a few.
 pub trait Simd: WordLanes {
@@ -30,12 +32,16 @@ pub trait Simd: WordLanes {
     fn store(self, x: &mut [f32], v: Self::F);
     /// First `LANES` elements, widened.
     fn load_bf16(self, x: &[bf16]) -> Self::F;
+    /// First `LANES` elements, widened.
+    fn load_f16(self, x: &[f16]) -> Self::F;
     /// First `LANES` words, whose lower halves are bf16, widened.
     fn load_low(self, pairs: &[u32]) -> Self::F;
     /// The same of upper halves.
     fn load_high(self, pairs: &[u32]) -> Self::F;
     /// To the first `LANES` elements, rounded to nearest even.
     fn store_bf16(self, x: &mut [bf16], v: Self::F);
+    /// To the first `LANES` elements, rounded to nearest even.
+    fn store_f16(self, x: &mut [f16], v: Self::F);
     /// `a + b`
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a - b`
@@ -90,21 +96,23 @@ pub trait Simd: WordLanes {
         self.to_array(a)[..Self::LANES].iter().copied().fold(f32::NEG_INFINITY, f32::max)
     }
 
-    /// Elements of either compute type, widened to f32.
+    /// Elements of any compute type, widened to f32.
     #[inline(always)]
     fn load_as<E: Element>(self, x: &[E]) -> Self::F {
         match E::DTYPE {
             DType::Bf16 => self.load_bf16(bytemuck::cast_slice(x)),
+            DType::F16 => self.load_f16(bytemuck::cast_slice(x)),
             DType::F32 => self.load(bytemuck::cast_slice(x)),
             _ => self.load_part(&std::array::from_fn::<f32, 16, _>(|i| x.get(i).map_or(0.0, |v| v.to_f32()))),
         }
     }
 
-    /// To elements of either compute type.
+    /// To elements of any compute type.
     #[inline(always)]
     fn store_as<E: Element>(self, x: &mut [E], v: Self::F) {
         match E::DTYPE {
             DType::Bf16 => self.store_bf16(bytemuck::cast_slice_mut(x), v),
+            DType::F16 => self.store_f16(bytemuck::cast_slice_mut(x), v),
             DType::F32 => self.store(bytemuck::cast_slice_mut(x), v),
             _ => self.store_part(x, v),
         }
@@ -197,6 +205,10 @@ impl Simd for Portable {
         std::array::from_fn(|i| x[i].to_f32())
     }
     #[inline(always)]
+    fn load_f16(self, x: &[f16]) -> Self::F {
+        std::array::from_fn(|i| x[i].to_f32())
+    }
+    #[inline(always)]
     fn load_low(self, pairs: &[u32]) -> Self::F {
         std::array::from_fn(|i| f32::from_bits(pairs[i] << 16))
     }
@@ -208,6 +220,12 @@ impl Simd for Portable {
     fn store_bf16(self, x: &mut [bf16], v: Self::F) {
         for (x, v) in x[..4].iter_mut().zip(v) {
             *x = bf16::from_f32(v);
+        }
+    }
+    #[inline(always)]
+    fn store_f16(self, x: &mut [f16], v: Self::F) {
+        for (x, v) in x[..4].iter_mut().zip(v) {
+            *x = f16::from_f32(v);
         }
     }
     #[inline(always)]
@@ -229,7 +247,7 @@ impl Simd for Portable {
     }
 }
 
-/// AVX2 with FMA; eight lanes.
+/// AVX2 with FMA and F16C; eight lanes.
 #[derive(Clone, Copy)]
 pub struct Avx2(());
 
@@ -310,6 +328,18 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn load_f16(self, x: &[f16]) -> __m256 {
+        let x = &x[..8];
+        // SAFETY: eight elements of 16 bits; the token.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn store_f16(self, x: &mut [f16], v: __m256) {
+        let x = &mut x[..8];
+        // SAFETY: eight elements of 16 bits; the token.
+        unsafe { _mm_storeu_si128(x.as_mut_ptr().cast(), _mm256_cvtps_ph::<NEAREST>(v)) }
+    }
+    #[inline(always)]
     fn select_bit(self, words: &[u32], bit: u32, x: __m256, y: __m256) -> __m256 {
         let words = &words[..8];
         // SAFETY: eight elements; the token.
@@ -387,6 +417,18 @@ impl Simd for Avx512 {
         unsafe { _mm256_storeu_si256(x.as_mut_ptr().cast(), self.round_bf16(v)) }
     }
     #[inline(always)]
+    fn load_f16(self, x: &[f16]) -> __m512 {
+        let x = &x[..16];
+        // SAFETY: sixteen elements of 16 bits; the token.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
+    }
+    #[inline(always)]
+    fn store_f16(self, x: &mut [f16], v: __m512) {
+        let x = &mut x[..16];
+        // SAFETY: sixteen elements of 16 bits; the token.
+        unsafe { _mm256_storeu_si256(x.as_mut_ptr().cast(), _mm512_cvtps_ph::<NEAREST>(v)) }
+    }
+    #[inline(always)]
     fn load_part<E: Element>(self, x: &[E]) -> __m512 {
         let n = x.len().min(16);
         let mask = ((1u32 << n) - 1) as u16;
@@ -398,6 +440,7 @@ impl Simd for Avx512 {
                     let halves = _mm256_maskz_loadu_epi16(mask, x.as_ptr().cast());
                     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
                 }
+                DType::F16 => _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x.as_ptr().cast())),
                 _ => {
                     let full: [f32; 16] = std::array::from_fn(|i| x.get(i).map_or(0.0, |v| v.to_f32()));
                     self.load(&full)
@@ -414,6 +457,9 @@ impl Simd for Avx512 {
             match E::DTYPE {
                 DType::F32 => _mm512_mask_storeu_ps(x.as_mut_ptr().cast(), mask, v),
                 DType::Bf16 => _mm256_mask_storeu_epi16(x.as_mut_ptr().cast(), mask, self.round_bf16(v)),
+                DType::F16 => {
+                    _mm256_mask_storeu_epi16(x.as_mut_ptr().cast(), mask, _mm512_cvtps_ph::<NEAREST>(v));
+                }
                 _ => {
                     for (x, v) in x.iter_mut().zip(self.to_array(v)) {
                         *x = E::from_f32(v);
@@ -500,11 +546,11 @@ pub(super) fn prefetch_l2<T>(x: *const T) {
     unsafe { _mm_prefetch::<_MM_HINT_T1>(x.cast()) }
 }
 
-/// Calls a closure inside a function compiled for AVX2 and FMA, into which it is inlined.
+/// Calls a closure inside a function compiled for AVX2, into which it is inlined.
 ///
 /// # Safety
-/// The processor has AVX2 and FMA.
-#[target_feature(enable = "avx2,fma")]
+/// The processor has AVX2, FMA and F16C.
+#[target_feature(enable = "avx2,fma,f16c")]
 pub unsafe fn with_avx2<R>(f: impl FnOnce(Avx2) -> R) -> R {
     f(Avx2(()))
 }
@@ -602,14 +648,14 @@ mod tests {
     }
 
     #[inline(always)]
-    fn round_trip<S: Simd>(s: S, x: &[f32], y: &mut [bf16]) {
+    fn round_trip<S: Simd, E: Element>(s: S, x: &[f32], y: &mut [E]) {
         for (x, y) in x.chunks(S::LANES).zip(y.chunks_mut(S::LANES)) {
             if x.len() == S::LANES { s.store_as(y, s.load_as(x)) } else { s.store_part(y, s.load_part(x)) }
         }
     }
 
     #[test]
-    fn bf16_rounds_to_nearest_even_on_every_path() {
+    fn halves_are_rounded_to_nearest_even_on_every_path() {
         let x: Vec<f32> = (0..1003u32)
             .map(|i| f32::from_bits(0x3f80_0000 + i * 0x1357 + (i % 3) * 0x8000))
             .chain([
@@ -629,6 +675,21 @@ mod tests {
             for (x, y) in x.iter().zip(&y) {
                 assert_eq!(y.to_bits(), bf16::from_f32(*x).to_bits(), "{isa:?}: {x}");
             }
+            // Every f16 and what lies around halfway to the next one.
+            let near: Vec<f32> = (0..=0xffffu16)
+                .map(|bits| f16::from_bits(bits).to_f32())
+                .filter(|x| !x.is_nan())
+                .flat_map(|x| [x, x * (1.0 + 1.0 / 2048.0), x * (1.0 + 1.000_1 / 2048.0)])
+                .chain([65_519.996, 65_520.0, 1e30, 2.9e-8, 3.0e-8])
+                .collect();
+            let mut y = vec![f16::ZERO; near.len()];
+            dispatch!(isa, s => round_trip(s, &near, &mut y));
+            for (x, y) in near.iter().zip(&y) {
+                assert_eq!(y.to_bits(), f16::from_f32(*x).to_bits(), "{isa:?}: {x}");
+            }
+            let mut y = [f16::ZERO; 1];
+            dispatch!(isa, s => round_trip(s, &[f32::NAN], &mut y));
+            assert!(y[0].is_nan(), "{isa:?}");
         }
     }
 }

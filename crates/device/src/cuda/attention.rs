@@ -18,12 +18,12 @@ const WIDEST: usize = 256;
 const TILE: usize = 64;
 const FEW: usize = 32;
 
-/// Whether tensor cores can be used: bf16, and heads as OPT has them.
+/// Whether tensor cores can be used: halves, and heads as OPT has them.
 fn on_tensor_cores<E: Element>(width: usize) -> bool {
-    E::DTYPE == DType::Bf16 && matches!(width, 64 | 80 | 128)
+    matches!(E::DTYPE, DType::Bf16 | DType::F16) && matches!(width, 64 | 80 | 128)
 }
 
-/// Bytes of so many rows of a head in shared memory, in bf16, their ends being spread over the banks.
+/// Bytes of so many rows of a head in shared memory, in halves, their ends being spread over the banks.
 fn staged(rows: usize, width: usize) -> usize {
     2 * rows * (width + 8)
 }
@@ -85,7 +85,7 @@ pub(super) fn forward<E: Element>(
     ];
     if on_tensor_cores::<E>(s.width) {
         let (kernel, blocks) =
-            (format!("attention_mma_{}", s.width), (s.seq.div_ceil(TILE), s.batch * s.heads));
+            (format!("attention_mma_{}_{}", name::<E>(), s.width), (s.seq.div_ceil(TILE), s.batch * s.heads));
         return d.kernels.launch(&kernel, blocks, (THREADS, 1), staged(2 * TILE, s.width), arguments);
     }
     let shared = 4 * (QUERIES * s.width + KEYS * (2 * s.width + 1) + QUERIES * KEYS);
@@ -113,7 +113,7 @@ pub(super) fn backward<E: Element>(
     d.kernels.launch(&kernel, (rows.div_ceil(THREADS / 32), 1), (THREADS, 1), 0, arguments);
     let shared = 4 * (2 * QUERIES * s.width + 2 * KEYS * (s.width + 1) + 2 * QUERIES * KEYS);
     let plain = |kernel, tile| (named::<E>(kernel, s.width), tile, shared);
-    let mma = |kernel, rows| (format!("{kernel}_{}", s.width), TILE, staged(rows, s.width));
+    let mma = |kernel, rows| (format!("{kernel}_{}_{}", name::<E>(), s.width), TILE, staged(rows, s.width));
     let kernels = if on_tensor_cores::<E>(s.width) {
         [mma("attention_mma_dq", 2 * TILE), mma("attention_mma_dkv", 2 * TILE + 2 * FEW)]
     } else {

@@ -49,6 +49,7 @@ const CUBLASLT: Wanted = Wanted {
 const COMPUTE_F32: c_int = 68;
 const F32: c_int = 0;
 const BF16: c_int = 14;
+const F16: c_int = 2;
 /// CUBLASLT_MATMUL_DESC_TRANSA, _TRANSB.
 const TRANSPOSE: [c_int; 2] = [3, 4];
 /// CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, _REDUCTION_SCHEME_MASK, _MIN_ALIGNMENT_A_BYTES to _D_BYTES.
@@ -204,7 +205,11 @@ impl Blas {
     fn plan(&self, key: &Key) -> Plan {
         let f = &self.functions;
         let [m, n, k] = key.sizes.map(|n| n as u64);
-        let [of_factors, of_out] = key.dtypes.map(|dtype| if dtype == DType::Bf16 { BF16 } else { F32 });
+        let [of_factors, of_out] = key.dtypes.map(|dtype| match dtype {
+            DType::Bf16 => BF16,
+            DType::F16 => F16,
+            _ => F32,
+        });
         let [left_turned, right_turned] = key.turned;
         let (mut operation, mut layouts, mut preference) = (null_mut(), [null_mut(); 3], null_mut());
         // SAFETY: results go to variables; values are read within the calls, with the sizes that their attributes have.

@@ -166,7 +166,8 @@ fn name<E: Element>() -> &'static str {
     match E::DTYPE {
         DType::F32 => "f32",
         DType::Bf16 => "bf16",
-        other => panic!("{other} is no type to compute with; f32 and bf16 are"),
+        DType::F16 => "f16",
+        other => panic!("{other} is no type to compute with; f32, bf16 and f16 are"),
     }
 }
 

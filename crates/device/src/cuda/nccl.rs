@@ -44,6 +44,7 @@ const LIBRARY: Wanted = Wanted {
 const IN_PROGRESS: c_int = 7;
 /// ncclDataType_t.
 const UINT8: c_int = 1;
+const FLOAT16: c_int = 6;
 const FLOAT32: c_int = 7;
 const BFLOAT16: c_int = 9;
 /// ncclRedOp_t.
@@ -278,8 +279,9 @@ impl Communicator {
         let number = match memory.dtype {
             DType::F32 => FLOAT32,
             DType::Bf16 => BFLOAT16,
+            DType::F16 => FLOAT16,
             other if matches!(exchange, Exchange::AllReduce | Exchange::ReduceScatter) => {
-                bail!("{other} is no type to sum in; f32 and bf16 are")
+                bail!("{other} is no type to sum in; f32, bf16 and f16 are")
             }
             _ => UINT8,
         };

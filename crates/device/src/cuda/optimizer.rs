@@ -97,12 +97,13 @@ pub(super) fn set_master<E: Element>(d: &CudaDevice, param: Param<'_, CudaDevice
     }
     let mut workspace = d.workspace();
     let there = workspace.take(Scratch::Masters, 4 * ON_THE_WAY.min(values.len()));
+    let set = format!("set_master_{}", name::<E>());
     for (piece, values) in values.chunks(ON_THE_WAY).enumerate() {
         let len = values.len();
         // Rounded to nearest, also where steps round at random.
         let master = Master::of(param.w, param.low.as_deref(), piece * ON_THE_WAY, len);
         d.write(there, values);
-        d.by_element("set_master", len, args![there, master, len as u64]);
+        d.by_element(&set, len, args![there, master, len as u64]);
     }
 }
 
@@ -117,9 +118,10 @@ pub(super) fn get_master<E: Element>(
     }
     let mut workspace = d.workspace();
     let there = workspace.take(Scratch::Masters, 4 * ON_THE_WAY.min(values.len()));
+    let get = format!("get_master_{}", name::<E>());
     for (piece, values) in values.chunks_mut(ON_THE_WAY).enumerate() {
         let (master, len) = (Master::of(w, low, piece * ON_THE_WAY, values.len()), values.len());
-        d.by_element("get_master", len, args![master, there, len as u64]);
+        d.by_element(&get, len, args![master, there, len as u64]);
         d.read(there, values);
     }
 }

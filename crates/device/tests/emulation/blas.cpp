@@ -1,4 +1,4 @@
-// As much of cuBLASLt as src/cuda calls: products of matrices in columns, of f32 or bf16, summed in f32.
+// As much of cuBLASLt as src/cuda calls: products of matrices in columns, of f32, bf16 or f16, summed in f32.
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -7,7 +7,7 @@
 
 namespace {
 
-const int OK = 0, INVALID = 7, F32 = 0, BF16 = 14, COMPUTE_F32 = 68;
+const int OK = 0, INVALID = 7, F32 = 0, F16 = 2, BF16 = 14, COMPUTE_F32 = 68;
 
 struct Operation {
     int compute, scale, transpose[2];
@@ -32,18 +32,20 @@ struct Found {
     int reserved[4];
 };
 
-float widen(uint16_t x) {
+float widen(uint16_t x, int type) {
+    if (type == F16) return emulation::widen_f16(x);
     uint32_t bits = uint32_t(x) << 16;
     float y;
     return std::memcpy(&y, &bits, 4), y;
 }
-uint16_t narrow(float x) {
+uint16_t narrow(float x, int type) {
+    if (type == F16) return emulation::narrow_f16(x);
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
     return x != x ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 float get(const void* x, int type, size_t at) {
-    return type == F32 ? static_cast<const float*>(x)[at] : widen(static_cast<const uint16_t*>(x)[at]);
+    return type == F32 ? static_cast<const float*>(x)[at] : widen(static_cast<const uint16_t*>(x)[at], type);
 }
 
 /// Columns or rows of an operand with what is summed over beside each other: `[count][k]`.
@@ -85,7 +87,7 @@ int cublasLtMatmulDescSetAttribute(void* d, int attribute, const void* value, si
     return std::memcpy(&static_cast<Operation*>(d)->transpose[attribute - 3], value, 4), OK;
 }
 int cublasLtMatrixLayoutCreate(void** l, int type, uint64_t rows, uint64_t columns, int64_t ld) {
-    if ((type != F32 && type != BF16) || ld < int64_t(rows) || rows == 0 || columns == 0) return INVALID;
+    if ((type != F32 && type != BF16 && type != F16) || ld < int64_t(rows) || rows == 0 || columns == 0) return INVALID;
     return *l = new Layout{type, rows, columns, ld}, OK;
 }
 int cublasLtMatrixLayoutDestroy(void* l) { return delete static_cast<Layout*>(l), OK; }
@@ -120,7 +122,7 @@ int cublasLtMatmul(void*, void* operation, const float* alpha, const void* a, vo
                 if (ld.type == F32) {
                     static_cast<float*>(d)[at] = x;
                 } else {
-                    static_cast<uint16_t*>(d)[at] = narrow(x);
+                    static_cast<uint16_t*>(d)[at] = narrow(x, ld.type);
                 }
             }
         }

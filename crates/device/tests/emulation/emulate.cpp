@@ -182,11 +182,11 @@ const uint64_t* exchange(uint64_t value) {
 
 namespace {
 
-float half_of(uint64_t words, unsigned which) { return value<float>((words >> 16 * which & 0xffff) << 16); }
+unsigned short half_of(uint64_t words, unsigned which) { return (unsigned short)(words >> 16 * which); }
 
 }  // namespace
 
-void mma(float* sums, const unsigned* left, const unsigned* right) {
+void mma(float* sums, const unsigned* left, const unsigned* right, float (*widen)(unsigned short)) {
     auto both = [](unsigned a, unsigned b) { return a | uint64_t(b) << 32; };
     uint64_t first[32], second[32], factors[32];
     std::memcpy(first, exchange(both(left[0], left[1])), sizeof first);
@@ -197,8 +197,8 @@ void mma(float* sums, const unsigned* left, const unsigned* right) {
         for (unsigned e = 0; e < 2; e++) {
             for (unsigned k = 0; k < 16; k++) {
                 unsigned lane = k % 8 / 2, odd = k % 2;
-                float a = half_of(k < 8 ? first[4 * g + lane] : second[4 * g + lane], 2 * r + odd);
-                float b = half_of(factors[4 * (2 * t + e) + lane], 2 * (k / 8) + odd);
+                float a = widen(half_of(k < 8 ? first[4 * g + lane] : second[4 * g + lane], 2 * r + odd));
+                float b = widen(half_of(factors[4 * (2 * t + e) + lane], 2 * (k / 8) + odd));
                 sums[2 * r + e] += a * b;
             }
         }

@@ -49,6 +49,17 @@ struct Place {
 };
 extern Place place;
 
+/// f16 by its bits, and the nearest one, ties to even.
+inline float widen_f16(uint16_t bits) {
+    _Float16 x;
+    return std::memcpy(&x, &bits, 2), float(x);
+}
+inline uint16_t narrow_f16(float x) {
+    auto y = _Float16(x);
+    uint16_t bits;
+    return std::memcpy(&bits, &y, 2), bits;
+}
+
 unsigned char* dynamic_shared();
 /// Waits for all threads of the block that have not ended. Returns whether any of them said true.
 bool barrier(bool any);
@@ -56,7 +67,7 @@ bool barrier(bool any);
 const uint64_t* exchange(uint64_t value);
 
 /// Products of a tensor core, and how it loads a factor from 16 rows of memory; see mma.cuh.
-void mma(float* sums, const unsigned* left, const unsigned* right);
+void mma(float* sums, const unsigned* left, const unsigned* right, float (*widen)(unsigned short));
 void load_turned(unsigned* right, const void* row);
 
 typedef void (*Body)(void** arguments);
@@ -131,4 +142,5 @@ inline int __dp4a(int a, int b, int sum) {
     return sum;
 }
 inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 inline unsigned long long min(unsigned long long a, unsigned long long b) { return a < b ? a : b; }

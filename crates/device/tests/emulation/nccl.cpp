@@ -24,7 +24,7 @@
 namespace {
 
 const int OK = 0, SYSTEM_ERROR = 2, INVALID_ARGUMENT = 4, INVALID_USAGE = 5, REMOTE_ERROR = 6, IN_PROGRESS = 7;
-const int UINT8 = 1, FLOAT32 = 7, BFLOAT16 = 9, SUM = 0, MOST_RANKS = 16;
+const int UINT8 = 1, FLOAT16 = 6, FLOAT32 = 7, BFLOAT16 = 9, SUM = 0, MOST_RANKS = 16;
 // Where in the file a rank puts what it gives to all, or to another one. Most of it is never written.
 const size_t HEAD = 1 << 16, ROOM = size_t(1) << 30;
 const std::chrono::microseconds DURATION(200), POLL(20);
@@ -64,10 +64,11 @@ static_assert(sizeof(Shared) <= HEAD);
 std::mutex& guard = *new std::mutex;
 std::string& last_error = *new std::string;
 
-size_t width(int type) { return type == FLOAT32 ? 4 : type == BFLOAT16 ? 2 : 1; }
+size_t width(int type) { return type == FLOAT32 ? 4 : type == BFLOAT16 || type == FLOAT16 ? 2 : 1; }
 
-float widen(uint16_t x) { return emulation::value<float>(uint64_t(x) << 16); }
-uint16_t narrow(float x) {
+float widen(uint16_t x, int type) { return type == FLOAT16 ? emulation::widen_f16(x) : emulation::value<float>(uint64_t(x) << 16); }
+uint16_t narrow(float x, int type) {
+    if (type == FLOAT16) return emulation::narrow_f16(x);
     auto bits = uint32_t(emulation::bits(x));
     return x != x ? uint16_t(bits >> 16 | 0x40) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
@@ -78,7 +79,7 @@ void add(char* sum, const char* more, size_t count, int type) {
             reinterpret_cast<float*>(sum)[i] += reinterpret_cast<const float*>(more)[i];
         } else {
             auto s = reinterpret_cast<uint16_t*>(sum);
-            s[i] = narrow(widen(s[i]) + widen(reinterpret_cast<const uint16_t*>(more)[i]));
+            s[i] = narrow(widen(s[i], type) + widen(reinterpret_cast<const uint16_t*>(more)[i], type), type);
         }
     }
 }

@@ -1,4 +1,4 @@
-use ferropt_device::{AttentionShape, Device, Dropout, Element, PAGE, Places, Segment, bf16};
+use ferropt_device::{AttentionShape, Device, Dropout, Element, PAGE, Places, Segment, bf16, f16};
 
 use crate::*;
 
@@ -233,6 +233,13 @@ fn outputs_and_gradients_match_the_definition_in_bf16() {
 }
 
 #[test]
+fn outputs_and_gradients_match_the_definition_in_f16() {
+    for (batch, seq, heads, width) in SHAPES {
+        cases(shape(batch, seq, heads, width)).iter().for_each(|case| check::<f16>(case, 1.0));
+    }
+}
+
+#[test]
 fn first_keys_need_not_be_in_order() {
     let s = shape(2, 300, 1, 8);
     let any = whole(12, s.batch * s.seq, 1 << 20);
@@ -248,6 +255,7 @@ fn large_scores_overflow_nothing() {
     // Scores of some thousands, and of some 10^30: then each row has one probability of 1.
     check::<f32>(&plain(shape(1, 100, 1, 64)), 25.0);
     check::<bf16>(&plain(shape(1, 100, 1, 64)), 25.0);
+    check::<f16>(&plain(shape(1, 100, 1, 64)), 25.0);
     let s = shape(1, 70, 1, 16);
     let qkv = numbers::<f32>(1, s.seq * 3 * s.width, 1e15);
     for (isa, got) in on_every_device(|device| {

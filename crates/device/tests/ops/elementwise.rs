@@ -1,5 +1,5 @@
 use ferropt_device::rng::{Purpose, Stream};
-use ferropt_device::{Device, Dropout, Element, Store, bf16};
+use ferropt_device::{Device, Dropout, Element, Store, bf16, f16};
 
 use crate::*;
 
@@ -41,11 +41,18 @@ fn casts_round_to_nearest_even() {
         check_cast::<bf16, f32>(&halves);
         check_cast::<f32, f32>(&x);
         check_cast::<bf16, bf16>(&halves);
+        let halves: Vec<f16> = numbers(1, len, 3.0);
+        check_cast::<f32, f16>(&x);
+        check_cast::<f16, f32>(&halves);
+        check_cast::<f16, f16>(&halves);
     }
     // Ties, and ends of the range.
     let step = 1.0 / 128.0;
     check_cast::<f32, bf16>(&[1.0 + step / 2.0, 1.0 + 1.5 * step, -1.0 - step / 2.0, 0.0, -0.0]);
     check_cast::<f32, bf16>(&[f32::MAX, f32::MIN, f32::INFINITY, f32::NEG_INFINITY, 1e30, -1e-30]);
+    let step = 1.0 / 1024.0;
+    check_cast::<f32, f16>(&[1.0 + step / 2.0, 1.0 + 1.5 * step, -1.0 - step / 2.0, 0.0, -0.0]);
+    check_cast::<f32, f16>(&[65_519.0, 65_520.0, -1e30, f32::INFINITY, 3e-8, 2.9e-8, 6.1e-5, -1e-30]);
 }
 
 #[test]
@@ -91,6 +98,7 @@ fn check_residual_backward<E: Element>() {
 fn residual_gradients_are_masked_as_defined() {
     check_residual_backward::<f32>();
     check_residual_backward::<bf16>();
+    check_residual_backward::<f16>();
 }
 
 fn check_residual<E: Element>() {
@@ -130,6 +138,7 @@ fn check_residual<E: Element>() {
 fn residual_branches_end_as_defined() {
     check_residual::<f32>();
     check_residual::<bf16>();
+    check_residual::<f16>();
 }
 
 #[test]

@@ -1,4 +1,4 @@
-use ferropt_device::{Device, Element, IGNORE, bf16};
+use ferropt_device::{Device, Element, IGNORE, bf16, f16};
 
 use crate::*;
 
@@ -36,6 +36,8 @@ fn rows_are_looked_up_and_added() {
     check_forward::<f32, f32>();
     check_forward::<bf16, f32>();
     check_forward::<bf16, bf16>();
+    check_forward::<f16, f32>();
+    check_forward::<f16, f16>();
 }
 
 fn check_backward<G: Element>() {
@@ -64,6 +66,7 @@ fn check_backward<G: Element>() {
 fn gradients_are_added_in_the_order_of_the_rows() {
     check_backward::<f32>();
     check_backward::<bf16>();
+    check_backward::<f16>();
 }
 
 #[test]

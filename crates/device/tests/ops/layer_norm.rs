@@ -1,4 +1,4 @@
-use ferropt_device::{Device, Element, Store, bf16};
+use ferropt_device::{Device, Element, Store, bf16, f16};
 
 use crate::*;
 
@@ -80,6 +80,7 @@ fn check_forward<E: Element>() {
 fn rows_are_normalised() {
     check_forward::<f32>();
     check_forward::<bf16>();
+    check_forward::<f16>();
 }
 
 /// Gradients of `sum(dy * layer_norm(x))` by central differences (x) and by linearity (gamma, beta), in f64.
@@ -178,4 +179,5 @@ fn check_backward<G: Element>() {
 fn gradients_are_those_of_finite_differences() {
     check_backward::<f32>();
     check_backward::<bf16>();
+    check_backward::<f16>();
 }

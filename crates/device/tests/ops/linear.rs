@@ -1,4 +1,4 @@
-use ferropt_device::{Activation, Device, Dropout, Element, LinearShape, Store, bf16};
+use ferropt_device::{Activation, Device, Dropout, Element, LinearShape, Store, bf16, f16};
 
 use crate::*;
 
@@ -163,6 +163,7 @@ fn outputs_match_the_definition() {
     for shape in SHAPES {
         check_forward::<f32>(shape);
         check_forward::<bf16>(shape);
+        check_forward::<f16>(shape);
     }
 }
 
@@ -171,6 +172,7 @@ fn residuals_and_dropout_match_the_definition() {
     for shape in SHAPES {
         check_residual::<f32>(shape);
         check_residual::<bf16>(shape);
+        check_residual::<f16>(shape);
     }
 }
 
@@ -179,5 +181,6 @@ fn gradients_match_the_definition() {
     for shape in SHAPES {
         check_backward::<f32>(shape);
         check_backward::<bf16>(shape);
+        check_backward::<f16>(shape);
     }
 }

@@ -1,4 +1,4 @@
-use ferropt_device::{Device, Element, IGNORE, LossShape, Store, bf16};
+use ferropt_device::{Device, Element, IGNORE, LossShape, Store, bf16, f16};
 
 use crate::*;
 
@@ -52,6 +52,11 @@ fn reference(s: LossShape, h: &[f64], w: &[f64], targets: &[u32], scale: f64, un
     r
 }
 
+/// Factor on the losses: large where gradients would be too small for the type otherwise.
+fn scale_of(dtype: DType) -> f32 {
+    if dtype == DType::F16 { 32.0 } else { 0.03 }
+}
+
 /// Every fifth target takes no part.
 fn targets_of(rows: usize, vocab: usize) -> Vec<u32> {
     let mut targets = whole(7, rows, vocab);
@@ -87,7 +92,7 @@ fn the_reference_is_its_own_derivative() {
 fn check<E: Element>(s: LossShape) {
     let (h, w) = (numbers::<E>(1, s.rows * s.width, 1.0), numbers::<E>(2, s.vocab * s.width, 0.7));
     let targets = targets_of(s.rows, s.vocab);
-    let scale = 0.03;
+    let scale = scale_of(E::DTYPE);
     let rounding = if E::DTYPE == DType::F32 { 0.0 } else { unit(E::DTYPE) };
     let want = reference(s, &widen(&h), &widen(&w), &targets, scale as f64, rounding);
     let before: Vec<f32> = numbers(3, s.vocab * s.width, 0.01);
@@ -130,7 +135,7 @@ fn check<E: Element>(s: LossShape) {
         assert_close(&format!("dh, {what}"), E::DTYPE, &got[1], &want.dh, |i| want.dh_slack[i]);
         assert_close(&format!("dw, {what}"), DType::F32, &got[2], &want.dw, |i| want.dw_slack[i]);
         let sum: Vec<f64> = want.dw.iter().zip(&before).map(|(d, b)| d + *b as f64).collect();
-        let slack = |i: usize| want.dw_slack[i] + UNIT * 0.1;
+        let slack = |i: usize| want.dw_slack[i] + UNIT * (0.1 + want.dw[i].abs());
         assert_close(&format!("dw added, {what}"), DType::F32, &got[3], &sum, slack);
         for row in (0..s.rows).filter(|row| targets[*row] == IGNORE) {
             assert_eq!(got[0][row], 0.0, "{what}: loss of an ignored row");
@@ -146,6 +151,7 @@ fn losses_and_gradients_match_the_definition() {
     {
         check::<f32>(LossShape { rows, vocab, width, first: 0 });
         check::<bf16>(LossShape { rows, vocab, width, first: 0 });
+        check::<f16>(LossShape { rows, vocab, width, first: 0 });
     }
 }
 
@@ -222,7 +228,7 @@ fn nothing_to_learn_gives_no_gradient() {
 fn check_parts<E: Element>(s: LossShape, cut: usize) {
     let (h, w) = (numbers::<E>(1, s.rows * s.width, 1.0), numbers::<E>(2, s.vocab * s.width, 0.7));
     let targets = targets_of(s.rows, s.vocab);
-    let scale = 0.03;
+    let scale = scale_of(E::DTYPE);
     let rounding = if E::DTYPE == DType::F32 { 0.0 } else { unit(E::DTYPE) };
     let want = reference(s, &widen(&h), &widen(&w), &targets, scale as f64, rounding);
     for (isa, got) in on_every_device(|device| {
@@ -291,5 +297,6 @@ fn parts_of_a_vocabulary_make_the_whole() {
     for (rows, vocab, width, cut) in [(40, 80, 7, 40), (5, 1000, 24, 300), (1030, 33, 7, 32)] {
         check_parts::<f32>(LossShape { rows, vocab, width, first: 0 }, cut);
         check_parts::<bf16>(LossShape { rows, vocab, width, first: 0 }, cut);
+        check_parts::<f16>(LossShape { rows, vocab, width, first: 0 }, cut);
     }
 }

@@ -116,7 +116,16 @@ fn widen<T: Element>(values: &[T]) -> Vec<f64> {
 
 /// Relative error of rounding to a type.
 fn unit(dtype: DType) -> f64 {
-    if dtype == DType::Bf16 { 1.0 / 256.0 } else { UNIT }
+    match dtype {
+        DType::Bf16 => 1.0 / 256.0,
+        DType::F16 => 1.0 / 2048.0,
+        _ => UNIT,
+    }
+}
+
+/// Absolute error of rounding to a type numbers that are too small for the relative one.
+fn smallest(dtype: DType) -> f64 {
+    if dtype == DType::F16 { UNIT / 2.0 } else { 0.0 }
 }
 
 /// Relative error of one f32 operation.
@@ -126,7 +135,7 @@ const UNIT: f64 = 1.0 / (1 << 24) as f64;
 fn assert_close(what: &str, dtype: DType, got: &[f32], want: &[f64], slack: impl Fn(usize) -> f64) {
     assert_eq!(got.len(), want.len(), "{what}: number of elements");
     for (i, (got, want)) in got.iter().zip(want).enumerate() {
-        let allowed = unit(dtype) * want.abs() + slack(i) * (1.0 + unit(dtype));
+        let allowed = unit(dtype) * want.abs() + slack(i) * (1.0 + unit(dtype)) + smallest(dtype);
         let error = (*got as f64 - want).abs();
         // Written so that a NaN fails.
         assert!(

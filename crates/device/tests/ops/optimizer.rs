@@ -1,5 +1,5 @@
 use ferropt_device::rng::{Purpose, Stream};
-use ferropt_device::{AdamW, Device, Param, Rounding, Sgd, Strided, bf16};
+use ferropt_device::{AdamW, Device, Param, Rounding, Sgd, Strided, bf16, f16};
 
 use crate::*;
 
@@ -52,7 +52,7 @@ fn adamw_reference(start: &[f32]) -> [Vec<f64>; 3] {
 }
 
 #[test]
-fn adamw_is_pytorchs_and_a_split_master_is_f32() {
+fn adamw_is_pytorchs_and_split_masters_are_f32() {
     for len in LENGTHS {
         let start: Vec<f32> = numbers(1, len, 0.5);
         let [p, m, v] = adamw_reference(&start);
@@ -62,11 +62,16 @@ fn adamw_is_pytorchs_and_a_split_master_is_f32() {
             let [mut m, mut v, mut m2, mut v2] = std::array::from_fn(|_| put(device, &vec![0.0f32; len]));
             let (mut high, mut low) = (poisoned::<bf16>(device, len), put(device, &vec![i16::MAX; len]));
             device.set_master(Param { w: &mut high, low: Some(&mut low), rounding: None }, &start);
+            let (mut half, mut rest) = (poisoned::<f16>(device, len), put(device, &vec![i16::MAX; len]));
+            device.set_master(Param { w: &mut half, low: Some(&mut rest), rounding: None }, &start);
+            let [mut m3, mut v3] = std::array::from_fn(|_| put(device, &vec![0.0f32; len]));
             for step in 1..=STEPS {
                 let (hyper, g) = (adamw_at(step), put(device, &gradient_at(step, len)));
                 device.adamw(hyper, Param { w: &mut w, low: None, rounding: None }, &g, &mut m, &mut v);
                 let split = Param { w: &mut high, low: Some(&mut low), rounding: None };
                 device.adamw(hyper, split, &g, &mut m2, &mut v2);
+                let split = Param { w: &mut half, low: Some(&mut rest), rounding: None };
+                device.adamw(hyper, split, &g, &mut m3, &mut v3);
             }
             let mut master = vec![f32::NAN; len];
             device.get_master(&high, Some(&low), &mut master);
@@ -80,7 +85,15 @@ fn adamw_is_pytorchs_and_a_split_master_is_f32() {
                     "compute weight {high} of master {master}"
                 );
             }
-            vec![plain, get(device, &m), get(device, &v)]
+            let mut of_f16 = vec![f32::NAN; len];
+            device.get_master(&half, Some(&rest), &mut of_f16);
+            for ((half, master), plain) in get(device, &half).iter().zip(&of_f16).zip(&plain) {
+                assert_eq!(*half, f16::from_f32(*master).to_f32(), "compute weight of master {master}");
+                // Of each step's result that is less than 2^-14, half of 2^-39 may be lost.
+                let near = STEPS as f32 * 2f32.powi(-40) * 1.01;
+                assert!((master - plain).abs() <= near, "master {master} in f16, {plain} in f32");
+            }
+            vec![plain, get(device, &m), get(device, &v), of_f16]
         }) {
             // A step is at most lr * (1 / c1) * few, each good to some roundings; the weight is rounded each time.
             let what = format!("{isa:?}, {len}");

@@ -1,7 +1,7 @@
 //! A model with the weights of a fixture, trained with AdamW as PyTorch does it.
 
 use super::fixture::Fixture;
-use ferropt_device::{AdamW, Buffer, Chip, ChipBuf, Device, Element, IGNORE, Param, Store};
+use ferropt_device::{AdamW, Buffer, Chip, ChipBuf, DType, Device, Element, IGNORE, Param, Store};
 use ferropt_model::{
     Backprop, Batch, Model, Offload, Options, Parameter, Pass, Recompute, Tensor, TensorMut,
 };
@@ -9,9 +9,14 @@ use ferropt_model::{
 pub struct Learner<E: Element> {
     model: Model<Chip, E>,
     backprop: Backprop<Chip, E>,
-    /// Low halves of f32 masters, for bf16 matrices.
+    /// Low halves of f32 masters, for matrices of halves.
     low: Vec<Option<ChipBuf<i16>>>,
     moments: Vec<(ChipBuf<f32>, ChipBuf<f32>)>,
+}
+
+/// What the loss is multiplied by: gradients would be too small for f16.
+fn loss_scale<E: Element>() -> f32 {
+    if E::DTYPE == DType::F16 { 4096.0 } else { 1.0 }
 }
 
 const PASS: Pass = Pass { seed: 1, step: 1, first_sequence: 0 };
@@ -59,14 +64,17 @@ impl<E: Element> Learner<E> {
     pub fn train(&mut self, device: &Chip, f: &Fixture) -> f64 {
         let targets = f.targets.iter().filter(|t| **t != IGNORE).count();
         let documents = vec![0; f.tokens.len()];
-        let (batch, scale) = (batch(f, &documents), 1.0 / targets as f32);
+        let (batch, scale) = (batch(f, &documents), loss_scale::<E>() / targets as f32);
         let sum = self.backprop.train(device, &self.model, batch, PASS, scale, Store::Overwrite).unwrap();
         sum / targets as f64
     }
 
     /// Gradients under Hugging Face names.
     pub fn gradients(&self, device: &Chip) -> Vec<(String, Vec<f32>)> {
-        let values = |tensor: Tensor<'_, Chip, f32>| download(device, tensor.flat());
+        let values = |tensor: Tensor<'_, Chip, f32>| {
+            let scaled = download(device, tensor.flat());
+            scaled.into_iter().map(|g| g / loss_scale::<E>()).collect()
+        };
         apart(&self.model.config().parameters(), self.backprop.gradients.tensors().into_iter().map(values))
     }
 
@@ -94,7 +102,7 @@ impl<E: Element> Learner<E> {
             weight_decay: o.weight_decay as f32,
             bias_correction1: (1.0 - o.beta1.powi(t as i32)) as f32,
             bias_correction2: (1.0 - o.beta2.powi(t as i32)) as f32,
-            grad_scale: 1.0,
+            grad_scale: 1.0 / loss_scale::<E>(),
         };
         let tensors = self.model.weights.tensors_mut();
         let gradients = self.backprop.gradients.tensors();

@@ -18,6 +18,7 @@ fn sections() -> Vec<(&'static str, &'static [&'static str])> {
         ("parallel", fields_of::<ParallelSection>()),
         ("checkpoint", fields_of::<CheckpointSection>()),
         ("recovery", fields_of::<RecoverySection>()),
+        ("loss_scale", fields_of::<LossScaleSection>()),
         ("validation", fields_of::<ValidationSection>()),
         ("log", fields_of::<LogSection>()),
         ("energy", fields_of::<EnergySection>()),

@@ -42,6 +42,8 @@ pub struct Config {
     pub checkpoint: CheckpointSection,
     /// `[recovery]`
     pub recovery: RecoverySection,
+    /// `[loss_scale]`
+    pub loss_scale: LossScaleSection,
     /// `[validation]`
     pub validation: ValidationSection,
     /// `[log]`
@@ -176,9 +178,9 @@ section! {
         max_minutes: Option<f64> = None,
         /// Seed of everything random.
         seed: u64 = 1,
-        /// Compute type: "f32" or "bf16".
+        /// Compute type: "f32", "bf16" or "f16".
         precision: Precision = Precision::Bf16,
-        /// bf16 master weights: "split" (exact f32 masters) or "bf16-stochastic" (no masters, stochastic rounding).
+        /// Master weights of bf16 and f16: "split" (f32 masters) or "bf16-stochastic" (no masters, stochastic rounding).
         weights: Option<Weights> = None,
         /// Activations to compute again in the backward pass: "none", "selective" or "full". Same bits, less memory.
         recompute: Recompute = Recompute::None,
@@ -252,6 +254,18 @@ section! {
 }
 
 section! {
+    /// What the loss is multiplied by in f16, so that gradients are neither too small nor too large for it.
+    LossScaleSection {
+        /// Factor of the first step, a power of two; 65536 with f16 unless given.
+        initial: Option<f64> = None,
+        /// Steps without an overflow after which the factor doubles; 1000 with f16 unless given.
+        window: Option<u64> = None,
+        /// Smallest factor, a power of two; a gradient that is not finite there is one for `[recovery]`. 1 with f16 unless given.
+        floor: Option<f64> = None,
+    }
+}
+
+section! {
     /// Validation on the sets of `data.validation`.
     ValidationSection {
         /// How often; also at the end of the run.
@@ -318,13 +332,26 @@ pub enum Precision {
     F32,
     /// bfloat16 matrices and activations, everything else f32.
     Bf16,
+    /// The same with IEEE's halves, whose gradients need a factor on the loss: [`LossScaleSection`].
+    F16,
 }
 
-/// `run.weights`, for bf16.
+impl Precision {
+    /// Name, as it is written in configurations.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+            Precision::F16 => "f16",
+        }
+    }
+}
+
+/// `run.weights`, for bf16 and f16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Weights {
-    /// bf16 weights and the low half of an exact f32 master.
+    /// Weights of 16 bits and the low half of an f32 master.
     Split,
     /// bf16 weights alone, updated with stochastic rounding.
     Bf16Stochastic,

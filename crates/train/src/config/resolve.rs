@@ -3,6 +3,7 @@
 use super::*;
 use crate::checkpoint::Retention;
 use crate::checkpoint::mirror::{self, Copies};
+use crate::loss_scale;
 use crate::optimizer::{Rule, Settings};
 use crate::recovery::Policy;
 use crate::schedule::{Kind, Schedule};
@@ -99,6 +100,8 @@ pub struct Resolved {
     pub validation_every: u64,
     /// What is done when training goes wrong.
     pub recovery: Policy,
+    /// How the loss is scaled, if it is.
+    pub loss_scale: Option<loss_scale::Policy>,
 }
 
 impl Resolved {
@@ -184,6 +187,7 @@ impl Config {
         let device = self.resolve_device()?;
         let keep_every = self.check_reports(batch_tokens)?;
         let recovery = self.resolve_recovery(schedule.warmup, batch_tokens)?;
+        let loss_scale = self.resolve_loss_scale()?;
         let copies = self.resolve_copies(batch_tokens)?;
         Ok(Resolved {
             model,
@@ -200,6 +204,7 @@ impl Config {
             copies,
             validation_every: self.validation.every.steps(batch_tokens),
             recovery,
+            loss_scale,
             config: self,
         })
     }
@@ -504,7 +509,11 @@ impl Config {
                 toml::Value::try_from(weights)?
             ),
             (Precision::F32, None) => {}
-            (Precision::Bf16, weights) => run.weights = Some(weights.unwrap_or(Weights::Split)),
+            (Precision::F16, Some(Weights::Bf16Stochastic)) => bail!(
+                "run.precision = \"f16\" and run.weights = \"bf16-stochastic\" contradict each other: f16 weights have masters; \
+                 remove run.weights, or use precision = \"bf16\""
+            ),
+            (_, weights) => run.weights = Some(weights.unwrap_or(Weights::Split)),
         }
         if self.data.cache.is_none() {
             let parent = run.dir.parent().unwrap_or(Path::new(""));
@@ -586,6 +595,45 @@ impl Config {
             cooldown,
             warmup,
         })
+    }
+
+    fn resolve_loss_scale(&mut self) -> anyhow::Result<Option<loss_scale::Policy>> {
+        let (precision, s) = (self.run.precision, &mut self.loss_scale);
+        if precision != Precision::F16 {
+            let given = [
+                ("initial", s.initial.map(|x| x.to_string())),
+                ("window", s.window.map(|x| x.to_string())),
+                ("floor", s.floor.map(|x| x.to_string())),
+            ];
+            if let Some((key, value)) = given.into_iter().find_map(|(key, value)| Some((key, value?))) {
+                bail!(
+                    "loss_scale.{key} = {value} and run.precision = \"{}\" contradict each other: only f16 needs a factor on \
+                     the loss; remove loss_scale.{key}, or use precision = \"f16\"",
+                    precision.name()
+                );
+            }
+            return Ok(None);
+        }
+        let policy = loss_scale::Policy {
+            initial: *s.initial.get_or_insert(65536.0),
+            window: *s.window.get_or_insert(1000),
+            floor: *s.floor.get_or_insert(1.0),
+        };
+        for (key, value) in [("initial", policy.initial), ("floor", policy.floor)] {
+            let exponent = value.log2();
+            ensure!(
+                exponent.fract() == 0.0 && (-24.0..=24.0).contains(&exponent),
+                "loss_scale.{key} = {value}, but it is a power of two from 2^-24 to 2^24, for example 65536"
+            );
+        }
+        ensure!(
+            policy.floor <= policy.initial,
+            "loss_scale.floor = {} is above loss_scale.initial = {}; lower it",
+            policy.floor,
+            policy.initial
+        );
+        ensure!(policy.window > 0, "loss_scale.window = 0, but it is 1 step or more; 1000 unless given");
+        Ok(Some(policy))
     }
 
     /// The mirror of the checkpoints.

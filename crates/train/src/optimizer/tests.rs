@@ -1,7 +1,7 @@
 use super::*;
 use crate::checkpoint::{DEFAULT_SHARD_BYTES, Retention, RunState, Snapshot, Store, Team, Writer};
-use ferropt_device::Buffer;
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
+use ferropt_device::{Buffer, f16};
 use ferropt_mesh::Mesh;
 use ferropt_model::{Config, Offload, Part, initial_values};
 
@@ -66,7 +66,7 @@ fn trained<E: Element>(
     for step in 1..=steps {
         let gradients = gradients(device, step);
         let norm = gradient_norm(device, &gradients);
-        optimizer.step(device, &mut model, &gradients, step, LR, norm);
+        optimizer.step(device, &mut model, &gradients, step, LR, norm, 1.0);
     }
     (model, optimizer)
 }
@@ -186,8 +186,8 @@ fn comes_back<E: Element>(settings: Settings, groups: &[&str]) {
     let mut again = Optimizer::new(&device, &other, settings).unwrap();
     again.load(&device, &mut other, &checkpoint).unwrap();
     let (gradients, norm) = (gradients(&device, 3), 1.0);
-    optimizer.step(&device, &mut model, &gradients, 3, LR, norm);
-    again.step(&device, &mut other, &gradients, 3, LR, norm);
+    optimizer.step(&device, &mut model, &gradients, 3, LR, norm, 1.0);
+    again.step(&device, &mut other, &gradients, 3, LR, norm, 1.0);
     let (left, right) = (saved(&device, &model, &optimizer), saved(&device, &other, &again));
     for group in groups {
         assert_eq!(values(&left, group), values(&right, group), "{settings:?}: {group}");
@@ -198,6 +198,7 @@ fn comes_back<E: Element>(settings: Settings, groups: &[&str]) {
 fn state_comes_back_to_the_bit() {
     comes_back::<f32>(ADAMW, &["model", "adam_m", "adam_v"]);
     comes_back::<bf16>(ADAMW, &["model", "adam_m", "adam_v"]);
+    comes_back::<f16>(ADAMW, &["model", "adam_m", "adam_v"]);
     comes_back::<bf16>(Settings { stochastic: true, ..SGD }, &["model", "momentum"]);
     comes_back::<bf16>(Settings { rule: Rule::Sgd { momentum: 0.0 }, ..SGD }, &["model"]);
 }

@@ -106,7 +106,7 @@ fn speed<E: Element>(device: &Chip, run: &Resolved, time: Duration) -> Result<f6
         let pass = Pass { seed: 1, step: 1, first_sequence: 0 };
         backprop.train(device, &model, batch, pass, 1.0 / tokens.len() as f32, Store::Overwrite)?;
         let norm = backprop.sum(device)?;
-        optimizer.step(device, &mut model, &backprop.gradients, 1, LR, norm);
+        optimizer.step(device, &mut model, &backprop.gradients, 1, LR, norm, 1.0);
         Ok(())
     };
     step()?; // touches all memory for the first time

@@ -121,10 +121,7 @@ impl Sizes {
 
     /// The model in words.
     pub fn model(&self) -> String {
-        let precision = match self.precision {
-            Precision::F32 => "f32",
-            Precision::Bf16 => "bf16",
-        };
+        let precision = self.precision.name();
         format!(
             "OPT of {} layers, {} heads, width {}: {:.2} million parameters, {precision}",
             self.layers,

@@ -155,6 +155,7 @@ mod tests {
             loss: 5.43214,
             lr: 6e-4,
             grad_norm: 1.2345,
+            loss_scale: None,
             tokens_per_second: 12345.4,
             model_tflops: 0.3841,
             hardware_tflops: 0.4012,

@@ -32,6 +32,9 @@ pub struct Training {
     /// L2 norm of the whole gradient before clipping.
     #[serde(deserialize_with = "null_is_nan")]
     pub grad_norm: f64,
+    /// What the loss was multiplied by, in runs in f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
     /// Tokens per second.
     #[serde(deserialize_with = "null_is_nan")]
     pub tokens_per_second: f64,
@@ -114,6 +117,7 @@ impl Record {
                     ("speed/model_tflops".to_string(), t.model_tflops),
                     ("speed/hardware_tflops".to_string(), t.hardware_tflops),
                 ];
+                scalars.extend(t.loss_scale.map(|scale| ("train/loss_scale".to_string(), scale)));
                 scalars.extend(t.peak_share.map(|share| ("speed/share_of_peak".to_string(), share)));
                 scalars.extend(t.energy.map(|energy| ("energy/joules".to_string(), energy.joules)));
                 scalars

@@ -5,7 +5,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// Keys and sections that may change between two parts of a run. Data is compared by content, not by path.
-const FREE: [&str; 20] = [
+const FREE: [&str; 21] = [
     "run.dir",
     "run.steps",
     "run.tokens",
@@ -23,6 +23,7 @@ const FREE: [&str; 20] = [
     "data.validation",
     "checkpoint",
     "recovery",
+    "loss_scale",
     "validation",
     "log",
     "energy",

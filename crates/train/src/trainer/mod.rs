@@ -22,7 +22,7 @@ use crate::signals::Stop;
 use crate::telemetry::{Training, Validation};
 use anyhow::{Context, Result};
 use data::Data;
-use ferropt_device::{Chip, Which, bf16};
+use ferropt_device::{Chip, Which, bf16, f16};
 use ferropt_mesh::{Join, Label, Mesh, World};
 use run::Trainer;
 pub(crate) use run::view;
@@ -122,6 +122,7 @@ fn train_on(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Result
         Precision::Bf16 => {
             Trainer::<_, bf16>::new(device, mesh, links, resolved, data, &plan, hook)?.run(stop)
         }
+        Precision::F16 => Trainer::<_, f16>::new(device, mesh, links, resolved, data, &plan, hook)?.run(stop),
     }
 }
 

@@ -4,6 +4,7 @@
 use super::run::{Trainer, described, view};
 use super::state;
 use crate::checkpoint::{Checkpoint, Event as Saving, Store};
+use crate::loss_scale::LossScale;
 use crate::recovery::{Cause, Finding, GaveUp, State, Trouble, Verdict, find};
 use crate::telemetry::{Record, Skipped};
 use anyhow::{Context, Result};
@@ -40,6 +41,7 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
     /// Tells of a step that was not taken, and keeps what shows why.
     fn skipped(&mut self, cause: &Cause) -> Result<()> {
         let finding = if cause.not_finite() { self.find(cause)? } else { None };
+        self.loss_scale.left_out();
         if self.telemetry.is_none() {
             return Ok(());
         }
@@ -63,7 +65,7 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
     fn find(&mut self, cause: &Cause) -> Result<Option<Finding>> {
         let r = &self.resolved;
         let number = |part: usize| part * r.data_ranks() + self.mesh.data.rank();
-        let size = (r.accumulation(), r.seq, 1.0 / r.batch_tokens() as f32);
+        let size = (r.accumulation(), r.seq, self.scale());
         let load = |part: usize, batch: &mut Batch| -> Result<Pass> {
             let first_sequence = (number(part) * r.micro_batch) as u64;
             let first = cause.batch * r.sequences as u64 + first_sequence;
@@ -117,20 +119,20 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
         let from = self.step;
         let healthy = if self.telemetry.is_some() { self.healthy(trouble)? } else { None };
         let healthy = found_by_first(&self.mesh, &self.resolved.config.run.dir, healthy)?;
-        let (to, then) = match healthy {
+        let (to, then, scale) = match healthy {
             Some(checkpoint) => {
                 let (device, model) = (&self.device, &mut self.model);
-                let (_, then) =
-                    state::load(&checkpoint, &self.data.identity, device, model, &mut self.optimizer)
-                        .with_context(|| format!("cannot go back to {}", checkpoint.path().display()))?;
-                (checkpoint.manifest().run.step, then)
+                let then = state::load(&checkpoint, &self.data.identity, device, model, &mut self.optimizer)
+                    .with_context(|| format!("cannot go back to {}", checkpoint.path().display()))?;
+                (checkpoint.manifest().run.step, then.guard, then.loss_scale)
             }
             None => {
                 self.optimizer.initialise(&self.device, &mut self.model, self.resolved.config.run.seed);
-                (0, State::after(0))
+                (0, State::after(0), None)
             }
         };
         self.guard.roll_back(trouble, to, then);
+        self.loss_scale = LossScale::new(self.resolved.loss_scale, scale);
         self.step = to;
         let number = self.guard.rollbacks();
         let (lr, clip) = self.guard.factors(to + 1);

@@ -8,6 +8,7 @@ use crate::checkpoint::{DEFAULT_SHARD_BYTES, Event as Saving, Retention, Writer,
 use crate::collect::Collector;
 use crate::config::Resolved;
 use crate::logbook::Logbook;
+use crate::loss_scale::LossScale;
 use crate::optimizer::Optimizer;
 use crate::planner::{Flops, Plan};
 use crate::recovery::{Guard, State, Verdict};
@@ -34,6 +35,7 @@ pub(super) struct Trainer<'h, D: Device, E: Element> {
     pub(super) optimizer: Optimizer<D>,
     /// Says which batch comes next, and whether its gradient is taken. All ranks see the same figures and have the same.
     pub(super) guard: Guard,
+    pub(super) loss_scale: LossScale,
     collector: Collector,
     watch: Watch,
     /// The first rank tells.
@@ -87,18 +89,19 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let mut model = Model::part(&device, &resolved.model, part, options.offload)?;
         let mut optimizer = Optimizer::new(&device, &model, resolved.optimizer)?;
         let backprop = Backprop::on(&device, &resolved.model, options, mesh.clone())?;
-        let (mut step, mut energy, mut remembered) = (0, Energy::default(), State::after(0));
+        let mut step = 0;
+        let mut remembered =
+            state::Remembered { energy: Energy::default(), guard: State::after(0), loss_scale: None };
         match &found {
             Some(found) => {
-                (energy, remembered) =
-                    state::load(found, &data.identity, &device, &mut model, &mut optimizer)
-                        .with_context(|| format!("cannot resume from {}", found.path().display()))?;
+                remembered = state::load(found, &data.identity, &device, &mut model, &mut optimizer)
+                    .with_context(|| format!("cannot resume from {}", found.path().display()))?;
                 step = found.manifest().run.step;
             }
             None => optimizer.initialise(&device, &mut model, resolved.config.run.seed),
         }
         let resumed = found.is_some().then_some(step);
-        let meter = Meter::start(energy, resolved.config.energy.watts);
+        let meter = Meter::start(remembered.energy, resolved.config.energy.watts);
         let retention =
             Retention { keep_last: resolved.config.checkpoint.keep_last, keep_every: resolved.keep_every };
         let telemetry = if first { Some(Telemetry::open(run, resumed, resolved.steps)?) } else { None };
@@ -109,7 +112,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let book =
             if first { Some(super::history::open(&resolved, &mesh.world, resumed, &notes)?) } else { None };
         let trainer = Trainer {
-            guard: Guard::new(resolved.recovery, remembered),
+            guard: Guard::new(resolved.recovery, remembered.guard),
+            loss_scale: LossScale::new(resolved.loss_scale, remembered.loss_scale),
             book,
             collector: Collector::new(mesh.clone(), model.held()),
             watch: Watch::new(&mesh, plan, resolved.config.log.trace),
@@ -241,8 +245,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let started = Instant::now();
         let (r, step) = (&self.resolved, self.step + 1);
         let first = self.guard.batch() * r.sequences as u64;
-        // Every position of a training sample is a target, so the mean is over all tokens of the step.
-        let scale = 1.0 / r.batch_tokens() as f32;
+        let scale = self.scale();
         let mut sum = 0.0;
         self.mesh.world.beat(Label::of("step", step as usize));
         self.watch.begin(&self.mesh);
@@ -265,12 +268,21 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
                 }
             }
         }
-        let grad_norm = self.backprop.sum(&self.device)?;
+        let loss_scale = self.loss_scale.factor();
+        let grad_norm = self.backprop.sum(&self.device)? / loss_scale;
         if let Some(sent) = self.watch.summed(&self.mesh) {
             self.say(&sent);
         }
         let [sum] = total(&self.mesh, [sum])?;
         let loss = sum / r.batch_tokens() as f64;
+        // An overflow on the way forward is not the factor's.
+        if loss.is_finite() && !grad_norm.is_finite() && self.loss_scale.lower() {
+            self.say(&format!(
+                "step {step}: the gradient is not finite at the loss scale {loss_scale}; it is tried again with {}",
+                self.loss_scale.factor()
+            ));
+            return Ok(false);
+        }
         match self.guard.judge(step, loss, grad_norm) {
             Verdict::Accept => {}
             verdict => return self.recover(verdict).map(|()| false),
@@ -280,7 +292,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         self.optimizer.set_clip(r.optimizer.clip * clip_factor);
         let gradients = &self.backprop.gradients;
         let span = self.mesh.world.trace().span(Label::new("optimiser"));
-        self.optimizer.step(&self.device, &mut self.model, gradients, step, lr, grad_norm);
+        self.optimizer.step(&self.device, &mut self.model, gradients, step, lr, grad_norm, loss_scale);
+        self.loss_scale.taken();
         drop(span);
         if let Some(taken) = self.watch.updated(&self.device) {
             self.say(&taken);
@@ -296,6 +309,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             loss,
             lr,
             grad_norm,
+            loss_scale: self.loss_scale.told().map(|_| loss_scale),
             tokens_per_second,
             model_tflops: tokens_per_second * self.flops.model * 1e-12,
             hardware_tflops: tokens_per_second * self.flops.hardware * 1e-12,
@@ -312,6 +326,12 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             }
         }
         Ok(true)
+    }
+
+    /// What the sum of a step's losses is multiplied by. Every position of a training sample is a target, so the mean is over
+    /// all tokens of the step.
+    pub(super) fn scale(&self) -> f32 {
+        self.loss_scale.factor() as f32 / self.resolved.batch_tokens() as f32
     }
 
     /// Scores the held-out sets.
@@ -367,6 +387,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             data: &self.data,
             energy: self.meter.read(),
             guard: &self.guard,
+            loss_scale: &self.loss_scale,
         };
         let snapshot = || state::snapshot(place, &self.device, &self.model, &self.optimizer, &self.collector);
         match &mut self.writer {

@@ -4,6 +4,7 @@ use super::data::{Data, Identity};
 use crate::checkpoint::{Checkpoint, RunState, Snapshot};
 use crate::collect::Collector;
 use crate::config::Resolved;
+use crate::loss_scale::{self, LossScale};
 use crate::optimizer::Optimizer;
 use crate::recovery::{self, Guard};
 use crate::telemetry::Energy;
@@ -19,6 +20,9 @@ struct LoopState {
     energy: Energy,
     /// Absent in checkpoints of programs that knew no recovery.
     recovery: Option<recovery::State>,
+    /// Of runs in f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    loss_scale: Option<loss_scale::State>,
 }
 
 /// Where a run stands.
@@ -28,6 +32,15 @@ pub(super) struct Place<'a> {
     pub(super) data: &'a Data,
     pub(super) energy: Energy,
     pub(super) guard: &'a Guard,
+    pub(super) loss_scale: &'a LossScale,
+}
+
+/// What a checkpoint remembers of the loop.
+pub(super) struct Remembered {
+    /// Energy that the run had used.
+    pub(super) energy: Energy,
+    pub(super) guard: recovery::State,
+    pub(super) loss_scale: Option<loss_scale::State>,
 }
 
 /// A copy of everything that the run needs to go on, and what other programs need to use the model.
@@ -38,7 +51,7 @@ pub(super) fn snapshot<D: Device, E: Element>(
     optimizer: &Optimizer<D>,
     collector: &Collector,
 ) -> Result<Snapshot> {
-    let Place { step, resolved, data, energy, guard } = place;
+    let Place { step, resolved, data, energy, guard, loss_scale } = place;
     let run = RunState {
         step,
         tokens: step * resolved.batch_tokens(),
@@ -50,6 +63,7 @@ pub(super) fn snapshot<D: Device, E: Element>(
             data: data.identity.clone(),
             energy,
             recovery: Some(guard.state().clone()),
+            loss_scale: loss_scale.state(),
         })?,
     };
     let config = serde_json::to_vec_pretty(&resolved.model.hugging_face())?;
@@ -57,7 +71,7 @@ pub(super) fn snapshot<D: Device, E: Element>(
     Ok(Snapshot { run, groups: optimizer.save(device, model, collector)?, files })
 }
 
-/// Puts a checkpoint's state into place, and returns the energy that the run had used and what its guard remembered.
+/// Puts a checkpoint's state into place, and returns what the loop is to go on from.
 ///
 /// # Errors
 /// When the run trained another model or on other data, or a tensor is missing; the message says which.
@@ -67,7 +81,7 @@ pub(super) fn load<D: Device, E: Element>(
     device: &D,
     model: &mut Model<D, E>,
     optimizer: &mut Optimizer<D>,
-) -> Result<(Energy, recovery::State)> {
+) -> Result<Remembered> {
     let run = &checkpoint.manifest().run;
     let saved: ferropt_model::Config =
         serde_json::from_value(run.model.clone()).context("its manifest describes no OPT model")?;
@@ -76,5 +90,6 @@ pub(super) fn load<D: Device, E: Element>(
         .context("its manifest does not say where the loop stood")?;
     state.data.check(data)?;
     optimizer.load(device, model, checkpoint)?;
-    Ok((state.energy, state.recovery.unwrap_or_else(|| recovery::State::after(run.step))))
+    let guard = state.recovery.unwrap_or_else(|| recovery::State::after(run.step));
+    Ok(Remembered { energy: state.energy, guard, loss_scale: state.loss_scale })
 }

@@ -21,6 +21,9 @@ KERNEL(attention_delta_f32, const float* out, const float* dout, Heads s, float*
 KERNEL(attention_delta_bf16, const bf16* out, const bf16* dout, Heads s, float* delta, u64 count) {
     attention_delta(out, dout, s, delta, count);
 }
+KERNEL(attention_delta_f16, const f16* out, const f16* dout, Heads s, float* delta, u64 count) {
+    attention_delta(out, dout, s, delta, count);
+}
 
 /// A query's row in the backward pass.
 struct Query {
@@ -182,9 +185,15 @@ BACKWARD(attention_dq, attention_dq_f32_256, float, 8)
 BACKWARD(attention_dq, attention_dq_bf16_64, bf16, 2)
 BACKWARD(attention_dq, attention_dq_bf16_128, bf16, 4)
 BACKWARD(attention_dq, attention_dq_bf16_256, bf16, 8)
+BACKWARD(attention_dq, attention_dq_f16_64, f16, 2)
+BACKWARD(attention_dq, attention_dq_f16_128, f16, 4)
+BACKWARD(attention_dq, attention_dq_f16_256, f16, 8)
 BACKWARD(attention_dkv, attention_dkv_f32_64, float, 2)
 BACKWARD(attention_dkv, attention_dkv_f32_128, float, 4)
 BACKWARD(attention_dkv, attention_dkv_f32_256, float, 8)
 BACKWARD(attention_dkv, attention_dkv_bf16_64, bf16, 2)
 BACKWARD(attention_dkv, attention_dkv_bf16_128, bf16, 4)
 BACKWARD(attention_dkv, attention_dkv_bf16_256, bf16, 8)
+BACKWARD(attention_dkv, attention_dkv_f16_64, f16, 2)
+BACKWARD(attention_dkv, attention_dkv_f16_128, f16, 4)
+BACKWARD(attention_dkv, attention_dkv_f16_256, f16, 8)

@@ -1,13 +1,13 @@
-// Causal attention on tensor cores (Dao, 2023), in bf16.
+// Causal attention on tensor cores (Dao, 2023), in bf16 or f16.
 #include "attention_mma.cuh"
 
 // A block for 64 queries of one head of one sequence.
-template <int D>
-__device__ void attention_mma(const bf16* qkv, const u32* doc_start, Heads s, Dropout dropout, bf16* out, float* lse) {
-    DYNAMIC_SHARED(bf16, shared);
+template <class E, int D>
+__device__ void attention_mma(const E* qkv, const u32* doc_start, Heads s, Dropout dropout, E* out, float* lse) {
+    DYNAMIC_SHARED(E, shared);
     const u32 LD = Row<D>::LD;
-    bf16* k = shared;          // [64][LD], at first the queries
-    bf16* v = k + TILE * LD;   // [64][LD]
+    E* k = shared;          // [64][LD], at first the queries
+    E* v = k + TILE * LD;   // [64][LD]
     u32 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 g = lane / 4, t = lane % 4;
     // The last queries have the most keys, so they come first.
@@ -38,7 +38,7 @@ __device__ void attention_mma(const bf16* qkv, const u32* doc_start, Heads s, Dr
             for (int i = 0; i < D / 16; i++) {
                 u32 right[2];
                 load_right(right, k + 8 * j * LD + 16 * i, LD);
-                mma(p[j], q[i], right);
+                mma<E>(p[j], q[i], right);
             }
         }
         for (int r = 0; r < 2; r++) {
@@ -76,17 +76,20 @@ __device__ void attention_mma(const bf16* qkv, const u32* doc_start, Heads s, Dr
         total += __shfl_xor_sync(ALL_LANES, total, 2);
         if (query[r] < s.seq) {
             float factor = 1.0f / total;
-            bf16* row = out + s.out(b, h, query[r]) + 2 * t;
+            E* row = out + s.out(b, h, query[r]) + 2 * t;
             for (int n = 0; n < D / 8; n++) put_two(row + 8 * n, sums[n][2 * r] * factor, sums[n][2 * r + 1] * factor);
             if (t == 0) lse[u64(blockIdx.y) * s.seq + query[r]] = (most[r] + log2f(total)) * LN2;
         }
     }
 }
 
-#define ATTENTION(D)                                                                                              \
-    KERNEL(attention_mma_##D, const bf16* qkv, const u32* doc_start, Heads s, Dropout dropout, bf16* out, float* lse) { \
-        attention_mma<D>(qkv, doc_start, s, dropout, out, lse);                                                   \
+#define ATTENTION(E, D)                                                                                           \
+    KERNEL(attention_mma_##E##_##D, const E* qkv, const u32* doc_start, Heads s, Dropout dropout, E* out, float* lse) { \
+        attention_mma<E, D>(qkv, doc_start, s, dropout, out, lse);                                                \
     }
-ATTENTION(64)
-ATTENTION(80)
-ATTENTION(128)
+ATTENTION(bf16, 64)
+ATTENTION(bf16, 80)
+ATTENTION(bf16, 128)
+ATTENTION(f16, 64)
+ATTENTION(f16, 80)
+ATTENTION(f16, 128)

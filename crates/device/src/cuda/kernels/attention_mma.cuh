@@ -1,5 +1,5 @@
-// What the kernels of attention with tensor cores share: bf16, heads of width D, tiles of 64 rows of queries by 64 keys, 16
-// rows to each of 4 warps.
+// What the kernels of attention with tensor cores share: halves of type E, heads of width D, tiles of 64 rows of queries by
+// 64 keys, 16 rows to each of 4 warps.
 #pragma once
 #include "attention.cuh"
 #include "mma.cuh"
@@ -13,8 +13,8 @@ template <int D> struct Row {
 const float LOG2E = 1.44269504088896f, LN2 = 0.693147180559945f;
 
 /// Copies `rows` rows of a head to shared memory, 16 bytes at a time; rows from `last` on become zeros.
-template <int D>
-__device__ __forceinline__ void stage16(const bf16* x, u64 first, u64 ld, u32 rows, u32 last, bf16* to) {
+template <int D, class E>
+__device__ __forceinline__ void stage16(const E* x, u64 first, u64 ld, u32 rows, u32 last, E* to) {
     for (u32 i = threadIdx.x; i < rows * (D / 8); i += blockDim.x) {
         u32 row = i / (D / 8), c = i % (D / 8) * 8;
         uint4 v = make_uint4(0, 0, 0, 0);
@@ -43,23 +43,25 @@ __device__ __forceinline__ void mask_row(const Dropout& d, u64 row, u32 block, f
 }
 
 /// Sums over keys of a tile as the left factor of the next product, keys 16i ..
-__device__ __forceinline__ void as_left(u32* left, const float (*sums)[4], int i) {
-    left[0] = two(sums[2 * i][0], sums[2 * i][1]), left[1] = two(sums[2 * i][2], sums[2 * i][3]);
-    left[2] = two(sums[2 * i + 1][0], sums[2 * i + 1][1]), left[3] = two(sums[2 * i + 1][2], sums[2 * i + 1][3]);
+template <class E> __device__ __forceinline__ void as_left(u32* left, const float (*sums)[4], int i) {
+    left[0] = two<E>(sums[2 * i][0], sums[2 * i][1]), left[1] = two<E>(sums[2 * i][2], sums[2 * i][3]);
+    left[2] = two<E>(sums[2 * i + 1][0], sums[2 * i + 1][1]), left[3] = two<E>(sums[2 * i + 1][2], sums[2 * i + 1][3]);
 }
 
 /// sums += tile * rows: what is summed over are the tile's columns, and `16 * STEPS` rows of a head in shared memory.
-template <int D, int STEPS>
-__device__ __forceinline__ void add_rows(float (*sums)[4], const float (*tile)[4], const bf16* rows) {
+template <int D, int STEPS, class E>
+__device__ __forceinline__ void add_rows(float (*sums)[4], const float (*tile)[4], const E* rows) {
     for (int i = 0; i < STEPS; i++) {
         u32 left[4], right[2];
-        as_left(left, tile, i);
+        as_left<E>(left, tile, i);
         for (int n = 0; n < D / 8; n++) {
             load_right_turned(right, rows + 16 * i * Row<D>::LD + 8 * n, Row<D>::LD);
-            mma(sums[n], left, right);
+            mma<E>(sums[n], left, right);
         }
     }
 }
 
 /// Two neighbouring numbers of a row.
-__device__ __forceinline__ void put_two(bf16* to, float low, float high) { *reinterpret_cast<u32*>(to) = two(low, high); }
+template <class E> __device__ __forceinline__ void put_two(E* to, float low, float high) {
+    *reinterpret_cast<u32*>(to) = two<E>(low, high);
+}

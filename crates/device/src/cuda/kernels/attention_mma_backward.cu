@@ -1,14 +1,14 @@
-// Backward of causal attention on tensor cores, in bf16; as attention_backward.cu, in larger tiles.
+// Backward of causal attention on tensor cores, in bf16 or f16; as attention_backward.cu, in larger tiles.
 #include "attention_mma.cuh"
 
 // dq. A block for 64 queries of one head of one sequence.
-template <int D>
-__device__ void attention_mma_dq(const bf16* qkv, const u32* doc_start, Heads s, Dropout dropout, const float* lse,
-                                 const float* delta, const bf16* dout, bf16* dqkv) {
-    DYNAMIC_SHARED(bf16, shared);
+template <class E, int D>
+__device__ void attention_mma_dq(const E* qkv, const u32* doc_start, Heads s, Dropout dropout, const float* lse,
+                                 const float* delta, const E* dout, E* dqkv) {
+    DYNAMIC_SHARED(E, shared);
     const u32 LD = Row<D>::LD;
-    bf16* k = shared;          // [64][LD], at first the queries
-    bf16* v = k + TILE * LD;   // [64][LD], at first rows of dout
+    E* k = shared;          // [64][LD], at first the queries
+    E* v = k + TILE * LD;   // [64][LD], at first rows of dout
     u32 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 g = lane / 4, t = lane % 4;
     u32 first = (gridDim.x - 1 - blockIdx.x) * TILE, count = min(TILE, s.seq - first);
@@ -45,9 +45,9 @@ __device__ void attention_mma_dq(const bf16* qkv, const u32* doc_start, Heads s,
             for (int i = 0; i < D / 16; i++) {
                 u32 right[2];
                 load_right(right, k + 8 * j * LD + 16 * i, LD);
-                mma(p[j], q[i], right);
+                mma<E>(p[j], q[i], right);
                 load_right(right, v + 8 * j * LD + 16 * i, LD);
-                mma(dp[j], go[i], right);
+                mma<E>(dp[j], go[i], right);
             }
         }
         for (int r = 0; r < 2; r++) {
@@ -70,7 +70,7 @@ __device__ void attention_mma_dq(const bf16* qkv, const u32* doc_start, Heads s,
     }
     for (int r = 0; r < 2; r++) {
         if (query[r] < s.seq) {
-            bf16* row = dqkv + s.at(b, h, 0, query[r]) + 2 * t;
+            E* row = dqkv + s.at(b, h, 0, query[r]) + 2 * t;
             for (int n = 0; n < D / 8; n++) put_two(row + 8 * n, sums[n][2 * r], sums[n][2 * r + 1]);
         }
     }
@@ -80,17 +80,17 @@ __device__ void attention_mma_dq(const bf16* qkv, const u32* doc_start, Heads s,
 const u32 FEW = 32;
 
 // dk and dv. A block for 64 keys of one head of one sequence. Scores are turned around: a row for each key.
-template <int D>
-__device__ void attention_mma_dkv(const bf16* qkv, const u32* doc_start, Heads s, Dropout dropout, const float* lse,
-                                  const float* delta, const bf16* dout, bf16* dqkv) {
-    DYNAMIC_SHARED(bf16, shared);
+template <class E, int D>
+__device__ void attention_mma_dkv(const E* qkv, const u32* doc_start, Heads s, Dropout dropout, const float* lse,
+                                  const float* delta, const E* dout, E* dqkv) {
+    DYNAMIC_SHARED(E, shared);
     const u32 LD = Row<D>::LD;
     __shared__ float log_sums[FEW], deltas[FEW];
     __shared__ u32 froms[FEW];
-    bf16* k = shared;           // [64][LD]
-    bf16* v = k + TILE * LD;    // [64][LD]
-    bf16* q = v + TILE * LD;    // [32][LD]
-    bf16* go = q + FEW * LD;    // [32][LD], rows of dout
+    E* k = shared;           // [64][LD]
+    E* v = k + TILE * LD;    // [64][LD]
+    E* q = v + TILE * LD;    // [32][LD]
+    E* go = q + FEW * LD;    // [32][LD], rows of dout
     u32 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 g = lane / 4, t = lane % 4, key = blockIdx.x * TILE, keys = min(TILE, s.seq - key);
     u64 ld = 3 * u64(s.heads) * D;
@@ -125,9 +125,9 @@ __device__ void attention_mma_dkv(const bf16* qkv, const u32* doc_start, Heads s
             load_left(left_v, v + 16 * warp * LD + 16 * i, LD);
             for (u32 j = 0; j < FEW / 8; j++) {
                 load_right(right, q + 8 * j * LD + 16 * i, LD);
-                mma(p[j], left_k, right);
+                mma<E>(p[j], left_k, right);
                 load_right(right, go + 8 * j * LD + 16 * i, LD);
-                mma(dp[j], left_v, right);
+                mma<E>(dp[j], left_v, right);
             }
         }
         for (u32 j = 0; j < FEW / 8; j++) {
@@ -151,8 +151,8 @@ __device__ void attention_mma_dkv(const bf16* qkv, const u32* doc_start, Heads s
     for (int r = 0; r < 2; r++) {
         u32 own = key + 16 * warp + g + 8 * r;
         if (own < s.seq) {
-            bf16* to_k = dqkv + s.at(b, h, 1, own) + 2 * t;
-            bf16* to_v = dqkv + s.at(b, h, 2, own) + 2 * t;
+            E* to_k = dqkv + s.at(b, h, 1, own) + 2 * t;
+            E* to_v = dqkv + s.at(b, h, 2, own) + 2 * t;
             for (int n = 0; n < D / 8; n++) {
                 put_two(to_k + 8 * n, dk[n][2 * r], dk[n][2 * r + 1]);
                 put_two(to_v + 8 * n, dv[n][2 * r], dv[n][2 * r + 1]);
@@ -161,14 +161,20 @@ __device__ void attention_mma_dkv(const bf16* qkv, const u32* doc_start, Heads s
     }
 }
 
-#define BACKWARD(kernel, D)                                                                                           \
-    KERNEL(kernel##_##D, const bf16* qkv, const u32* doc_start, Heads s, Dropout dropout, const float* lse,           \
-           const float* delta, const bf16* dout, bf16* dqkv) {                                                        \
-        kernel<D>(qkv, doc_start, s, dropout, lse, delta, dout, dqkv);                                                \
+#define BACKWARD(kernel, E, D)                                                                                        \
+    KERNEL(kernel##_##E##_##D, const E* qkv, const u32* doc_start, Heads s, Dropout dropout, const float* lse,        \
+           const float* delta, const E* dout, E* dqkv) {                                                              \
+        kernel<E, D>(qkv, doc_start, s, dropout, lse, delta, dout, dqkv);                                             \
     }
-BACKWARD(attention_mma_dq, 64)
-BACKWARD(attention_mma_dq, 80)
-BACKWARD(attention_mma_dq, 128)
-BACKWARD(attention_mma_dkv, 64)
-BACKWARD(attention_mma_dkv, 80)
-BACKWARD(attention_mma_dkv, 128)
+BACKWARD(attention_mma_dq, bf16, 64)
+BACKWARD(attention_mma_dq, bf16, 80)
+BACKWARD(attention_mma_dq, bf16, 128)
+BACKWARD(attention_mma_dq, f16, 64)
+BACKWARD(attention_mma_dq, f16, 80)
+BACKWARD(attention_mma_dq, f16, 128)
+BACKWARD(attention_mma_dkv, bf16, 64)
+BACKWARD(attention_mma_dkv, bf16, 80)
+BACKWARD(attention_mma_dkv, bf16, 128)
+BACKWARD(attention_mma_dkv, f16, 64)
+BACKWARD(attention_mma_dkv, f16, 80)
+BACKWARD(attention_mma_dkv, f16, 128)

@@ -31,6 +31,9 @@ KERNEL(column_sums_f32, const float* x, float* parts, u32 rows, u32 n, u32 rows_
 KERNEL(column_sums_bf16, const bf16* x, float* parts, u32 rows, u32 n, u32 rows_each) {
     column_sums(x, parts, rows, n, rows_each);
 }
+KERNEL(column_sums_f16, const f16* x, float* parts, u32 rows, u32 n, u32 rows_each) {
+    column_sums(x, parts, rows, n, rows_each);
+}
 
 // out[n] (+)= sum of parts[count][stride], from each part its first n. Blocks of (32, 32) threads for 32 columns.
 KERNEL(add_parts, const float* parts, u32 count, u32 stride, u32 n, float* out, u32 accumulate) {

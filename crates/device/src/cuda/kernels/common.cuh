@@ -29,14 +29,26 @@ const u32 ALL_LANES = 0xffffffffu;
 /// Score that stands for none yet: below all others, and unlike an infinity it can be subtracted from itself.
 const float NOTHING = -3.402823466e38f;
 
-// ---- bf16
+// ---- halves: bf16, and IEEE's f16
 
 struct bf16 {
+    u16 bits;
+};
+struct f16 {
     u16 bits;
 };
 
 __device__ __forceinline__ float to_f32(float x) { return x; }
 __device__ __forceinline__ float to_f32(bf16 x) { return __uint_as_float(u32(x.bits) << 16); }
+__device__ __forceinline__ float to_f32(f16 x) {
+#ifdef FERROPT_EMULATION
+    return emulation::widen_f16(x.bits);
+#else
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+#endif
+}
 
 template <class T> struct Of;
 template <> struct Of<float> {
@@ -55,28 +67,43 @@ template <> struct Of<bf16> {
         return y;
     }
 };
+template <> struct Of<f16> {
+    /// Nearest, ties to even; infinite from 65,520 on.
+    static __device__ __forceinline__ f16 f32(float x) {
+        f16 y;
+#ifdef FERROPT_EMULATION
+        y.bits = emulation::narrow_f16(x);
+#else
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#endif
+        return y;
+    }
+};
 
 // ---- four neighbouring elements
 
-template <class T> struct Four;
+/// Of halves.
+template <class T> struct Four {
+    typedef uint2 Vector;
+    static __device__ __forceinline__ float half_of(u32 bits) {
+        T x;
+        x.bits = u16(bits);
+        return to_f32(x);
+    }
+    static __device__ __forceinline__ void open(Vector v, float* x) {
+        x[0] = half_of(v.x), x[1] = half_of(v.x >> 16), x[2] = half_of(v.y), x[3] = half_of(v.y >> 16);
+    }
+    static __device__ __forceinline__ Vector close(const float* x) {
+        u32 a = Of<T>::f32(x[0]).bits, b = Of<T>::f32(x[1]).bits;
+        u32 c = Of<T>::f32(x[2]).bits, d = Of<T>::f32(x[3]).bits;
+        return make_uint2(a | b << 16, c | d << 16);
+    }
+};
 template <> struct Four<float> {
     typedef float4 Vector;
     static __device__ __forceinline__ void open(Vector v, float* x) { x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w; }
     static __device__ __forceinline__ Vector close(const float* x) { return make_float4(x[0], x[1], x[2], x[3]); }
 };
-template <> struct Four<bf16> {
-    typedef uint2 Vector;
-    static __device__ __forceinline__ void open(Vector v, float* x) {
-        x[0] = __uint_as_float(v.x << 16), x[1] = __uint_as_float(v.x & 0xffff0000u);
-        x[2] = __uint_as_float(v.y << 16), x[3] = __uint_as_float(v.y & 0xffff0000u);
-    }
-    static __device__ __forceinline__ Vector close(const float* x) {
-        u32 a = Of<bf16>::f32(x[0]).bits, b = Of<bf16>::f32(x[1]).bits;
-        u32 c = Of<bf16>::f32(x[2]).bits, d = Of<bf16>::f32(x[3]).bits;
-        return make_uint2(a | b << 16, c | d << 16);
-    }
-};
-
 template <class T> __device__ __forceinline__ bool fits_four(const T* p, u64 left) {
     return left >= 4 && (u64(p) & (4 * sizeof(T) - 1)) == 0;
 }

@@ -18,6 +18,8 @@ template <class S, class T> __device__ void cast(const S* src, T* dst, u64 len) 
 
 KERNEL(cast_f32_bf16, const float* src, bf16* dst, u64 len) { cast(src, dst, len); }
 KERNEL(cast_bf16_f32, const bf16* src, float* dst, u64 len) { cast(src, dst, len); }
+KERNEL(cast_f32_f16, const float* src, f16* dst, u64 len) { cast(src, dst, len); }
+KERNEL(cast_f16_f32, const f16* src, float* dst, u64 len) { cast(src, dst, len); }
 
 // dst += src
 KERNEL(add, const float* src, float* dst, u64 len) {
@@ -45,6 +47,9 @@ KERNEL(relu_backward_f32_f32, const float* output, float* dx, u64 len) { relu_ba
 KERNEL(relu_backward_f32_bf16, const float* output, bf16* dx, u64 len) { relu_backward(output, dx, len); }
 KERNEL(relu_backward_bf16_f32, const bf16* output, float* dx, u64 len) { relu_backward(output, dx, len); }
 KERNEL(relu_backward_bf16_bf16, const bf16* output, bf16* dx, u64 len) { relu_backward(output, dx, len); }
+KERNEL(relu_backward_f32_f16, const float* output, f16* dx, u64 len) { relu_backward(output, dx, len); }
+KERNEL(relu_backward_f16_f32, const f16* output, float* dx, u64 len) { relu_backward(output, dx, len); }
+KERNEL(relu_backward_f16_f16, const f16* output, f16* dx, u64 len) { relu_backward(output, dx, len); }
 
 // y = act(product + bias); a block for each row of n.
 template <class O> __device__ void finish_linear(const float* product, const float* bias, u32 relu, O* y, u32 n) {
@@ -67,5 +72,8 @@ KERNEL(finish_linear_f32, const float* product, const float* bias, u32 relu, flo
     finish_linear(product, bias, relu, y, n);
 }
 KERNEL(finish_linear_bf16, const float* product, const float* bias, u32 relu, bf16* y, u32 n) {
+    finish_linear(product, bias, relu, y, n);
+}
+KERNEL(finish_linear_f16, const float* product, const float* bias, u32 relu, f16* y, u32 n) {
     finish_linear(product, bias, relu, y, n);
 }

@@ -29,6 +29,9 @@ EMBED(embed_f32_f32, float, float)
 EMBED(embed_f32_bf16, float, bf16)
 EMBED(embed_bf16_f32, bf16, float)
 EMBED(embed_bf16_bf16, bf16, bf16)
+EMBED(embed_f32_f16, float, f16)
+EMBED(embed_f16_f32, f16, float)
+EMBED(embed_f16_f16, f16, f16)
 
 // dtable[ids[i]] += dout[i], in the order of i. A block for each i; the one whose id is met for the first time adds all
 // rows of that id, one after the other: the bits do not depend on which block runs when.
@@ -61,5 +64,8 @@ KERNEL(embed_backward_f32, const u32* ids, const float* dout, float* dtable, u32
     embed_backward(ids, dout, dtable, count, width);
 }
 KERNEL(embed_backward_bf16, const u32* ids, const bf16* dout, float* dtable, u32 count, u32 width) {
+    embed_backward(ids, dout, dtable, count, width);
+}
+KERNEL(embed_backward_f16, const u32* ids, const f16* dout, float* dtable, u32 count, u32 width) {
     embed_backward(ids, dout, dtable, count, width);
 }

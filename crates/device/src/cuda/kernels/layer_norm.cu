@@ -43,6 +43,7 @@ __device__ void layer_norm(const float* x, const float* gamma, const float* beta
     }
 LAYER_NORM(layer_norm_f32, float)
 LAYER_NORM(layer_norm_bf16, bf16)
+LAYER_NORM(layer_norm_f16, f16)
 
 // With n the normalised row and g = dy * gamma: dx = rstd * (g - mean(g) - n * mean(g * n)). A block takes `rows_each`
 // rows, one after the other, and leaves its sums of dy * n and dy in parts[block][2][width]; each column is one thread's.
@@ -83,3 +84,4 @@ __device__ void layer_norm_backward(const G* dy, const float* x, const float* me
     }
 LAYER_NORM_BACKWARD(layer_norm_backward_f32, float)
 LAYER_NORM_BACKWARD(layer_norm_backward_bf16, bf16)
+LAYER_NORM_BACKWARD(layer_norm_backward_f16, f16)

@@ -51,6 +51,9 @@ KERNEL(loss_look_f32, const float* logits, const u32* targets, u32 first, u32 vo
 KERNEL(loss_look_bf16, const bf16* logits, const u32* targets, u32 first, u32 vocab, float* log_sums, float* target_logits) {
     loss_look(logits, targets, first, vocab, log_sums, target_logits);
 }
+KERNEL(loss_look_f16, const f16* logits, const u32* targets, u32 first, u32 vocab, float* log_sums, float* target_logits) {
+    loss_look(logits, targets, first, vocab, log_sums, target_logits);
+}
 
 // The loss, and with `backward` the gradient of `scale` times it in the logits' place.
 template <class E>
@@ -83,6 +86,7 @@ __device__ void loss_finish(E* logits, const u32* targets, u32 first, u32 vocab,
     }
 LOSS_FINISH(loss_finish_f32, float)
 LOSS_FINISH(loss_finish_bf16, bf16)
+LOSS_FINISH(loss_finish_f16, f16)
 
 // Log-sum-exp of each row of x, and the place of its largest element, the first of equal ones.
 KERNEL(log_sum_exp, const float* x, float* lse, u32* largest, u32 width) {

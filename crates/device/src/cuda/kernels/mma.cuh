@@ -1,4 +1,5 @@
-// Products of 16 x 8 x 16 by tensor cores, bf16 summed in f32. Lane l of a warp is (g, t) = (l / 4, l % 4).
+// Products of 16 x 8 x 16 by tensor cores, halves of type E (bf16 or f16) summed in f32. Lane l of a warp is (g, t) = (l / 4,
+// l % 4).
 //
 // Left factor [16][16], four words: rows g and g + 8, columns 2t and 2t + 1, then the same with columns 8 further.
 // Right factor [16][8], two words: column g, rows 2t and 2t + 1, then 8 further. Sums [16][8]: row g, columns 2t and 2t + 1,
@@ -7,7 +8,8 @@
 #include "common.cuh"
 
 /// Two numbers in a word, the first in the low half.
-__device__ __forceinline__ u32 two(float low, float high) {
+template <class E> __device__ __forceinline__ u32 two(float low, float high);
+template <> __device__ __forceinline__ u32 two<bf16>(float low, float high) {
 #ifdef FERROPT_EMULATION
     return Of<bf16>::f32(low).bits | u32(Of<bf16>::f32(high).bits) << 16;
 #else
@@ -16,36 +18,57 @@ __device__ __forceinline__ u32 two(float low, float high) {
     return both;
 #endif
 }
-
-/// sums += left * right
-__device__ __forceinline__ void mma(float* sums, const u32* left, const u32* right) {
+template <> __device__ __forceinline__ u32 two<f16>(float low, float high) {
 #ifdef FERROPT_EMULATION
-    emulation::mma(sums, left, right);
+    return Of<f16>::f32(low).bits | u32(Of<f16>::f32(high).bits) << 16;
 #else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+    u32 both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
 #endif
 }
 
+#ifdef FERROPT_EMULATION
+/// sums += left * right
+template <class E> void mma(float* sums, const u32* left, const u32* right) {
+    emulation::mma(sums, left, right, [](u16 bits) {
+        E x;
+        x.bits = bits;
+        return to_f32(x);
+    });
+}
+#else
+#define MMA(E)                                                                                                             \
+    template <> __device__ __forceinline__ void mma<E>(float* sums, const u32* left, const u32* right) {                   \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." #E "." #E ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
+            "{%0, %1, %2, %3};"                                                                                            \
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                                   \
+            : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));                       \
+    }
+/// sums += left * right
+template <class E> __device__ void mma(float* sums, const u32* left, const u32* right);
+MMA(bf16)
+MMA(f16)
+#endif
+
 /// A left factor from 16 rows of shared memory, `ld` numbers apart.
-__device__ __forceinline__ void load_left(u32* left, const bf16* rows, u32 ld) {
+template <class E> __device__ __forceinline__ void load_left(u32* left, const E* rows, u32 ld) {
     u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const bf16* at = rows + g * ld + 2 * t;
+    const E* at = rows + g * ld + 2 * t;
     left[0] = *reinterpret_cast<const u32*>(at), left[1] = *reinterpret_cast<const u32*>(at + 8 * ld);
     left[2] = *reinterpret_cast<const u32*>(at + 8), left[3] = *reinterpret_cast<const u32*>(at + 8 * ld + 8);
 }
 
 /// A right factor whose columns are 8 rows of shared memory.
-__device__ __forceinline__ void load_right(u32* right, const bf16* rows, u32 ld) {
+template <class E> __device__ __forceinline__ void load_right(u32* right, const E* rows, u32 ld) {
     u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const bf16* at = rows + g * ld + 2 * t;
+    const E* at = rows + g * ld + 2 * t;
     right[0] = *reinterpret_cast<const u32*>(at), right[1] = *reinterpret_cast<const u32*>(at + 8);
 }
 
 /// A right factor whose rows are 16 rows of shared memory, of each 8 numbers at an address that 16 divides.
-__device__ __forceinline__ void load_right_turned(u32* right, const bf16* rows, u32 ld) {
-    const bf16* row = rows + threadIdx.x % 16 * ld;
+template <class E> __device__ __forceinline__ void load_right_turned(u32* right, const E* rows, u32 ld) {
+    const E* row = rows + threadIdx.x % 16 * ld;
 #ifdef FERROPT_EMULATION
     emulation::load_turned(right, row);
 #else

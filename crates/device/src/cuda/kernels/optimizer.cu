@@ -22,9 +22,12 @@ template <class E> struct Master {
     Stream stream;
     Place place;
 
-    __device__ __forceinline__ float read(u64 i) const { return to_f32(w[i]); }
-    __device__ __forceinline__ void write(u64 i, float value) const { w[i] = Of<E>::f32(value); }
+    __device__ __forceinline__ float read(u64 i) const;
+    __device__ __forceinline__ void write(u64 i, float value) const;
 };
+
+template <> __device__ __forceinline__ float Master<float>::read(u64 i) const { return w[i]; }
+template <> __device__ __forceinline__ void Master<float>::write(u64 i, float value) const { w[i] = value; }
 
 template <> __device__ __forceinline__ float Master<bf16>::read(u64 i) const {
     return low ? __uint_as_float((u32(w[i].bits) << 16) + u32(int(low[i]))) : to_f32(w[i]);
@@ -46,6 +49,29 @@ template <> __device__ __forceinline__ void Master<bf16>::write(u64 i, float val
     }
 }
 
+/// What the low half of an f16 weight counts: 2^-25 of its power of two, or of 2^-14 where that is more.
+__device__ __forceinline__ float low_unit(float w) {
+    return __uint_as_float(max(__float_as_uint(w) & 0x7f800000u, 0x38800000u) - (25u << 23));
+}
+
+template <> __device__ __forceinline__ float Master<f16>::read(u64 i) const {
+    float near = to_f32(w[i]);
+    return low ? near + float(low[i]) * low_unit(near) : near;
+}
+
+template <> __device__ __forceinline__ void Master<f16>::write(u64 i, float value) const {
+    // Below 2^-14 masters are multiples of 2^-39 (and no minus zero): a weight and its low half must follow from their sum alone.
+    const float UNITS = 549755813888.0f;
+    if (low && fabsf(value) < 1.0f / 16384.0f) value = rintf(value * UNITS) * (1.0f / UNITS) + 0.0f;
+    f16 nearest = Of<f16>::f32(value);
+    w[i] = nearest;
+    if (low) {
+        // A whole number, at most 2^14; of an infinity or a NaN, nothing is left that counts.
+        float near = to_f32(nearest), left = (value - near) * (1.0f / low_unit(near));
+        low[i] = fabsf(left) <= 32767.0f ? i16(int(left)) : i16(0);
+    }
+}
+
 struct AdamW {
     float grad_scale, beta1, beta2, decay, step, root, eps;
 };
@@ -64,6 +90,9 @@ KERNEL(adamw_f32, AdamW hyper, Master<float> master, const float* grad, float* m
     adamw(hyper, master, grad, m, v, len);
 }
 KERNEL(adamw_bf16, AdamW hyper, Master<bf16> master, const float* grad, float* m, float* v, u64 len) {
+    adamw(hyper, master, grad, m, v, len);
+}
+KERNEL(adamw_f16, AdamW hyper, Master<f16> master, const float* grad, float* m, float* v, u64 len) {
     adamw(hyper, master, grad, m, v, len);
 }
 
@@ -88,13 +117,17 @@ __device__ void sgd(Master<E> master, const float* grad, float* momentum, u64 le
     }
 SGD(sgd_f32, float)
 SGD(sgd_bf16, bf16)
+SGD(sgd_f16, f16)
 
-KERNEL(set_master, const float* values, Master<bf16> master, u64 len) {
-    for (u64 i = first_index(); i < len; i += grid_size()) master.write(i, values[i]);
-}
-KERNEL(get_master, Master<bf16> master, float* values, u64 len) {
-    for (u64 i = first_index(); i < len; i += grid_size()) values[i] = master.read(i);
-}
+#define MASTERS(E)                                                                          \
+    KERNEL(set_master_##E, const float* values, Master<E> master, u64 len) {                \
+        for (u64 i = first_index(); i < len; i += grid_size()) master.write(i, values[i]);  \
+    }                                                                                       \
+    KERNEL(get_master_##E, Master<E> master, float* values, u64 len) {                      \
+        for (u64 i = first_index(); i < len; i += grid_size()) values[i] = master.read(i);  \
+    }
+MASTERS(bf16)
+MASTERS(f16)
 
 // ---- sum of squares in f64: of each block's piece, and of those
 

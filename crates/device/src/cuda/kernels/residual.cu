@@ -27,6 +27,7 @@ __device__ void residual(const E* branch, const float* bias, Dropout d, const fl
     }
 RESIDUAL(residual_f32, float)
 RESIDUAL(residual_bf16, bf16)
+RESIDUAL(residual_f16, f16)
 
 // dy = dropout(dres)
 template <class E> __device__ void residual_backward(const float* dres, Dropout d, E* dy, u32 width) {
@@ -45,5 +46,8 @@ KERNEL(residual_backward_f32, const float* dres, Dropout dropout, float* dy, u32
     residual_backward(dres, dropout, dy, width);
 }
 KERNEL(residual_backward_bf16, const float* dres, Dropout dropout, bf16* dy, u32 width) {
+    residual_backward(dres, dropout, dy, width);
+}
+KERNEL(residual_backward_f16, const float* dres, Dropout dropout, f16* dy, u32 width) {
     residual_backward(dres, dropout, dy, width);
 }

@@ -50,6 +50,7 @@ fn a_resolved_configuration_written_out_resolves_to_itself() {
         ),
         (EXPLICIT, &["schedule.kind=inverse-sqrt", "checkpoint.keep_every=1000", "validation.max_tokens=1M"]),
         (EXPLICIT, &["run.device=cuda", "run.offload=optimizer"]),
+        (EXPLICIT, &["run.precision=f16", "loss_scale.window=200"]),
         (PRESET, &[]),
         (
             PRESET,
@@ -98,6 +99,28 @@ fn sizes_are_given_or_a_presets_with_own_vocabulary_and_positions() {
 #[test]
 fn refusals_name_the_key_the_value_and_the_fix() {
     let cases: &[(&str, &[&str], &[&str])] = &[
+        (
+            EXPLICIT,
+            &["run.precision=f16", "run.weights=bf16-stochastic"],
+            &["run.weights = \"bf16-stochastic\"", "remove"],
+        ),
+        (EXPLICIT, &["loss_scale.window=9"], &["loss_scale.window = 9", "run.precision = \"bf16\"", "f16"]),
+        (
+            EXPLICIT,
+            &["run.precision=f16", "loss_scale.initial=1000"],
+            &["loss_scale.initial = 1000", "power of two"],
+        ),
+        (
+            EXPLICIT,
+            &["run.precision=f16", "loss_scale.initial=-2"],
+            &["loss_scale.initial = -2", "power of two"],
+        ),
+        (
+            EXPLICIT,
+            &["run.precision=f16", "loss_scale.initial=2", "loss_scale.floor=4"],
+            &["loss_scale.floor = 4", "loss_scale.initial = 2"],
+        ),
+        (EXPLICIT, &["run.precision=f16", "loss_scale.window=0"], &["loss_scale.window = 0", "1000"]),
         (PRESET, &["model.preset=125M"], &["model.preset = \"125M\"", "\"125m\""]),
         (PRESET, &["model.width=64"], &["model.preset = \"125m\"", "model.width = 64", "remove one"]),
         (PRESET, &["model.post_norm=false"], &["model.post_norm = false", "remove one"]),
