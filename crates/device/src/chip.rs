@@ -83,6 +83,14 @@ impl Chip {
             Chip::Cuda(device) => device.threads(),
         }
     }
+
+    /// Bytes of workspace that operations have taken so far: at most what [`Device::workspace_bytes`] announces.
+    pub fn workspace_taken(&self) -> usize {
+        match self {
+            Chip::Cpu(device) => device.workspace_taken(),
+            Chip::Cuda(device) => device.workspace_taken(),
+        }
+    }
 }
 
 impl<T: Element> Buffer<T> for ChipBuf<T> {

@@ -25,8 +25,6 @@ mod places;
 pub mod quantise;
 pub mod rng;
 mod strided;
-#[cfg(test)]
-mod take_workspace;
 mod timed;
 
 pub use chip::{Chip, ChipBuf, ChipPacked, Which};

@@ -63,7 +63,6 @@ impl Workspace {
     }
 
     /// Bytes of all pieces.
-    #[cfg(test)]
     pub(super) fn bytes(&self) -> usize {
         self.pieces.iter().flatten().map(|piece| 4 * piece.len()).sum()
     }

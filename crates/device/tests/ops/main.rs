@@ -14,6 +14,7 @@ mod log_sum_exp;
 mod optimizer;
 mod packed;
 mod repeated;
+mod workspace;
 
 use std::sync::OnceLock;
 
