@@ -8,6 +8,8 @@
 //! Numbers: matrices and activations are of the compute type `E` (f32, bf16 or f16); the residual stream, biases,
 //! layer-norm parameters, gradients and optimiser moments are always f32; every sum is accumulated in f32 or wider.
 //! Every operation gives the same bits whatever the number of threads.
+//!
+//! A device that fails in the middle of an operation ends it, and what called it, as far as [`failures`].
 
 // Kernels are the one place where unsafe code is allowed; each block says why it is sound.
 #![allow(unsafe_code)]
@@ -18,6 +20,7 @@ mod chip;
 pub mod cpu;
 pub mod cuda;
 mod element;
+mod failure;
 mod link;
 mod mapped;
 mod paged;
@@ -29,6 +32,7 @@ mod timed;
 
 pub use chip::{Chip, ChipBuf, ChipPacked, Which};
 pub use element::{DType, Element};
+pub use failure::{Failure, failures};
 pub use half::{bf16, f16};
 pub use link::{Exchange, Flight, Link, Located, Network, Transfer, Watch};
 pub use mapped::Mapped;

@@ -7,7 +7,7 @@ use crate::scheduler::Load;
 use crate::text::{Piece, Token};
 use anyhow::{Context, Result, bail};
 use ferropt_data::Tokenizer;
-use ferropt_device::{Device, Element};
+use ferropt_device::{Device, Element, Failure, failures};
 use ferropt_model::Decoder;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -53,7 +53,7 @@ impl Handle {
         let (shared, own) = (load.clone(), tokenizer.clone());
         let work = move || {
             // The engine borrows the tokenizer, so it is made where it works.
-            match Engine::<D, E>::new(device, decoder, draft, &own, options) {
+            match failures(|| Engine::<D, E>::new(device, decoder, draft, &own, options)) {
                 Ok(mut engine) => {
                     *shared.lock().unwrap_or_else(PoisonError::into_inner) = engine.load();
                     if ready.send(Ok(engine.capacity())).is_ok() {
@@ -81,7 +81,7 @@ impl Handle {
         self.capacity
     }
 
-    /// Whether the engine's thread is gone, which only a fault in it can bring about: requests fail from then on.
+    /// Whether the engine's thread is gone, which a fault in it or of its device can bring about: requests fail from then on.
     pub fn has_ended(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
@@ -309,7 +309,7 @@ fn serve<D: Device, E: Element>(
             }
             *load.lock().unwrap_or_else(PoisonError::into_inner) = engine.load();
         }
-        match engine.step() {
+        match failures(|| engine.step()) {
             Ok(events) => {
                 for (own, event) in events {
                     let Some((_, sink)) = sinks.get_mut(&own) else { continue };
@@ -325,6 +325,10 @@ fn serve<D: Device, E: Element>(
                 for (own, (_, mut sink)) in sinks.drain() {
                     engine.cancel(own);
                     sink(Event::Failed(format!("{error:#}")));
+                }
+                // A device fails for good. Whoever watches over this thread sees its end.
+                if error.is::<Failure>() {
+                    return;
                 }
             }
         }

@@ -72,12 +72,17 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    let command = Cli::parse().command;
+    ferropt_device::failures(|| run(command)).unwrap_or_else(|error| {
+        report(&error);
+        ExitCode::from(exit::status(&error))
+    })
+}
+
+fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
         Command::Quickstart(args) => quickstart::run(args),
-        Command::Train(args) => match train::run(args) {
-            Ok(status) => return ExitCode::from(status),
-            Err(error) => Err(error),
-        },
+        Command::Train(args) => return train::run(args).map(ExitCode::from),
         Command::Generate(args) => until_reader_leaves(generate::run(args)),
         Command::Chat(args) => chat::run(args),
         Command::Score(args) => until_reader_leaves(score::run(args)),
@@ -86,14 +91,8 @@ fn main() -> ExitCode {
         Command::Presets(args) => until_reader_leaves(presets::run(args)),
         Command::Bench(args) => until_reader_leaves(bench::run(args)),
         Command::Info(args) => until_reader_leaves(info::run(args)),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            report(&error);
-            ExitCode::from(exit::status(&error))
-        }
-    }
+    }?;
+    Ok(ExitCode::SUCCESS)
 }
 
 /// No error if whoever reads the output has seen enough, as `head` does.

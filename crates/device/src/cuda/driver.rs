@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -100,6 +100,8 @@ pub(super) struct Gpu {
     stream: Handle,
     /// Bytes of its memory that are taken.
     taken: AtomicU64,
+    /// Whether it has failed, which it does for good: nothing can be given back to it any more.
+    failed: AtomicBool,
     /// As the driver calls it.
     pub name: String,
     /// Compute capability: 9 and 0 for Hopper.
@@ -162,8 +164,8 @@ impl Gpu {
             CURRENT.set(context);
             check(f, (f.cuStreamCreate)(&mut stream, NON_BLOCKING))?;
         }
-        let taken = AtomicU64::new(0);
-        Ok(Gpu { functions, device, context, stream, taken, name, capability, multiprocessors })
+        let (taken, failed) = (AtomicU64::new(0), AtomicBool::new(false));
+        Ok(Gpu { functions, device, context, stream, taken, failed, name, capability, multiprocessors })
     }
 
     /// The driver's functions, with this GPU's context current on this thread.
@@ -196,8 +198,10 @@ impl Gpu {
 
     /// Gives back a stream of [`Gpu::new_stream`].
     pub(super) fn give_back_stream(&self, stream: Handle) {
-        // SAFETY: made once, given back once. An error can change nothing any more.
-        unsafe { (self.driver().cuStreamDestroy_v2)(stream) };
+        if !self.has_failed() {
+            // SAFETY: made once, given back once. An error can change nothing any more.
+            unsafe { (self.driver().cuStreamDestroy_v2)(stream) };
+        }
     }
 
     /// An error of the driver in words.
@@ -212,8 +216,19 @@ impl Gpu {
     /// that is lost. Nothing that was computed can be trusted then.
     pub(super) fn expect(&self, what: &str, code: c_int) {
         if let Err(error) = self.check(code) {
-            panic!("the GPU {} failed: {what}: {error:#}", self.name);
+            self.fail(&format!("{what}: {error:#}"));
         }
+    }
+
+    /// Ends the operation under way with [`crate::Failure`].
+    pub(super) fn fail(&self, what: &str) -> ! {
+        self.failed.store(true, Relaxed);
+        crate::failure::fail(format!("the GPU {} failed: {what}", self.name))
+    }
+
+    /// Whether an operation failed.
+    pub(super) fn has_failed(&self) -> bool {
+        self.failed.load(Relaxed)
     }
 
     /// Waits for all work.
@@ -250,6 +265,9 @@ impl Gpu {
 
     /// Gives memory back, once the work that uses it is done.
     pub(super) fn free(&self, address: Address, bytes: usize) {
+        if self.has_failed() {
+            return;
+        }
         self.note_free();
         // SAFETY: from `allocate`, given back once; the driver waits for work in progress.
         self.expect("memory cannot be given back", unsafe { (self.driver().cuMemFree_v2)(address) });
@@ -282,6 +300,9 @@ impl Gpu {
 
     /// Gives the host's memory back, once the work that uses it is done.
     pub(super) fn free_on_host(&self, address: Address) {
+        if self.has_failed() {
+            return;
+        }
         self.note_free();
         self.wait();
         // SAFETY: from `allocate_on_host`, given back once, and no work uses it any more.
@@ -381,6 +402,9 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
+        if self.has_failed() {
+            return;
+        }
         let f = self.driver();
         // SAFETY: made by `open`; everything that uses them is gone. Errors can change nothing any more.
         unsafe {

@@ -64,7 +64,9 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: made once, given back once; work that waits for it goes on doing so. An error can change nothing any more.
-        unsafe { (self.gpu.driver().cuEventDestroy_v2)(self.handle) };
+        if !self.gpu.has_failed() {
+            // SAFETY: made once, given back once; work that waits for it goes on doing so. An error can change nothing any more.
+            unsafe { (self.gpu.driver().cuEventDestroy_v2)(self.handle) };
+        }
     }
 }

@@ -146,6 +146,9 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
+        if self.gpu.has_failed() {
+            return;
+        }
         // It may still be at work.
         self.gpu.wait();
         // SAFETY: made once, given back once. An error can change nothing any more.
@@ -164,7 +167,7 @@ struct Recording<'g> {
 
 impl<'g> Recording<'g> {
     fn begin(gpu: &'g Gpu) -> Recording<'g> {
-        let stream = gpu.new_stream().unwrap_or_else(|e| panic!("no stream to record on: {e:#}"));
+        let stream = gpu.new_stream().unwrap_or_else(|e| gpu.fail(&format!("no stream to record on: {e:#}")));
         // SAFETY: the stream was made just now.
         let code = unsafe { (gpu.driver().cuStreamBeginCapture_v2)(stream, THREAD_LOCAL) };
         gpu.expect("nothing can be recorded", code);

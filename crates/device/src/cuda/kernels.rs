@@ -153,7 +153,7 @@ impl Kernels {
 
 impl Drop for Kernels {
     fn drop(&mut self) {
-        for module in &self.modules {
+        for module in self.modules.iter().filter(|_| !self.gpu.has_failed()) {
             // SAFETY: loaded once, given back once. An error can change nothing any more.
             unsafe { (self.gpu.driver().cuModuleUnload)(*module) };
         }

@@ -368,7 +368,7 @@ impl Transfer for Started {
     fn hold_back(&self) {
         self.gpu.outside("waiting for other ranks");
         let held = self.end.hold_back(self.gpu.stream());
-        held.unwrap_or_else(|error| panic!("the GPU {} failed: {error:#}", self.gpu.name));
+        held.unwrap_or_else(|error| self.gpu.fail(&format!("{error:#}")));
     }
 
     fn is_over(&self) -> bool {

@@ -42,8 +42,7 @@ impl Workspace {
 
     /// A piece of at least so many bytes, with unspecified contents.
     ///
-    /// # Panics
-    /// When memory is short.
+    /// Fails the GPU when memory is short.
     pub(super) fn take(&mut self, which: Scratch, bytes: usize) -> Address {
         let words = bytes.div_ceil(4).max(1);
         let slot = &mut self.pieces[which as usize];
@@ -51,8 +50,10 @@ impl Workspace {
             self.moved += 1;
             // The old piece is given back before the new one is made.
             *slot = None;
-            *slot =
-                Some(CudaBuf::new(&self.gpu, words).unwrap_or_else(|e| panic!("kernel workspace: {e:#}")));
+            let new = CudaBuf::new(&self.gpu, words);
+            *slot = Some(
+                new.unwrap_or_else(|e| self.gpu.fail(&format!("no room for kernels' workspace: {e:#}"))),
+            );
         }
         slot.as_ref().expect("made above").at(0, words)
     }

@@ -43,6 +43,7 @@ pub struct Config {
     /// `[recovery]`
     pub recovery: RecoverySection,
     /// `[loss_scale]`
+    #[serde(skip_serializing_if = "LossScaleSection::says_nothing")]
     pub loss_scale: LossScaleSection,
     /// `[validation]`
     pub validation: ValidationSection,
@@ -262,6 +263,13 @@ section! {
         window: Option<u64> = None,
         /// Smallest factor, a power of two; a gradient that is not finite there is one for `[recovery]`. 1 with f16 unless given.
         floor: Option<f64> = None,
+    }
+}
+
+impl LossScaleSection {
+    /// As for runs that are not in f16, whose written configurations have no such section.
+    fn says_nothing(&self) -> bool {
+        *self == LossScaleSection::default()
     }
 }
 

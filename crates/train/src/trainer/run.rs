@@ -16,7 +16,7 @@ use crate::signals::Stop;
 use crate::telemetry::{Energy, Meter, Record, Telemetry, Training, Validation};
 use anyhow::{Context, Result};
 use ferropt_data::Batch;
-use ferropt_device::{Device, Element, Store as Put};
+use ferropt_device::{Device, Element, Store as Put, failures};
 use ferropt_mesh::{Label, Mesh};
 use ferropt_model::{Backprop, Model, Part, Pass, Task, schedule};
 use std::time::{Duration, Instant};
@@ -157,7 +157,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
     /// # Errors
     /// Training that goes wrong again and again, a last checkpoint that cannot be written, or a rank that is lost.
     pub(super) fn run(mut self, stop: &Stop) -> Result<Outcome> {
-        let ending = self.work(stop);
+        let ending = failures(|| self.work(stop));
         if let Err(error) = &ending {
             // The others are not to wait for this rank.
             self.mesh.world.abandon(&format!("{error:#}"));
