@@ -11,7 +11,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The largest factor. Twice 2^24 times the smallest f16 would be more than a gradient of 1 needs.
+/// The largest factor: with it the smallest f16 is a gradient of 2^-48, and smaller ones change nothing.
 const MOST: f64 = (1 << 24) as f64;
 
 /// `[loss_scale]` of the configuration.

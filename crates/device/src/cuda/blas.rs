@@ -272,11 +272,10 @@ impl Blas {
 
 impl Drop for Blas {
     fn drop(&mut self) {
-        if self.gpu.has_failed() {
+        if self.gpu.closing().is_none() {
             return;
         }
         let f = &self.functions;
-        self.gpu.driver();
         let plans = self.plans.get_mut().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: each was made once and is given back once. Errors can change nothing any more.
         unsafe {

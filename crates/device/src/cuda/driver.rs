@@ -198,10 +198,9 @@ impl Gpu {
 
     /// Gives back a stream of [`Gpu::new_stream`].
     pub(super) fn give_back_stream(&self, stream: Handle) {
-        if !self.has_failed() {
-            // SAFETY: made once, given back once. An error can change nothing any more.
-            unsafe { (self.driver().cuStreamDestroy_v2)(stream) };
-        }
+        let Some(f) = self.closing() else { return };
+        // SAFETY: made once, given back once. An error can change nothing any more.
+        unsafe { (f.cuStreamDestroy_v2)(stream) };
     }
 
     /// An error of the driver in words.
@@ -226,9 +225,9 @@ impl Gpu {
         crate::failure::fail(format!("the GPU {} failed: {what}", self.name))
     }
 
-    /// Whether an operation failed.
-    pub(super) fn has_failed(&self) -> bool {
-        self.failed.load(Relaxed)
+    /// The driver's functions, for whoever gives something back; none where an operation has failed.
+    pub(super) fn closing(&self) -> Option<&Functions> {
+        (!self.failed.load(Relaxed)).then(|| self.driver())
     }
 
     /// Waits for all work.
@@ -265,12 +264,10 @@ impl Gpu {
 
     /// Gives memory back, once the work that uses it is done.
     pub(super) fn free(&self, address: Address, bytes: usize) {
-        if self.has_failed() {
-            return;
-        }
+        let Some(f) = self.closing() else { return };
         self.note_free();
         // SAFETY: from `allocate`, given back once; the driver waits for work in progress.
-        self.expect("memory cannot be given back", unsafe { (self.driver().cuMemFree_v2)(address) });
+        self.expect("memory cannot be given back", unsafe { (f.cuMemFree_v2)(address) });
         self.taken.fetch_sub(bytes as u64, Relaxed);
     }
 
@@ -300,13 +297,11 @@ impl Gpu {
 
     /// Gives the host's memory back, once the work that uses it is done.
     pub(super) fn free_on_host(&self, address: Address) {
-        if self.has_failed() {
-            return;
-        }
+        let Some(f) = self.closing() else { return };
         self.note_free();
         self.wait();
         // SAFETY: from `allocate_on_host`, given back once, and no work uses it any more.
-        let code = unsafe { (self.driver().cuMemFreeHost)(address as *mut c_void) };
+        let code = unsafe { (f.cuMemFreeHost)(address as *mut c_void) };
         self.expect("memory of the host cannot be given back", code);
     }
 
@@ -402,10 +397,7 @@ impl Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        if self.has_failed() {
-            return;
-        }
-        let f = self.driver();
+        let Some(f) = self.closing() else { return };
         // SAFETY: made by `open`; everything that uses them is gone. Errors can change nothing any more.
         unsafe {
             (f.cuStreamDestroy_v2)(self.stream);

@@ -64,9 +64,8 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        if !self.gpu.has_failed() {
-            // SAFETY: made once, given back once; work that waits for it goes on doing so. An error can change nothing any more.
-            unsafe { (self.gpu.driver().cuEventDestroy_v2)(self.handle) };
-        }
+        let Some(f) = self.gpu.closing() else { return };
+        // SAFETY: made once, given back once; work that waits for it goes on doing so. An error can change nothing any more.
+        unsafe { (f.cuEventDestroy_v2)(self.handle) };
     }
 }

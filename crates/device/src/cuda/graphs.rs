@@ -146,13 +146,11 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        if self.gpu.has_failed() {
-            return;
-        }
+        let Some(f) = self.gpu.closing() else { return };
         // It may still be at work.
         self.gpu.wait();
         // SAFETY: made once, given back once. An error can change nothing any more.
-        unsafe { (self.gpu.driver().cuGraphExecDestroy)(self.handle) };
+        unsafe { (f.cuGraphExecDestroy)(self.handle) };
     }
 }
 

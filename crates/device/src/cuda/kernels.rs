@@ -153,9 +153,10 @@ impl Kernels {
 
 impl Drop for Kernels {
     fn drop(&mut self) {
-        for module in self.modules.iter().filter(|_| !self.gpu.has_failed()) {
+        let Some(f) = self.gpu.closing() else { return };
+        for module in &self.modules {
             // SAFETY: loaded once, given back once. An error can change nothing any more.
-            unsafe { (self.gpu.driver().cuModuleUnload)(*module) };
+            unsafe { (f.cuModuleUnload)(*module) };
         }
     }
 }

@@ -5,7 +5,7 @@ use super::run::{Trainer, described, view};
 use super::state;
 use crate::checkpoint::{Checkpoint, Event as Saving, Store};
 use crate::loss_scale::LossScale;
-use crate::recovery::{Cause, Finding, GaveUp, State, Trouble, Verdict, find};
+use crate::recovery::{Cause, Finding, GaveUp, Trouble, Verdict, find};
 use crate::telemetry::{Record, Skipped};
 use anyhow::{Context, Result};
 use ferropt_data::Batch;
@@ -119,20 +119,20 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
         let from = self.step;
         let healthy = if self.telemetry.is_some() { self.healthy(trouble)? } else { None };
         let healthy = found_by_first(&self.mesh, &self.resolved.config.run.dir, healthy)?;
-        let (to, then, scale) = match healthy {
+        let (to, then) = match healthy {
             Some(checkpoint) => {
                 let (device, model) = (&self.device, &mut self.model);
                 let then = state::load(&checkpoint, &self.data.identity, device, model, &mut self.optimizer)
                     .with_context(|| format!("cannot go back to {}", checkpoint.path().display()))?;
-                (checkpoint.manifest().run.step, then.guard, then.loss_scale)
+                (checkpoint.manifest().run.step, then)
             }
             None => {
                 self.optimizer.initialise(&self.device, &mut self.model, self.resolved.config.run.seed);
-                (0, State::after(0), None)
+                (0, state::Remembered::at_first())
             }
         };
-        self.guard.roll_back(trouble, to, then);
-        self.loss_scale = LossScale::new(self.resolved.loss_scale, scale);
+        self.guard.roll_back(trouble, to, then.guard);
+        self.loss_scale = LossScale::new(self.resolved.loss_scale, then.loss_scale);
         self.step = to;
         let number = self.guard.rollbacks();
         let (lr, clip) = self.guard.factors(to + 1);

@@ -11,9 +11,9 @@ use crate::logbook::Logbook;
 use crate::loss_scale::LossScale;
 use crate::optimizer::Optimizer;
 use crate::planner::{Flops, Plan};
-use crate::recovery::{Guard, State, Verdict};
+use crate::recovery::{Guard, Verdict};
 use crate::signals::Stop;
-use crate::telemetry::{Energy, Meter, Record, Telemetry, Training, Validation};
+use crate::telemetry::{Meter, Record, Telemetry, Training, Validation};
 use anyhow::{Context, Result};
 use ferropt_data::Batch;
 use ferropt_device::{Device, Element, Store as Put, failures};
@@ -89,9 +89,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let mut model = Model::part(&device, &resolved.model, part, options.offload)?;
         let mut optimizer = Optimizer::new(&device, &model, resolved.optimizer)?;
         let backprop = Backprop::on(&device, &resolved.model, options, mesh.clone())?;
-        let mut step = 0;
-        let mut remembered =
-            state::Remembered { energy: Energy::default(), guard: State::after(0), loss_scale: None };
+        let (mut step, mut remembered) = (0, state::Remembered::at_first());
         match &found {
             Some(found) => {
                 remembered = state::load(found, &data.identity, &device, &mut model, &mut optimizer)
@@ -268,7 +266,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
                 }
             }
         }
-        let loss_scale = self.loss_scale.factor();
+        let (loss_scale, told_scale) = (self.loss_scale.factor(), self.loss_scale.told());
         let grad_norm = self.backprop.sum(&self.device)? / loss_scale;
         if let Some(sent) = self.watch.summed(&self.mesh) {
             self.say(&sent);
@@ -309,7 +307,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             loss,
             lr,
             grad_norm,
-            loss_scale: self.loss_scale.told().map(|_| loss_scale),
+            loss_scale: told_scale,
             tokens_per_second,
             model_tflops: tokens_per_second * self.flops.model * 1e-12,
             hardware_tflops: tokens_per_second * self.flops.hardware * 1e-12,

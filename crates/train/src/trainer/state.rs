@@ -43,6 +43,13 @@ pub(super) struct Remembered {
     pub(super) loss_scale: Option<loss_scale::State>,
 }
 
+impl Remembered {
+    /// Where there is no checkpoint yet.
+    pub(super) fn at_first() -> Remembered {
+        Remembered { energy: Energy::default(), guard: recovery::State::after(0), loss_scale: None }
+    }
+}
+
 /// A copy of everything that the run needs to go on, and what other programs need to use the model.
 pub(super) fn snapshot<D: Device, E: Element>(
     place: Place<'_>,

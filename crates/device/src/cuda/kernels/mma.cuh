@@ -7,28 +7,10 @@
 #pragma once
 #include "common.cuh"
 
+#ifdef FERROPT_EMULATION
 /// Two numbers in a word, the first in the low half.
-template <class E> __device__ __forceinline__ u32 two(float low, float high);
-template <> __device__ __forceinline__ u32 two<bf16>(float low, float high) {
-#ifdef FERROPT_EMULATION
-    return Of<bf16>::f32(low).bits | u32(Of<bf16>::f32(high).bits) << 16;
-#else
-    u32 both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-#endif
-}
-template <> __device__ __forceinline__ u32 two<f16>(float low, float high) {
-#ifdef FERROPT_EMULATION
-    return Of<f16>::f32(low).bits | u32(Of<f16>::f32(high).bits) << 16;
-#else
-    u32 both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-#endif
-}
+template <class E> u32 two(float low, float high) { return Of<E>::f32(low).bits | u32(Of<E>::f32(high).bits) << 16; }
 
-#ifdef FERROPT_EMULATION
 /// sums += left * right
 template <class E> void mma(float* sums, const u32* left, const u32* right) {
     emulation::mma(sums, left, right, [](u16 bits) {
@@ -38,17 +20,24 @@ template <class E> void mma(float* sums, const u32* left, const u32* right) {
     });
 }
 #else
-#define MMA(E)                                                                                                             \
-    template <> __device__ __forceinline__ void mma<E>(float* sums, const u32* left, const u32* right) {                   \
-        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." #E "." #E ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
-            "{%0, %1, %2, %3};"                                                                                            \
-            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                                   \
-            : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));                       \
-    }
-/// sums += left * right
+template <class E> __device__ u32 two(float low, float high);
 template <class E> __device__ void mma(float* sums, const u32* left, const u32* right);
-MMA(bf16)
-MMA(f16)
+
+// The types have the names that the instructions have for them.
+#define TENSOR_CORES(E)                                                                                                       \
+    template <> __device__ __forceinline__ u32 two<E>(float low, float high) {                                                \
+        u32 both;                                                                                                             \
+        asm("cvt.rn." #E "x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));                                            \
+        return both;                                                                                                          \
+    }                                                                                                                         \
+    template <> __device__ __forceinline__ void mma<E>(float* sums, const u32* left, const u32* right) {                      \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." #E "." #E ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, " \
+            "{%0, %1, %2, %3};"                                                                                               \
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                                                      \
+            : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));                          \
+    }
+TENSOR_CORES(bf16)
+TENSOR_CORES(f16)
 #endif
 
 /// A left factor from 16 rows of shared memory, `ld` numbers apart.
