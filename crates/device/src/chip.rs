@@ -287,6 +287,8 @@ chip! {
     fn copy_blocks<T>(size: usize => value, pairs: &[(u32, u32)] => value, x: &mut ChipBuf<T> => out) -> ();
     fn log_sum_exp(rows: usize => value, width: usize => value, x: &ChipBuf<f32> => buf, lse: &mut ChipBuf<f32> => out,
         largest: &mut ChipBuf<u32> => out) -> ();
+    fn draw(width: usize => value, known: usize => value, logits: &ChipBuf<f32> => buf, draws: &[(usize, Draw)] => value)
+        -> Vec<u32>;
     fn each_task(tasks: usize => value, task: &(dyn Fn(usize) + Sync) => value) -> ();
     fn lm_loss<E>(s: LossShape => value, h: &ChipBuf<E> => buf, w: &ChipBuf<E> => buf, targets: &ChipBuf<u32> => buf,
         combine: Option<&mut Combine<'_>> => value, losses: &mut ChipBuf<f32> => out) -> ();

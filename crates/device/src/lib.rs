@@ -19,6 +19,7 @@
 mod chip;
 pub mod cpu;
 pub mod cuda;
+mod draw;
 mod element;
 mod failure;
 mod link;
@@ -31,6 +32,7 @@ mod strided;
 mod timed;
 
 pub use chip::{Chip, ChipBuf, ChipPacked, Which};
+pub use draw::{Draw, Drawer};
 pub use element::{DType, Element};
 pub use failure::{Failure, failures};
 pub use half::{bf16, f16};
@@ -562,6 +564,9 @@ pub trait Device: Send + Sync + Sized + 'static {
         lse: &mut Self::Buf<f32>,
         largest: &mut Self::Buf<u32>,
     );
+    /// Chooses a token for each `(row, draw)`, out of the first `known` columns of that row of `logits` [rows, width]. They are
+    /// those that [`Drawer::draw`] chooses, on every device.
+    fn draw(&self, width: usize, known: usize, logits: &Self::Buf<f32>, draws: &[(usize, Draw)]) -> Vec<u32>;
 
     /// Runs `task` with each number below `tasks` on the processor's threads that work for this device, and waits for all:
     /// for what is decided there between operations. A task must not use the device for more than downloads.

@@ -190,6 +190,7 @@ timed! {
     fn copy_blocks<T>(size: usize, pairs: &[(u32, u32)], x: &mut Self::Buf<T>);
     fn log_sum_exp(rows: usize, width: usize, x: &Self::Buf<f32>, lse: &mut Self::Buf<f32>,
         largest: &mut Self::Buf<u32>);
+    fn draw(width: usize, known: usize, logits: &Self::Buf<f32>, draws: &[(usize, Draw)]) -> Vec<u32>;
     fn each_task(tasks: usize, task: &(dyn Fn(usize) + Sync));
     fn lm_loss<E>(s: LossShape, h: &Self::Buf<E>, w: &Self::Buf<E>, targets: &Self::Buf<u32>,
         combine: Option<&mut Combine<'_>>, losses: &mut Self::Buf<f32>);

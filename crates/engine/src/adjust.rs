@@ -6,15 +6,11 @@ use crate::sampler::Place;
 use ferropt_data::EOS;
 use std::collections::HashMap;
 
-/// Whether the token is the one with the largest logit as the model gives it.
-pub(crate) fn takes_largest(p: &Parameters, generated: usize) -> bool {
+/// Whether logits are as the model gives them, but for the end's.
+pub(crate) fn unchanged(p: &Parameters) -> bool {
     let penalties =
         [p.presence_penalty, p.frequency_penalty, p.prompt_presence_penalty, p.prompt_frequency_penalty];
-    p.temperature == 0.0
-        && p.repetition_penalty == 1.0
-        && penalties == [0.0; 4]
-        && p.logit_bias.is_empty()
-        && end_allowed(p, generated)
+    p.repetition_penalty == 1.0 && penalties == [0.0; 4] && p.logit_bias.is_empty()
 }
 
 /// Whether the text may end here.

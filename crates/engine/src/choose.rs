@@ -1,9 +1,9 @@
 //! Reading logits: which token follows, how likely it is, and what else was likely. Many rows are read at once, on all
 //! threads.
 
-use crate::adjust::takes_largest;
+use crate::adjust::{end_allowed, unchanged};
 use crate::parameters::Parameters;
-use crate::sampler::{Place, Sampler, top};
+use crate::sampler::{Place, Sampler, draw, top};
 use crate::text::Token;
 use ferropt_data::EOS;
 use ferropt_device::Device;
@@ -44,6 +44,13 @@ pub(crate) fn on_all_threads<D: Device, T: Send + Sync>(
     results.into_iter().filter_map(OnceLock::into_inner).collect()
 }
 
+/// A token that is to be chosen: behind which row, and how.
+pub(crate) struct Asked<'a> {
+    pub(crate) row: usize,
+    pub(crate) parameters: &'a Parameters,
+    pub(crate) place: Place<'a>,
+}
+
 /// Reads and chooses from the logits of some rows.
 pub(crate) struct Chooser<'a, D: Device> {
     /// Of all rows.
@@ -55,16 +62,40 @@ pub(crate) struct Chooser<'a, D: Device> {
 }
 
 impl<D: Device> Chooser<'_, D> {
-    /// The token that follows a row.
-    pub(crate) fn pick(&self, row: usize, p: &Parameters, place: Place<'_>) -> u32 {
-        let largest = self.logits.largest(row);
-        if takes_largest(p, place.written()) && (largest as usize) < self.known {
-            return largest;
+    /// The tokens that are asked for. Where logits need not be changed, the device chooses.
+    pub(crate) fn pick(&self, device: &D, asked: &[Asked<'_>]) -> Vec<u32> {
+        let mut ids = vec![0; asked.len()];
+        let (mut drawn, mut draws, mut others) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, Asked { row, parameters: p, place }) in asked.iter().enumerate() {
+            let largest = self.logits.largest(*row);
+            match draw(p, *place) {
+                Some(draw) if unchanged(p) => {
+                    drawn.push(i);
+                    draws.push((*row, draw));
+                }
+                None if unchanged(p)
+                    && end_allowed(p, place.written())
+                    && (largest as usize) < self.known =>
+                {
+                    ids[i] = largest;
+                }
+                _ => others.push(i),
+            }
         }
-        self.scratches.with(|scratch| {
-            self.logits.read(row, &mut scratch.logits);
-            scratch.sampler.pick(p, place, &mut scratch.logits[..self.known])
-        })
+        for (i, id) in drawn.into_iter().zip(self.logits.draw(self.known, &draws)) {
+            ids[i] = id;
+        }
+        let changed = on_all_threads(device, others.len(), |number| {
+            let Asked { row, parameters, place } = &asked[others[number]];
+            self.scratches.with(|scratch| {
+                self.logits.read(*row, &mut scratch.logits);
+                scratch.sampler.pick(parameters, *place, &mut scratch.logits[..self.known])
+            })
+        });
+        for (i, id) in others.iter().zip(changed) {
+            ids[*i] = id;
+        }
+        ids
     }
 
     /// A token with its log-probability, if `needed` or asked for, and the likeliest ones beside it.

@@ -9,7 +9,7 @@
 //! Keys and values of the draft lie in pages of the same numbers as those of the large model, so pages that texts have in
 //! common, copies and places that are lost need no second account.
 
-use crate::choose::{Chooser, Scratches, on_all_threads};
+use crate::choose::{Asked, Chooser, Scratches};
 use crate::parameters::Parameters;
 use crate::sampler::Place;
 use anyhow::Result;
@@ -163,10 +163,12 @@ impl<D: Device, E: Element> Draft<D, E> {
             let rows: Vec<u32> = complete.iter().map(|(row, ..)| *row).collect();
             let logits = self.decoder.head(device, &rows, &mut self.memory)?;
             let chooser = Chooser { logits, known: self.known, scratches };
-            let guessed = on_all_threads(device, rows.len(), |row| {
-                let text = &texts[complete[row].1];
-                chooser.pick(row, text.parameters, Place { guessed: &guesses[complete[row].1], ..text.place })
-            });
+            let ask = |(row, (_, number, _)): (usize, &(u32, usize, usize))| {
+                let (text, guessed) = (&texts[*number], &guesses[*number][..]);
+                Asked { row, parameters: text.parameters, place: Place { guessed, ..text.place } }
+            };
+            let asked: Vec<Asked<'_>> = complete.iter().enumerate().map(ask).collect();
+            let guessed = chooser.pick(device, &asked);
             reads.clear();
             for ((_, number, past), id) in complete.into_iter().zip(guessed) {
                 let (text, guesses) = (&texts[number], &mut guesses[number]);

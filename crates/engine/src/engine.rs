@@ -1,6 +1,6 @@
 //! Steps: plan, guess, compute, choose, tell.
 
-use crate::choose::{Chooser, Scratches, on_all_threads};
+use crate::choose::{Asked, Chooser, Scratches, on_all_threads};
 use crate::draft::{self, Draft};
 use crate::embed::Pool;
 use crate::event::Event;
@@ -345,10 +345,23 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
         let logits = self.decoder.head(&self.device, &rows, &mut self.memory)?;
         let chooser = Chooser { logits, known: self.known, scratches: &self.scratches };
         let requests = &self.requests;
+        let (mut picked, mut next, mut asked) = (vec![None; wanted.len()], Vec::new(), Vec::new());
+        for (i, Wanted { key, what, .. }) in wanted.iter().enumerate() {
+            if let What::Next { work, guessed } = what
+                && let Some(running) = requests.get(&key.request)
+                && let Some(place) = running.place(key.part, &guesses[*work][..*guessed])
+            {
+                next.push(i);
+                asked.push(Asked { row: places[i], parameters: running.parameters(), place });
+            }
+        }
+        for (i, id) in next.into_iter().zip(chooser.pick(&self.device, &asked)) {
+            picked[i] = Some(id);
+        }
         let found = on_all_threads(&self.device, wanted.len(), |i| {
             let Wanted { key, what, .. } = &wanted[i];
             let Some(running) = requests.get(&key.request) else { return Vec::new() };
-            find(&chooser, places[i], running, key.part, what, guesses)
+            find(&chooser, places[i], running, what, picked[i])
         });
         for (Wanted { key, what, .. }, found) in wanted.iter().zip(found) {
             let Some(running) = self.requests.get_mut(&key.request) else { continue };
@@ -385,14 +398,14 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
     }
 }
 
-/// The tokens that are wanted of a row: one, or behind a text of a search the likeliest.
+/// The tokens that are wanted of a row: one, which is `picked` already if it is not the prompt's, or behind a text of a search the
+/// likeliest.
 fn find<D: Device>(
     chooser: &Chooser<'_, D>,
     row: usize,
     running: &Running<'_>,
-    part: u64,
     what: &What,
-    guesses: &[Vec<u32>],
+    picked: Option<u32>,
 ) -> Vec<Token> {
     let p = running.parameters();
     match (what, &running.texts) {
@@ -400,10 +413,8 @@ fn find<D: Device>(
         (_, Texts::Beams(beams)) => {
             chooser.likeliest(row, beams.search.candidates(), running.end_allowed(), p.log_probs)
         }
-        (What::Next { work, guessed }, _) => {
-            let Some(place) = running.place(part, &guesses[*work][..*guessed]) else { return Vec::new() };
-            let id = chooser.pick(row, p, place);
-            vec![chooser.token(row, id, running.compares(), p.log_probs)]
+        (What::Next { .. }, _) => {
+            picked.map(|id| chooser.token(row, id, running.compares(), p.log_probs)).into_iter().collect()
         }
     }
 }

@@ -21,7 +21,6 @@ mod handle;
 mod pace;
 pub mod pages;
 mod parameters;
-mod race;
 mod request;
 pub mod sampler;
 pub mod scheduler;

@@ -311,7 +311,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
             self.units.ask(device, w, l, after(l))?;
             let weights = self.units.layer(w, l)?;
             let _span = self.mesh.world.trace().span(Label::of("forward of layer", l));
-            layers.forward(device, weights, l - range.start, pass)?;
+            at_once(device, &self.mesh, || layers.forward(device, weights, l - range.start, pass))?;
             tell(observer, || layers.written_forward(l - range.start));
         }
         if self.stage.is_last() {
@@ -365,7 +365,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
             let (g, store) = totals.layer(device, gradients, l, store)?;
             let weights = units.layer(w, l)?;
             let _span = trace.span(Label::of("backward of layer", l));
-            layers.backward(device, weights, g, l - range.start, *pass, store)?;
+            at_once(device, mesh, || layers.backward(device, weights, g, l - range.start, *pass, store))?;
             tell(observer, || layers.written_backward(g, l - range.start));
             totals.layer_done(device)?;
         }
@@ -421,6 +421,17 @@ impl<D: Device, E: Element> Flight<D, E> {
         assert!(make.left().is_empty(), "activations that nothing uses: {:?}", make.left());
         Ok(flight)
     }
+}
+
+/// Runs the operations of a layer, which are started at once where that can be: not where parts of the layer tell each other
+/// something on the way.
+fn at_once<D: Device>(device: &D, mesh: &Mesh, mut layer: impl FnMut() -> Result<()>) -> Result<()> {
+    if mesh.tensor.size() > 1 {
+        return layer();
+    }
+    let mut result = Ok(());
+    device.repeated(&mut || result = layer());
+    result
 }
 
 /// Sums the gradients of some parameters over a group, all at once.

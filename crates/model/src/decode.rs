@@ -10,7 +10,7 @@ use crate::ready::Ready;
 use crate::weights::Norm;
 use anyhow::{Context, Result, ensure};
 use ferropt_device::quantise::Codes;
-use ferropt_device::{Activation, Buffer, Device, Element, PAGE, Places, Segment, WeightFormat};
+use ferropt_device::{Activation, Buffer, Device, Draw, Element, PAGE, Places, Segment, WeightFormat};
 use layer::{Layer, Linear};
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -487,6 +487,11 @@ impl<D: Device> Logits<'_, D> {
     /// What to take off a row's logits to get log-probabilities.
     pub fn log_sum_exp(&self, row: usize) -> f32 {
         self.lse[row]
+    }
+
+    /// Chooses a token for each `(row, draw)`, of ids below `known`.
+    pub fn draw(&self, known: usize, draws: &[(usize, Draw)]) -> Vec<u32> {
+        self.device.draw(self.vocab, known, self.logits, draws)
     }
 
     /// All logits of a row.

@@ -8,6 +8,8 @@ use ferropt_model::{
     Pass, Recompute, Tensor, initial_values,
 };
 
+#[path = "model/graphs.rs"]
+mod graphs;
 #[path = "model/inspect.rs"]
 mod inspect;
 #[path = "model/quantised.rs"]

@@ -6,6 +6,7 @@
 mod amx;
 mod attention;
 mod buffer;
+mod draw;
 mod elementwise;
 mod embed;
 mod gemm;
@@ -54,6 +55,8 @@ pub struct CpuDevice {
     loss_workspace: Mutex<Workspace>,
     /// Of the last matrix that few rows were multiplied with: what follows it.
     before: Mutex<Option<Arc<packed::Next>>>,
+    /// One for each thread.
+    drawers: Vec<Mutex<Drawer>>,
 }
 
 /// Memory that kernels use beside their arguments. Each piece grows to the largest size asked for, in the first step,
@@ -96,6 +99,7 @@ impl CpuDevice {
             workspace: Mutex::default(),
             loss_workspace: Mutex::default(),
             before: Mutex::default(),
+            drawers: (0..threads).map(|_| Mutex::default()).collect(),
         })
     }
 
@@ -483,6 +487,10 @@ impl Device for CpuDevice {
         largest: &mut CpuBuf<u32>,
     ) {
         log_sum_exp::log_sum_exp(self, rows, width, x, lse, largest);
+    }
+
+    fn draw(&self, width: usize, known: usize, logits: &CpuBuf<f32>, draws: &[(usize, Draw)]) -> Vec<u32> {
+        draw::draw(self, (width, known), logits, draws)
     }
 
     fn each_task(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {

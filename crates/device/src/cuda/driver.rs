@@ -45,9 +45,13 @@ functions! {
         fn cuStreamWaitEvent(Handle, Handle, c_uint) -> c_int;
         fn cuStreamBeginCapture_v2(Handle, c_uint) -> c_int;
         fn cuStreamEndCapture(Handle, *mut Handle) -> c_int;
+        fn cuStreamGetCaptureInfo_v2(
+            Handle, *mut c_int, *mut u64, *mut Handle, *mut *const Handle, *mut usize
+        ) -> c_int;
         fn cuGraphInstantiateWithFlags(*mut Handle, Handle, u64) -> c_int;
         fn cuGraphDestroy(Handle) -> c_int;
         fn cuGraphLaunch(Handle, Handle) -> c_int;
+        fn cuGraphExecKernelNodeSetParams(Handle, Handle, *const KernelNode) -> c_int;
         fn cuGraphExecDestroy(Handle) -> c_int;
         fn cuEventCreate(*mut Handle, c_uint) -> c_int;
         fn cuEventDestroy_v2(Handle) -> c_int;
@@ -63,6 +67,18 @@ functions! {
             Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void
         ) -> c_int;
     }
+}
+
+/// CUDA_KERNEL_NODE_PARAMS_v1: a kernel in a graph.
+#[repr(C)]
+pub(super) struct KernelNode {
+    pub function: Handle,
+    /// In x, y and z, as those of a block.
+    pub blocks: [c_uint; 3],
+    pub threads: [c_uint; 3],
+    pub shared: c_uint,
+    pub arguments: *mut *mut c_void,
+    pub extra: *mut *mut c_void,
 }
 
 const DRIVER: Wanted = Wanted {

@@ -7,26 +7,31 @@
 //! started; else the operations run. There is no name for a sequence that a caller could get wrong, and nothing to be
 //! declared invalid: where a buffer or a piece of workspace has moved, the notes are others.
 //!
+//! Where only a few kernels' arguments are others, as in each step of training those that say which random numbers dropout
+//! takes, the graph is told those first.
+//!
 //! The first time a sequence runs as it is, which is when kernels are loaded and cuBLASLt's algorithms are chosen. The second
 //! time it is recorded, on a stream of its own, so that what other threads do meanwhile goes its way.
 
 use std::cell::RefCell;
 use std::ffi::{c_int, c_uint};
-use std::ptr::null_mut;
+use std::ptr::{null, null_mut};
 use std::sync::{Arc, PoisonError};
 
 use anyhow::Result;
 
 use super::CudaDevice;
 use super::driver::{Gpu, Handle};
+use super::kernels::Call;
 use super::switch;
 
 /// Says whether sequences that come again are graphs, unless options do.
 const VARIABLE: &str = "FERROPT_CUDA_GRAPHS";
 
-/// Sequences that are remembered; the one that was not used for the longest time makes room. A step has two for each number
-/// of rows that is small enough, its layers and its head, and with a draft as many again.
-const KEPT: usize = 256;
+/// Sequences that are remembered; the one that was not used for the longest time makes room. A step of decoding has two for each
+/// number of rows that is small enough, its layers and its head, and with a draft as many again; one of training has three for
+/// each layer, of which 175B has 96.
+const KEPT: usize = 512;
 
 /// CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: what other threads do is not forbidden meanwhile.
 const THREAD_LOCAL: c_uint = 1;
@@ -36,15 +41,39 @@ thread_local! {
     static NOTES: RefCell<Option<Notes>> = const { RefCell::new(None) };
 }
 
-/// What operations would start, or are starting, in order.
+/// What operations would start, or are starting.
 struct Notes {
     /// Of which device: two may share a GPU, and with it its context.
     gpu: *const Gpu,
-    words: Vec<u64>,
+    sequence: Sequence,
     /// Where they are recorded; null while they are only noted.
     recording: Handle,
+    /// Where a graph of them has its kernels.
+    nodes: Vec<Handle>,
     /// Memory was given back meanwhile, which what was noted before may have used.
     stale: bool,
+}
+
+/// A sequence of operations: all that decides what it does.
+#[derive(Default, PartialEq)]
+struct Sequence {
+    /// What they are, in order; of kernels all but their arguments.
+    fixed: Vec<u64>,
+    /// Kernels, in order.
+    calls: Vec<Call>,
+}
+
+impl Sequence {
+    /// Kernels whose arguments are others than in `known`, if a graph of that could do this with few changes. Where most
+    /// are others, the sequences have nothing to do with each other, and each may come again.
+    fn changed(&self, known: &Sequence) -> Option<Vec<usize>> {
+        if self.fixed != known.fixed {
+            return None;
+        }
+        let pairs = self.calls.iter().zip(&known.calls).enumerate();
+        let changed: Vec<usize> = pairs.filter(|(_, (a, b))| a != b).map(|(i, _)| i).collect();
+        (2 * changed.len() <= self.calls.len()).then_some(changed)
+    }
 }
 
 /// What kind of operation a note is of.
@@ -65,11 +94,39 @@ impl Gpu {
     /// is not to be started now.
     pub(super) fn note(&self, kind: Noted, words: impl IntoIterator<Item = u64>) -> bool {
         let only_noted = self.with_notes(|notes| {
-            notes.words.push(kind as u64);
-            notes.words.extend(words);
+            notes.sequence.fixed.push(kind as u64);
+            notes.sequence.fixed.extend(words);
             notes.recording.is_null()
         });
         only_noted.unwrap_or(false)
+    }
+
+    /// [`Gpu::note`] of a kernel, and [`Gpu::recorded`] when it was started.
+    pub(super) fn note_call(&self, call: impl FnOnce() -> Call) -> bool {
+        let mut noted = None;
+        self.with_notes(|_| noted = Some(call()));
+        let Some(call) = noted else { return false };
+        let words = [call.function as u64].into_iter().chain(call.sizes.map(u64::from));
+        let only_noted = self.note(Noted::Kernel, words);
+        self.with_notes(|notes| notes.sequence.calls.push(call));
+        only_noted
+    }
+
+    /// Keeps where the kernel that was started last is in what is recorded, if it is.
+    pub(super) fn recorded(&self) {
+        let Some(stream) = self.recording() else { return };
+        let (mut state, mut last, mut count) = (0, null(), 0);
+        // SAFETY: the stream is alive; results go to variables, or nowhere. The nodes stay where they are until the stream
+        // is given more to do.
+        let node = unsafe {
+            let (nothing, no_graph) = (null_mut(), null_mut());
+            let info = self.driver().cuStreamGetCaptureInfo_v2;
+            let code = info(stream, &mut state, nothing, no_graph, &mut last, &mut count);
+            self.expect("nothing is known of what is recorded", code);
+            assert!(count == 1, "a kernel was recorded, but {count} operations are the last ones");
+            *last
+        };
+        self.with_notes(|notes| notes.nodes.push(node));
     }
 
     /// To be called before memory is given back.
@@ -94,9 +151,9 @@ impl Gpu {
         self.with_notes(|notes| notes.recording).filter(|stream| !stream.is_null())
     }
 
-    /// What `work` starts; absent if memory was given back on the way. Nothing is started where `stream` is null; else it is
-    /// recorded there.
-    fn noted(&self, stream: Handle, work: &mut dyn FnMut()) -> Option<Vec<u64>> {
+    /// What `work` starts, and where its kernels are in what is recorded; absent if memory was given back on the way. Nothing is
+    /// started where `stream` is null; else it is recorded there.
+    fn noted(&self, stream: Handle, work: &mut dyn FnMut()) -> Option<(Sequence, Vec<Handle>)> {
         /// Takes the notes away, also where an operation panics.
         struct End;
         impl Drop for End {
@@ -104,12 +161,13 @@ impl Gpu {
                 NOTES.take();
             }
         }
-        NOTES.set(Some(Notes { gpu: self, words: Vec::new(), recording: stream, stale: false }));
+        let (sequence, nodes) = (Sequence::default(), Vec::new());
+        NOTES.set(Some(Notes { gpu: self, sequence, recording: stream, nodes, stale: false }));
         let end = End;
         work();
         let notes = NOTES.take();
         drop(end);
-        notes.filter(|notes| !notes.stale).map(|notes| notes.words)
+        notes.filter(|notes| !notes.stale).map(|notes| (notes.sequence, notes.nodes))
     }
 }
 
@@ -117,23 +175,27 @@ impl Gpu {
 struct Graph {
     gpu: Arc<Gpu>,
     handle: Handle,
+    /// What it was made of, whose nodes name its kernels, in order.
+    recorded: Handle,
+    nodes: Vec<Handle>,
 }
 
 impl Graph {
     /// Records `work`, if it does what was noted before.
-    fn record(gpu: &Arc<Gpu>, noted: &[u64], work: &mut dyn FnMut()) -> Option<Graph> {
+    fn record(gpu: &Arc<Gpu>, noted: &Sequence, work: &mut dyn FnMut()) -> Option<Graph> {
         let recording = Recording::begin(gpu);
-        let same = gpu.noted(recording.stream, work).is_some_and(|words| words == noted);
-        let graph = recording.end();
-        let mut handle = null_mut();
-        if same {
-            // SAFETY: the graph is whole; the result goes to a variable.
-            let code = unsafe { (gpu.driver().cuGraphInstantiateWithFlags)(&mut handle, graph, 0) };
-            gpu.expect("a graph cannot be made of what was recorded", code);
+        let made = gpu.noted(recording.stream, work);
+        let recorded = recording.end();
+        let mut graph = Graph { gpu: gpu.clone(), handle: null_mut(), recorded, nodes: Vec::new() };
+        let (sequence, nodes) = made?;
+        if sequence != *noted {
+            return None;
         }
-        // SAFETY: made by `end`, given back once; what was made of it does not need it.
-        gpu.expect("no graph", unsafe { (gpu.driver().cuGraphDestroy)(graph) });
-        same.then(|| Graph { gpu: gpu.clone(), handle })
+        // SAFETY: the graph is whole; the result goes to a variable.
+        let code = unsafe { (gpu.driver().cuGraphInstantiateWithFlags)(&mut graph.handle, recorded, 0) };
+        gpu.expect("a graph cannot be made of what was recorded", code);
+        graph.nodes = nodes;
+        Some(graph)
     }
 
     fn start(&self) {
@@ -147,15 +209,16 @@ impl Graph {
 impl Drop for Graph {
     fn drop(&mut self) {
         let Some(f) = self.gpu.closing() else { return };
-        // It may still be at work.
-        self.gpu.wait();
         // SAFETY: made once, given back once. An error can change nothing any more.
-        unsafe { (f.cuGraphExecDestroy)(self.handle) };
+        unsafe { (f.cuGraphDestroy)(self.recorded) };
+        if !self.handle.is_null() {
+            // It may still be at work.
+            self.gpu.wait();
+            // SAFETY: as above.
+            unsafe { (f.cuGraphExecDestroy)(self.handle) };
+        }
     }
 }
-
-// SAFETY: the handle is only passed to the driver, whose functions may be called from any thread, by one at a time.
-unsafe impl Send for Graph {}
 
 /// A stream that records. Given back also where an operation panics.
 struct Recording<'g> {
@@ -196,11 +259,27 @@ impl Drop for Recording<'_> {
 
 /// A sequence that was met.
 struct Known {
-    noted: Vec<u64>,
+    /// As it was the last time.
+    sequence: Sequence,
     /// From the second time on.
     graph: Option<Graph>,
     /// When it was met last.
     met: u64,
+}
+
+// SAFETY: handles are only passed to the driver, whose functions may be called from any thread, by one at a time.
+unsafe impl Send for Known {}
+
+impl Known {
+    /// Makes it what `sequence` is, of which `changed` kernels have other arguments.
+    fn become_like(&mut self, mut sequence: Sequence, changed: &[usize]) {
+        if let Some(graph) = &self.graph {
+            for i in changed {
+                sequence.calls[*i].put(&graph.gpu, graph.handle, graph.nodes[*i]);
+            }
+        }
+        self.sequence = sequence;
+    }
 }
 
 /// Sequences of a device.
@@ -232,19 +311,29 @@ impl Graphs {
     }
 
     /// The sequence, and whether it is new.
-    fn meet(&mut self, noted: Vec<u64>) -> (&mut Known, bool) {
+    fn meet(&mut self, sequence: Sequence) -> (&mut Known, bool) {
         self.met += 1;
-        let found = self.known.iter().position(|known| known.noted == noted);
-        let at = found.unwrap_or_else(|| {
-            if self.known.len() >= KEPT {
-                let oldest = (0..self.known.len()).min_by_key(|i| self.known[*i].met).unwrap_or(0);
-                self.known.swap_remove(oldest);
+        // The one that has to change least.
+        let alike = self.known.iter().map(|known| sequence.changed(&known.sequence)).enumerate();
+        let found =
+            alike.filter_map(|(i, changed)| Some((i, changed?))).min_by_key(|(_, changed)| changed.len());
+        let new = found.is_none();
+        let at = match found {
+            Some((at, changed)) => {
+                self.known[at].become_like(sequence, &changed);
+                at
             }
-            self.known.push(Known { noted, graph: None, met: 0 });
-            self.known.len() - 1
-        });
+            None => {
+                if self.known.len() >= KEPT {
+                    let oldest = (0..self.known.len()).min_by_key(|i| self.known[*i].met).unwrap_or(0);
+                    self.known.swap_remove(oldest);
+                }
+                self.known.push(Known { sequence, graph: None, met: 0 });
+                self.known.len() - 1
+            }
+        };
         self.known[at].met = self.met;
-        (&mut self.known[at], found.is_none())
+        (&mut self.known[at], new)
     }
 }
 
@@ -265,13 +354,13 @@ pub(super) fn repeated(d: &CudaDevice, work: &mut dyn FnMut()) {
 fn start(d: &CudaDevice, graphs: &mut Graphs, work: &mut dyn FnMut()) -> bool {
     let moved = || [d.loss_workspace().moved(), d.workspace().moved()];
     let before = moved();
-    let Some(noted) = d.gpu.noted(null_mut(), work) else { return false };
-    let (known, new) = graphs.meet(noted);
+    let Some((sequence, _)) = d.gpu.noted(null_mut(), work) else { return false };
+    let (known, new) = graphs.meet(sequence);
     if new {
         return false;
     }
     if known.graph.is_none() {
-        known.graph = Graph::record(&d.gpu, &known.noted, work);
+        known.graph = Graph::record(&d.gpu, &known.sequence, work);
     }
     let Some(graph) = &known.graph else { return false };
     // Workspace is held until the work that uses it is on the stream, as by a single operation: another thread may want it,
@@ -292,7 +381,7 @@ mod tests {
     #[test]
     fn what_was_met_longest_ago_is_forgotten() {
         let mut graphs = Graphs::new(Some(true)).unwrap();
-        let mut new = |n: u64| graphs.meet(vec![n]).1;
+        let mut new = |n: u64| graphs.meet(Sequence { fixed: vec![n], calls: Vec::new() }).1;
         assert!(new(0) && !new(0));
         for n in 1..KEPT as u64 {
             assert!(new(n));

@@ -8,8 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context as _, Result};
 use bytemuck::NoUninit;
 
-use super::driver::{Gpu, Handle};
-use super::graphs::Noted;
+use super::driver::{Gpu, Handle, KernelNode};
 use super::nvrtc::{Compiler, Source};
 
 /// Names and texts of files in `kernels/`.
@@ -27,6 +26,7 @@ pub(super) const PROGRAMS: &[Source] = sources![
     "attention_mma_backward.cu",
     "attention_paged.cu",
     "column_sums.cu",
+    "draw.cu",
     "elementwise.cu",
     "embed.cu",
     "layer_norm.cu",
@@ -99,12 +99,11 @@ impl Kernels {
             return;
         }
         let function = self.function(name, shared);
-        let sizes = [blocks.0, blocks.1, threads.0, threads.1, shared];
-        let head = [function as u64].into_iter().chain(sizes.map(|n| n as u64));
-        if self.gpu.note(Noted::Kernel, head.chain(arguments.words.iter().copied())) {
+        let sizes = [blocks.0, blocks.1, threads.0, threads.1, shared].map(|n| n as c_uint);
+        if self.gpu.note_call(|| Call { function, sizes, arguments: arguments.clone() }) {
             return;
         }
-        let [bx, by, tx, ty, shared] = sizes.map(|n| n as c_uint);
+        let [bx, by, tx, ty, shared] = sizes;
         let mut pointers = arguments.pointers();
         // SAFETY: the arguments are those of the kernel, which callers of this crate keep next to its name; the driver
         // copies them before it returns. What they point to is alive until the work on the stream is done, because giving
@@ -125,6 +124,7 @@ impl Kernels {
             )
         };
         self.gpu.expect(&format!("kernel {name} with {blocks:?} blocks of {threads:?} threads"), code);
+        self.gpu.recorded();
     }
 
     fn function(&self, name: &str, shared: usize) -> Handle {
@@ -161,8 +161,35 @@ impl Drop for Kernels {
     }
 }
 
+/// A kernel that is to be started: blocks and threads in x and y, bytes of shared memory.
+#[derive(Clone, PartialEq)]
+pub(super) struct Call {
+    pub function: Handle,
+    pub sizes: [c_uint; 5],
+    pub arguments: Arguments,
+}
+
+impl Call {
+    /// Makes it what a node of a graph starts, which started the same kernel, in the same blocks, with other arguments.
+    pub(super) fn put(&mut self, gpu: &Gpu, graph: Handle, node: Handle) {
+        let [bx, by, tx, ty, shared] = self.sizes;
+        let mut pointers = self.arguments.pointers();
+        let node_params = KernelNode {
+            function: self.function,
+            blocks: [bx, by, 1],
+            threads: [tx, ty, 1],
+            shared,
+            arguments: pointers.as_mut_ptr(),
+            extra: null_mut(),
+        };
+        // SAFETY: the node is of what the graph was made of, and both are alive; as for arguments, see `Kernels::launch`.
+        let code = unsafe { (gpu.driver().cuGraphExecKernelNodeSetParams)(graph, node, &node_params) };
+        gpu.expect("a kernel of a graph does not take other arguments", code);
+    }
+}
+
 /// Arguments of a kernel, as bytes: numbers, addresses, and structs that are declared alike on both sides.
-#[derive(Default)]
+#[derive(Clone, Default, PartialEq)]
 pub(super) struct Arguments {
     words: Vec<u64>,
     starts: Vec<usize>,

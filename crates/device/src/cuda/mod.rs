@@ -11,6 +11,7 @@
 mod attention;
 mod blas;
 mod buffer;
+mod draw;
 mod driver;
 mod event;
 mod graphs;
@@ -550,6 +551,10 @@ impl Device for CudaDevice {
         largest: &mut CudaBuf<u32>,
     ) {
         loss::log_sum_exp(self, (rows, width), x, lse, largest);
+    }
+
+    fn draw(&self, width: usize, known: usize, logits: &CudaBuf<f32>, draws: &[(usize, Draw)]) -> Vec<u32> {
+        draw::draw(self, (width, known), logits, draws)
     }
 
     fn each_task(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {

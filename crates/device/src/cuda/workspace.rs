@@ -23,9 +23,13 @@ pub(super) enum Scratch {
     Rounded,
     /// Master values on their way.
     Masters,
+    /// How tokens are to be chosen, and those that were.
+    Draws,
+    /// How likely tokens are.
+    Weights,
 }
 
-const PIECES: usize = 7;
+const PIECES: usize = 9;
 
 /// Each piece grows to the largest size asked for, in the first step, and is then reused: the work of one stream is done in
 /// order, so that the next operation's use of it begins when the last one's is over.

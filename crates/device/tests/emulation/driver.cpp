@@ -14,6 +14,7 @@
 
 using emulation::Event;
 using emulation::Graph;
+using emulation::Node;
 using emulation::Stream;
 
 namespace {
@@ -90,6 +91,29 @@ size_t give_back(uint64_t start) {
 // The stream that this thread captures.
 thread_local Stream* captured;
 
+// CUDA_KERNEL_NODE_PARAMS_v1.
+struct KernelNode {
+    void* function;
+    unsigned blocks[3], threads[3], shared;
+    void **arguments, **extra;
+};
+
+// What starting a kernel does. Arguments are those of now, whenever it runs.
+std::function<void()> work_of(const KernelNode& node) {
+    auto kernel = static_cast<const emulation::Kernel*>(node.function);
+    std::vector<std::vector<char>> values;
+    for (size_t i = 0; i < kernel->sizes.size(); i++) {
+        auto value = static_cast<const char*>(node.arguments[i]);
+        values.emplace_back(value, value + kernel->sizes[i]);
+    }
+    dim3 blocks{node.blocks[0], node.blocks[1], node.blocks[2]}, threads{node.threads[0], node.threads[1], node.threads[2]};
+    return [kernel, values, blocks, threads, shared = node.shared] {
+        std::vector<void*> pointers;
+        for (auto& value : values) pointers.push_back(const_cast<char*>(value.data()));
+        emulation::launch(*kernel, blocks, threads, shared, pointers.data());
+    };
+}
+
 // What a graph cannot do, on a stream: an error, after which the capture is worth nothing.
 std::atomic<bool> failed;
 
@@ -161,7 +185,7 @@ void emulation::check_within(uint64_t start, size_t size) {
 void emulation::enqueue(void* stream, std::function<void()> work) {
     auto s = static_cast<Stream*>(stream);
     if (s->graph == nullptr) return s->give(std::move(work));
-    s->graph->push_back(std::move(work));
+    s->graph->push_back(std::make_shared<Node>(Node{s->graph->size(), nullptr, std::move(work)}));
 }
 
 int emulation::device() { return current == nullptr ? -1 : current->number; }
@@ -311,16 +335,42 @@ int cuStreamEndCapture(void* stream, void** graph) {
     if (s->invalid) return delete made, INVALIDATED;
     return *graph = made, OK;
 }
+int cuStreamGetCaptureInfo_v2(void* stream, int* state, uint64_t*, void**, void* const** last, size_t* count) {
+    auto s = static_cast<Stream*>(stream);
+    *state = s->graph == nullptr ? 0 : s->invalid ? 2 : 1;
+    if (*state != 1) return OK;
+    static thread_local void* node;
+    *count = s->graph->empty() ? 0 : 1;
+    if (*count == 1) node = s->graph->back().get();
+    return *last = &node, OK;
+}
+// The nodes of what is made are its own, in the same order.
 int cuGraphInstantiateWithFlags(void** made, void* graph, unsigned long long flags) {
     if (flags != 0 || graph == nullptr) return INVALID;
-    return *made = new Graph(*static_cast<Graph*>(graph)), OK;
+    auto all = new Graph;
+    for (auto& node : *static_cast<Graph*>(graph)) all->push_back(std::make_shared<Node>(*node));
+    return *made = all, OK;
 }
 int cuGraphDestroy(void* graph) { return delete static_cast<Graph*>(graph), OK; }
 int cuGraphLaunch(void* graph, void* stream) {
     if (int error = not_captured(stream)) return error;
-    static_cast<Stream*>(stream)->give([work = *static_cast<Graph*>(graph)] {
-        for (auto& piece : work) piece();
+    std::vector<std::function<void()>> now;
+    for (auto& node : *static_cast<Graph*>(graph)) {
+        if (node->kernel != nullptr && fails()) return ILLEGAL;
+        now.push_back(node->work);
+    }
+    static_cast<Stream*>(stream)->give([now] {
+        for (auto& work : now) work();
     });
+    return OK;
+}
+// What was launched before does not change.
+int cuGraphExecKernelNodeSetParams(void* graph, void* node, const KernelNode* params) {
+    if (failed) return ILLEGAL;
+    auto& all = *static_cast<Graph*>(graph);
+    size_t number = static_cast<Node*>(node)->number;
+    if (number >= all.size() || all[number]->kernel == nullptr || all[number]->kernel != params->function) return INVALID;
+    all[number]->work = work_of(*params);
     return OK;
 }
 int cuGraphExecDestroy(void* graph) { return delete static_cast<Graph*>(graph), OK; }
@@ -347,19 +397,11 @@ int cuFuncSetAttribute(void*, int, int) { return OK; }
 int cuLaunchKernel(void* function, unsigned bx, unsigned by, unsigned bz, unsigned tx, unsigned ty, unsigned tz,
                    unsigned shared, void* stream, void** arguments, void**) {
     if (bx == 0 || by == 0 || bz == 0 || by > 65535 || bz > 65535) return INVALID;
-    if (fails()) return ILLEGAL;
-    auto kernel = static_cast<const emulation::Kernel*>(function);
-    // Arguments are those of now, whenever it runs.
-    std::vector<std::vector<char>> values;
-    for (size_t i = 0; i < kernel->sizes.size(); i++) {
-        auto value = static_cast<const char*>(arguments[i]);
-        values.emplace_back(value, value + kernel->sizes[i]);
-    }
-    emulation::enqueue(stream, [=] {
-        std::vector<void*> pointers;
-        for (auto& value : values) pointers.push_back(const_cast<char*>(value.data()));
-        emulation::launch(*kernel, {bx, by, bz}, {tx, ty, tz}, shared, pointers.data());
-    });
+    auto s = static_cast<Stream*>(stream);
+    // What is captured does not run yet.
+    if (s->graph == nullptr ? fails() : failed.load()) return ILLEGAL;
+    emulation::enqueue(stream, work_of({function, {bx, by, bz}, {tx, ty, tz}, shared, arguments, nullptr}));
+    if (s->graph != nullptr) s->graph->back()->kernel = function;
     return OK;
 }
 

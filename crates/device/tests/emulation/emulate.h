@@ -16,7 +16,6 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(...)
 // Blocks do not overlap, and neither do launches.
 #define __shared__ static
 #define DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(emulation::dynamic_shared())
@@ -112,6 +111,8 @@ template <class T> T value(uint64_t bits) {
     static void name(__VA_ARGS__);                                                                           \
     static emulation::Registered registered_##name(#name, emulation::Call<decltype(&name)>::of<&name>());    \
     static void name(__VA_ARGS__)
+
+#define KERNEL_OF(threads, name, ...) KERNEL(name, __VA_ARGS__)
 
 #define threadIdx emulation::place.thread
 #define blockIdx emulation::place.block

@@ -21,8 +21,15 @@ private:
     std::shared_ptr<Point> point;
 };
 
+/// A piece of a graph: which one it is, and of which kernel if it starts one.
+struct Node {
+    size_t number;
+    const void* kernel;
+    std::function<void()> work;
+};
+
 /// Work in its order.
-typedef std::vector<std::function<void()>> Graph;
+typedef std::vector<std::shared_ptr<Node>> Graph;
 
 /// A thread does its work in order. It begins late, so that whoever forgets to wait for it finds nothing done.
 class Stream {

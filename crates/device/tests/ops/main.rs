@@ -4,6 +4,7 @@
 //! not written shows.
 
 mod attention;
+mod draw;
 mod elementwise;
 mod embed;
 mod host;

@@ -4,8 +4,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use ferropt_device::cuda::{CudaDevice, CudaOptions};
 use ferropt_device::{
-    Activation, Chip, ChipBuf, ChipPacked, Device, LinearShape, PAGE, Places, Segment, Store, WeightFormat,
-    bf16,
+    Activation, Chip, ChipBuf, ChipPacked, Device, Dropout, LinearShape, PAGE, Places, Segment, Store,
+    WeightFormat, bf16, rng,
 };
 
 use crate::{get, gpu, numbers, one_device, poisoned, put, same_bits, whole};
@@ -31,6 +31,8 @@ struct Sequence {
     out: ChipBuf<f32>,
     low: ChipBuf<bf16>,
     sums: ChipBuf<f32>,
+    /// The step whose random masks are used.
+    step: usize,
 }
 
 impl Sequence {
@@ -55,6 +57,7 @@ impl Sequence {
             out: poisoned(device, ROWS * WIDTH),
             low: poisoned(device, ROWS * WIDTH),
             sums: put(device, &[0.0f32; ROWS * WIDTH]),
+            step: 0,
         }
     }
 
@@ -81,11 +84,20 @@ impl Sequence {
         device.linear(s, &self.embedded, &self.weight, None, Activation::Identity, &mut self.out);
         device.cast(&self.out, &mut self.low);
         device.copy(WIDTH, &self.out, 0, &mut self.embedded, WIDTH);
+        let stream = rng::Stream::new(4, rng::Purpose::DropoutFeedForward, 0, self.step as u64);
+        let dropout = Some(Dropout { stream, first_row: self.step as u64, p: 0.5 });
+        device.residual(ROWS, WIDTH, &self.low, None, dropout, &self.embedded, &mut self.out);
         device.accumulate(&self.embedded, 0, &mut self.sums, Store::Accumulate);
     }
 
     fn results(&self, device: &Chip) -> Vec<Vec<f32>> {
         vec![get(device, &self.out), get(device, &self.low), get(device, &self.sums), get(device, &self.k)]
+    }
+
+    /// Also the masks differ each time.
+    fn in_step(&mut self, device: &Chip, round: usize) -> Vec<Vec<f32>> {
+        self.step = round;
+        self.repeated(device, round)
     }
 
     fn plainly(&mut self, device: &Chip, round: usize) -> Vec<Vec<f32>> {
@@ -138,6 +150,28 @@ fn repeated_operations_have_the_bits_of_single_ones() {
             );
         }
     }
+}
+
+#[test]
+fn what_a_few_kernels_are_told_may_differ() {
+    let own = own(true);
+    let device = own.as_ref().unwrap_or_else(|| one_device());
+    let (mut single, mut again) = (Sequence::new(device), Sequence::new(device));
+    for round in 0..6 {
+        single.step = round;
+        let want = single.plainly(device, round);
+        same(&format!("round {round}"), &again.in_step(device, round), &want);
+    }
+    assert!(started(device).is_none_or(|started| started == 5), "{:?} graphs", started(device));
+    // What has nothing in common does not take another's graph away, and either may come again.
+    let mut filled = poisoned::<f32>(device, 5);
+    for round in 0..3 {
+        for value in [1.0, 2.0] {
+            device.repeated(&mut || device.fill(&mut filled, value));
+            assert_eq!(get(device, &filled), [value; 5], "round {round}");
+        }
+    }
+    assert!(started(device).is_none_or(|started| started == 9), "{:?} graphs", started(device));
 }
 
 #[test]

@@ -5,6 +5,22 @@ use ferropt_device::bf16;
 use ferropt_engine::{Decay, Pooling};
 use std::time::Duration;
 
+/// Tokens are drawn by the device, or out of changed logits by the engine itself: the same ones where the change is none.
+#[test]
+fn a_bias_of_nothing_changes_nothing() {
+    let tokenizer = tokenizer();
+    for request in requests() {
+        let p = &request.parameters;
+        if p.temperature == 0.0 || p.beams.is_some() || !p.logit_bias.is_empty() {
+            continue;
+        }
+        let biased = Parameters { logit_bias: vec![(7, 0.0)], ..p.clone() };
+        let want = alone::<f32>(&tokenizer, WeightFormat::F32, &request);
+        let got = alone::<f32>(&tokenizer, WeightFormat::F32, &Request { parameters: biased, ..request });
+        assert!(got == want, "{got:?}, not {want:?}");
+    }
+}
+
 /// Requests of every kind, several of which begin alike.
 pub(crate) fn requests() -> Vec<Request> {
     let prompt = |which: usize, shared: usize, len: usize| -> Vec<u32> {

@@ -25,7 +25,11 @@ fn written<E: Element>(graphs: bool, drafted: bool) -> (BTreeMap<u64, Completion
         .enumerate()
         .map(|(i, (prompt, tokens))| Request {
             prompt: whole(i, *prompt, 270).into_iter().map(|id| id + 4).collect(),
-            parameters: Parameters { ignore_end: true, ..greedy(*tokens) },
+            parameters: match i % 3 {
+                0 => Parameters { ignore_end: true, ..greedy(*tokens) },
+                1 => Parameters { ignore_end: true, top_p: 0.9, ..sampled(*tokens, 5) },
+                _ => Parameters { ignore_end: true, top_k: Some(20), n: 2, ..sampled(*tokens, 6) },
+            },
         })
         .rev()
         .collect();

@@ -36,7 +36,7 @@ KERNEL(column_sums_f16, const f16* x, float* parts, u32 rows, u32 n, u32 rows_ea
 }
 
 // out[n] (+)= sum of parts[count][stride], from each part its first n. Blocks of (32, 32) threads for 32 columns.
-KERNEL(add_parts, const float* parts, u32 count, u32 stride, u32 n, float* out, u32 accumulate) {
+KERNEL_OF(1024, add_parts, const float* parts, u32 count, u32 stride, u32 n, float* out, u32 accumulate) {
     __shared__ float sums[32][32];
     u32 c = blockIdx.x * 32 + threadIdx.x;
     float sum = 0.0f;

@@ -9,6 +9,8 @@
 #include "emulate.h"
 #else
 #define KERNEL(name, ...) extern "C" __global__ void name(__VA_ARGS__)
+// With blocks of so many threads, which must not take more registers than there are: only above 256 are they short.
+#define KERNEL_OF(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
 #define DYNAMIC_SHARED(type, name)                              \
     extern __shared__ __align__(16) unsigned char shared_all[]; \
     type* name = reinterpret_cast<type*>(shared_all)
@@ -188,14 +190,14 @@ struct Largest {
 };
 
 /// What all lanes of a warp make together; each gets it.
-template <class Op> __device__ __forceinline__ float over_warp(float x) {
+template <class Op, class T> __device__ __forceinline__ T over_warp(T x) {
     for (int distance = 16; distance > 0; distance /= 2) x = Op::join(x, __shfl_xor_sync(ALL_LANES, x, distance));
     return x;
 }
 
 /// What all threads of a block of one dimension make together; each gets it. `shared` has room for 32 numbers, and may be
 /// used again at once.
-template <class Op> __device__ __forceinline__ float over_block(float x, float* shared) {
+template <class Op, class T> __device__ __forceinline__ T over_block(T x, T* shared) {
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = (blockDim.x + 31) / 32;
     x = over_warp<Op>(x);
     __syncthreads();

@@ -13,10 +13,13 @@
 //! because the distribution has no memory. A block whose smallest E comes too late even for its largest weight is passed
 //! over.
 
-use ferropt_device::rng::{Purpose, Stream};
+use crate::rng::{Purpose, Stream};
 
 /// Tokens of a block, by their ids.
 pub(crate) const BLOCK: usize = 64;
+
+/// Products and quotients are rounded, so a token is passed over only if it comes this much too late.
+const LATE: f32 = 1.000_001;
 
 /// The noise of all tokens at one place of a text.
 pub(crate) struct Race {
@@ -41,11 +44,11 @@ impl Race {
                 continue;
             }
             let (least, whose) = self.least(number);
-            if least >= best.0 * most {
+            if least >= best.0 * LATE * most {
                 continue;
             }
             for (i, weight) in block.iter().enumerate() {
-                if least < best.0 * weight {
+                if least < best.0 * LATE * weight {
                     let id = (number * BLOCK + i) as u32;
                     let noise = if i == whose { least } else { least + self.more(id) };
                     let arrival = (noise / weight, id);
@@ -80,7 +83,25 @@ impl Race {
 fn exponential(word: u32, bits: i32) -> f32 {
     let uniform = (word as f32 + 0.5) * 2f32.powi(-bits);
     // In f32 the largest words would be 1, whose time never comes.
-    -(-uniform.min(1.0 - f32::EPSILON)).ln_1p()
+    minus_log_of_rest(uniform.min(1.0 - f32::EPSILON))
+}
+
+/// -ln(1 - u) for u in [0, 1), to a few units in the last place.
+fn minus_log_of_rest(u: f32) -> f32 {
+    /// ln((1 + s) / (1 - s)) for small s.
+    fn log_of_ratio(s: f32) -> f32 {
+        let square = s * s;
+        let series = [1.0 / 9.0, 1.0 / 7.0, 1.0 / 5.0, 1.0 / 3.0, 1.0];
+        2.0 * s * series.iter().fold(1.0 / 11.0, |sum, term| sum * square + term)
+    }
+    if u < 0.25 {
+        return log_of_ratio(u / (2.0 - u));
+    }
+    // A power of two times a number between the roots of 1/2 and 2.
+    let bits = (1.0 - u).to_bits();
+    let exponent = (bits as i32 - 0x3f35_04f3) >> 23;
+    let number = f32::from_bits((bits as i32 - (exponent << 23)) as u32);
+    exponent as f32 * -std::f32::consts::LN_2 + log_of_ratio((1.0 - number) / (1.0 + number))
 }
 
 /// Replaces `most` with the largest weight of each block.
@@ -147,6 +168,15 @@ mod tests {
         }
         let all = |x: f32| (-64.0 * x as f64).exp();
         near(share(&|noise| noise[..64].iter().all(|e| *e > 0.01)), all(0.01));
+    }
+
+    #[test]
+    fn logarithms_are_those_of_the_library() {
+        let all = (0..100_000).map(|i| i as f32 / 100_000.0).chain((1..126).map(|n| 2f32.powi(-n)));
+        for u in all.chain([1.0 - f32::EPSILON]) {
+            let (got, want) = (minus_log_of_rest(u) as f64, -(-u as f64).ln_1p());
+            assert!((got - want).abs() <= 4.0 * f32::EPSILON as f64 * want, "{u}: {got}, not {want}");
+        }
     }
 
     #[test]
