@@ -12,7 +12,7 @@ use race::{BLOCK, Race, largest, largest_of_blocks};
 pub struct Draw {
     /// Divides the logits; above 0.
     pub temperature: f32,
-    /// Only among that many of the likeliest.
+    /// Only among that many of the likeliest, at least one.
     pub top_k: Option<usize>,
     /// Of those, only the fewest that together have this share of their probability. 1 leaves none out.
     pub top_p: f32,
