@@ -293,10 +293,11 @@ pub trait Device: Send + Sync + Sized + 'static {
     fn network(&self) -> Option<anyhow::Result<Box<dyn Network>>> {
         None
     }
-    /// Runs `work`, a sequence of operations that is likely to come again with the same buffers, sizes and numbers, only with
-    /// other contents. Where starting operations takes longer than some of them do, what came before is started at once; the
-    /// results are the same bits. What differs each time must be in buffers already: `work` may be called more than once, and
-    /// must do nothing but start the operations.
+    /// Runs `work`, a sequence of operations that is likely to come again with the same buffers and sizes, only with other
+    /// contents. Where starting operations takes longer than some of them do, what came before is started at once; the results
+    /// are the same bits. Numbers that differ each time are best in buffers already; a few of the operations may be told others,
+    /// such as the step whose random masks are used. `work` may be called more than once, and must do nothing but start the
+    /// operations.
     ///
     /// # Panics
     /// On devices where it makes a difference, when `work` makes buffers, uploads, downloads or waits.
