@@ -33,6 +33,11 @@ impl Draw {
     pub(crate) fn scale(&self) -> f32 {
         self.temperature.recip().min(f32::MAX)
     }
+
+    /// The noise that chooses.
+    pub(crate) fn race(&self) -> Race {
+        Race::new(self.seed, self.choice, self.place)
+    }
 }
 
 /// Chooses on the processor, in memory that is used again for each token.
@@ -53,8 +58,7 @@ impl Drawer {
         self.weigh(draw, logits, most);
         if let Some(likely) = self.weights.iter().position(|w| *w == 1.0) {
             self.leave_out(draw);
-            let race = Race::new(draw.seed, draw.choice, draw.place);
-            return race.winner(&self.weights, &self.most, likely as u32);
+            return draw.race().winner(&self.weights, &self.most, likely as u32);
         }
         let place = logits.iter().enumerate().position(|(id, logit)| id != without && *logit == most);
         place.unwrap_or(0) as u32

@@ -68,18 +68,15 @@ impl<D: Device> Chooser<'_, D> {
         let (mut drawn, mut draws, mut others) = (Vec::new(), Vec::new(), Vec::new());
         for (i, Asked { row, parameters: p, place }) in asked.iter().enumerate() {
             let largest = self.logits.largest(*row);
-            match draw(p, *place) {
-                Some(draw) if unchanged(p) => {
-                    drawn.push(i);
-                    draws.push((*row, draw));
-                }
-                None if unchanged(p)
-                    && end_allowed(p, place.written())
-                    && (largest as usize) < self.known =>
-                {
-                    ids[i] = largest;
-                }
-                _ => others.push(i),
+            if !unchanged(p) {
+                others.push(i);
+            } else if let Some(draw) = draw(p, *place) {
+                drawn.push(i);
+                draws.push((*row, draw));
+            } else if end_allowed(p, place.written()) && (largest as usize) < self.known {
+                ids[i] = largest;
+            } else {
+                others.push(i);
             }
         }
         for (i, id) in drawn.into_iter().zip(self.logits.draw(self.known, &draws)) {

@@ -6,7 +6,6 @@ use super::kernels::args;
 use super::workspace::Scratch;
 use super::{CudaBuf, CudaDevice, StreamWords};
 use crate::Draw;
-use crate::rng::{Purpose, Stream};
 
 /// Threads of a block: as many as one may have, since few tokens are chosen at a time.
 const THREADS: usize = 1024;
@@ -15,33 +14,30 @@ const THREADS: usize = 1024;
 #[derive(Clone, Copy, NoUninit)]
 #[repr(C)]
 struct Words {
-    seed: u64,
+    blocks: StreamWords,
+    tokens: StreamWords,
     place: u64,
-    what: u32,
     row: u32,
     without: u32,
     top_k: u32,
     scale: f32,
     top_p: f32,
     min_p: f32,
-    unused: u32,
 }
 
 impl Words {
     fn new(row: usize, draw: &Draw) -> Words {
-        let StreamWords { seed, what, .. } =
-            StreamWords::new(Stream::new(draw.seed, Purpose::Sampling, draw.choice, 0));
+        let race = draw.race();
         Words {
-            seed,
-            place: draw.place,
-            what,
+            blocks: StreamWords::new(race.blocks),
+            tokens: StreamWords::new(race.tokens),
+            place: race.place,
             row: row as u32,
             without: draw.without.unwrap_or(u32::MAX),
             top_k: draw.top_k.map_or(u32::MAX, |k| k.min(u32::MAX as usize) as u32),
             scale: draw.scale(),
             top_p: draw.top_p,
             min_p: draw.min_p,
-            unused: 0,
         }
     }
 }

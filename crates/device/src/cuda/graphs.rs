@@ -54,6 +54,15 @@ struct Notes {
     stale: bool,
 }
 
+impl Notes {
+    /// Returns whether operations are only noted.
+    fn add(&mut self, kind: Noted, words: impl IntoIterator<Item = u64>) -> bool {
+        self.sequence.fixed.push(kind as u64);
+        self.sequence.fixed.extend(words);
+        self.recording.is_null()
+    }
+}
+
 /// A sequence of operations: all that decides what it does.
 #[derive(Default, PartialEq)]
 struct Sequence {
@@ -93,23 +102,19 @@ impl Gpu {
     /// To be called by every operation before it starts something, with all that decides what that does. Returns whether it
     /// is not to be started now.
     pub(super) fn note(&self, kind: Noted, words: impl IntoIterator<Item = u64>) -> bool {
-        let only_noted = self.with_notes(|notes| {
-            notes.sequence.fixed.push(kind as u64);
-            notes.sequence.fixed.extend(words);
-            notes.recording.is_null()
-        });
-        only_noted.unwrap_or(false)
+        self.with_notes(|notes| notes.add(kind, words)).unwrap_or(false)
     }
 
-    /// [`Gpu::note`] of a kernel, and [`Gpu::recorded`] when it was started.
+    /// [`Gpu::note`] of a kernel, to be followed by [`Gpu::recorded`] when it was started.
     pub(super) fn note_call(&self, call: impl FnOnce() -> Call) -> bool {
-        let mut noted = None;
-        self.with_notes(|_| noted = Some(call()));
-        let Some(call) = noted else { return false };
-        let words = [call.function as u64].into_iter().chain(call.sizes.map(u64::from));
-        let only_noted = self.note(Noted::Kernel, words);
-        self.with_notes(|notes| notes.sequence.calls.push(call));
-        only_noted
+        let only_noted = self.with_notes(|notes| {
+            let call = call();
+            let words = [call.function as u64].into_iter().chain(call.sizes.map(u64::from));
+            let only_noted = notes.add(Noted::Kernel, words);
+            notes.sequence.calls.push(call);
+            only_noted
+        });
+        only_noted.unwrap_or(false)
     }
 
     /// Keeps where the kernel that was started last is in what is recorded, if it is.
@@ -123,7 +128,9 @@ impl Gpu {
             let info = self.driver().cuStreamGetCaptureInfo_v2;
             let code = info(stream, &mut state, nothing, no_graph, &mut last, &mut count);
             self.expect("nothing is known of what is recorded", code);
-            assert!(count == 1, "a kernel was recorded, but {count} operations are the last ones");
+            if count != 1 {
+                self.fail(&format!("a kernel was recorded, but {count} operations are the last ones"));
+            }
             *last
         };
         self.with_notes(|notes| notes.nodes.push(node));

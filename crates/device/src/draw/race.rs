@@ -23,9 +23,12 @@ const LATE: f32 = 1.000_001;
 
 /// The noise of all tokens at one place of a text.
 pub(crate) struct Race {
-    blocks: Stream,
-    tokens: Stream,
-    place: u64,
+    /// Of the smallest E of each block.
+    pub(crate) blocks: Stream,
+    /// Of how much tokens' E exceed that.
+    pub(crate) tokens: Stream,
+    /// The row of both.
+    pub(crate) place: u64,
 }
 
 impl Race {

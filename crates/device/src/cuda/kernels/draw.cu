@@ -3,10 +3,10 @@
 
 // How a token is chosen.
 struct Draw {
-    u64 seed, place;
-    u32 what, row, without, top_k;
+    Stream blocks, tokens;
+    u64 place;
+    u32 row, without, top_k;
     float scale, top_p, min_p;
-    u32 unused;
 };
 
 struct Total {
@@ -62,11 +62,10 @@ __device__ __forceinline__ float exponential(u32 word, float unit) {
 // The random number of a token.
 __device__ __forceinline__ float noise(const Draw& draw, u32 id) {
     const u32 BLOCK = 64;
-    Stream blocks = {draw.seed, draw.what, 1}, tokens = {draw.seed, draw.what, 0};
-    u32 word = blocks.word(draw.place, id / BLOCK);
+    u32 word = draw.blocks.word(draw.place, id / BLOCK);
     float least = exponential(word / BLOCK, 1.0f / 67108864.0f) / float(BLOCK);
     if (id % BLOCK == word % BLOCK) return least;
-    return least + exponential(tokens.word(draw.place, id), 1.0f / 4294967296.0f);
+    return least + exponential(draw.tokens.word(draw.place, id), 1.0f / 4294967296.0f);
 }
 
 // ---- which tokens are kept
