@@ -15,11 +15,12 @@ def load(path):
     """All ids of a token file, as int64."""
     with open(path, "rb") as file:
         header = file.read(HEADER)
-        if header[:8] != b"FERROTOK" or int.from_bytes(header[8:12], "little") != 1:
-            raise SystemExit(f"{path} is no token file of version 1")
+        if header[:8] != b"FERROTOK" or int.from_bytes(header[8:12], "little") != 2:
+            raise SystemExit(f"{path} is no token file of version 2")
         width = int.from_bytes(header[12:16], "little")
         count = int.from_bytes(header[16:24], "little")
-        ids = numpy.fromfile(file, dtype={2: "<u2", 4: "<u4"}[width])
+        # Checksums follow the ids.
+        ids = numpy.fromfile(file, dtype={2: "<u2", 4: "<u4"}[width], count=count)
     if len(ids) != count:
         raise SystemExit(f"{path} holds {len(ids)} ids, its header says {count}; delete it and run ferropt again")
     return ids.astype(numpy.int64)

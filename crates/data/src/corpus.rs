@@ -24,6 +24,9 @@ const PIECE: usize = 1 << 18;
 /// Longest line of a JSON-lines file, bytes: a line has to be held in memory.
 const LONGEST_LINE: u64 = 1 << 28;
 
+/// U+FEFF in UTF-8.
+const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Format {
     Text,
@@ -229,9 +232,10 @@ impl Reader {
             return Ok(None);
         }
         let wanted = (PIECE - self.buffer.len()) as u64;
-        let at = self.position + self.buffer.len() as u64;
-        let got = self.input.by_ref().take(wanted).read_to_end(&mut self.buffer).with_context(|| {
-            format!("cannot read on after {at} bytes of text; the file may be cut short or damaged")
+        let got = self.input.by_ref().take(wanted).read_to_end(&mut self.buffer);
+        let got = got.with_context(|| {
+            let read = self.position + self.buffer.len() as u64;
+            format!("cannot read on after {read} bytes of text; the file may be cut short or damaged")
         })?;
         self.ended = (got as u64) < wanted;
         let text = match std::str::from_utf8(&self.buffer) {
@@ -278,9 +282,12 @@ impl Reader {
             if read as u64 == LONGEST_LINE {
                 bail!("line {line} is longer than {} MiB; split the document", LONGEST_LINE >> 20);
             }
-            if !self.buffer.trim_ascii().is_empty() {
-                let text = text_of_line(&self.buffer, text_field)
-                    .with_context(|| format!("line {line} is wrong"))?;
+            // Programs for Windows put a mark in front of UTF-8.
+            let mark = if line == 1 { BYTE_ORDER_MARK } else { &[] };
+            let content = self.buffer.strip_prefix(mark).unwrap_or(&self.buffer);
+            if !content.trim_ascii().is_empty() {
+                let text =
+                    text_of_line(content, text_field).with_context(|| format!("line {line} is wrong"))?;
                 split(text, &mut self.ready);
             }
         }
@@ -296,7 +303,18 @@ fn text_of_line(line: &[u8], field: &str) -> Result<String> {
             e.valid_up_to() + 1
         )
     })?;
-    let value: Value = serde_json::from_str(line).context("not valid JSON; expected one object a line")?;
+    let value: Value = serde_json::from_str(line).map_err(|e| {
+        let (what, column) = (e.to_string(), e.column());
+        let what = what.split(" at line ").next().unwrap_or_default();
+        // What Python's json.dumps makes of text that was read with errors="surrogateescape".
+        let hint = if what.contains("surrogate") || what.contains("end of hex escape") {
+            "; \\ud800 to \\udfff stand for characters in pairs only: write the file again without the single ones, in Python \
+             after text.encode(\"utf-16\", \"surrogatepass\").decode(\"utf-16\", \"replace\")"
+        } else {
+            "; expected one object a line"
+        };
+        anyhow::anyhow!("not valid JSON: {what} at column {column}{hint}")
+    })?;
     let mut object = match value {
         Value::Object(object) => object,
         other => bail!("expected a JSON object with a text field `{field}`, found {}", kind(&other)),
@@ -459,6 +477,13 @@ mod tests {
             ("c.jsonl", b"[1]", &["line 1", "an array"]),
             ("d.jsonl", b"{\"text\":\"ok\"}\n\n{\"text\":\"op", &["line 3", "JSON"]),
             ("e.jsonl", b"{\"text\":\"caf\xE9\"}", &["line 1", "UTF-8", "0xe9", "column 13"]),
+            (
+                "k.jsonl",
+                b"{\"text\":\"ok\"}\n{\"text\":\"a \\udc80 b\"}",
+                &["line 2", "surrogate", "column", "in pairs", "surrogatepass"],
+            ),
+            ("l.jsonl", b"{\"text\":\"a \\ud800 b\"}", &["line 1", "column", "in pairs"]),
+            ("m.jsonl", b"{\"text\":\"a \\ud800\\u0041\"}", &["line 1", "column", "in pairs"]),
             ("f.txt", b"caf\xE9 au lait", &["UTF-8", "0xe9", "byte 3"]),
             ("g.txt", &late, &["UTF-8", "0xe9", "byte 262154"]),
             ("h.txt.gz", b"not gzip", &["cannot read"]),
@@ -477,6 +502,14 @@ mod tests {
     }
 
     #[test]
+    fn a_byte_order_mark_in_front_of_json_is_passed_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.jsonl");
+        fs::write(&path, "\u{FEFF}{\"text\":\"one\"}\n{\"text\":\"\u{FEFF}two\"}\n").unwrap();
+        assert_eq!(read(&Corpus::find(&[path], "text").unwrap()).unwrap(), ["one", "\u{FEFF}two"]);
+    }
+
+    #[test]
     fn truncated_files_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let text = long_text();
@@ -487,6 +520,7 @@ mod tests {
             let corpus = Corpus::find(&[path], "text").unwrap();
             let e = format!("{:#}", read(&corpus).unwrap_err());
             assert!(e.contains("cut short") && e.contains(&format!("a.txt.{ending}")), "{e}");
+            assert!(!e.contains("after 0 bytes"), "{e}");
         }
     }
 

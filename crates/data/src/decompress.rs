@@ -1,6 +1,6 @@
 //! Opening of plain and compressed files as one kind of reader.
 
-use flate2::bufread::MultiGzDecoder;
+use flate2::bufread::GzDecoder;
 use lzma_rust2::XzReader;
 use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
 use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
@@ -34,7 +34,7 @@ pub(crate) fn open(
     let file = BufReader::with_capacity(BUFFER, Counted { file: File::open(path)?, consumed });
     Ok(match compression {
         Compression::None => Box::new(file),
-        Compression::Gzip => Box::new(BufReader::with_capacity(BUFFER, MultiGzDecoder::new(file))),
+        Compression::Gzip => Box::new(BufReader::with_capacity(BUFFER, GzipReader::new(file))),
         Compression::Xz => Box::new(BufReader::with_capacity(BUFFER, XzReader::new(file, true))),
         Compression::Zstd => Box::new(BufReader::with_capacity(BUFFER, ZstdReader::new(file))),
     })
@@ -51,6 +51,45 @@ impl Read for Counted {
         let n = self.file.read(out)?;
         self.consumed.fetch_add(n as u64, Ordering::Relaxed);
         Ok(n)
+    }
+}
+
+/// All members of a gzip file, one after the other, with their checksums compared. Zeros behind them, which tapes and block
+/// devices leave, are passed over as `gzip` does.
+struct GzipReader<R> {
+    /// There until the end of the file.
+    member: Option<GzDecoder<R>>,
+}
+
+impl<R: BufRead> GzipReader<R> {
+    fn new(source: R) -> Self {
+        GzipReader { member: Some(GzDecoder::new(source)) }
+    }
+}
+
+impl<R: BufRead> Read for GzipReader<R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if out.is_empty() {
+            return Ok(0);
+        }
+        while let Some(member) = &mut self.member {
+            let n = member.read(out)?;
+            if n > 0 {
+                return Ok(n);
+            }
+            let Some(mut source) = self.member.take().map(GzDecoder::into_inner) else { break };
+            let more = loop {
+                let ahead = source.fill_buf()?;
+                let zeros = ahead.iter().take_while(|byte| **byte == 0).count();
+                let (ended, more) = (ahead.is_empty(), zeros < ahead.len());
+                source.consume(zeros);
+                if ended || more {
+                    break more;
+                }
+            };
+            self.member = more.then(|| GzDecoder::new(source));
+        }
+        Ok(0)
     }
 }
 
@@ -124,10 +163,32 @@ impl<R: BufRead> Read for ZstdReader<R> {
 mod tests {
     use super::*;
     use ruzstd::encoding::{CompressionLevel, compress_to_vec};
+    use std::io::Write;
 
     fn zstd(bytes: &[u8]) -> io::Result<Vec<u8>> {
         let mut out = Vec::new();
         ZstdReader::new(bytes).read_to_end(&mut out).map(|_| out)
+    }
+
+    fn gzip(bytes: &[u8]) -> io::Result<Vec<u8>> {
+        let mut out = Vec::new();
+        GzipReader::new(bytes).read_to_end(&mut out).map(|_| out)
+    }
+
+    #[test]
+    fn gzip_reads_every_member_and_zeros_behind_them() {
+        let member = |bytes: &[u8]| {
+            let mut w = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            w.write_all(bytes).unwrap();
+            w.finish().unwrap()
+        };
+        let file = [member(b"first, "), member(b""), member(b"second")].concat();
+        assert_eq!(gzip(&file).unwrap(), b"first, second");
+        assert_eq!(gzip(&[&file[..], &[0; 1000]].concat()).unwrap(), b"first, second");
+        for damaged in [&b""[..], b"text", &file[..file.len() - 3], &[&file[..], b"text, not zeros"].concat()]
+        {
+            assert!(gzip(damaged).is_err(), "{damaged:?}");
+        }
     }
 
     #[test]

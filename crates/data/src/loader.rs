@@ -28,8 +28,8 @@ pub struct Batch {
 enum Order {
     /// Windows of T+1 tokens every T tokens, in another order each epoch.
     Shuffled { seed: u64 },
-    /// One pass over all tokens in order, each predicted exactly once.
-    Sequential,
+    /// One pass in order over so many tokens, each predicted exactly once.
+    Sequential { tokens: u64 },
 }
 
 /// Samples of T tokens out of one or more token files, which are read as if they were one.
@@ -63,15 +63,15 @@ impl Loader {
         Ok(loader)
     }
 
-    /// Held-out data in order. The sequence of inputs starts with `</s>`, as prompts do, so that every token is a
-    /// target exactly once; the last sample is filled up with `<pad>` and [`IGNORE`].
+    /// Held-out data in order, the first `most` tokens of it. The sequence of inputs starts with `</s>`, as prompts do, so
+    /// that every token is a target exactly once; the last sample is filled up with `<pad>` and [`IGNORE`].
     ///
     /// # Errors
     /// When there is no token.
-    pub fn sequential(files: Vec<TokenFile>, tokenizer: &Tokenizer, seq: usize) -> Result<Loader> {
-        let loader = Self::new(files, tokenizer, seq, Order::Sequential)?;
-        ensure!(loader.tokens() > 0, "there are no tokens");
-        Ok(loader)
+    pub fn sequential(files: Vec<TokenFile>, tokenizer: &Tokenizer, seq: usize, most: u64) -> Result<Loader> {
+        let tokens = files.iter().map(TokenFile::tokens).sum::<u64>().min(most);
+        ensure!(tokens > 0, "there are no tokens");
+        Self::new(files, tokenizer, seq, Order::Sequential { tokens })
     }
 
     fn new(files: Vec<TokenFile>, tokenizer: &Tokenizer, seq: usize, order: Order) -> Result<Loader> {
@@ -112,7 +112,7 @@ impl Loader {
     pub fn samples_per_epoch(&self) -> u64 {
         match self.order {
             Order::Shuffled { .. } => self.tokens().saturating_sub(1) / self.seq as u64,
-            Order::Sequential => self.tokens().div_ceil(self.seq as u64),
+            Order::Sequential { tokens } => tokens.div_ceil(self.seq as u64),
         }
     }
 
@@ -120,7 +120,7 @@ impl Loader {
     /// of sequential data, samples past the last one are all `<pad>`.
     ///
     /// # Errors
-    /// When a token file holds an id that the tokenizer does not know.
+    /// When a token file is damaged, or holds an id that the tokenizer does not know.
     pub fn batch(&self, first: u64, count: usize, batch: &mut Batch) -> Result<()> {
         let n = count * self.seq;
         for buffer in [&mut batch.tokens, &mut batch.targets, &mut batch.doc_start] {
@@ -130,7 +130,7 @@ impl Loader {
         for j in 0..count {
             let at = j * self.seq..(j + 1) * self.seq;
             let (tokens, targets) = (&mut batch.tokens[at.clone()], &mut batch.targets[at.clone()]);
-            self.sample(first + j as u64, tokens, targets);
+            self.sample(first + j as u64, tokens, targets)?;
             for (&id, &target) in tokens.iter().zip(&*targets) {
                 batch.text_bytes += self.byte_len(id).and(self.byte_len(target))?;
                 batch.target_count += (target != IGNORE) as u64;
@@ -141,41 +141,43 @@ impl Loader {
     }
 
     /// Inputs and targets `[T]` of sample `i`.
-    fn sample(&self, i: u64, tokens: &mut [u32], targets: &mut [u32]) {
+    fn sample(&self, i: u64, tokens: &mut [u32], targets: &mut [u32]) -> Result<()> {
         let seq = self.seq as u64;
         match self.order {
             Order::Shuffled { seed } => {
                 let per_epoch = self.samples_per_epoch();
                 let window = Permutation::new(per_epoch, seed, i / per_epoch).at(i % per_epoch);
-                self.read(window * seq, tokens);
-                self.read(window * seq + 1, targets);
+                self.read(window * seq, tokens)?;
+                self.read(window * seq + 1, targets)
             }
-            Order::Sequential => {
-                let start = i.saturating_mul(seq).min(self.tokens());
-                let known = (self.tokens() - start).min(seq) as usize;
-                self.read(start, &mut targets[..known]);
+            Order::Sequential { tokens: end } => {
+                let start = i.saturating_mul(seq).min(end);
+                let known = (end - start).min(seq) as usize;
+                self.read(start, &mut targets[..known])?;
                 targets[known..].fill(IGNORE);
                 tokens.fill(PAD);
                 if known > 0 {
                     tokens[0] = EOS;
                     if start > 0 {
-                        self.read(start - 1, &mut tokens[..1]);
+                        self.read(start - 1, &mut tokens[..1])?;
                     }
                     tokens[1..known].copy_from_slice(&targets[..known - 1]);
                 }
+                Ok(())
             }
         }
     }
 
     /// Copies tokens from `start` on, across files.
-    fn read(&self, mut start: u64, mut out: &mut [u32]) {
+    fn read(&self, mut start: u64, mut out: &mut [u32]) -> Result<()> {
         let mut file = self.starts.partition_point(|&s| s <= start) - 1;
         while !out.is_empty() {
             let here = (self.starts[file + 1] - start).min(out.len() as u64) as usize;
             let (now, rest) = out.split_at_mut(here);
-            self.files[file].read(start - self.starts[file], now);
+            self.files[file].read(start - self.starts[file], now)?;
             (start, out, file) = (start + here as u64, rest, file + 1);
         }
+        Ok(())
     }
 
     /// Bytes of a token's text, 0 for [`IGNORE`]; fails for ids that do not exist.
@@ -279,13 +281,32 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let files = vec![file(dir.path(), "a", &[&[10, 11, 12]]), file(dir.path(), "b", &[&[13, 14]])];
         let bytes = files.iter().map(TokenFile::text_bytes).sum::<u64>();
-        let loader = Loader::sequential(files, &tokenizer(), 4).unwrap();
+        let loader = Loader::sequential(files, &tokenizer(), 4, u64::MAX).unwrap();
         assert_eq!(loader.samples_per_epoch(), 2);
         let b = batch(&loader, 0, 3);
         let i = IGNORE;
         assert_eq!(b.tokens, [2, 10, 11, 12, 2, 13, 14, 1, 1, 1, 1, 1]);
         assert_eq!(b.targets, [10, 11, 12, 2, 13, 14, 2, i, i, i, i, i]);
         assert_eq!((b.target_count, b.text_bytes), (7, bytes));
+    }
+
+    #[test]
+    fn no_token_past_the_limit_is_scored_whatever_the_batch() {
+        let dir = tempfile::tempdir().unwrap();
+        let ids: Vec<u32> = (10..30).collect();
+        for (most, scored) in [(1, 1), (4, 4), (10, 10), (1000, 21u64)] {
+            let loader =
+                Loader::sequential(vec![file(dir.path(), "a", &[&ids])], &tokenizer(), 4, most).unwrap();
+            assert_eq!(loader.samples_per_epoch(), scored.div_ceil(4));
+            for count in [1, 2, 3, 8] {
+                let places = (0..loader.samples_per_epoch()).step_by(count);
+                let batches: Vec<Batch> = places.map(|first| batch(&loader, first, count)).collect();
+                assert_eq!(batches.iter().map(|b| b.target_count).sum::<u64>(), scored, "{most}, {count}");
+                let targets = batches.iter().flat_map(|b| &b.targets).filter(|&&t| t != IGNORE);
+                let expected = ids.iter().chain(&[EOS]).take(scored as usize);
+                assert!(targets.eq(expected), "{most}, {count}");
+            }
+        }
     }
 
     #[test]
@@ -302,7 +323,7 @@ mod tests {
         assert_eq!(Loader::shuffled(files(), &tokenizer(), 3, 1).unwrap().samples_per_epoch(), 1);
         let e = Loader::shuffled(files(), &tokenizer(), 4, 1).err().unwrap().to_string();
         assert!(e.contains("4 tokens in 1 documents") && e.contains("takes 5"), "{e}");
-        assert!(Loader::sequential(vec![], &tokenizer(), 4).is_err());
+        assert!(Loader::sequential(vec![], &tokenizer(), 4, 9).is_err());
         assert!(Loader::shuffled(files(), &tokenizer(), 0, 1).is_err());
     }
 

@@ -19,14 +19,19 @@ const BATCH: usize = 8 << 20;
 /// Time between two looks at whether another process has finished a token file.
 const TURN: Duration = Duration::from_millis(50);
 
+/// Largest token file that is compared with all its checksums when it is opened, bytes: a second's reading. Of larger ones a
+/// block is, before it is used.
+const AT_ONCE: u64 = 1 << 30;
+
 /// Opens the token file of a corpus in the folder `cache`, or makes it first, with a progress bar when standard error
 /// is a terminal. `name` starts the file's name, for people; the rest of it is the fingerprint of the tokenizer and of
-/// names, sizes and times of the sources, so a changed source or tokenizer makes another file.
+/// paths, sizes and times of the sources, so a changed source or tokenizer makes another file. One that is found damaged is
+/// made anew, and [`TokenFile::replaces`] says why.
 ///
 /// Two processes may do this at once: the second waits for the first.
 ///
 /// # Errors
-/// Names the source that cannot be read, with the place; a damaged token file; a folder that cannot be written.
+/// Names the source that cannot be read, with the place; a folder that cannot be written.
 pub fn tokenise(corpus: &Corpus, tokenizer: &Tokenizer, cache: &Path, name: &str) -> Result<TokenFile> {
     tokenise_unless(&|| false, corpus, tokenizer, cache, name)?.context("tokenising was interrupted")
 }
@@ -42,15 +47,26 @@ pub fn tokenise_unless(
     cache: &Path,
     name: &str,
 ) -> Result<Option<TokenFile>> {
-    let fingerprint = fingerprint(corpus, tokenizer);
+    let fingerprint = fingerprint(corpus, tokenizer)?;
     let short: String = fingerprint[..8].iter().map(|b| format!("{b:02x}")).collect();
     let name: String =
         name.chars().map(|c| if c.is_alphanumeric() || "-_".contains(c) { c } else { '_' }).collect();
     let path = cache.join(format!("{name}-{short}.tokens"));
+    let mut damage = None;
+    if path.exists()
+        && let Err(error) = open_whole(&path)
+    {
+        if error.chain().any(|cause| cause.is::<std::io::Error>()) {
+            return Err(error);
+        }
+        let why = format!("{} was damaged ({})", path.display(), error.root_cause());
+        fs::remove_file(&path).with_context(|| format!("{why} and cannot be deleted"))?;
+        damage = Some(why);
+    }
     if !path.exists() && !make(stop, corpus, tokenizer, fingerprint, &path, &name)? {
         return Ok(None);
     }
-    let file = TokenFile::open(&path)?;
+    let file = open_whole(&path)?.in_place_of(damage);
     if file.fingerprint() != fingerprint {
         bail!(
             "{} was made from other text or by another tokenizer; delete it, and it is made anew",
@@ -60,22 +76,33 @@ pub fn tokenise_unless(
     Ok(Some(file))
 }
 
-fn fingerprint(corpus: &Corpus, tokenizer: &Tokenizer) -> [u8; 32] {
+/// Opens a token file that is whole, as far as that can be told in no time.
+fn open_whole(path: &Path) -> Result<TokenFile> {
+    let file = TokenFile::open(path)?;
+    if fs::metadata(path)?.len() <= AT_ONCE {
+        file.verify()?;
+    }
+    Ok(file)
+}
+
+fn fingerprint(corpus: &Corpus, tokenizer: &Tokenizer) -> Result<[u8; 32]> {
     let mut hash = Sha256::new();
     let mut field = |bytes: &[u8]| {
         hash.update((bytes.len() as u64).to_le_bytes());
         hash.update(bytes);
     };
-    field(b"tokens 1");
+    field(b"tokens 2");
     field(&tokenizer.fingerprint());
     field(corpus.text_field.as_bytes());
     for file in &corpus.files {
-        // The name alone: the same data under another folder is the same data.
-        field(file.path.file_name().unwrap_or_default().as_encoded_bytes());
+        // The whole path: copying tools keep times, and other data may well have the same name and size.
+        let place = fs::canonicalize(&file.path)
+            .with_context(|| format!("cannot read the text at {}", file.path.display()))?;
+        field(place.as_os_str().as_encoded_bytes());
         field(&file.bytes.to_le_bytes());
         field(&file.modified.to_le_bytes());
     }
-    hash.finalize().into()
+    Ok(hash.finalize().into())
 }
 
 /// Makes the token file at `path`; false if `stop` ended that.
@@ -220,7 +247,7 @@ mod tests {
 
     fn ids(file: &TokenFile) -> Vec<u32> {
         let mut ids = vec![0; file.tokens() as usize];
-        file.read(0, &mut ids);
+        file.read(0, &mut ids).unwrap();
         ids
     }
 
@@ -338,9 +365,36 @@ mod tests {
         fs::write(path.with_extension("part"), [0; 5000]).unwrap();
         tokenise(&corpus, &t, dir.path(), "x").unwrap();
         assert_eq!(fs::read(&path).unwrap(), whole);
-        // And what a bad disk leaves is refused, not repaired in silence.
-        fs::write(&path, &whole[..whole.len() - 2]).unwrap();
-        assert!(format!("{:#}", tokenise(&corpus, &t, dir.path(), "x").err().unwrap()).contains("delete it"));
+        // And what a bad disk leaves is made anew, not in silence.
+        let mut flipped = whole.clone();
+        flipped[130] ^= 1;
+        for (damaged, why) in
+            [(&whole[..whole.len() - 2], "its header says"), (&flipped[..], "from byte 128")]
+        {
+            fs::write(&path, damaged).unwrap();
+            let made = tokenise(&corpus, &t, dir.path(), "x").unwrap();
+            let told = made.replaces().unwrap();
+            assert!(told.contains(why) && told.contains(path.to_str().unwrap()), "{told}");
+            assert_eq!(fs::read(&path).unwrap(), whole);
+        }
+        assert!(tokenise(&corpus, &t, dir.path(), "x").unwrap().replaces().is_none());
+    }
+
+    #[test]
+    fn files_of_the_same_name_size_and_time_in_two_folders_are_two() {
+        let dir = tempfile::tempdir().unwrap();
+        let (t, now) = (tokenizer(), std::time::SystemTime::now());
+        let made = ["some words", "more words"].map(|text| {
+            let path = dir.path().join(&text[..4]).join("a.txt");
+            fs::create_dir(path.parent().unwrap()).unwrap();
+            fs::write(&path, text).unwrap();
+            File::options().write(true).open(&path).unwrap().set_modified(now).unwrap();
+            let corpus = Corpus::find(&[&path], "text").unwrap();
+            let file = tokenise(&corpus, &t, &dir.path().join("cache"), "x").unwrap();
+            assert_eq!(ids(&file), [t.encode(text).unwrap(), vec![EOS]].concat());
+            file.checksum()
+        });
+        assert_ne!(made[0], made[1]);
     }
 
     /// A slice of the books corpus, against the count in its SOURCES.md.

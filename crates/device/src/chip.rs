@@ -115,6 +115,26 @@ impl<T: Element> Buffer<T> for ChipBuf<T> {
         }
     }
 
+    unsafe fn host_at_rest(&self) -> Option<&[T]> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                ChipBuf::Cpu(buf) => buf.host_at_rest(),
+                ChipBuf::Cuda(buf) => buf.host_at_rest(),
+            }
+        }
+    }
+
+    unsafe fn host_at_rest_mut(&mut self) -> Option<&mut [T]> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                ChipBuf::Cpu(buf) => buf.host_at_rest_mut(),
+                ChipBuf::Cuda(buf) => buf.host_at_rest_mut(),
+            }
+        }
+    }
+
     fn read(&self, offset: usize, dst: &mut [T]) {
         match self {
             ChipBuf::Cpu(buf) => buf.read(offset, dst),

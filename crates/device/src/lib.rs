@@ -16,6 +16,7 @@
 // An optional pair of buffers is plainer than a name for it.
 #![allow(clippy::type_complexity)]
 
+mod at_rest;
 mod chip;
 pub mod cpu;
 pub mod cuda;
@@ -31,12 +32,13 @@ pub mod rng;
 mod strided;
 mod timed;
 
+pub use at_rest::AtRest;
 pub use chip::{Chip, ChipBuf, ChipPacked, Which};
 pub use draw::{Draw, Drawer};
 pub use element::{DType, Element};
 pub use failure::{Failure, failures};
 pub use half::{bf16, f16};
-pub use link::{Exchange, Flight, Link, Located, Network, Transfer, Watch};
+pub use link::{Departure, Exchange, Flight, Link, Located, Network, Transfer, Watch};
 pub use mapped::Mapped;
 pub use paged::{PAGE, Placed, Places, Segment};
 use rng::Stream;
@@ -58,6 +60,20 @@ pub trait Buffer<T: Element>: Send + Sync {
     fn host(&self) -> Option<&[T]>;
     /// The memory itself, to be changed.
     fn host_mut(&mut self) -> Option<&mut [T]>;
+    /// [`Buffer::host`] without waiting for the device; [`AtRest`] is the safe way to it.
+    ///
+    /// # Safety
+    /// The device was told nothing that uses the memory since the last [`Buffer::host`] or [`Buffer::host_mut`].
+    unsafe fn host_at_rest(&self) -> Option<&[T]> {
+        self.host()
+    }
+    /// The same, to be changed.
+    ///
+    /// # Safety
+    /// As above.
+    unsafe fn host_at_rest_mut(&mut self) -> Option<&mut [T]> {
+        self.host_mut()
+    }
     /// Copies the elements from `offset` on to `dst`, when all work before is done.
     fn read(&self, offset: usize, dst: &mut [T]);
     /// Copies `src` to the elements from `offset` on.

@@ -2,9 +2,9 @@
 //!
 //! A [`Network`] opens a [`Link`] between the devices of some ranks. An [`Exchange`] on it takes a buffer, which is a
 //! [`Flight`] until it [lands](Flight::land): what the device does afterwards waits for it, and the processor for nothing.
-//! A [`Watch`] tells whether it is over.
+//! Several that start together are a [`Departure`]. A [`Watch`] tells whether they are over.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use anyhow::{Context, Result};
 
@@ -61,15 +61,16 @@ pub trait Network: Send + Sync {
 
 /// The devices of some ranks. All of them start the same exchanges in the same order, which are done in this order.
 pub trait Link: Send + Sync {
-    /// Starts an exchange, after everything that the device was told to do before, and beside what it is told afterwards.
+    /// Starts exchanges together, after everything that the device was told to do before, and beside what it is told afterwards.
+    /// All ranks start the same ones together.
     ///
     /// # Errors
-    /// When it cannot be started, or the link was given up.
+    /// When they cannot be started, or the link was given up.
     ///
     /// # Safety
     /// The memory is there, and nobody uses it, until the transfer is over or the device waits for it.
-    unsafe fn start(&self, exchange: Exchange, memory: &Located) -> Result<Box<dyn Transfer>>;
-    /// Whether all is well.
+    unsafe fn start(&self, exchanges: &[(Exchange, Located)]) -> Result<Box<dyn Transfer>>;
+    /// Whether all is well. The device is not asked.
     ///
     /// # Errors
     /// When an exchange has failed.
@@ -78,7 +79,7 @@ pub trait Link: Send + Sync {
     fn abort(&self);
 }
 
-/// An exchange that was started.
+/// Exchanges that were started together.
 pub trait Transfer: Send + Sync {
     /// What the device is told to do from now on waits for it.
     fn hold_back(&self);
@@ -99,24 +100,68 @@ pub struct Located {
     pub(crate) dtype: DType,
 }
 
-/// A buffer that is being exchanged. Dropping it is harmless: its memory is given back when that is over.
+/// Exchanges that are going to start together, which takes the processor hardly longer than starting one of them.
+pub struct Departure<'l> {
+    link: &'l dyn Link,
+    exchanges: Vec<(Exchange, Located)>,
+    shared: Arc<Shared>,
+}
+
+/// A buffer that is being exchanged, once its [`Departure`] has started. Dropping it is harmless: its memory is given back when
+/// that is over.
 #[must_use = "the buffer comes back from `land`"]
 pub struct Flight<B: Send + 'static> {
     buffer: Option<B>,
     shared: Arc<Shared>,
 }
 
-/// Tells when an exchange is over.
+/// Tells when the exchanges of a departure are over. Memory of those that nobody waits for is given back where it is dropped.
 pub struct Watch(Arc<Shared>);
 
+#[derive(Default)]
 struct Shared {
-    transfer: Box<dyn Transfer>,
-    /// The buffer of a flight that nobody waits for.
-    left: Mutex<Option<Box<dyn Send>>>,
+    /// None until they have started.
+    transfer: OnceLock<Box<dyn Transfer>>,
+    /// The buffers of flights that nobody waits for.
+    left: Mutex<Vec<Box<dyn Send>>>,
+}
+
+impl<'l> Departure<'l> {
+    /// Of no exchange yet.
+    pub fn new(link: &'l dyn Link) -> Self {
+        Departure { link, exchanges: Vec::new(), shared: Arc::default() }
+    }
+
+    /// Takes a buffer along.
+    ///
+    /// # Errors
+    /// When no link reaches it.
+    pub fn board<T: Element, B: Buffer<T> + 'static>(
+        &mut self,
+        exchange: Exchange,
+        buffer: B,
+    ) -> Result<Flight<B>> {
+        let located = buffer.located().context("memory that no link reaches was to be exchanged")?;
+        self.exchanges.push((exchange, located));
+        Ok(Flight { buffer: Some(buffer), shared: self.shared.clone() })
+    }
+
+    /// Starts all of them.
+    ///
+    /// # Errors
+    /// When they cannot be started.
+    pub fn start(self) -> Result<Watch> {
+        // SAFETY: each flight has its buffer until the device waits for the transfer, and before there is one it does not give
+        // it away; otherwise it leaves it with `shared`, which lives until the transfer is over.
+        let transfer = unsafe { self.link.start(&self.exchanges) }?;
+        // Nobody else sets it: this departure is used up.
+        let _ = self.shared.transfer.set(transfer);
+        Ok(Watch(self.shared))
+    }
 }
 
 impl<B: Send + 'static> Flight<B> {
-    /// Starts an exchange of a buffer.
+    /// Starts a single exchange.
     ///
     /// # Errors
     /// When it cannot be started, or no link reaches the buffer.
@@ -124,44 +169,43 @@ impl<B: Send + 'static> Flight<B> {
     where
         B: Buffer<T>,
     {
-        let located = buffer.located().context("memory that no link reaches was to be exchanged")?;
-        // SAFETY: the flight has the buffer until the device waits for the transfer, and leaves it with `shared`, which lives
-        // until the transfer is over, otherwise.
-        let transfer = unsafe { link.start(exchange, &located) }?;
-        Ok(Flight { buffer: Some(buffer), shared: Arc::new(Shared { transfer, left: Mutex::default() }) })
-    }
-
-    /// To know when it is over.
-    pub fn watch(&self) -> Watch {
-        Watch(self.shared.clone())
+        let mut departure = Departure::new(link);
+        let flight = departure.board(exchange, buffer)?;
+        departure.start()?;
+        Ok(flight)
     }
 
     /// The buffer, to be used by the device: what it does with it waits until the exchange is over.
-    pub fn land(mut self) -> B {
-        self.shared.transfer.hold_back();
-        self.buffer.take().expect("a flight lands once")
+    ///
+    /// # Errors
+    /// When the exchange was not started.
+    pub fn land(mut self) -> Result<B> {
+        let transfer = self.shared.transfer.get();
+        transfer.context("an exchange that was not started was waited for")?.hold_back();
+        Ok(self.buffer.take().expect("a flight lands once"))
     }
 }
 
 impl<B: Send + 'static> Drop for Flight<B> {
     fn drop(&mut self) {
         if let Some(buffer) = self.buffer.take() {
-            *self.shared.left.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(buffer));
+            self.shared.left.lock().unwrap_or_else(PoisonError::into_inner).push(Box::new(buffer));
         }
     }
 }
 
 impl Watch {
-    /// Whether the exchange is over.
+    /// Whether the exchanges are over. Asks the device, which may have to do something else before it answers.
     pub fn is_over(&self) -> bool {
-        self.0.transfer.is_over()
+        self.0.transfer.get().is_none_or(|transfer| transfer.is_over())
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        if self.left.get_mut().unwrap_or_else(PoisonError::into_inner).is_some() {
-            self.transfer.wait();
+        let left = self.left.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let (false, Some(transfer)) = (left.is_empty(), self.transfer.get()) {
+            transfer.wait();
         }
     }
 }
@@ -174,6 +218,8 @@ mod tests {
     /// A link whose exchanges are over when it is told, and a buffer that counts how often its memory was given back.
     #[derive(Clone, Default)]
     struct Slow {
+        /// How many exchanges each start was of.
+        started: Arc<Mutex<Vec<usize>>>,
         over: Arc<AtomicBool>,
         waited: Arc<AtomicBool>,
         freed: Arc<AtomicUsize>,
@@ -189,13 +235,14 @@ mod tests {
         }
 
         fn wait(&self) {
-            assert_eq!(self.freed.load(SeqCst), 0, "memory is given back while it is in use");
+            assert_eq!(self.freed.load(SeqCst), 0, "memory was given back while it was in use");
             self.over.store(true, SeqCst);
         }
     }
 
     impl Link for Slow {
-        unsafe fn start(&self, _: Exchange, _: &Located) -> Result<Box<dyn Transfer>> {
+        unsafe fn start(&self, exchanges: &[(Exchange, Located)]) -> Result<Box<dyn Transfer>> {
+            self.started.lock().expect("nobody has panicked").push(exchanges.len());
             Ok(Box::new(self.clone()))
         }
 
@@ -238,19 +285,23 @@ mod tests {
 
     #[test]
     fn memory_stays_until_nobody_uses_it() {
+        let watched = |slow: &Slow| {
+            let mut departure = Departure::new(slow);
+            let flight = departure.board::<f32, _>(Exchange::AllReduce, Counted(slow.clone()));
+            (flight.expect("a flight"), departure.start().expect("a start"))
+        };
         let fly = |slow: &Slow| {
             Flight::start::<f32>(slow, Exchange::AllReduce, Counted(slow.clone())).expect("a flight")
         };
         let freed = |slow: &Slow| slow.freed.load(SeqCst);
         // The device waits, so the buffer may be used by it.
         let slow = Slow::default();
-        let landed = fly(&slow).land();
+        let landed = fly(&slow).land().expect("it has started");
         assert!(slow.waited.load(SeqCst) && freed(&slow) == 0);
         drop(landed);
         // Nobody waits, but somebody watches.
         let slow = Slow::default();
-        let flight = fly(&slow);
-        let watch = flight.watch();
+        let (flight, watch) = watched(&slow);
         drop(flight);
         assert!(!watch.is_over() && freed(&slow) == 0);
         slow.over.store(true, SeqCst);
@@ -261,5 +312,32 @@ mod tests {
         let slow = Slow::default();
         drop(fly(&slow));
         assert!(slow.is_over() && freed(&slow) == 1);
+    }
+
+    #[test]
+    fn what_starts_together_lands_one_by_one() {
+        let slow = Slow::default();
+        let freed = || slow.freed.load(SeqCst);
+        let mut departure = Departure::new(&slow);
+        let mut board = || {
+            let buffer = Counted(slow.clone());
+            departure.board::<f32, _>(Exchange::AllReduce, buffer).expect("a flight")
+        };
+        let (early, first, second, dropped) = (board(), board(), board(), board());
+        // A buffer that is going to be exchanged is not given away, and not given back.
+        assert!(early.land().is_err() && !slow.waited.load(SeqCst) && freed() == 0);
+        let watch = departure.start().expect("a start");
+        assert_eq!(*slow.started.lock().expect("nobody has panicked"), [4]);
+        drop(second.land().expect("it has started"));
+        assert!(slow.waited.load(SeqCst) && freed() == 1);
+        // What nobody waits for stays as long as somebody else may ask whether it is over.
+        slow.freed.store(0, SeqCst);
+        drop(dropped);
+        slow.over.store(true, SeqCst);
+        drop(first.land().expect("it has started"));
+        assert!(watch.is_over() && freed() == 1);
+        slow.freed.store(0, SeqCst);
+        drop(watch);
+        assert_eq!(freed(), 2);
     }
 }

@@ -67,16 +67,18 @@ impl<D: Device> Chooser<'_, D> {
         let mut ids = vec![0; asked.len()];
         let (mut drawn, mut draws, mut others) = (Vec::new(), Vec::new(), Vec::new());
         for (i, Asked { row, parameters: p, place }) in asked.iter().enumerate() {
-            let largest = self.logits.largest(*row);
             if !unchanged(p) {
                 others.push(i);
             } else if let Some(draw) = draw(p, *place) {
                 drawn.push(i);
                 draws.push((*row, draw));
-            } else if end_allowed(p, place.written()) && (largest as usize) < self.known {
-                ids[i] = largest;
             } else {
-                others.push(i);
+                let largest = self.logits.largest(*row);
+                if end_allowed(p, place.written()) && (largest as usize) < self.known {
+                    ids[i] = largest;
+                } else {
+                    others.push(i);
+                }
             }
         }
         for (i, id) in drawn.into_iter().zip(self.logits.draw(self.known, &draws)) {

@@ -343,6 +343,12 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             places.push(rows.len() - 1);
         }
         let logits = self.decoder.head(&self.device, &rows, &mut self.memory)?;
+        for (w, row) in wanted.iter().zip(&places) {
+            if !logits.log_sum_exp(*row).is_finite() && self.requests.remove(&w.key.request).is_some() {
+                self.scheduler.remove_request(w.key.request);
+                self.events.push((w.key.request, Event::Failed(NO_NUMBERS.into())));
+            }
+        }
         let chooser = Chooser { logits, known: self.known, scratches: &self.scratches };
         let requests = &self.requests;
         let (mut picked, mut next, mut asked) = (vec![None; wanted.len()], Vec::new(), Vec::new());
@@ -397,6 +403,10 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
         }
     }
 }
+
+/// Why a request fails whose logits are infinite or no numbers.
+const NO_NUMBERS: &str = "the model's logits are no numbers: a weight is damaged, or sums overflow. \
+                          `ferropt checkpoint verify` names weights that are no numbers";
 
 /// The tokens that are wanted of a row: one, which is `picked` already if it is not the prompt's, or behind a text of a search the
 /// likeliest.

@@ -63,6 +63,6 @@ pub enum Event {
     Embedding(Vec<f32>),
     /// All is complete.
     Done(Usage),
-    /// The engine failed; there is no more to come.
+    /// The engine failed, or the model has no numbers for this request; there is no more to come.
     Failed(String),
 }

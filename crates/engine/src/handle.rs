@@ -313,7 +313,7 @@ fn serve<D: Device, E: Element>(
             Ok(events) => {
                 for (own, event) in events {
                     let Some((_, sink)) = sinks.get_mut(&own) else { continue };
-                    let last = matches!(event, Event::Done(_));
+                    let last = matches!(event, Event::Done(_) | Event::Failed(_));
                     let wanted = sink(event);
                     if last || !wanted {
                         engine.cancel(own);

@@ -167,7 +167,7 @@ impl<'t> Running<'t> {
     /// Makes the texts that follow the prompt.
     pub(crate) fn begin(&mut self) {
         let p = self.parameters();
-        self.texts = match p.beams {
+        self.texts = match p.beams.filter(|_| self.limit > 0) {
             Some(width) => {
                 let search = Search::new(width, p.n, self.limit, p.length_penalty as f64);
                 Texts::Beams(Beams { search, parts: vec![0], likeliest: vec![None], next_part: 1 })
@@ -182,7 +182,8 @@ impl<'t> Running<'t> {
                     kept: Piece::default(),
                     finish,
                 };
-                Texts::Sampled((0..p.computed()).map(choice).collect())
+                let texts = if self.limit > 0 { p.computed() } else { p.n };
+                Texts::Sampled((0..texts).map(choice).collect())
             }
         };
     }

@@ -63,19 +63,23 @@ impl Sampler {
     }
 }
 
-/// The `count` largest logits with their ids, largest first, equal ones by id.
+/// The `count` largest logits with their ids, largest first, equal ones by id. Takes memory for so many, not for all: answers
+/// keep these lists until they are sent.
 pub fn top(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
-    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-    let mut all: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
-    if count == 0 || all.is_empty() {
-        return Vec::new();
+    let count = count.min(logits.len());
+    let mut best: Vec<(u32, f32)> = Vec::with_capacity(count);
+    for (id, logit) in (0..).zip(logits.iter().copied()) {
+        if best.len() == count {
+            if best.last().is_none_or(|least| logit.total_cmp(&least.1).is_le()) {
+                continue;
+            }
+            best.pop();
+        }
+        // Behind equal ones, whose ids are smaller.
+        let at = best.partition_point(|other| other.1.total_cmp(&logit).is_ge());
+        best.insert(at, (id, logit));
     }
-    if count < all.len() {
-        all.select_nth_unstable_by(count - 1, order);
-        all.truncate(count);
-    }
-    all.sort_unstable_by(order);
-    all
+    best
 }
 
 #[cfg(test)]
@@ -116,5 +120,19 @@ mod tests {
     fn the_likeliest_come_first_and_equal_ones_by_id() {
         assert_eq!(top(&[1.0, 3.0, 3.0, 2.0], 3), [(1, 3.0), (2, 3.0), (3, 2.0)]);
         assert_eq!((top(&[1.0], 9), top(&[1.0], 0)), (vec![(0, 1.0)], vec![]));
+        assert_eq!(top(&[-0.0, 0.0, f32::NEG_INFINITY], 2), [(1, 0.0), (0, -0.0)]);
+    }
+
+    #[test]
+    fn the_likeliest_take_no_more_memory_than_they_are() {
+        // Many ties, in an order that jumps about.
+        let logits: Vec<f32> = (0..5000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as f32).collect();
+        let mut all: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+        all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        for count in [1, 2, 5, 20, 100, 5000, 9999] {
+            let top = top(&logits, count);
+            assert_eq!(top, all[..count.min(5000)]);
+            assert!(top.capacity() <= count, "{} for {count}", top.capacity());
+        }
     }
 }

@@ -48,6 +48,9 @@ OPT knows no turns, so the conversation is written as a text that it continues, 
 
 The oldest turns are left out when the model's positions are used up. Ctrl-C interrupts a reply; Ctrl-D ends.";
 
+/// Who said what.
+type Turn = (Speaker, String);
+
 pub(crate) fn run(args: Args) -> Result<()> {
     let conversation =
         Conversation { system: unescaped(&args.system), user: args.user, assistant: args.assistant };
@@ -68,15 +71,28 @@ pub(crate) fn run(args: Args) -> Result<()> {
             write!(out, "{}: ", conversation.user)?;
             out.flush()?;
         }
-        let mut line = String::new();
-        if input.read_line(&mut line)? == 0 {
+        let mut line = Vec::new();
+        if input.read_until(b'\n', &mut line)? == 0 {
             break;
         }
+        let Ok(line) = String::from_utf8(line) else {
+            tell!("this turn is not UTF-8, so it was left out; type it again");
+            continue;
+        };
         if line.trim().is_empty() {
             continue;
         }
-        turns.push((Speaker::User, line));
-        let prompt = fit(&conversation, &mut turns, engine, args.max_tokens)?;
+        let prompt = match fit(&conversation, &turns, line, engine, args.max_tokens) {
+            Ok((with, prompt)) => {
+                turns = with;
+                prompt
+            }
+            // What was said before stays as it is.
+            Err(error) => {
+                tell!("{error:#}");
+                continue;
+            }
+        };
         // Replies differ though the seed is one: each turn has its own.
         let parameters = Parameters { seed: parameters.seed.wrapping_add(number), ..parameters.clone() };
         write!(out, "{}:", conversation.assistant)?;
@@ -112,24 +128,28 @@ fn reply(engine: &Handle, request: Request, interrupt: &Interrupt, out: &mut imp
     Ok(reply)
 }
 
-/// The conversation's tokens, with the oldest turns left out so that a reply fits behind them.
+/// The turns with one more, the oldest left out so that a reply fits behind them, and their tokens.
 fn fit(
     conversation: &Conversation,
-    turns: &mut Vec<(Speaker, String)>,
+    before: &[Turn],
+    line: String,
     engine: &Handle,
     max_tokens: usize,
-) -> Result<Vec<u32>> {
+) -> Result<(Vec<Turn>, Vec<u32>)> {
     let positions = engine.capacity().positions;
+    let mut turns = before.to_vec();
+    turns.push((Speaker::User, line));
     loop {
         let text = conversation.prompt(turns.iter().map(|(speaker, said)| (*speaker, said.as_str())));
         let prompt = engine.tokenizer().encode_prompt(&text)?;
         // A short model should not lose everything for the sake of a long reply.
         if prompt.len() + max_tokens.min(positions / 2) <= positions {
-            return Ok(prompt);
+            return Ok((turns, prompt));
         }
         ensure!(
             turns.len() > 1,
-            "this turn has {} tokens, which leaves too little of the model's {positions} positions for a reply; type less",
+            "this turn has {} tokens with what stands before it, which leaves too little of the model's {positions} \
+             positions for a reply; it was left out. Type less, or take a shorter --system",
             prompt.len()
         );
         // What was typed, and its reply.

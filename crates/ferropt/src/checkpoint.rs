@@ -175,7 +175,7 @@ fn open(path: &PathBuf, which: &Which, whole: Whole<'_>) -> anyhow::Result<Named
     let named = models::open(path, which.checkpoint, which.preset.as_deref(), whole)?;
     for damage in &named.damaged {
         let used = named.checkpoint.as_ref().map_or(0, |(_, step)| *step);
-        eprintln!("warning: passed over a damaged checkpoint, using the one of step {used}: {damage:#}");
+        tell!("warning: passed over a damaged checkpoint, using the one of step {used}: {damage:#}");
     }
     Ok(named)
 }
@@ -305,7 +305,7 @@ fn convert(args: Convert) -> anyhow::Result<()> {
         human_bytes(converted.bytes)
     )?;
     if named.source.tokenizer_files().is_empty() {
-        eprintln!(
+        tell!(
             "warning: there is no tokenizer beside {}, so there is none in {}",
             named.source.path().display(),
             args.destination.display()

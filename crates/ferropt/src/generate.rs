@@ -1,7 +1,7 @@
 //! `ferropt generate`: continues texts with a trained model.
 
 use crate::model::{
-    DraftArgs, ModelArgs, SamplingArgs, each_line, refused, text_field, tokens_at_most, unescaped,
+    DraftArgs, ModelArgs, SamplingArgs, each_line, is_jsonl, refused, text_field, tokens_at_most, unescaped,
 };
 use anyhow::{Context, Result, ensure};
 use ferropt_engine::{Completion, Event, Handle, Parameters, Request, Text, Token};
@@ -117,7 +117,7 @@ fn run_prompt(args: &Args, parameters: Parameters) -> Result<()> {
     if args.json || args.n > 1 {
         let completion = engine.submit(request).map_err(refused)?.complete()?;
         let time = started.elapsed();
-        return print(&model, &prompt, &completion, time, args.json);
+        return print(args, &model, (None, &prompt), &completion, time);
     }
     stream(engine, &prompt, request, started)
 }
@@ -125,8 +125,7 @@ fn run_prompt(args: &Args, parameters: Parameters) -> Result<()> {
 fn run_file(args: &Args, file: &Path, parameters: &Parameters) -> Result<()> {
     ensure!(args.batch > 0, "--batch: 0 texts at a time would never end; use 1 or more");
     let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let prompts = prompts(&text, file.extension().is_some_and(|e| e == "jsonl"))
-        .with_context(|| format!("cannot use {}", file.display()))?;
+    let prompts = prompts(&text, is_jsonl(file)).with_context(|| format!("cannot use {}", file.display()))?;
     let longest = prompts.iter().map(|(_, prompt)| tokens_at_most(prompt)).max().unwrap_or(0);
     let together = args.batch.max(parameters.beams.unwrap_or(1));
     let longest = Some(longest.saturating_add(args.max_tokens));
@@ -143,8 +142,8 @@ fn run_file(args: &Args, file: &Path, parameters: &Parameters) -> Result<()> {
     let requests: Vec<Request> = prompts.iter().map(request).collect::<Result<_>>()?;
     let (mut done, started) = (prompts.iter(), Instant::now());
     engine.complete_all(requests.into_iter().map(Ok), 2 * args.batch, |completion| {
-        let Some((_, prompt)) = done.next() else { return Ok(()) };
-        print(&model, prompt, &completion, started.elapsed(), args.json)
+        let Some((line, prompt)) = done.next() else { return Ok(()) };
+        print(args, &model, (Some(*line), prompt), &completion, started.elapsed())
     })
 }
 
@@ -185,7 +184,7 @@ fn stream(engine: &Handle, prompt: &str, request: Request, started: Instant) -> 
     out.flush()?;
     if let (true, Some(usage), Some(begun)) = (std::io::stderr().is_terminal(), usage, begun) {
         let time = started.elapsed() - begun;
-        eprintln!(
+        tell!(
             "{prompt_tokens} tokens of prompt in {:.2} s, {} generated in {:.2} s: {:.1} tokens/s",
             begun.as_secs_f64(),
             usage.generated,
@@ -193,7 +192,7 @@ fn stream(engine: &Handle, prompt: &str, request: Request, started: Instant) -> 
             rate(usage.generated, time)
         );
         if usage.drafted > 0 {
-            eprintln!(
+            tell!(
                 "the draft guessed {} tokens, of which {} were right ({:.0} %)",
                 usage.drafted,
                 usage.accepted,
@@ -204,12 +203,29 @@ fn stream(engine: &Handle, prompt: &str, request: Request, started: Instant) -> 
     Ok(())
 }
 
-/// Prints complete texts.
-fn print(model: &Model, prompt: &str, completion: &Completion, time: Duration, json: bool) -> Result<()> {
+/// Prints complete texts that follow a prompt, of some line of a file.
+fn print(
+    args: &Args,
+    model: &Model,
+    (line, prompt): (Option<usize>, &str),
+    completion: &Completion,
+    time: Duration,
+) -> Result<()> {
     let mut out = std::io::stdout().lock();
     for (number, text) in completion.choices.iter().enumerate() {
-        if json {
-            writeln!(out, "{}", object(model, prompt, completion, number, text, time))?;
+        if args.json {
+            let mut object = object(model, prompt, completion, number, text, time);
+            if let Some(line) = line {
+                object["line"] = line.into();
+            }
+            let listed = |tokens: &[Token]| tokens.iter().map(|t| token_object(&model.engine, t)).collect();
+            if args.log_probs.is_some() {
+                object["log_probs"] = listed(&text.tokens);
+            }
+            if args.echo {
+                object["prompt_log_probs"] = listed(&completion.prompt);
+            }
+            writeln!(out, "{object}")?;
         } else {
             let end = if text.text.ends_with('\n') { "" } else { "\n" };
             write!(out, "{prompt}{}{end}", text.text)?;
@@ -226,7 +242,7 @@ fn object(
     text: &Text,
     time: Duration,
 ) -> Value {
-    let mut object = json!({
+    json!({
         "prompt": prompt,
         "choice": number,
         "text": text.text,
@@ -237,17 +253,7 @@ fn object(
         "load_seconds": model.load_seconds,
         "drafted": completion.usage.drafted,
         "accepted": completion.usage.accepted,
-    });
-    let engine = &model.engine;
-    let listed =
-        |tokens: &[Token]| -> Value { tokens.iter().map(|token| token_object(engine, token)).collect() };
-    if text.tokens.iter().chain(&completion.prompt).any(|token| token.log_prob.is_some()) {
-        object["log_probs"] = listed(&text.tokens);
-    }
-    if !completion.prompt.is_empty() {
-        object["prompt_log_probs"] = listed(&completion.prompt);
-    }
-    object
+    })
 }
 
 fn token_object(engine: &Handle, token: &Token) -> Value {

@@ -1,5 +1,8 @@
 //! Trains OPT language models, generates from them and serves them. One file per subcommand: arguments and printing, no logic.
 
+// These end the program with a panic where nobody reads any more.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 /// Prints a line, if somebody still reads: `println!` ends the program with a panic where a reader such as `head` has left.
 macro_rules! say {
     ($($line:tt)*) => {{
@@ -8,11 +11,18 @@ macro_rules! say {
     }};
 }
 
+/// The same for what people are told beside the output, on standard error.
+macro_rules! tell {
+    ($($line:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stderr(), $($line)*);
+    }};
+}
+
 mod bench;
 mod cache;
 mod chat;
 mod checkpoint;
-mod exit;
 mod generate;
 mod info;
 mod model;
@@ -25,6 +35,7 @@ mod train;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 /// Trains OPT language models, generates from them and serves them.
 #[derive(Parser)]
@@ -72,11 +83,21 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    limits_are_errors();
     let command = Cli::parse().command;
     ferropt_device::failures(|| run(command)).unwrap_or_else(|error| {
         report(&error);
-        ExitCode::from(exit::status(&error))
+        ExitCode::from(ferropt_train::launch::status(&error))
     })
+}
+
+/// A write beyond the limit of a file's size (`ulimit -f`) fails like one to a full disk, and does not end the program: what
+/// is interrupted by a signal that somebody takes note of goes on.
+fn limits_are_errors() {
+    #[cfg(unix)]
+    if let Err(error) = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default()) {
+        tell!("warning: the limit of a file's size will end the program where it is met: {error}");
+    }
 }
 
 fn run(command: Command) -> anyhow::Result<ExitCode> {
@@ -106,10 +127,10 @@ fn until_reader_leaves(result: anyhow::Result<()>) -> anyhow::Result<()> {
 
 /// Prints an error and its causes, one a line. A backtrace would not help the user.
 fn report(error: &anyhow::Error) {
-    eprintln!("error: {error}");
+    tell!("error: {error}");
     for cause in error.chain().skip(1) {
         for line in cause.to_string().lines() {
-            eprintln!("  {line}");
+            tell!("  {line}");
         }
     }
 }

@@ -7,7 +7,7 @@ use ferropt_engine::{DRAFT_TOKENS, Parameters, Refusal};
 use ferropt_train::checkpoint::human_bytes;
 use ferropt_train::inference::{Model, Opening};
 use ferropt_train::weight_cache::{Outcome, WeightCache};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Which model, and how it is computed.
 #[derive(clap::Args)]
@@ -87,14 +87,14 @@ impl ModelArgs {
     fn open_as(&self, opening: Opening) -> Result<Model> {
         let model = Model::open(&self.model, &opening)?;
         for damage in &model.damaged {
-            eprintln!(
+            tell!(
                 "warning: passed over a damaged checkpoint, using the one of step {}: {damage:#}",
                 model.step
             );
         }
         match &model.kept {
-            Some(Outcome::Failed(error)) => eprintln!("warning: {error:#}"),
-            Some(Outcome::Kept(bytes)) if *bytes >= WORTH_A_WORD => eprintln!(
+            Some(Outcome::Failed(error)) => tell!("warning: {error:#}"),
+            Some(Outcome::Kept(bytes)) if *bytes >= WORTH_A_WORD => tell!(
                 "note: {} of weights that are ready were kept for the next time; `ferropt checkpoint cache` shows them",
                 human_bytes(*bytes)
             ),
@@ -256,8 +256,15 @@ pub(crate) fn each_line<T>(
         false => Ok(plain(line)),
         true => object(&serde_json::from_str(line).context("it is not JSON")?),
     };
+    // Some editors put a byte order mark before all text.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
     lines.map(|(number, line)| Ok((number, parse(line).with_context(|| format!("line {number}"))?))).collect()
+}
+
+/// Whether a file's name says that its lines are JSON.
+pub(crate) fn is_jsonl(file: &Path) -> bool {
+    file.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("jsonl"))
 }
 
 /// A field of a line of JSON that must be text.

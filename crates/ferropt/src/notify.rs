@@ -16,7 +16,7 @@ pub(crate) const STOPPING: &str = "STOPPING=1";
 pub(crate) fn notify(state: &str) {
     let Some(socket) = std::env::var_os("NOTIFY_SOCKET") else { return };
     if let Err(error) = send(&socket, state) {
-        eprintln!(
+        tell!(
             "warning: cannot tell the service manager {state} at NOTIFY_SOCKET={}: {error}",
             socket.display()
         );

@@ -57,7 +57,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         threads: args.threads,
         seed: args.seed,
     };
-    let outcome = quickstart::run(&options, &Stop::default(), &mut |line| eprintln!("{line}"))?;
+    let outcome = quickstart::run(&options, &Stop::default(), &mut |line| tell!("{line}"))?;
     say!("\n{}", outcome.report);
     say!("Files: {0}/report.md, {0}/loss.svg, {0}/metrics.jsonl\n", options.dir.display());
     match outcome.ending {

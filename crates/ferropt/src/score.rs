@@ -1,6 +1,6 @@
 //! `ferropt score`: how likely a model finds texts.
 
-use crate::model::{ModelArgs, each_line, refused, text_field, tokens_at_most};
+use crate::model::{ModelArgs, each_line, is_jsonl, refused, text_field, tokens_at_most};
 use anyhow::{Context, Result, ensure};
 use ferropt_engine::{Handle, Request, Score, scoring};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -44,7 +44,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Some(file) => {
             let text =
                 std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-            (file.display().to_string(), text, file.extension().is_some_and(|e| e == "jsonl"))
+            (file.display().to_string(), text, is_jsonl(file))
         }
         None => ("standard input".into(), read_input()?, false),
     };
@@ -66,17 +66,18 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let mut scored = items.iter();
     engine.complete_all(requests.into_iter().map(Ok), 2 * args.batch, |completion| {
         let score = Score::from(completion);
-        let Some((line, (_, text))) = scored.next() else { return Ok(()) };
+        let Some((line, (context, text))) = scored.next() else { return Ok(()) };
         log_prob += score.log_prob;
         tokens += score.tokens.len();
-        bytes += text.len();
+        // Spaces at the end of a context are scored with what follows.
+        bytes += context.len() - context.trim_end_matches(' ').len() + text.len();
         writeln!(out, "{}", object(engine, *line, &score, args.summary))?;
         bar.inc(1);
         Ok(())
     })?;
     bar.finish_and_clear();
     out.flush()?;
-    eprintln!(
+    tell!(
         "{} texts, {tokens} tokens: perplexity {:.4}, {:.4} bits per byte",
         items.len(),
         (-log_prob / tokens.max(1) as f64).exp(),

@@ -55,6 +55,10 @@ pub(crate) struct Args {
     /// Let web pages of this origin use the API, such as `https://example.org`; may be repeated
     #[arg(long, value_name = "ORIGIN")]
     cors: Vec<String>,
+    /// Give out `/metrics` without a key, for a Prometheus that has none. They have no texts, but names of models and figures
+    /// of use
+    #[arg(long)]
+    open_metrics: bool,
     /// Texts of a model that are computed together. Results do not depend on it
     #[arg(long, value_name = "N", default_value_t = 64)]
     sequences: usize,
@@ -88,10 +92,10 @@ pub(crate) struct Args {
     /// Bytes of a request's body
     #[arg(long, value_name = "BYTES", default_value_t = Limits::default().body)]
     max_body: usize,
-    /// Connections at one time; more wait
+    /// Connections at one time; more are refused, except for /health, /ready and /metrics
     #[arg(long, value_name = "N", default_value_t = Limits::default().connections)]
     connections: usize,
-    /// At Ctrl-C or SIGTERM: seconds in which requests that were taken are completed
+    /// At Ctrl-C, SIGTERM or SIGHUP: seconds in which requests that were taken are completed
     #[arg(long, value_name = "S", default_value_t = 30)]
     drain_seconds: u64,
     /// No log. By default each request is a line of JSON on standard error, without its prompt and text
@@ -130,7 +134,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     if let Some(Command::Key { name }) = &args.command {
         let (key, line) = new_key(name)?;
         crate::until_reader_leaves(writeln!(std::io::stdout(), "{line}").map_err(Into::into))?;
-        eprintln!("the key, which is kept nowhere: {key}");
+        writeln!(std::io::stderr(), "the key, which is kept nowhere: {key}")?;
         return Ok(());
     }
     let keys = match &args.api_keys {
@@ -138,10 +142,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         None => Keys::default(),
     };
     if args.api_keys.is_none() && !args.host.is_loopback() {
-        eprintln!(
-            "warning: everybody who reaches {} can use the models; --api-keys asks for a key",
-            args.host
-        );
+        tell!("warning: everybody who reaches {} can use the models; --api-keys asks for a key", args.host);
     }
     let stop = Stop::default();
     stop.on_signals()?;
@@ -167,6 +168,23 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
 }
 
+/// Refuses what no browser sends as an origin, since nothing would ever match it.
+fn check_origin(origin: &str) -> Result<()> {
+    let is_host = |host: &str| {
+        let rest = host.trim_start_matches("[").replace("]", "");
+        !rest.is_empty() && rest.chars().all(|c| c.is_ascii_alphanumeric() || "-._:".contains(c))
+    };
+    let written = origin.split_once("://").filter(|(scheme, host)| {
+        !scheme.is_empty() && is_host(host) && origin.to_ascii_lowercase() == origin
+    });
+    ensure!(
+        origin == "*" || written.is_some(),
+        "--cors {origin}: expected an origin as browsers write it, in lower case, with a scheme and without a path or a slash at \
+         the end, such as https://example.org or http://localhost:3000; or * for all"
+    );
+    Ok(())
+}
+
 impl Args {
     fn options(&self, keys: Keys) -> Result<Options> {
         ensure!(
@@ -181,6 +199,8 @@ impl Args {
         ] {
             ensure!(seconds > 0, "--{name}-seconds: in 0 s nothing could be done; use 1 or more");
         }
+        ensure!(self.connections > 0, "--connections: with 0 nobody could connect; use 1 or more");
+        self.cors.iter().try_for_each(|origin| check_origin(origin))?;
         let pair = |alias: &String| {
             let pair = alias.split_once('=').map(|(alias, name)| (alias.to_string(), name.to_string()));
             pair.with_context(|| {
@@ -202,6 +222,7 @@ impl Args {
             keys,
             tls,
             cors: self.cors.clone(),
+            open_metrics: self.open_metrics,
             limits: Limits {
                 queue: self.queue,
                 queue_time: Duration::from_secs(self.queue_seconds),
@@ -211,7 +232,7 @@ impl Args {
                 body: self.max_body,
                 connections: self.connections,
             },
-            log: if self.no_log { Log::off() } else { Log::new(std::io::stderr(), self.log_texts) },
+            log: if self.no_log { Log::off() } else { Log::new(std::io::stderr(), self.log_texts)? },
         })
     }
 
@@ -281,6 +302,30 @@ fn longest(path: &Path, opening: &Opening, cache_tokens: Option<usize>) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn origins_are_as_browsers_write_them() {
+        for right in
+            ["*", "https://example.org", "http://localhost:3000", "http://[::1]:80", "chrome-extension://abc"]
+        {
+            check_origin(right).unwrap();
+        }
+        for wrong in [
+            "",
+            "example.org",
+            "https://example.org/",
+            "https://",
+            "https://Example.org",
+            "https://a b",
+            "null",
+        ] {
+            let error = check_origin(wrong).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("--cors {wrong}:")) && error.contains("https://example.org"),
+                "{error}"
+            );
+        }
+    }
 
     #[test]
     fn drafts_find_their_models() {

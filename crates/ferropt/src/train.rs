@@ -100,7 +100,7 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<u8> {
     let outcome = trainer::train(config, &stop, &mut |event| {
         if let Event::Planned { resolved, plan } = event {
             // A configuration that does not turn into TOML is refused when the run folder is made.
-            eprintln!("{}\n{plan}\n", resolved.config.to_toml().unwrap_or_default());
+            tell!("{}\n{plan}\n", resolved.config.to_toml().unwrap_or_default());
         }
     })?;
     let (run, step) = (outcome.run.display(), outcome.step);
@@ -111,7 +111,7 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<u8> {
         return Ok(status);
     }
     let Some(curves) = outcome.curves else {
-        say!("stopped while the data was being read; the same command continues");
+        say!("stopped before training went on; the same command continues");
         return Ok(status);
     };
     match outcome.ending {
@@ -157,7 +157,7 @@ fn launch(args: &Args, config: &Config, resolved: &Resolved) -> anyhow::Result<u
     stop.on_signals_of_a_job()?;
     if !args.supervise {
         let Some(failure) = group.run(&stop)? else { return Ok(0) };
-        eprintln!("{}", group.describe(&failure));
+        tell!("{}", group.describe(&failure));
         return Ok(failure.end.status());
     }
     let how = Supervision {
@@ -167,5 +167,5 @@ fn launch(args: &Args, config: &Config, resolved: &Resolved) -> anyhow::Result<u
         backoff: Duration::from_secs(1),
         fits: Box::new(|ranks| config.clone().resolve_for(ranks).is_ok()),
     };
-    launch::supervise(group, &how, &stop, &mut |line| eprintln!("supervisor: {line}"))
+    launch::supervise(group, &how, &stop, &mut |line| tell!("supervisor: {line}"))
 }

@@ -6,9 +6,11 @@ mod lab;
 
 use lab::{Lab, text, train};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// Twelve sequences a step, so that two or three ranks share them out; checkpoints now and then.
@@ -27,6 +29,29 @@ fn ranks(config: &Path, set: &[&str], ranks: usize, more: &[&str]) -> Command {
     command
 }
 
+/// Of most tests' runs, on two ranks.
+const STEPS: u64 = 400;
+
+/// What a run comes to that nothing happens to.
+struct Whole {
+    tensors: BTreeMap<String, Vec<u8>>,
+    losses: Vec<(u64, f64)>,
+}
+
+impl Whole {
+    fn new(steps: u64, n: usize) -> Whole {
+        let lab = Lab::new();
+        undisturbed(&lab, "whole", steps, &[], n);
+        Whole { tensors: lab.tensors("whole", steps), losses: lab.metric("whole", "loss") }
+    }
+
+    /// Of [`STEPS`] on two ranks: several tests compare with the same one.
+    fn of_two() -> &'static Whole {
+        static RUN: OnceLock<Whole> = OnceLock::new();
+        RUN.get_or_init(|| Whole::new(STEPS, 2))
+    }
+}
+
 fn undisturbed(lab: &Lab, run: &str, steps: u64, set: &[&str], n: usize) {
     let out = ranks(&lab.config(run, steps), set, n, &[]).output().unwrap();
     assert!(out.status.success(), "{}", text(&out));
@@ -35,16 +60,13 @@ fn undisturbed(lab: &Lab, run: &str, steps: u64, set: &[&str], n: usize) {
 
 /// Starts a supervised run, with what it says in a file.
 fn start(lab: &Lab, run: &str, steps: u64, n: usize, more: &[&str]) -> Child {
-    saying(lab, run, ranks(&lab.config(run, steps), &[], n, more))
-}
-
-fn saying(lab: &Lab, run: &str, mut command: Command) -> Child {
+    let mut command = ranks(&lab.config(run, steps), &[], n, more);
     let said = fs::File::create(lab.path(&format!("{run}.log"))).unwrap();
     command.stdout(said.try_clone().unwrap()).stderr(said).stdin(Stdio::null()).spawn().unwrap()
 }
 
 /// Waits for the end, and compares with the undisturbed run.
-fn ends_alike(lab: &Lab, mut supervisor: Child, run: &str, steps: u64) {
+fn ends_alike(lab: &Lab, mut supervisor: Child, run: &str, steps: u64, whole: &Whole) {
     let status = supervisor.wait().unwrap();
     let said = fs::read_to_string(lab.path(&format!("{run}.log"))).unwrap();
     let page = fs::read_to_string(lab.path(run).join("logbook.md")).unwrap_or_default();
@@ -53,8 +75,8 @@ fn ends_alike(lab: &Lab, mut supervisor: Child, run: &str, steps: u64) {
         "{status}: {page}\n{}",
         said.lines().rev().take(40).collect::<Vec<_>>().join("\n")
     );
-    assert!(lab.tensors(run, steps) == lab.tensors("whole", steps), "{page}");
-    assert_eq!(lab.metric(run, "loss"), lab.metric("whole", "loss"));
+    assert!(lab.tensors(run, steps) == whole.tensors, "{page}");
+    assert_eq!(lab.metric(run, "loss"), whole.losses);
     assert!(page.trim_end().ends_with("All steps are done."), "{page}");
 }
 
@@ -101,7 +123,7 @@ fn random_ranks_are_killed_at_random_moments() {
     let kills: u64 = std::env::var("FERROPT_KILLS").map_or(4, |n| n.parse().expect("a number"));
     let lab = Lab::new();
     let steps = 200 + 100 * kills;
-    undisturbed(&lab, "whole", steps, &[], 3);
+    let whole = Whole::new(steps, 3);
     let seed = std::env::var("FERROPT_SEED").ok().and_then(|seed| seed.parse().ok());
     let mut state: u64 = seed.unwrap_or_else(|| std::process::id().into());
     println!("{kills} kills, FERROPT_SEED={state}");
@@ -124,7 +146,7 @@ fn random_ranks_are_killed_at_random_moments() {
             println!("kill {done}: rank {rank}, after {} lines of metrics", lab.told("killed"));
         }
     }
-    ends_alike(&lab, supervisor, "killed", steps);
+    ends_alike(&lab, supervisor, "killed", steps, &whole);
     let events = events(&lab, "killed");
     println!(
         "{} starts, {} entries of lost ranks",
@@ -138,14 +160,14 @@ fn random_ranks_are_killed_at_random_moments() {
 #[test]
 fn a_rank_that_hangs_is_found_and_the_run_goes_on() {
     let lab = Lab::new();
-    undisturbed(&lab, "whole", 400, &[], 2);
+    let whole = Whole::of_two();
     let supervisor =
-        start(&lab, "stopped", 400, 2, &["--set", "parallel.timeout=3", "--hang", "60", "--grace", "1"]);
+        start(&lab, "stopped", STEPS, 2, &["--set", "parallel.timeout=3", "--hang", "60", "--grace", "1"]);
     until(&lab, "stopped", 60);
     let (_, process) = workers(&supervisor).into_iter().find(|(rank, _)| *rank == 1).expect("rank 1 runs");
     assert!(signal(process, "STOP"));
     let at = lab.told("stopped");
-    ends_alike(&lab, supervisor, "stopped", 400);
+    ends_alike(&lab, supervisor, "stopped", STEPS, whole);
     let events = events(&lab, "stopped");
     assert_eq!(count(&events, "rank-lost"), 1, "after {at} steps: {events:?}");
     let why = events.iter().find(|entry| entry["event"] == "failed").expect("rank 0 says why it ended");
@@ -156,12 +178,12 @@ fn a_rank_that_hangs_is_found_and_the_run_goes_on() {
 #[test]
 fn a_stopped_rank_is_killed_by_the_supervisor_before_the_others_wait_too_long() {
     let lab = Lab::new();
-    undisturbed(&lab, "whole", 400, &[], 2);
-    let supervisor = start(&lab, "hung", 400, 2, &["--hang", "1"]);
+    let whole = Whole::of_two();
+    let supervisor = start(&lab, "hung", STEPS, 2, &["--hang", "1"]);
     until(&lab, "hung", 60);
     let (_, process) = workers(&supervisor).into_iter().find(|(rank, _)| *rank == 1).expect("rank 1 runs");
     assert!(signal(process, "STOP"));
-    ends_alike(&lab, supervisor, "hung", 400);
+    ends_alike(&lab, supervisor, "hung", STEPS, whole);
     let page = fs::read_to_string(lab.path("hung/logbook.md")).unwrap();
     assert!(page.contains("rank 1 was stopped for too long"), "{page}");
 }
@@ -169,8 +191,8 @@ fn a_stopped_rank_is_killed_by_the_supervisor_before_the_others_wait_too_long() 
 #[test]
 fn a_slow_rank_slows_the_run_and_nothing_else() {
     let lab = Lab::new();
-    undisturbed(&lab, "whole", 300, &[], 2);
-    let mut supervisor = start(&lab, "slow", 300, 2, &[]);
+    let whole = Whole::of_two();
+    let mut supervisor = start(&lab, "slow", STEPS, 2, &[]);
     until(&lab, "slow", 20);
     let (_, process) = workers(&supervisor).into_iter().find(|(rank, _)| *rank == 1).expect("rank 1 runs");
     for _ in 0..15 {
@@ -181,7 +203,7 @@ fn a_slow_rank_slows_the_run_and_nothing_else() {
         signal(process, "CONT");
         std::thread::sleep(Duration::from_millis(20));
     }
-    ends_alike(&lab, supervisor, "slow", 300);
+    ends_alike(&lab, supervisor, "slow", STEPS, whole);
     assert_eq!(count(&events(&lab, "slow"), "rank-lost"), 0);
 }
 
@@ -192,9 +214,10 @@ fn a_disk_that_is_full_for_a_while_costs_checkpoints_only() {
         println!("skipped: `unshare -rm` is not allowed here, so no small tmpfs can be mounted");
         return;
     }
-    const STEPS: u64 = 600;
-    undisturbed(&lab, "whole", STEPS, &[], 2);
-    let config = lab.config("small/run", STEPS);
+    // Enough for the disk to fill up and to be empty again in the midst of them.
+    let steps = STEPS + 200;
+    let whole = Whole::new(steps, 2);
+    let config = lab.config("small/run", steps);
     fs::create_dir(lab.path("small")).unwrap();
     let command = ranks(&config, &["checkpoint.keep_last=1"], 2, &[]);
     let words = [command.get_program()].into_iter().chain(command.get_args());
@@ -222,7 +245,7 @@ fn a_disk_that_is_full_for_a_while_costs_checkpoints_only() {
         .unwrap();
     let said = fs::read_to_string(lab.path("said")).unwrap_or_default();
     assert!(out.status.success(), "{}\n{said}", text(&out));
-    assert!(lab.tensors("kept", STEPS) == lab.tensors("whole", STEPS));
+    assert!(lab.tensors("kept", steps) == whole.tensors);
     let events = events(&lab, "kept");
     assert!(count(&events, "checkpoint-failed") > 0, "the logbook says so once there is room: {events:?}");
     assert_eq!(count(&events, "rank-lost"), 0);
@@ -231,12 +254,8 @@ fn a_disk_that_is_full_for_a_while_costs_checkpoints_only() {
 #[test]
 fn a_rank_without_room_for_its_files_costs_checkpoints_only() {
     let lab = Lab::new();
-    undisturbed(&lab, "whole", 300, &[], 2);
-    // Writing beyond the limit is an error, as on a full disk, and no signal that kills; children inherit that.
-    let ranks = ranks(&lab.config("limited", 300), &[], 2, &[]);
-    let mut command = Command::new("sh");
-    command.args(["-c", "trap '' XFSZ; exec \"$@\"", "sh"]).arg(ranks.get_program()).args(ranks.get_args());
-    let supervisor = saying(&lab, "limited", command);
+    let whole = Whole::of_two();
+    let supervisor = start(&lab, "limited", STEPS, 2, &[]);
     until(&lab, "limited", 60);
     let (_, process) = workers(&supervisor).into_iter().find(|(rank, _)| *rank == 1).expect("rank 1 runs");
     let limit = |bytes: &str| {
@@ -250,7 +269,7 @@ fn a_rank_without_room_for_its_files_costs_checkpoints_only() {
         std::thread::sleep(Duration::from_millis(2));
     }
     limit("unlimited");
-    ends_alike(&lab, supervisor, "limited", 300);
+    ends_alike(&lab, supervisor, "limited", STEPS, whole);
     let events = events(&lab, "limited");
     let failed: Vec<_> = events.iter().filter(|entry| entry["event"] == "checkpoint-failed").collect();
     assert!(failed.iter().any(|entry| entry["text"].as_str().unwrap().contains("rank 1")), "{events:?}");

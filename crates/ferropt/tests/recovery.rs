@@ -75,6 +75,24 @@ fn poisoned_batches_are_left_out_and_the_quality_is_that_of_clean_text() {
     assert_eq!(lab.metric("poisoned", "loss").len() as u64, STEPS, "each step is reported once");
 }
 
+/// Trouble that lasts longer than the last checkpoints reach back: the way back is kept, and the run is not lost.
+#[test]
+fn a_trouble_that_outlasts_the_last_checkpoints_does_not_go_back_to_the_beginning() {
+    let lab = Lab::new();
+    poison(&lab);
+    let set =
+        [&SMALL[..], &["recovery.window=96", "recovery.max_skips=1", "recovery.max_rollbacks=40"]].concat();
+    lab.train(&lab.config("run", 400), &set);
+    let entries = book(&lab, "run");
+    let back = entries.iter().find(|entry| entry["event"] == "rolled-back").expect("a roll-back");
+    let [from, to, first] = ["from", "to", "first"].map(|key| back[key].as_u64().unwrap());
+    // Two checkpoints, five steps apart, are kept; the margin is ten steps.
+    assert!(from > first + 5, "the trouble lasts from step {first} to {from}");
+    assert!(to + 10 < first && first < to + 40, "from step {from} to {to}, for a trouble since {first}");
+    let kept = std::fs::read_dir(lab.path("run/checkpoints")).unwrap().count();
+    assert!(kept <= 5, "{kept} names in the folder");
+}
+
 /// Changes the first `count` values of a tensor in a checkpoint to `value`, with checksums that fit.
 fn spoil(run: &Path, step: u64, group: &str, tensor: &str, count: usize, value: f32) {
     let folder = run.join(format!("checkpoints/step-{step:08}"));

@@ -25,12 +25,12 @@ fn learns_validates_and_reports() {
     assert!(text(&out).contains("held-out"), "{}", text(&out));
     let resolved = std::fs::read_to_string(lab.path("run").join("config.toml")).unwrap();
     assert!(resolved.contains("betas") && resolved.contains("warmup"), "{resolved}");
-    // Keep-last-2 of checkpoints every 5 steps.
+    // Of checkpoints every 5 steps the last two, and the one before that a roll-back would go back to.
     let kept = std::fs::read_dir(lab.path("run").join("checkpoints")).unwrap();
     let mut kept: Vec<String> = kept.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     kept.retain(|name| name.starts_with("step-"));
     kept.sort();
-    assert_eq!(kept, ["step-00000055", "step-00000060"]);
+    assert_eq!(kept, ["step-00000050", "step-00000055", "step-00000060"]);
 }
 
 #[test]
@@ -223,4 +223,30 @@ fn dry_run_plans_every_preset_without_allocating() {
     let said = text(&out);
     assert!(["activations", "tokens per step", "FLOP", "time"].iter().all(|w| said.contains(w)), "{said}");
     assert!(!lab.path("run").exists(), "a dry run leaves nothing behind");
+}
+
+#[test]
+fn what_nobody_can_read_ends_no_run() {
+    let lab = Lab::new();
+    let config = lab.config("run", 3);
+    let full = |arguments: &[&str]| {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "exec \"$0\" \"$@\" 2> /dev/full", env!("CARGO_BIN_EXE_ferropt")]).args(arguments);
+        shell.status().unwrap().code()
+    };
+    assert_eq!(full(&["train", "nowhere.toml"]), Some(1));
+    assert_eq!(full(&["train", config.to_str().unwrap()]), Some(0));
+    assert_eq!(lab.metric("run", "loss").len(), 3);
+}
+
+#[test]
+fn a_limit_of_files_sizes_is_an_error_and_no_end() {
+    let lab = Lab::new();
+    let mut shell = Command::new("sh");
+    // 64 KiB: less than the weights.
+    shell.args(["-c", "ulimit -f 128; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_ferropt"), "train"]);
+    let out = shell.arg(lab.config("run", 7)).output().unwrap();
+    assert_eq!(out.status.code(), Some(1), "{}", text(&out));
+    assert!(text(&out).contains("was not saved"), "{}", text(&out));
+    assert_eq!(lab.metric("run", "loss").len(), 7);
 }

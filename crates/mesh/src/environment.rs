@@ -75,7 +75,7 @@ pub(crate) fn launch(variable: &dyn Fn(&str) -> Option<String>) -> Result<Launch
         if size == 1 {
             return Ok(Launch::Solo);
         }
-        let address = variable("MASTER_ADDR").with_context(|| {
+        let address = master(variable)?.with_context(|| {
             format!(
                 "WORLD_SIZE is {size}, but MASTER_ADDR does not say where rank 0 is; set it to rank 0's host"
             )
@@ -105,7 +105,7 @@ pub(crate) fn launch(variable: &dyn Fn(&str) -> Option<String>) -> Result<Launch
             && size > 1
         {
             let (slurm_host, slurm_port) = slurm(variable)?;
-            let address = variable("MASTER_ADDR").or(slurm_host).with_context(|| {
+            let address = master(variable)?.or(slurm_host).with_context(|| {
                 format!("there are {size} ranks, but MASTER_ADDR does not say where rank 0 is; set it to rank 0's host")
             })?;
             let port = port.or(slurm_port).unwrap_or(PORT);
@@ -113,6 +113,19 @@ pub(crate) fn launch(variable: &dyn Fn(&str) -> Option<String>) -> Result<Launch
         }
     }
     Ok(Launch::Solo)
+}
+
+/// Rank 0's host, if it is given: a name or an address, IPv6 with brackets or without.
+fn master(variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<String>> {
+    let Some(text) = variable("MASTER_ADDR") else { return Ok(None) };
+    let trimmed = text.trim();
+    let inner = trimmed.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(trimmed);
+    let is_host = |c: char| c.is_alphanumeric() || ".-_:%".contains(c);
+    ensure!(
+        !inner.is_empty() && inner.chars().all(is_host),
+        "MASTER_ADDR is {text:?}, which is no host; set it to the name or the address of rank 0's host, without a port"
+    );
+    Ok(Some(inner.into()))
 }
 
 fn tcp(
@@ -124,7 +137,7 @@ fn tcp(
 ) -> Launch {
     // Against mistakes, not against malice: who can reach the ports of a cluster's inside belongs there.
     let secret = variable("FERROPT_TOKEN").or_else(|| variable("SLURM_JOB_ID")).unwrap_or_default();
-    let token = BuildHasherDefault::<DefaultHasher>::default().hash_one((secret, size, port));
+    let token = BuildHasherDefault::<DefaultHasher>::default().hash_one((secret, port));
     Launch::Tcp { rank, size, address, port, token: format!("{token:016x}") }
 }
 
@@ -172,6 +185,10 @@ mod tests {
         assert_eq!(met(&torchrun), (3, 8, "host".into(), 1234));
         let kubernetes = [("JOB_COMPLETION_INDEX", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "job-0.job")];
         assert_eq!(met(&kubernetes), (1, 2, "job-0.job".into(), PORT));
+        for (given, host) in [("[::1]", "::1"), (" node7\n", "node7"), ("fe80::1%eth0", "fe80::1%eth0")] {
+            let given = [("RANK", "1"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", given)];
+            assert_eq!(met(&given).2, host);
+        }
         assert_eq!(of(&[("WORLD_SIZE", "1"), ("RANK", "0")]).unwrap(), Launch::Solo);
         let mpirun = [("OMPI_COMM_WORLD_SIZE", "4"), ("OMPI_COMM_WORLD_RANK", "1")];
         assert_eq!(of(&mpirun).unwrap(), Launch::Mpi);
@@ -195,12 +212,15 @@ mod tests {
 
     #[test]
     fn contradictions_are_named() {
-        let cases: [(&[(&str, &str)], &str); 8] = [
+        let cases: [(&[(&str, &str)], &str); 11] = [
             (&[("WORLD_SIZE", "4")], "RANK"),
             (&[("RANK", "1")], "WORLD_SIZE"),
             (&[("RANK", "4"), ("WORLD_SIZE", "4")], "RANK is 4 and WORLD_SIZE is 4"),
             (&[("RANK", "one"), ("WORLD_SIZE", "4")], "\"one\", which is no number"),
             (&[("RANK", "1"), ("WORLD_SIZE", "4")], "MASTER_ADDR"),
+            (&[("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", " ")], "MASTER_ADDR is \" \""),
+            (&[("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "http://a")], "no host"),
+            (&[("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "[::1")], "no host"),
             (&[("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_PORT", "70000")], "70000"),
             (&[("FERROPT_TRANSPORT", "carrier pigeon")], "carrier pigeon"),
             (

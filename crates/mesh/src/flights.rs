@@ -1,35 +1,66 @@
-//! Exchanges that devices do themselves, as the reactor sees them: it moves none of their bytes, but it knows who waits for whom,
-//! tells the trace when they are over, and ends them when a rank is lost.
+//! Exchanges that devices do themselves, as the reactor sees them: it moves none of their bytes, but it knows who waits for whom, and
+//! ends them when a rank is lost. It never waits for a device, and so holds nothing of one and asks it nothing: what is over
+//! it learns from the [watcher](crate::watcher).
 
 use crate::frame::Header;
 use crate::label::{Label, Operation};
 use crate::trace::Trace;
-use ferropt_device::{DType, Link, Watch};
-use std::sync::Weak;
+use ferropt_device::{DType, Link};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How often the end of an exchange is looked for, for a trace.
+/// How often it is looked whether links are aborted.
 const PRECISION: Duration = Duration::from_millis(1);
 
-/// An exchange that was started.
+/// Exchanges of a group that were started together.
 pub(crate) struct Exchanged {
-    pub(crate) operation: Operation,
     pub(crate) group: &'static str,
+    pub(crate) parts: Vec<Part>,
+    /// Ranks of the world that they wait for.
+    pub(crate) others: Vec<usize>,
+    pub(crate) posted: Instant,
+    over: AtomicBool,
+}
+
+/// One of them.
+pub(crate) struct Part {
+    pub(crate) operation: Operation,
     pub(crate) label: Label,
     pub(crate) dtype: DType,
     /// Bytes of the memory, and of those that this rank sends.
     pub(crate) len: usize,
     pub(crate) sent: usize,
-    /// Ranks of the world that it waits for.
-    pub(crate) others: Vec<usize>,
-    pub(crate) posted: Instant,
-    pub(crate) watch: Watch,
 }
 
 impl Exchanged {
+    /// Exchanges that start now; there is at least one.
+    pub(crate) fn now(group: &'static str, parts: Vec<Part>, others: Vec<usize>) -> Exchanged {
+        Exchanged { group, parts, others, posted: Instant::now(), over: AtomicBool::new(false) }
+    }
+
+    /// They are over.
+    pub(crate) fn end(&self, trace: &Trace) {
+        for part in &self.parts {
+            trace.communication(part.operation, self.group, part.label, part.sent, self.posted);
+        }
+        self.over.store(true, Ordering::Release);
+    }
+
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
     fn describe(&self) -> String {
-        Header::data(self.operation, self.group, self.label, Some(self.dtype), self.len).describe()
+        let of = |part: &Part| {
+            Header::data(part.operation, self.group, part.label, Some(part.dtype), part.len).describe()
+        };
+        match &self.parts[..] {
+            [first] => of(first),
+            [first, more @ ..] => format!("{}, and {} more", of(first), more.len()),
+            [] => "nothing".into(),
+        }
     }
 }
 
@@ -37,7 +68,7 @@ impl Exchanged {
 #[derive(Default)]
 pub(crate) struct Flights {
     links: Vec<Weak<dyn Link>>,
-    under_way: Vec<Exchanged>,
+    under_way: Vec<Arc<Exchanged>>,
     aborting: Vec<JoinHandle<()>>,
 }
 
@@ -47,38 +78,27 @@ impl Flights {
         self.links.push(link);
     }
 
-    pub(crate) fn start(&mut self, exchanged: Exchanged) {
+    pub(crate) fn start(&mut self, exchanged: Arc<Exchanged>) {
         self.under_way.push(exchanged);
     }
 
-    /// Lets go of what is over. Memory that nobody waited for is given back with it.
-    pub(crate) fn settle(&mut self, trace: &Trace) {
-        self.under_way.retain(|e| {
-            let over = e.watch.is_over();
-            if over {
-                trace.communication(e.operation, e.group, e.label, e.sent, e.posted);
-            }
-            !over
-        });
+    /// Lets go of what is over.
+    pub(crate) fn settle(&mut self) {
+        self.under_way.retain(|exchanged| !exchanged.is_over());
     }
 
     pub(crate) fn is_empty(&self) -> bool {
         self.under_way.is_empty()
     }
 
-    /// How long the reactor may sleep.
-    pub(crate) fn rest(&self, trace: &Trace) -> Duration {
-        if self.under_way.is_empty() || !trace.records() { Duration::MAX } else { PRECISION }
-    }
-
     /// The oldest exchange that waits for a rank.
     pub(crate) fn waits_for(&self, rank: usize) -> Option<String> {
-        self.under_way.iter().find(|e| e.others.contains(&rank)).map(Exchanged::describe)
+        self.under_way.iter().find(|e| e.others.contains(&rank)).map(|e| e.describe())
     }
 
     /// An exchange that has been waiting for longer than others may be waited for, and what is wrong with a link; told once.
     pub(crate) fn trouble(&self, now: Instant, patience: Duration) -> Option<String> {
-        let waited = |e: &&Exchanged| now.saturating_duration_since(e.posted) > patience;
+        let waited = |e: &&Arc<Exchanged>| now.saturating_duration_since(e.posted) > patience;
         if let Some(late) = self.under_way.iter().find(waited) {
             let (what, others) = (late.describe(), &late.others);
             return Some(format!(

@@ -6,14 +6,12 @@
 //! instead, beside what they compute, and its sums in an order of their own. What is counted is the same.
 
 use crate::label::{Label, Operation};
-use crate::lost::Lost;
-use crate::memory::{Copied, Owned, Touched, given_back};
-use crate::reactor::{Command, Finished, Job, Memory, Place};
+use crate::memory::{Copied, Touched, given_back};
+use crate::reactor::{Command, Failed, Finished, Job, Memory, Place};
 use crate::route::Linked;
 use crate::world::{World, thread_has_died};
 use anyhow::{Context, Result, bail, ensure};
-use ferropt_device::{Buffer, DType, Element, Exchange, Flight};
-use std::marker::PhantomData;
+use ferropt_device::{AtRest, Buffer, DType, Element, Exchange, Flight};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -44,7 +42,7 @@ pub struct Pending<B: Send + 'static>(State<B>);
 
 enum State<B: Send + 'static> {
     Ready(Result<B>),
-    Waiting(Receiver<Result<Finished, String>>, Finish<B>),
+    Waiting(Receiver<Result<Finished, Failed>>, Finish<B>),
     /// Devices do it.
     Flying(Flight<B>, World),
 }
@@ -62,11 +60,12 @@ impl<B: Send + 'static> Pending<B> {
             State::Ready(result) => result,
             State::Waiting(done, finish) => {
                 let finished = done.recv().map_err(thread_has_died)?;
-                finish(finished.map_err(Lost)?)
+                finish(finished.map_err(Failed::into_lost)?)
             }
             State::Flying(flight, world) => {
+                world.give_back();
                 world.alive()?;
-                Ok(flight.land())
+                flight.land()
             }
         }
     }
@@ -144,11 +143,16 @@ impl Group {
         (1..size).map(move |step| (rank + step) % size)
     }
 
+    /// Elements that this rank sends where each sends a part of so many to each other one.
+    pub(crate) fn sent_in_parts(&self, len: usize) -> usize {
+        (self.size() - 1) * (len / self.size())
+    }
+
     /// Gathers the parts of all: `buffer` has as many equal parts as there are ranks, and this rank's own is in its place.
     pub fn all_gather<T: Element, B: Buffer<T> + 'static>(&self, label: Label, buffer: B) -> Pending<B> {
         let equal = equal_parts(buffer.len(), self.size());
         if let Some(route) = self.route(&buffer) {
-            let sent = (self.size() - 1) * equal(self.rank()).len();
+            let sent = self.sent_in_parts(buffer.len());
             return self.exchange(route, Exchange::AllGather, label, buffer, sent);
         }
         self.gather_parts(Operation::AllGather, label, buffer, equal)
@@ -182,7 +186,7 @@ impl Group {
         }
         let equal = equal_parts(buffer.len(), self.size());
         if let Some(route) = self.route(&buffer) {
-            let sent = (self.size() - 1) * equal(self.rank()).len();
+            let sent = self.sent_in_parts(buffer.len());
             return self.exchange(route, Exchange::ReduceScatter, label, buffer, sent);
         }
         self.sum_parts(Operation::ReduceScatter, label, buffer, equal)
@@ -322,13 +326,27 @@ impl Group {
     /// # Errors
     /// When another rank is lost.
     pub fn gather_bytes(&self, label: Label, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.gather(label, bytes, false)
+    }
+
+    /// [`Group::gather_bytes`] behind work of a rank that may take any time, such as reading a terabyte: the others wait as long
+    /// as it lives.
+    ///
+    /// # Errors
+    /// When another rank is lost.
+    pub fn gather_bytes_whenever(&self, label: Label, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.gather(label, bytes, true)
+    }
+
+    fn gather(&self, label: Label, bytes: &[u8], whenever: bool) -> Result<Vec<Vec<u8>>> {
         if self.size() == 1 {
             return Ok(vec![bytes.to_vec()]);
         }
         let sends = self.others().map(|member| (member, 0..bytes.len())).collect();
         let receives =
             self.others().enumerate().map(|(piece, member)| (member, Place::Piece(piece, None))).collect();
-        let done = self.post(Operation::Gather, label, None, Box::new(bytes.to_vec()), sends, receives)?;
+        let memory = Box::new(bytes.to_vec());
+        let done = self.post(Operation::Gather, label, None, memory, sends, receives, whenever)?;
         let finished = Pending(State::Waiting(done, Box::new(Ok))).wait()?;
         let mut all = vec![bytes.to_vec(); self.size()];
         for (member, piece) in self.others().zip(&finished.pieces) {
@@ -369,11 +387,11 @@ impl Group {
         receives: Vec<(usize, Place)>,
         finish: impl FnOnce(Finished) -> Result<B> + Send + 'static,
     ) -> Pending<B> {
-        let memory: Box<dyn Memory> = match buffer.host() {
-            Some(_) => Box::new(Owned::<T, B>(buffer, PhantomData)),
-            None => Box::new(Copied::new(buffer, touched)),
+        let memory: Box<dyn Memory> = match AtRest::<T, B>::new(buffer) {
+            Ok(at_rest) => Box::new(at_rest),
+            Err(buffer) => Box::new(Copied::new(buffer, touched)),
         };
-        match self.post(operation, label, Some(T::DTYPE), memory, sends, receives) {
+        match self.post(operation, label, Some(T::DTYPE), memory, sends, receives, false) {
             Ok(done) => Pending(State::Waiting(done, Box::new(finish))),
             Err(error) => Pending::ready(Err(error)),
         }
@@ -387,8 +405,10 @@ impl Group {
         memory: Box<dyn Memory>,
         sends: Vec<(usize, Range<usize>)>,
         receives: Vec<(usize, Place)>,
-    ) -> Result<Receiver<Result<Finished, String>>> {
+        whenever: bool,
+    ) -> Result<Receiver<Result<Finished, Failed>>> {
         let Inner { world, name, members, .. } = &*self.0;
+        world.give_back();
         let bytes = sends.iter().map(|(_, range)| range.len() as u64).sum();
         world.count(name, operation, bytes);
         let (done, finished) = channel();
@@ -400,6 +420,7 @@ impl Group {
             memory,
             sends: sends.into_iter().map(|(member, range)| (members[member], range)).collect(),
             receives: receives.into_iter().map(|(member, place)| (members[member], place)).collect(),
+            whenever,
             done,
         };
         world.command(Command::Post(job))?;
@@ -407,7 +428,7 @@ impl Group {
     }
 }
 
-fn can_be_summed<T: Element>() -> Result<()> {
+pub(crate) fn can_be_summed<T: Element>() -> Result<()> {
     ensure!(
         matches!(T::DTYPE, DType::F32 | DType::Bf16 | DType::F16),
         "{} is no type to sum in; f32, bf16 and f16 are",

@@ -157,7 +157,7 @@ impl<D: Device> Opening<'_, D> {
         };
         let mut buffer = self.device.alloc::<f32>(1)?;
         self.device.fill(&mut buffer, if matches!(exchange, Exchange::Receive { .. }) { 0.0 } else { 1.0 });
-        let (buffer, mut got) = (Flight::start::<f32>(link, exchange, buffer)?.land(), [0.0]);
+        let (buffer, mut got) = (Flight::start::<f32>(link, exchange, buffer)?.land()?, [0.0]);
         self.device.download(&buffer, 0, &mut got);
         ensure!(got == [expected], "a trial of {exchange:?} gave {} instead of {expected}", got[0]);
         Ok(())

@@ -1,26 +1,23 @@
 //! Memory of an operation, as the reactor sends and receives it: a buffer's own, or a copy where the processor does not reach that.
+//! The device is waited for when it is made and when it is given back, by whoever calls the operation, and never by the reactor.
 
 use crate::reactor::Memory;
 use anyhow::{Result, anyhow};
-use ferropt_device::{Buffer, Element};
+use ferropt_device::{AtRest, Buffer, Element};
 use std::any::Any;
-use std::marker::PhantomData;
 use std::ops::Range;
 
-/// A buffer as bytes.
-pub(crate) struct Owned<T, B>(pub(crate) B, pub(crate) PhantomData<fn() -> T>);
-
-impl<T: Element, B: Buffer<T> + 'static> Memory for Owned<T, B> {
+impl<T: Element, B: Buffer<T> + 'static> Memory for AtRest<T, B> {
     fn bytes(&self) -> &[u8] {
-        bytemuck::cast_slice(self.0.host().unwrap_or_default())
+        bytemuck::cast_slice(self.elements())
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {
-        bytemuck::cast_slice_mut(self.0.host_mut().unwrap_or_default())
+        bytemuck::cast_slice_mut(self.elements_mut())
     }
 
     fn into_any(self: Box<Self>) -> Box<dyn Any + Send> {
-        Box::new(self.0)
+        Box::new(self.into_buffer())
     }
 }
 

@@ -1,10 +1,13 @@
 //! The thread that moves bytes: it owns the transport and the memory of operations under way, posts all their transfers at
-//! once, and watches over the other ranks.
+//! once, and watches over the other ranks. It waits for no device, because it is who ends what devices wait for when a rank is
+//! lost: memory that it has is [at rest](ferropt_device::AtRest), and it gives none back to a device.
 
 use crate::flights::{Exchanged, Flights};
 use crate::frame::{HEADER, Header, Kind};
 use crate::group::LARGEST_GATHERED;
 use crate::label::{Label, Operation};
+use crate::left::Left;
+use crate::lost::{LONGEST_REASON, Lost};
 use crate::trace::Trace;
 use crate::transport::Transport;
 use anyhow::{Error, anyhow};
@@ -13,18 +16,18 @@ use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::io::ErrorKind;
 use std::ops::Range;
-use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::sync::mpsc::{Receiver, SendError, Sender, TryRecvError};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 /// How often ranks say that they live.
 const BEAT: Duration = Duration::from_secs(1);
+/// A rank that has not looked around for so long was stopped, or had no processor.
+const STANDSTILL: Duration = Duration::from_secs(3);
 /// How long a rank that ends waits for its last transfers.
 const FAREWELL: Duration = Duration::from_secs(10);
 /// Payloads up to this many bytes travel with their header.
 const SMALL: usize = 4096;
-/// Longest reason that is believed.
-const LONGEST_REASON: u64 = 1 << 16;
 
 /// Memory of an operation.
 pub(crate) trait Memory: Send {
@@ -77,8 +80,10 @@ pub(crate) struct Job {
     pub(crate) sends: Vec<(usize, Range<usize>)>,
     /// Ranks of the world, and where what they send goes.
     pub(crate) receives: Vec<(usize, Place)>,
+    /// Whether ranks that live are waited for as long as it takes.
+    pub(crate) whenever: bool,
     /// Told of the end.
-    pub(crate) done: Sender<Result<Finished, String>>,
+    pub(crate) done: Sender<Result<Finished, Failed>>,
 }
 
 /// An operation's memory and pieces, after the last transfer.
@@ -87,17 +92,31 @@ pub(crate) struct Finished {
     pub(crate) pieces: Vec<Piece>,
 }
 
+/// Why an operation did not end well, and its memory, which whoever asked gives back.
+pub(crate) struct Failed {
+    why: Lost,
+    memory: Box<dyn Memory>,
+}
+
+impl Failed {
+    /// Gives the memory back, on this thread.
+    pub(crate) fn into_lost(self) -> Lost {
+        drop(self.memory);
+        self.why
+    }
+}
+
 /// What the thread is told.
 pub(crate) enum Command {
     Post(Job),
     /// Devices of some ranks are linked.
     Open(Weak<dyn Link>),
     /// They exchange something.
-    Exchanged(Exchanged),
+    Exchanged(Arc<Exchanged>),
     /// What this rank does.
     Beat(Label),
     /// This rank gives up.
-    Abandon(String),
+    Abandon(Lost),
 }
 
 /// How long others may be silent.
@@ -129,6 +148,7 @@ struct Outgoing {
 struct Incoming {
     header: Header,
     any_length: bool,
+    whenever: bool,
     place: Place,
     job: u64,
     posted: Instant,
@@ -179,8 +199,11 @@ pub(crate) struct Reactor {
     doing: String,
     limits: Limits,
     trace: Trace,
+    left: Left,
     /// Why nothing works any more.
-    failed: Arc<OnceLock<String>>,
+    failed: Arc<OnceLock<Lost>>,
+    /// How long all of this process has stood still, as a whole job does that is suspended.
+    asleep: Duration,
 }
 
 impl Reactor {
@@ -191,7 +214,8 @@ impl Reactor {
         commands: Receiver<Command>,
         limits: Limits,
         trace: Trace,
-        failed: Arc<OnceLock<String>>,
+        left: Left,
+        failed: Arc<OnceLock<Lost>>,
     ) -> Reactor {
         let peer = |_| Peer {
             out: VecDeque::new(),
@@ -212,7 +236,9 @@ impl Reactor {
             doing: String::new(),
             limits,
             trace,
+            left,
             failed,
+            asleep: Duration::ZERO,
         }
     }
 
@@ -226,7 +252,7 @@ impl Reactor {
                 closing = Some(Instant::now());
             }
             let moved = self.move_bytes();
-            self.flights.settle(&self.trace);
+            self.flights.settle();
             let now = Instant::now();
             if let Some(since) = closing {
                 let sent = self.others().all(|rank| self.peers[rank].out.is_empty());
@@ -238,6 +264,9 @@ impl Reactor {
                 }
             }
             if now - beat >= BEAT {
+                if now - beat > STANDSTILL {
+                    self.wake(now, now - beat);
+                }
                 beat = now;
                 self.look_around(now);
             }
@@ -246,9 +275,8 @@ impl Reactor {
                 let writes: Vec<usize> =
                     self.others().filter(|rank| !self.peers[*rank].out.is_empty()).collect();
                 let at_most = if closing.is_some() { BEAT / 20 } else { BEAT.saturating_sub(now - beat) };
-                let at_most = at_most.min(self.flights.rest(&self.trace));
                 if let Err(error) = self.transport.wait(&reads, &writes, at_most) {
-                    self.fail(format!("the connections to the other ranks failed: {error}"));
+                    self.fail(Lost::new(format!("the connections to the other ranks failed: {error}")));
                 }
             }
         }
@@ -291,9 +319,7 @@ impl Reactor {
 
     fn post(&mut self, job: Job) {
         if let Some(reason) = self.failed.get() {
-            // Whoever asked may be gone.
-            let _ = job.done.send(Err(reason.clone()));
-            return;
+            return self.tell(&job.done, Err(Failed { why: reason.clone(), memory: job.memory }));
         }
         let id = self.next_job;
         self.next_job += 1;
@@ -314,9 +340,14 @@ impl Reactor {
                 Place::Piece(_, len) => *len,
             };
             let header = Header::data(job.operation, job.group, job.label, job.dtype, len.unwrap_or(0));
-            let incoming =
-                Incoming { header, any_length: len.is_none(), place: place.clone(), job: id, posted: now };
-            self.peers[*from].incoming.push_back(incoming);
+            self.peers[*from].incoming.push_back(Incoming {
+                header,
+                any_length: len.is_none(),
+                whenever: job.whenever,
+                place: place.clone(),
+                job: id,
+                posted: now,
+            });
         }
         let pieces = job.receives.iter().filter(|(_, place)| matches!(place, Place::Piece(..))).count();
         let pieces = (0..pieces).map(|_| Piece::default()).collect();
@@ -325,7 +356,7 @@ impl Reactor {
         let what = format!("the {} of {}", job.operation, job.label);
         self.jobs.insert(id, Active { job, pieces, left, posted: now });
         if let Some(rank) = lost {
-            self.fail(format!("{} has ended, and {what} waits for it", self.name(rank)));
+            self.fail(Lost::of(rank, format!("{} has ended, and {what} waits for it", self.name(rank))));
         }
     }
 
@@ -417,9 +448,10 @@ impl Reactor {
                 let more = self.transport.read(rank, &mut bytes[*got..])?;
                 *got += more;
                 if *got == bytes.len() {
-                    let reason = String::from_utf8_lossy(bytes).into_owned();
+                    let told = Lost::from_bytes(bytes);
                     peer.gone = true;
-                    self.fail(format!("{} gave up: {reason}", self.name(rank)));
+                    let name = self.name(rank);
+                    self.fail(told.retold(|reason| format!("{name} gave up: {reason}")));
                     return Ok(true);
                 }
                 more
@@ -441,11 +473,11 @@ impl Reactor {
                 peer.reading = Reading::START;
                 if let Some(incoming) = peer.incoming.front() {
                     let waits = format!("this rank waits for {}", incoming.header.describe());
-                    self.fail(format!("{} has ended its work, but {waits}", self.name(rank)));
+                    self.fail(Lost::of(rank, format!("{} has ended its work, but {waits}", self.name(rank))));
                 }
             }
             Kind::Abandon => {
-                let bytes = vec![0; header.len.min(LONGEST_REASON) as usize];
+                let bytes = vec![0; header.len.min(LONGEST_REASON as u64) as usize];
                 peer.reading = Reading::Reason { bytes, got: 0 };
             }
             Kind::Data(_) => {
@@ -485,8 +517,14 @@ impl Reactor {
         {
             let bytes = job.sends.iter().map(|(_, range)| range.len()).sum();
             self.trace.communication(job.operation, job.group, job.label, bytes, posted);
-            // Whoever asked may not care any more.
-            let _ = job.done.send(Ok(Finished { memory: job.memory, pieces }));
+            self.tell(&job.done, Ok(Finished { memory: job.memory, pieces }));
+        }
+    }
+
+    /// Tells whoever asked, who may not care any more.
+    fn tell(&self, done: &Sender<Result<Finished, Failed>>, end: Result<Finished, Failed>) {
+        if let Err(SendError(end)) = done.send(end) {
+            self.left.leave(end);
         }
     }
 
@@ -519,8 +557,8 @@ impl Reactor {
         // One that is there, but talks of something else, is told.
         self.peers[rank].gone = gone;
         self.fail(match gone {
-            true => format!("{name} is gone: its process has ended{waits}"),
-            false => format!("{name} is lost: {error:#}{waits}"),
+            true => Lost::of(rank, format!("{name} is gone: its process has ended{waits}")),
+            false => Lost::new(format!("{name} is lost: {error:#}{waits}")),
         });
         self.peers[rank].gone = true;
     }
@@ -535,6 +573,16 @@ impl Reactor {
         }
         let posted = peer.incoming.front().map(|incoming| incoming.header.describe());
         posted.or_else(|| self.flights.waits_for(rank))
+    }
+
+    /// This process has stood still for so long that it may itself have been stopped, and the others with it. What they were
+    /// late for meanwhile does not count.
+    fn wake(&mut self, now: Instant, still: Duration) {
+        self.asleep += still;
+        for peer in &mut self.peers {
+            peer.heard = now;
+            peer.incoming.iter_mut().for_each(|incoming| incoming.posted = now);
+        }
     }
 
     /// Says that this rank lives, and looks for those that do not.
@@ -555,23 +603,24 @@ impl Reactor {
             // What is not read cannot be heard.
             let unasked = matches!(peer.reading, Reading::Unasked(_));
             let silent = now.saturating_duration_since(peer.heard);
-            let waited = peer.incoming.front().map(|i| now.saturating_duration_since(i.posted));
+            let waits = peer.incoming.front().filter(|incoming| !incoming.whenever);
+            let waited = waits.map(|incoming| now.saturating_duration_since(incoming.posted));
             let seconds = |time: Duration| format!("{:.0} s", time.as_secs_f64());
             if silent > self.limits.silence && !unasked {
                 let waits = self.waits_for(rank).map(|what| format!("; this rank waits for {what}"));
                 let (name, waits) = (self.name(rank), waits.unwrap_or_default());
-                self.fail(format!("{name} has not answered for {}{waits}", seconds(silent)));
+                self.fail(Lost::of(rank, format!("{name} has not answered for {}{waits}", seconds(silent))));
             } else if waited.is_some_and(|waited| waited > self.limits.patience) {
                 let what = self.waits_for(rank).unwrap_or_default();
                 let waited = seconds(waited.unwrap_or_default());
-                self.fail(format!(
+                self.fail(Lost::new(format!(
                     "{} is alive, but for {waited} this rank waits for {what}",
                     self.name(rank)
-                ));
+                )));
             }
         }
-        if let Some(trouble) = self.flights.trouble(now, self.limits.patience) {
-            self.fail(trouble);
+        if let Some(trouble) = self.flights.trouble(now, self.limits.patience.saturating_add(self.asleep)) {
+            self.fail(Lost::new(trouble));
         }
     }
 
@@ -582,24 +631,24 @@ impl Reactor {
         if silent > FAREWELL
             && let Some(what) = self.flights.waits_for(rank)
         {
-            self.fail(format!("{} has ended its work, but this rank waits for {what}", self.name(rank)));
+            let name = self.name(rank);
+            self.fail(Lost::of(rank, format!("{name} has ended its work, but this rank waits for {what}")));
         }
     }
 
     /// From now on every operation ends in this error, here and on the other ranks.
-    fn fail(&mut self, reason: String) {
+    fn fail(&mut self, reason: Lost) {
         // Known before anything ends, so that nobody takes what an aborted exchange left for a result.
         if self.failed.set(reason.clone()).is_err() {
             return;
         }
         self.flights.abort();
-        for (_, active) in self.jobs.drain() {
-            // Whoever asked may not care any more.
-            let _ = active.job.done.send(Err(reason.clone()));
+        for Active { job, .. } in std::mem::take(&mut self.jobs).into_values() {
+            self.tell(&job.done, Err(Failed { why: reason.clone(), memory: job.memory }));
         }
-        let text = &reason.as_bytes()[..reason.len().min(LONGEST_REASON as usize)];
+        let text = reason.to_bytes();
         let mut head = Header::control(Kind::Abandon, &self.doing, text.len()).to_bytes().to_vec();
-        head.extend_from_slice(text);
+        head.extend_from_slice(&text);
         for rank in self.others() {
             let peer = &mut self.peers[rank];
             peer.incoming.clear();

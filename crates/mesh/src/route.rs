@@ -1,13 +1,11 @@
 //! Operations that the devices of a group do themselves.
 
-use crate::flights::Exchanged;
+use crate::flights::{Exchanged, Part};
 use crate::group::{Group, Pending};
 use crate::label::{Label, Operation};
-use crate::reactor::Command;
 use anyhow::Result;
-use ferropt_device::{Buffer, Element, Exchange, Flight, Link};
+use ferropt_device::{Buffer, Departure, Element, Exchange, Link};
 use std::sync::Arc;
-use std::time::Instant;
 
 /// How the devices of a group are linked.
 #[derive(Clone)]
@@ -73,25 +71,60 @@ impl Group {
         buffer: B,
         sent: usize,
     ) -> Pending<B> {
-        let (world, group, operation) = (self.world(), self.inner().name, operation(exchange));
-        let (len, sent) = (buffer.len() * size_of::<T>(), sent * size_of::<T>());
-        world.count(group, operation, sent as u64);
-        let start = || -> Result<Flight<B>> {
-            world.alive()?;
-            let flight = Flight::start::<T>(route.link, exchange, buffer)?;
-            let others = route.others.iter().map(|member| self.world_rank(*member)).collect();
-            let (dtype, posted, watch) = (T::DTYPE, Instant::now(), flight.watch());
-            let exchanged = Exchanged { operation, group, label, dtype, len, sent, others, posted, watch };
-            world.command(Command::Exchanged(exchanged))?;
-            Ok(flight)
-        };
-        match start() {
-            Ok(flight) => Pending::flying(flight, world),
-            // What was aborted failed for the reason that all were.
-            Err(error) => Pending::ready(Err(world.alive().err().unwrap_or_else(|| {
-                error.context(format!("the {operation} of {label} in group {group} does not start"))
-            }))),
+        let mut boarding = Boarding::new(self, route);
+        let pending = boarding.board::<T, B>(exchange, label, buffer, sent);
+        match boarding.start() {
+            Ok(()) => pending,
+            Err(error) => Pending::ready(Err(error)),
         }
+    }
+}
+
+/// Exchanges on a link that are going to start together.
+pub(crate) struct Boarding<'g> {
+    group: &'g Group,
+    others: Vec<usize>,
+    departure: Departure<'g>,
+    parts: Vec<Part>,
+}
+
+impl<'g> Boarding<'g> {
+    pub(crate) fn new(group: &'g Group, route: Route<'g>) -> Self {
+        Boarding { group, others: route.others, departure: Departure::new(route.link), parts: Vec::new() }
+    }
+
+    /// Adds a buffer, of which `sent` elements count as sent by this rank.
+    pub(crate) fn board<T: Element, B: Buffer<T> + 'static>(
+        &mut self,
+        exchange: Exchange,
+        label: Label,
+        buffer: B,
+        sent: usize,
+    ) -> Pending<B> {
+        let (world, operation) = (self.group.world(), operation(exchange));
+        let (len, sent) = (buffer.len() * size_of::<T>(), sent * size_of::<T>());
+        match self.departure.board::<T, B>(exchange, buffer) {
+            Ok(flight) => {
+                world.count(self.group.inner().name, operation, sent as u64);
+                self.parts.push(Part { operation, label, dtype: T::DTYPE, len, sent });
+                Pending::flying(flight, world)
+            }
+            Err(error) => Pending::ready(Err(error)),
+        }
+    }
+
+    /// Starts them.
+    pub(crate) fn start(self) -> Result<()> {
+        let Boarding { group, others, departure, parts } = self;
+        let Some(Part { operation, label, .. }) = parts.first() else { return Ok(()) };
+        let (world, name) = (group.world(), group.inner().name);
+        let what = format!("the {operation} of {label} in group {name} does not start");
+        let others = others.iter().map(|member| group.world_rank(*member)).collect();
+        world.give_back();
+        world.alive()?;
+        let departed = world.depart(departure, Exchanged::now(name, parts, others));
+        // What was aborted failed for the reason that all were.
+        departed.map_err(|error| world.alive().err().unwrap_or_else(|| error.context(what)))
     }
 }
 

@@ -1,40 +1,21 @@
-//! Ranks that talk over TCP: a connection between any two, made with the help of rank 0.
+//! Ranks that talk over TCP: a connection between any two.
 
+use crate::meeting::{Meeting, Met};
 use crate::transport::{Transport, Waker};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, mpsc};
-use std::thread;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Between attempts to reach a rank that does not listen yet.
+/// Between looks at whether the others have ended.
 const AGAIN: Duration = Duration::from_millis(50);
 /// How long a rank that ends waits for the others to end too.
 const LINGER: Duration = Duration::from_secs(2);
-/// How long a connection may take to say who it is.
-const INTRODUCTION: Duration = Duration::from_secs(5);
-/// First bytes of an introduction.
-const MAGIC: &[u8; 8] = b"ferropt1";
-/// Longest introduction: the addresses of all ranks, of which there may be many thousands.
-const LONGEST: u64 = 1 << 22;
 /// What a call of the system takes at most, so that no rank keeps the others waiting.
 const AT_ONCE: usize = 1 << 20;
-
-/// Who this rank is, and where rank 0 listens.
-#[derive(Clone, Debug)]
-pub(crate) struct Meeting {
-    pub(crate) rank: usize,
-    pub(crate) size: usize,
-    pub(crate) address: String,
-    pub(crate) port: u16,
-    /// Tells ranks of this run from strangers.
-    pub(crate) token: String,
-    /// How long to wait for the others.
-    pub(crate) deadline: Duration,
-}
 
 /// Connections to all other ranks.
 pub(crate) struct Tcp {
@@ -44,65 +25,22 @@ pub(crate) struct Tcp {
     waker: Arc<UnixStream>,
 }
 
-/// What a rank says of itself.
-struct Introduction {
-    rank: usize,
-    address: SocketAddr,
-    host: String,
-}
-
 impl Tcp {
-    /// Meets the other ranks.
+    /// Meets the other ranks, unless it is to be `stopped`.
     ///
     /// # Errors
-    /// When they do not come in time, or rank 0's address cannot be used; the message says who is missing.
-    pub(crate) fn meet(meeting: &Meeting) -> Result<Tcp> {
-        let until = Instant::now() + meeting.deadline;
-        let listener = if meeting.rank == 0 { Some(meeting.listen()?) } else { None };
-        Tcp::meet_at(meeting, listener, until)
+    /// Those of [`Meeting::meet`].
+    pub(crate) fn meet(meeting: &Meeting, stopped: &dyn Fn() -> bool) -> Result<Tcp> {
+        Tcp::new(meeting.meet(stopped)?)
     }
 
     /// The same, where rank 0 listens already.
-    pub(crate) fn meet_at(meeting: &Meeting, listener: Option<TcpListener>, until: Instant) -> Result<Tcp> {
-        let mut peers: Vec<Option<TcpStream>> = (0..meeting.size).map(|_| None).collect();
-        let mut known: Vec<Option<Introduction>> = (0..meeting.size).map(|_| None).collect();
-        match listener {
-            Some(listener) => {
-                let address = listener.local_addr()?;
-                known[0] = Some(Introduction { rank: 0, address, host: host_name() });
-                meeting.accept(&listener, 1..meeting.size, until, &mut peers, &mut known)?;
-                let list: Vec<String> = known.iter().flatten().map(Introduction::line).collect();
-                for stream in peers.iter_mut().flatten() {
-                    say(stream, &list.join("\t"))?;
-                }
-            }
-            None => {
-                let mut first = meeting.reach_first(until)?;
-                // Higher ranks reach this one where it reached rank 0 from.
-                let listener = TcpListener::bind((first.local_addr()?.ip(), 0))
-                    .context("cannot listen for the other ranks")?;
-                let me =
-                    Introduction { rank: meeting.rank, address: listener.local_addr()?, host: host_name() };
-                say(&mut first, &format!("{}\t{}", meeting.token, me.line()))?;
-                let list = hear(&mut Until(&first, until)).context("rank 0 did not tell who is there")?;
-                for line in list.split('\t') {
-                    let one = Introduction::parse(line).context("rank 0 told something unknown")?;
-                    let place = known.get_mut(one.rank).context("rank 0 told of a rank beyond the last")?;
-                    *place = Some(one);
-                }
-                peers[0] = Some(first);
-                for rank in 1..meeting.rank {
-                    let one = known[rank]
-                        .as_ref()
-                        .with_context(|| format!("rank 0 did not tell of rank {rank}"))?;
-                    let mut stream = reach(one.address, until)
-                        .with_context(|| format!("cannot reach rank {rank} on {}", one.host))?;
-                    say(&mut stream, &format!("{}\t{}", meeting.token, me.line()))?;
-                    peers[rank] = Some(stream);
-                }
-                meeting.accept(&listener, meeting.rank + 1..meeting.size, until, &mut peers, &mut known)?;
-            }
-        }
+    pub(crate) fn meet_at(meeting: &Meeting, listener: Option<TcpListener>) -> Result<Tcp> {
+        Tcp::new(meeting.meet_at(listener, &|| false)?)
+    }
+
+    fn new(met: Met) -> Result<Tcp> {
+        let Met { peers, hosts } = met;
         for stream in peers.iter().flatten() {
             stream.set_read_timeout(None)?;
             stream.set_nodelay(true)?;
@@ -111,173 +49,8 @@ impl Tcp {
         let (woken, waker) = UnixStream::pair().context("cannot make a pipe")?;
         woken.set_nonblocking(true)?;
         waker.set_nonblocking(true)?;
-        let hosts = known.into_iter().map(|one| one.map_or_else(String::new, |one| one.host)).collect();
         Ok(Tcp { peers, hosts, woken, waker: Arc::new(waker) })
     }
-}
-
-impl Meeting {
-    /// Rank 0's door.
-    fn listen(&self) -> Result<TcpListener> {
-        let at = (self.address.as_str(), self.port);
-        // The name may be one of this machine that it does not know itself by, as a service's is.
-        let listener = TcpListener::bind(at).or_else(|_| TcpListener::bind(("0.0.0.0", self.port)));
-        listener.with_context(|| {
-            format!(
-                "rank 0 cannot listen on {}:{}; choose another MASTER_PORT, or end what uses it",
-                self.address, self.port
-            )
-        })
-    }
-
-    /// Reaches rank 0, which may still be starting.
-    fn reach_first(&self, until: Instant) -> Result<TcpStream> {
-        let name = || format!("{}:{} (MASTER_ADDR and MASTER_PORT)", self.address, self.port);
-        loop {
-            let last = match (self.address.as_str(), self.port).to_socket_addrs() {
-                Ok(addresses) => {
-                    let tried = addresses.map(|address| TcpStream::connect_timeout(&address, INTRODUCTION));
-                    match tried.reduce(|a, b| a.or(b)) {
-                        Some(Ok(stream)) => return Ok(stream),
-                        Some(Err(error)) => error,
-                        None => io::Error::from(ErrorKind::AddrNotAvailable),
-                    }
-                }
-                Err(error) => error,
-            };
-            if Instant::now() >= until {
-                return Err(last)
-                    .with_context(|| format!("rank {} cannot reach rank 0 at {}", self.rank, name()));
-            }
-            thread::sleep(AGAIN);
-        }
-    }
-
-    /// Lets ranks in until all of `awaited` are there. Who is none of them is shown out, and keeps nobody waiting: each has a
-    /// thread of its own to introduce itself to.
-    fn accept(
-        &self,
-        listener: &TcpListener,
-        awaited: std::ops::Range<usize>,
-        until: Instant,
-        peers: &mut [Option<TcpStream>],
-        known: &mut [Option<Introduction>],
-    ) -> Result<()> {
-        listener.set_nonblocking(true)?;
-        let (door, admitted) = mpsc::channel::<(TcpStream, Introduction)>();
-        loop {
-            for (stream, one) in admitted.try_iter() {
-                if awaited.contains(&one.rank) && peers[one.rank].is_none() {
-                    let rank = one.rank;
-                    (peers[rank], known[rank]) = (Some(stream), Some(one));
-                }
-            }
-            let missing: Vec<String> =
-                awaited.clone().filter(|rank| peers[*rank].is_none()).map(|rank| rank.to_string()).collect();
-            if missing.is_empty() {
-                return Ok(());
-            }
-            match listener.accept() {
-                Ok((stream, _)) => {
-                    let (meeting, door) = (self.clone(), door.clone());
-                    let admit = move || {
-                        if let Ok(one) = meeting.admit(stream) {
-                            // Nobody waits any more once all are there.
-                            let _ = door.send(one);
-                        }
-                    };
-                    thread::Builder::new()
-                        .name("introduction".into())
-                        .spawn(admit)
-                        .context("cannot start a thread for a connection")?;
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(AGAIN / 10),
-                Err(error) => return Err(error).context("cannot accept connections of other ranks"),
-            }
-            if Instant::now() >= until {
-                bail!(
-                    "rank {} waited {:.0} s for {} of the {} ranks, which did not come: {}; start them all, with the same \
-                     MASTER_ADDR and MASTER_PORT and a RANK of their own",
-                    self.rank,
-                    self.deadline.as_secs_f64(),
-                    missing.len(),
-                    self.size,
-                    missing.join(", ")
-                );
-            }
-        }
-    }
-
-    /// Who is at the door.
-    fn admit(&self, stream: TcpStream) -> Result<(TcpStream, Introduction)> {
-        stream.set_nonblocking(false)?;
-        let text = hear(&mut Until(&stream, Instant::now() + INTRODUCTION))?;
-        let (token, line) = text.split_once('\t').context("no introduction")?;
-        ensure!(token == self.token, "of another run");
-        Ok((stream, Introduction::parse(line).context("no introduction")?))
-    }
-}
-
-impl Introduction {
-    fn line(&self) -> String {
-        format!("{} {} {}", self.rank, self.address, self.host)
-    }
-
-    fn parse(line: &str) -> Option<Introduction> {
-        let mut words = line.splitn(3, ' ');
-        let rank = words.next()?.parse().ok()?;
-        let address = words.next()?.parse().ok()?;
-        Some(Introduction { rank, address, host: words.next()?.into() })
-    }
-}
-
-fn reach(address: SocketAddr, until: Instant) -> io::Result<TcpStream> {
-    loop {
-        match TcpStream::connect_timeout(&address, INTRODUCTION) {
-            Err(_) if Instant::now() < until => thread::sleep(AGAIN),
-            done => return done,
-        }
-    }
-}
-
-/// Sends a text with its length.
-fn say(stream: &mut TcpStream, text: &str) -> Result<()> {
-    let mut bytes = MAGIC.to_vec();
-    bytes.extend_from_slice(&(text.len() as u64).to_le_bytes());
-    bytes.extend_from_slice(text.as_bytes());
-    stream.write_all(&bytes).context("cannot introduce this rank")
-}
-
-/// Reads from a connection until a moment, however many reads it takes.
-struct Until<'a>(&'a TcpStream, Instant);
-
-impl Read for Until<'_> {
-    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
-        let left = self.1.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(ErrorKind::TimedOut.into());
-        }
-        self.0.set_read_timeout(Some(left))?;
-        self.0.read(into)
-    }
-}
-
-/// Receives a text with its length.
-fn hear(stream: &mut Until<'_>) -> Result<String> {
-    let mut start = [0; 16];
-    stream.read_exact(&mut start).context("the connection ended")?;
-    let (magic, len) = start.split_at(8);
-    let len = u64::from_le_bytes(len.try_into().unwrap_or_default());
-    ensure!(magic == MAGIC && len <= LONGEST, "it is not one of Ferropt's ranks");
-    let mut text = vec![0; len as usize];
-    stream.read_exact(&mut text).context("the connection ended")?;
-    Ok(String::from_utf8(text)?)
-}
-
-/// Name of this machine.
-fn host_name() -> String {
-    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    if name.is_empty() { IpAddr::from([127, 0, 0, 1]).to_string() } else { name.replace(['\t', '\n'], " ") }
 }
 
 fn nothing_now(result: io::Result<usize>) -> io::Result<usize> {

@@ -70,12 +70,13 @@ impl Trace {
         }
     }
 
-    /// Writes what was recorded. Files of several ranks may be put together with [`Trace::merge`].
+    /// Writes what was recorded, and records no more. Files of several ranks may be put together with [`Trace::merge`].
     ///
     /// # Errors
     /// When the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let text = self.lock().as_ref().map_or_else(|| "[]".into(), Recording::json);
+        let recording = self.lock().take();
+        let text = recording.map_or_else(|| "[]".into(), |recording| recording.json());
         std::fs::write(path, text).with_context(|| format!("cannot write the trace {}", path.display()))
     }
 
@@ -124,7 +125,8 @@ impl Recording {
             let (start, end, lane) = (at(event.start), at(event.end), event.lane as usize);
             let args = event.bytes.map_or(String::new(), |bytes| format!(",\"args\":{{\"bytes\":{bytes}}}"));
             let name = &event.name;
-            // Operations overlap, so each is a pair of asynchronous events; computing is nested.
+            // Operations overlap, so each is a pair of asynchronous events, known by a number that no other rank has; computing is
+            // nested.
             let text = match event.lane {
                 Lane::Compute => format!(
                     "{{\"ph\":\"X\",\"pid\":{rank},\"tid\":{lane},\"name\":\"{name}\",\"ts\":{start:.1},\"dur\":{:.1}}}",
@@ -132,7 +134,7 @@ impl Recording {
                 ),
                 Lane::Communication => {
                     let common = format!(
-                        "\"pid\":{rank},\"tid\":{lane},\"cat\":\"communication\",\"id\":{number},\"name\":\"{name}\""
+                        "\"pid\":{rank},\"tid\":{lane},\"cat\":\"communication\",\"id\":\"{rank}.{number}\",\"name\":\"{name}\""
                     );
                     format!(
                         "{{\"ph\":\"b\",{common},\"ts\":{start:.1}{args}}},\n{{\"ph\":\"e\",{common},\"ts\":{end:.1}}}"

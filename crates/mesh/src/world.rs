@@ -1,21 +1,26 @@
 //! All ranks of a run.
 
 use crate::environment::{Launch, launch};
+use crate::flights::Exchanged;
 use crate::group::Group;
 use crate::label::{Label, Operation};
+use crate::left::Left;
 use crate::lost::Lost;
+use crate::meeting::{BrokenOff, Meeting};
 use crate::mpi::Mpi;
 use crate::reactor::{Command, Limits, Reactor};
-use crate::tcp::{Meeting, Tcp};
+use crate::tcp::Tcp;
 use crate::trace::Trace;
 use crate::transport::{Transport, Waker};
+use crate::watcher::Watcher;
 use anyhow::{Context, Result, anyhow};
+use ferropt_device::Departure;
 use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How to join the others.
 #[derive(Clone, Copy, Debug)]
@@ -64,10 +69,14 @@ struct Inner {
     /// Name of the transport, and of this host.
     transport: String,
     thread: Option<Thread>,
+    /// Started with the first exchange between devices. It ends after the reactor, which waits for what is under way.
+    watcher: Mutex<Option<Watcher>>,
     traffic: Mutex<Counts>,
     trace: Trace,
     /// Why nothing works any more.
-    failed: Arc<OnceLock<String>>,
+    failed: Arc<OnceLock<Lost>>,
+    /// Given back last, when no other thread has any of it.
+    left: Left,
 }
 
 /// The reactor.
@@ -85,9 +94,11 @@ impl World {
             size: 1,
             transport: "alone".into(),
             thread: None,
+            watcher: Mutex::default(),
             traffic: Mutex::default(),
             trace: Trace::default(),
             failed: Arc::default(),
+            left: Left::default(),
         }))
     }
 
@@ -97,7 +108,16 @@ impl World {
     /// # Errors
     /// When variables contradict each other, a rank does not come in time, or MPI cannot be loaded.
     pub fn join(options: Join) -> Result<World> {
-        match launch(&|name| std::env::var(name).ok())? {
+        World::join_unless(|| false, options)?
+            .context("nobody stopped the ranks from meeting, and they did not meet")
+    }
+
+    /// [`World::join`], unless it is `stopped` before all ranks are there. Over MPI it is not: its library has no way to.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn join_unless(stopped: impl Fn() -> bool + Send + 'static, options: Join) -> Result<Option<World>> {
+        let joined = match launch(&|name| std::env::var(name).ok())? {
             Launch::Solo => Ok(World::solo()),
             Launch::Mpi => World::start(options, || {
                 let mpi = Mpi::load()?;
@@ -105,12 +125,26 @@ impl World {
             }),
             Launch::Tcp { rank, size, address, port, token } => {
                 let meeting = Meeting { rank, size, address, port, token, deadline: options.meeting };
-                World::start(options, move || {
-                    let tcp = Tcp::meet(&meeting).map_err(|error| Lost(format!("{error:#}")))?;
-                    Ok((rank, size, Box::new(tcp)))
-                })
+                World::start(options, move || Ok((rank, size, Box::new(Tcp::meet(&meeting, &stopped)?))))
             }
+        };
+        match joined {
+            Err(error) if error.is::<BrokenOff>() => Ok(None),
+            joined => joined.map(Some),
         }
+    }
+
+    /// Which rank this process will be, and of how many, as far as the environment says it before they meet; MPI's library is
+    /// asked then.
+    ///
+    /// # Errors
+    /// When variables contradict each other.
+    pub fn foreseen() -> Result<Option<(usize, usize)>> {
+        Ok(match launch(&|name| std::env::var(name).ok())? {
+            Launch::Solo => Some((0, 1)),
+            Launch::Mpi => None,
+            Launch::Tcp { rank, size, .. } => Some((rank, size)),
+        })
     }
 
     /// Ranks that are threads of this process, over TCP: for tests.
@@ -146,8 +180,7 @@ impl World {
                 let meeting = meeting(rank);
                 scope.spawn(move || {
                     World::start(options, move || {
-                        let tcp = Tcp::meet_at(&meeting, listener, Instant::now() + options.meeting)?;
-                        Ok((rank, ranks, Box::new(tcp)))
+                        Ok((rank, ranks, Box::new(Tcp::meet_at(&meeting, listener)?)))
                     })
                 })
             };
@@ -163,8 +196,9 @@ impl World {
     {
         let (commands, inbox) = channel();
         let (made, ready) = channel();
-        let (trace, failed) = (Trace::default(), Arc::<OnceLock<String>>::default());
-        let (recorder, failing) = (trace.clone(), failed.clone());
+        let (trace, failed) = (Trace::default(), Arc::<OnceLock<Lost>>::default());
+        let left = Left::default();
+        let (recorder, failing, leaving) = (trace.clone(), failed.clone(), left.clone());
         let limits = Limits { silence: options.timeout, patience: options.patience };
         let body = move || {
             let (rank, size, transport) = match make() {
@@ -177,7 +211,7 @@ impl World {
                 host => format!("on {host}, over {}", transport.name()),
             };
             let _ = made.send(Ok((rank, size, transport.waker(), name)));
-            Reactor::new(rank, size, transport, inbox, limits, recorder, failing).run();
+            Reactor::new(rank, size, transport, inbox, limits, recorder, leaving, failing).run();
         };
         let handle = std::thread::Builder::new()
             .name("ranks".into())
@@ -185,8 +219,8 @@ impl World {
             .context("cannot start the thread that talks to the other ranks")?;
         let (rank, size, waker, transport) = ready.recv().map_err(thread_has_died)??;
         let thread = Some(Thread { commands: Some(commands), waker, handle: Some(handle) });
-        let traffic = Mutex::default();
-        Ok(World(Arc::new(Inner { rank, size, transport, thread, traffic, trace, failed })))
+        let (traffic, watcher) = (Mutex::default(), Mutex::default());
+        Ok(World(Arc::new(Inner { rank, size, transport, thread, watcher, traffic, trace, failed, left })))
     }
 
     /// Number of this rank.
@@ -233,14 +267,21 @@ impl World {
 
     /// Tells what this rank does: the others say it when they miss it.
     pub fn beat(&self, doing: Label) {
+        self.give_back();
         // Of a rank that is failing, nobody needs to know.
         let _ = self.command(Command::Beat(doing));
     }
 
-    /// Gives up: every operation of every rank ends with this reason.
-    pub fn abandon(&self, reason: &str) {
+    /// Gives up, and ends with an exit status: every operation of every rank ends with this reason, and tells this status.
+    pub fn abandon(&self, reason: &str, status: u8) {
         // If the thread is gone, so are the connections, which says it as well.
-        let _ = self.command(Command::Abandon(reason.into()));
+        let _ = self.command(Command::Abandon(Lost::chosen(reason.into(), status)));
+    }
+
+    /// Says, whenever it is called, why nothing works any more, if nothing does.
+    pub fn lost(&self) -> impl Fn() -> Option<Lost> + Send + Sync + use<> {
+        let failed = self.0.failed.clone();
+        move || failed.get().cloned()
     }
 
     pub(crate) fn count(&self, group: &'static str, operation: Operation, bytes: u64) {
@@ -250,6 +291,26 @@ impl World {
         *calls += 1;
     }
 
+    /// Gives back what nobody waited for, if it is over. Callers of operations do it, see [`Left`].
+    pub(crate) fn give_back(&self) {
+        self.0.left.give_back();
+    }
+
+    /// Starts exchanges between devices, which are watched over until they end.
+    pub(crate) fn depart(&self, departure: Departure<'_>, exchanged: Exchanged) -> Result<()> {
+        let Inner { watcher, trace, left, .. } = &*self.0;
+        let watcher = || watcher.lock().unwrap_or_else(PoisonError::into_inner);
+        // Before they start: what is under way must not go unwatched.
+        if let none @ None = &mut *watcher() {
+            *none = Some(Watcher::start(trace.clone(), left.clone())?);
+        }
+        let (watch, exchanged) = (departure.start()?, Arc::new(exchanged));
+        if let Some(watcher) = &*watcher() {
+            watcher.watch(watch, exchanged.clone())?;
+        }
+        self.command(Command::Exchanged(exchanged))
+    }
+
     /// Whether all is well.
     ///
     /// # Errors
@@ -257,7 +318,7 @@ impl World {
     pub(crate) fn alive(&self) -> Result<()> {
         match self.0.failed.get() {
             None => Ok(()),
-            Some(reason) => Err(Lost(reason.clone()).into()),
+            Some(lost) => Err(lost.clone().into()),
         }
     }
 

@@ -8,6 +8,7 @@ use ferropt_mesh::{Axes, Group, Join, Label, Mesh, Operation, SMALL_SUM, World};
 use ranks::{number, on_ranks, sum};
 use std::io::Write;
 use std::net::TcpStream;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 fn on<R: Send>(ranks: usize, work: impl Fn(Group) -> R + Sync) -> Vec<R> {
@@ -109,6 +110,73 @@ fn memory_that_the_processor_does_not_reach_is_sent_too() {
             assert_eq!(came.wait().unwrap().0, all(&|place| number(last, place)));
             assert_eq!(sent.wait().unwrap().0, mine().0);
         });
+    }
+}
+
+/// Such memory, that notes which threads give it back.
+struct Noted(Away, Arc<Mutex<Vec<String>>>);
+
+impl Drop for Noted {
+    fn drop(&mut self) {
+        let name = std::thread::current().name().unwrap_or("a caller").to_string();
+        self.1.lock().unwrap().push(name);
+    }
+}
+
+impl Buffer<f32> for Noted {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn host(&self) -> Option<&[f32]> {
+        None
+    }
+
+    fn host_mut(&mut self) -> Option<&mut [f32]> {
+        None
+    }
+
+    fn read(&self, offset: usize, dst: &mut [f32]) {
+        self.0.read(offset, dst);
+    }
+
+    fn write(&mut self, offset: usize, src: &[f32]) {
+        self.0.write(offset, src);
+    }
+}
+
+/// Giving memory back may wait for a device, and the thread that moves bytes must not: also where nobody waits for an operation, or
+/// it fails.
+#[test]
+fn memory_is_given_back_by_callers_only() {
+    const LEN: usize = 1000;
+    let given_back = on_ranks(World::local(2).unwrap(), |world| {
+        let group = world.group(&[0, 1], "test").unwrap();
+        let noted = Arc::new(Mutex::new(Vec::new()));
+        let given_back = || noted.lock().unwrap().len();
+        let new = || Noted(Away(vec![1.0; LEN]), noted.clone());
+        drop(group.all_reduce(Label::new("dropped"), new()));
+        // Both are done with it after one more operation, and the next one gives it back.
+        group.barrier(Label::new("later")).unwrap();
+        group.barrier(Label::new("and then")).unwrap();
+        assert_eq!(given_back(), 1);
+        if world.rank() == 1 {
+            std::thread::sleep(Duration::from_millis(200));
+            world.abandon("tired", 1);
+            return noted;
+        }
+        let (dropped, waited) =
+            (group.all_reduce(Label::new("a"), new()), group.all_reduce(Label::new("b"), new()));
+        drop(dropped);
+        assert!(waited.wait().is_err_and(|error| error.to_string().contains("tired")));
+        assert!(group.all_reduce(Label::new("c"), new()).wait().is_err());
+        assert!(group.barrier(Label::new("later")).is_err());
+        assert_eq!(given_back(), 4);
+        noted
+    });
+    for noted in given_back {
+        let names = noted.lock().unwrap();
+        assert!(names.iter().all(|name| name == "a caller"), "{names:?}");
     }
 }
 
@@ -244,6 +312,11 @@ fn a_trace_shows_both_lanes_of_all_ranks() {
         assert_eq!(named("all-reduce of layer 3 (pair)", "b"), 2, "sum and gathering");
         assert_eq!(named("all-reduce of layer 3 (pair)", "e"), 2);
     }
+    // Two events with one number are the same operation, whatever process they are said to be of.
+    let asynchronous: Vec<_> = events.iter().filter(|e| e["ph"] == "b").collect();
+    let numbers: std::collections::BTreeSet<&str> =
+        asynchronous.iter().map(|e| e["id"].as_str().unwrap()).collect();
+    assert_eq!(numbers.len(), asynchronous.len());
 }
 
 fn message<R>(result: anyhow::Result<R>) -> String {
@@ -298,7 +371,7 @@ fn who_gives_up_says_why_and_ends_all_waiting() {
     let messages = on_ranks(World::local(4).unwrap(), |world| {
         let group = world.group(&[0, 1, 2, 3], "four").unwrap();
         if world.rank() == 3 {
-            world.abandon("the disk of this rank is on fire");
+            world.abandon("the disk of this rank is on fire", 1);
         }
         let first = message(group.barrier(Label::new("end")));
         // Everything afterwards fails alike.

@@ -13,7 +13,7 @@ use ferropt_device::quantise::Codes;
 use ferropt_device::{Activation, Buffer, Device, Draw, Element, PAGE, Places, Segment, WeightFormat};
 use layer::{Layer, Linear};
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Gives rows of a parameter (its number in [`Config::parameters`]) as f32; a vector's rows are its elements. May be
 /// called from several threads at once.
@@ -290,10 +290,14 @@ impl<D: Device> Decoder<D> {
                 d.log_sum_exp(m, vocab, &memory.logits, &mut memory.lse, &mut memory.largest);
             });
         }
-        let (mut lse, mut largest) = (vec![0.0; m], vec![0; m]);
-        d.download(&memory.lse, 0, &mut lse);
-        d.download(&memory.largest, 0, &mut largest);
-        Ok(Logits { device: d, vocab, logits: &memory.logits, lse, largest })
+        Ok(Logits {
+            device: d,
+            rows: m,
+            vocab,
+            logits: &memory.logits,
+            lse: Asked::new(&memory.lse),
+            largest: Asked::new(&memory.largest),
+        })
     }
 
     /// Hidden states of some rows of the last forward pass, `[M, W]` with the embeddings' width W: what the LM head
@@ -465,28 +469,49 @@ impl<D: Device, E: Element> Memory<D, E> {
 /// Logits of some rows.
 pub struct Logits<'a, D: Device> {
     device: &'a D,
+    rows: usize,
     vocab: usize,
     logits: &'a D::Buf<f32>,
-    lse: Vec<f32>,
-    largest: Vec<u32>,
+    lse: Asked<&'a D::Buf<f32>, f32>,
+    largest: Asked<&'a D::Buf<u32>, u32>,
+}
+
+/// Numbers of a device, one for each row, which come when the first of them is asked for: each download waits for the device.
+struct Asked<B, T> {
+    there: B,
+    here: OnceLock<Vec<T>>,
+}
+
+impl<B, T> Asked<B, T> {
+    fn new(there: B) -> Self {
+        Asked { there, here: OnceLock::new() }
+    }
 }
 
 impl<D: Device> Logits<'_, D> {
     /// The id with the largest logit, the lowest of equal ones.
     pub fn largest(&self, row: usize) -> u32 {
-        self.largest[row]
+        self.of_row(&self.largest, row)
+    }
+
+    fn of_row<T: Element>(&self, asked: &Asked<&D::Buf<T>, T>, row: usize) -> T {
+        asked.here.get_or_init(|| {
+            let mut all = vec![T::default(); self.rows];
+            self.device.download(asked.there, 0, &mut all);
+            all
+        })[row]
     }
 
     /// Log-probability of a token.
     pub fn log_prob(&self, row: usize, id: u32) -> f32 {
         let mut logit = [0.0];
         self.device.download(self.logits, row * self.vocab + id as usize, &mut logit);
-        logit[0] - self.lse[row]
+        logit[0] - self.log_sum_exp(row)
     }
 
     /// What to take off a row's logits to get log-probabilities.
     pub fn log_sum_exp(&self, row: usize) -> f32 {
-        self.lse[row]
+        self.of_row(&self.lse, row)
     }
 
     /// Chooses a token for each `(row, draw)`, of ids below `known`.

@@ -4,7 +4,8 @@
 //! [`Units`] gathers weights: the next layer's come while one computes, into one of two places. What a place holds is kept
 //! until it is needed for another layer, so the backward pass begins with the layer that the forward pass ended with, and
 //! the next micro-batch with the one that the backward pass ended with. The ends stay for a whole step.
-//! [`Totals`] sums gradients over the ranks, a layer's while the one before it computes.
+//! [`Totals`] sums gradients over the ranks, a layer's while the one before it computes. Tensors of a unit are exchanged
+//! together, since starting an exchange between GPUs takes the processor long.
 //!
 //! Where weights and sums of gradients are in the host's memory ([`Offload::All`]), shards are copied from there and sums back; to
 //! a single rank the same happens without the others. A single rank without that has all of them where they are, and nothing
@@ -17,7 +18,7 @@ use crate::part::Held;
 use crate::weights::{Layer, Tensor, TensorMut, Weights, Zeros};
 use anyhow::Result;
 use ferropt_device::{Buffer, Device, Element, Store};
-use ferropt_mesh::{Group, Label, Pending};
+use ferropt_mesh::{Group, Label, Pending, Together};
 
 /// Layers that are whole at once: one computes, another is on its way.
 const PLACES: usize = 2;
@@ -222,18 +223,19 @@ impl<U: Unit<D, E>, D: Device, E: Element> Gathering<U, D, E> {
         // What was on its way and has not been used, if anything, has to be here before its buffers can be.
         self.arrive()?;
         self.good = true;
+        let (mut together, rank) = (group.together(), group.rank());
         for (shard, whole) in shards.list().into_iter().zip(self.unit.list_mut()) {
             self.coming.push(match (shard, whole) {
                 (Tensor::Matrix(shard), TensorMut::Matrix(whole)) => {
-                    Coming::Matrix(gather(device, group, label, shard, whole)?)
+                    Coming::Matrix(gather(device, &mut together, rank, label, shard, whole)?)
                 }
                 (Tensor::Vector(shard), TensorMut::Vector(whole)) => {
-                    Coming::Vector(gather(device, group, label, shard, whole)?)
+                    Coming::Vector(gather(device, &mut together, rank, label, shard, whole)?)
                 }
                 _ => anyhow::bail!("the {label} has a matrix where its shards have a vector"),
             });
         }
-        Ok(())
+        together.start()
     }
 
     /// The unit, once it is whole.
@@ -249,17 +251,18 @@ impl<U: Unit<D, E>, D: Device, E: Element> Gathering<U, D, E> {
     }
 }
 
-/// Begins to gather a tensor; `whole` is empty until it is there.
+/// Has a tensor gathered, together with others; `whole` is empty until it is there.
 fn gather<D: Device, T: Element>(
     device: &D,
-    group: &Group,
+    together: &mut Together<'_>,
+    rank: usize,
     label: Label,
     shard: &D::Buf<T>,
     whole: &mut D::Buf<T>,
 ) -> Result<Pending<D::Buf<T>>> {
     let mut buffer = std::mem::replace(whole, device.alloc(0)?);
-    device.copy(shard.len(), shard, 0, &mut buffer, group.rank() * shard.len());
-    Ok(group.all_gather(label, buffer))
+    device.copy(shard.len(), shard, 0, &mut buffer, rank * shard.len());
+    Ok(together.all_gather(label, buffer))
 }
 
 /// Gradients as passes write them, and their sums over the ranks.
@@ -391,11 +394,12 @@ impl<U: Unit<D, f32>, D: Device> Scattering<U, D> {
 
     fn start(&mut self, device: &D, group: &Group, label: Label) -> Result<()> {
         self.open = false;
+        let mut together = group.together();
         for whole in self.unit.list_mut() {
             let buffer = std::mem::replace(whole.flat(), device.alloc(0)?);
-            self.coming.push(group.reduce_scatter(label, buffer));
+            self.coming.push(together.reduce_scatter(label, buffer));
         }
-        Ok(())
+        together.start()
     }
 
     /// Puts the sums that are on their way where they belong.

@@ -301,6 +301,37 @@ fn tokenizer_files_travel_under_the_names_of_the_target() {
 }
 
 #[test]
+fn tokenizers_are_completed_for_transformers_where_nothing_says_what_comes_before_a_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let token = |id: u32, content: &str| serde_json::json!({ "id": id, "content": content, "special": true });
+    let added = [token(1, "<pad>"), token(2, "</s>"), token(3, "<unk>")];
+    let given =
+        serde_json::json!({ "added_tokens": added, "post_processor": null, "model": { "type": "BPE" } });
+    let folder = copy("pre/hf");
+    fs::write(folder.path().join("tokenizer.json"), given.to_string()).unwrap();
+    let to_folder = |from: &Path, name: &str| {
+        write(&open(from), &dir.path().join(name), &to(Target::Safetensors));
+        let read = |file: &str| fs::read(dir.path().join(name).join(file));
+        (read("tokenizer.json").unwrap(), read("tokenizer_config.json").ok())
+    };
+    let (tokenizer, config) = to_folder(folder.path(), "completed");
+    let json = |bytes: &[u8]| serde_json::from_slice::<serde_json::Value>(bytes).unwrap();
+    let ready = json(&tokenizer);
+    assert_eq!(ready["post_processor"]["single"][0]["SpecialToken"]["id"], "</s>");
+    assert_eq!(ready["post_processor"]["special_tokens"]["</s>"]["ids"], serde_json::json!([2]));
+    assert_eq!(ready["model"], given["model"]);
+    let config = json(&config.unwrap());
+    assert_eq!(config["eos_token"], "</s>");
+    assert_eq!(config["pad_token"], "<pad>");
+
+    // What says it itself stays as it is: what was completed, and a tokenizer with another end of texts.
+    assert_eq!(to_folder(&dir.path().join("completed"), "again").0, tokenizer);
+    let other = given.to_string().replace("\"id\":2", "\"id\":5");
+    fs::write(folder.path().join("tokenizer.json"), &other).unwrap();
+    assert_eq!(to_folder(folder.path(), "other"), (other.into_bytes(), None));
+}
+
+#[test]
 fn configurations_that_are_not_computed_are_refused_by_key() {
     for (key, value) in [
         ("activation_function", "\"gelu\""),

@@ -1,6 +1,6 @@
 //! From events of the engine to an answer: whole, or as server-sent events.
 
-use crate::error::{ApiError, json_response};
+use crate::error::{ApiError, text_response};
 use crate::job::Job;
 use crate::layout::Layout;
 use crate::record::Record;
@@ -11,7 +11,6 @@ use ferropt_engine::{Event, Piece, Text, Token, Usage};
 use futures_util::stream::unfold;
 use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::fmt::Write;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -57,11 +56,10 @@ impl Answer {
                 Event::Embedding(_) | Event::Failed(_) => {}
             }
         }
-        self.note(used);
         if self.log_texts {
             self.record.note("texts", texts.iter().map(|text| text.text.as_str()).collect::<Vec<_>>());
         }
-        Ok(json_response(StatusCode::OK, &self.layout.whole(texts, used)))
+        Ok(text_response(StatusCode::OK, self.layout.whole(texts, used)))
     }
 
     /// Waits for the first event, so that what goes wrong before has a status of its own, and sends the rest as it comes.
@@ -95,11 +93,6 @@ impl Answer {
     fn echo(&self, tokens: Vec<Token>) -> Piece {
         let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
         Piece { text: self.tokenizer.decode(&ids), tokens }
-    }
-
-    fn note(&self, used: Usage) {
-        self.record.note("prompt_tokens", used.prompt);
-        self.record.note("generated_tokens", used.generated);
     }
 }
 
@@ -136,8 +129,8 @@ impl Stream {
             match message {
                 Some(Ok((prompt, event))) => self.take(prompt, event),
                 Some(Err(error)) => {
-                    self.answer.record.error(error.code);
-                    self.send(&error.object());
+                    self.answer.record.error(&error);
+                    self.send(&error.object().to_string());
                     self.end();
                 }
                 None => {
@@ -186,17 +179,13 @@ impl Stream {
         }
     }
 
-    fn send(&mut self, event: &serde_json::Value) {
-        let mut line = String::new();
-        // A String takes everything.
-        let _ = write!(line, "data: {event}\n\n");
-        self.waiting.push_back(line.into());
+    fn send(&mut self, event: &str) {
+        self.waiting.push_back(format!("data: {event}\n\n").into());
     }
 
     fn end(&mut self) {
         self.waiting.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
         self.over = true;
-        self.answer.note(self.used);
         if self.answer.log_texts {
             self.answer.record.note("texts", self.texts.as_str());
         }

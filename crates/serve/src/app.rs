@@ -1,9 +1,9 @@
 //! What all requests share.
 
 use crate::keys::Keys;
+use crate::log::Log;
 use crate::metrics::Metrics;
 use crate::models::Models;
-use crate::record::Log;
 use crate::tls::Tls;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
@@ -26,7 +26,7 @@ pub struct Limits {
     pub body: usize,
     /// How long a client may take for the handshake of TLS, to send headers, to send a body, or to take in what is sent to it.
     pub client_time: Duration,
-    /// Connections at one time.
+    /// Connections at one time, apart from a few more on which only probes are answered.
     pub connections: usize,
 }
 
@@ -78,6 +78,8 @@ pub(crate) struct App {
     pub(crate) tls: Option<Tls>,
     /// Origins of web pages that may use the API.
     pub(crate) cors: Vec<String>,
+    /// Whether `/metrics` needs no key.
+    pub(crate) open_metrics: bool,
     pub(crate) limits: Limits,
     pub(crate) metrics: Metrics,
     pub(crate) log: Log,
@@ -96,6 +98,7 @@ impl App {
         keys: Keys,
         tls: Option<Tls>,
         cors: Vec<String>,
+        open_metrics: bool,
         limits: Limits,
         log: Log,
     ) -> App {
@@ -104,6 +107,7 @@ impl App {
             keys,
             tls,
             cors,
+            open_metrics,
             limits,
             metrics: Metrics::new(),
             log,

@@ -39,10 +39,14 @@ pub(crate) struct Asked {
     pub(crate) echo: bool,
     /// Whether a conversation's log-probabilities are wanted.
     pub(crate) chat_log_probs: bool,
+    /// The newer name of `max_tokens`.
+    pub(crate) max_completion_tokens: Option<usize>,
     /// `</s>` in front of what is tokenised, and the tokens' names.
     pub(crate) special: bool,
     pub(crate) token_names: bool,
     pub(crate) tokens: Vec<u32>,
+    /// Whether special tokens are left out of a text.
+    pub(crate) skip_special: bool,
     /// Of embeddings: what they are made of, how they are written, and how many numbers are expected.
     pub(crate) pooling: Pooling,
     pub(crate) base64: bool,
@@ -64,9 +68,11 @@ impl Default for Asked {
             include_usage: None,
             echo: false,
             chat_log_probs: false,
+            max_completion_tokens: None,
             special: true,
             token_names: false,
             tokens: Vec::new(),
+            skip_special: false,
             pooling: Pooling::Mean,
             base64: false,
             dimensions: None,

@@ -13,12 +13,20 @@ pub(crate) fn allowed<'a>(origins: &[String], headers: &'a HeaderMap) -> Option<
 pub(crate) fn permit(headers: &mut HeaderMap, origin: &HeaderValue) {
     headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
     headers.append(header::VARY, HeaderValue::from_static("Origin"));
-    for (name, value) in [
-        (header::ACCESS_CONTROL_ALLOW_METHODS, "GET, POST"),
-        (header::ACCESS_CONTROL_ALLOW_HEADERS, "Authorization, Content-Type"),
-        (header::ACCESS_CONTROL_EXPOSE_HEADERS, "X-Request-Id, Retry-After"),
-        (header::ACCESS_CONTROL_MAX_AGE, "3600"),
-    ] {
-        headers.insert(name, HeaderValue::from_static(value));
+    let seen = HeaderValue::from_static("X-Request-Id, Retry-After, X-Should-Retry");
+    headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, seen);
+}
+
+/// Answers a browser that asks what a page at `origin` may send: whatever headers it names, as clients have some of their own
+/// (`X-Stainless-...` of OpenAI's), and those that mean nothing here are not looked at.
+pub(crate) fn invite(asked: &HeaderMap, origin: &HeaderValue) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    permit(&mut headers, origin);
+    headers.append(header::VARY, HeaderValue::from_static("Access-Control-Request-Headers"));
+    if let Some(names) = asked.get(header::ACCESS_CONTROL_REQUEST_HEADERS) {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, names.clone());
     }
+    headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST"));
+    headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("3600"));
+    headers
 }

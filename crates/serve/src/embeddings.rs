@@ -23,10 +23,7 @@ pub(crate) async fn embeddings(mut call: Call) -> Result<Response<Body>, ApiErro
         return Err(ApiError::field("dimensions", message));
     }
     asked.parameters = Parameters::embedding(asked.pooling);
-    let mut job = line_up(&call, &live, &mut asked).map_err(|error| match error.param.as_deref() {
-        Some("prompt") => ApiError { param: Some("input".into()), ..error },
-        _ => error,
-    })?;
+    let mut job = line_up(&call, &live, &mut asked)?;
     let (mut vectors, mut tokens) = (vec![Vec::new(); asked.prompts.len()], 0);
     while let Some(message) = job.next().await {
         match message? {
@@ -35,7 +32,6 @@ pub(crate) async fn embeddings(mut call: Call) -> Result<Response<Body>, ApiErro
             _ => {}
         }
     }
-    call.record.note("prompt_tokens", tokens);
     if vectors.iter().flatten().any(|x| !x.is_finite()) {
         return Err(ApiError::internal("the model's hidden states are not finite"));
     }

@@ -71,6 +71,11 @@ impl ApiError {
         ApiError { retry_after: Some(seconds), ..error }
     }
 
+    /// It took longer than it may, and would again.
+    pub(crate) fn over(message: impl Into<String>) -> ApiError {
+        ApiError::new(StatusCode::GATEWAY_TIMEOUT, "request_time", message)
+    }
+
     /// The engine failed.
     pub(crate) fn internal(message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "engine_failed", message)
@@ -96,6 +101,10 @@ impl ApiError {
         if let Some(allow) = self.allow.as_deref().and_then(|allow| HeaderValue::from_str(allow).ok()) {
             headers.insert(header::ALLOW, allow);
         }
+        // OpenAI's clients try again at every status from 500 on.
+        if self.status == StatusCode::GATEWAY_TIMEOUT {
+            headers.insert("x-should-retry", HeaderValue::from_static("false"));
+        }
         if self.status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
@@ -105,7 +114,12 @@ impl ApiError {
 
 /// An answer of JSON.
 pub(crate) fn json_response(status: StatusCode, value: &Value) -> Response<Body> {
-    let mut response = Response::new(Body::from(value.to_string()));
+    text_response(status, value.to_string())
+}
+
+/// The same of JSON that is written already.
+pub(crate) fn text_response(status: StatusCode, json: String) -> Response<Body> {
+    let mut response = Response::new(Body::from(json));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response

@@ -85,7 +85,7 @@ pub(crate) static FIELDS: &[Field] = &[
         "Tokens to generate at most; 16 unless given. 0 computes the prompt only."),
     field("max_tokens", CHAT | GENERATE, Whole(0, MANY, |a, v| a.parameters.max_tokens = Some(v as usize)),
         "Tokens to generate at most; as many as the model has positions for unless given."),
-    field("max_completion_tokens", CHAT, Whole(0, MANY, |a, v| a.parameters.max_tokens = Some(v as usize)),
+    field("max_completion_tokens", CHAT, Whole(0, MANY, |a, v| a.max_completion_tokens = Some(v as usize)),
         "OpenAI's newer name of `max_tokens`."),
     field("min_tokens", ALL_TEXTS, Whole(0, MANY, |a, v| a.parameters.min_tokens = v as usize),
         "So many tokens come before `</s>` may, and before stop strings are looked for."),
@@ -126,7 +126,7 @@ pub(crate) static FIELDS: &[Field] = &[
         "With `lambda_decay`: `top_p` does not become smaller than this; 0.3 unless given."),
     field("logit_bias", ALL_TEXTS, Shaped(shapes::LOGIT_BIAS, shapes::logit_bias),
         "Added to the logits of these token ids, from -100 to 100."),
-    field("seed", ALL_TEXTS, Whole(i64::MIN, i64::MAX, |a, v| a.seed = Some(v as u64)),
+    field("seed", ALL_TEXTS, Shaped(shapes::SEED, shapes::seed),
         "The same seed gives the same texts, whatever else is being computed; random unless given."),
     field("stop", ALL_TEXTS, Shaped(shapes::STOP, shapes::stop),
         "A text ends before the first of these strings."),
@@ -144,8 +144,7 @@ pub(crate) static FIELDS: &[Field] = &[
         "With `beams`: above 0 favours longer texts."),
     field("echo", TEXTS, Flag(|a, v| a.echo = v),
         "Give back the prompt in front of the text, with log-probabilities if they are asked for."),
-    field("logprobs", TEXTS,
-        Whole(0, ferropt_engine::MOST_LOG_PROBS as i64, |a, v| a.parameters.log_probs = Some(v as usize)),
+    field("logprobs", TEXTS, Shaped(shapes::LOG_PROBS, shapes::log_probs),
         "Log-probabilities of the tokens, and of so many of the likeliest ones at each place."),
     field("logprobs", CHAT, Flag(|a, v| a.chat_log_probs = v), "Log-probabilities of the tokens."),
     field("top_logprobs", CHAT,
@@ -159,6 +158,8 @@ pub(crate) static FIELDS: &[Field] = &[
     field("return_token_strs", TOKENIZE, Flag(|a, v| a.token_names = v), "Give the tokens' texts too."),
     field("tokens", DETOKENIZE, Shaped(shapes::IDS, |a, v| { a.tokens = shapes::ids(v)?; Ok(()) }),
         "Token ids."),
+    field("skip_special_tokens", DETOKENIZE, Flag(|a, v| a.skip_special = v),
+        "Leave `</s>` and the other special tokens out of the text."),
     field("suffix", COMPLETION, Only(&["\"\""]), "Text behind the completion, which OPT cannot look at."),
     field("tools", CHAT, Only(&["[]"]), "OPT knows no tools."),
     field("tool_choice", CHAT, Only(&["\"none\"", "\"auto\""]), "OPT knows no tools."),
@@ -196,17 +197,23 @@ pub(crate) fn read(object: &Map<String, Value>, body: u8, required: &[&str]) -> 
         }
     }
     for (name, value) in object {
-        let Some(field) = of(body).find(|field| field.name == name) else { return Err(unknown(name, body)) };
-        if !value.is_null() {
-            field.read(&mut asked, value)?;
+        // Clients send it for fields that came after this was written.
+        if value.is_null() {
+            continue;
+        }
+        match of(body).find(|field| field.name == name) {
+            Some(field) => field.read(&mut asked, value)?,
+            None => return Err(unknown(name, body)),
         }
     }
     Ok(asked)
 }
 
 fn unknown(name: &str, body: u8) -> ApiError {
-    let near = of(body).map(|field| (strsim::jaro_winkler(field.name, name), field.name));
-    let near = near.filter(|(likeness, _)| *likeness > 0.8).max_by(|a, b| a.0.total_cmp(&b.0));
+    // A slip for every four letters; what is farther away is another word.
+    let slips = (name.chars().count() / 4).clamp(1, 3);
+    let near = of(body).map(|field| (strsim::damerau_levenshtein(field.name, name), field.name));
+    let near = near.filter(|(distance, _)| *distance <= slips).min();
     let hint = near.map_or_else(|| "leave it out".into(), |(_, near)| format!("did you mean {near}?"));
     let name: String = name.chars().take(100).collect();
     let error = ApiError::field(&name, format!("the field {name:?} is not known here; {hint}"));
@@ -333,6 +340,17 @@ mod tests {
         assert!(asked.echo && asked.stream);
         let ids = read_text(r#"{"prompt": [[2, 5], [2]]}"#, COMPLETION).unwrap().prompts;
         assert_eq!(ids, [Prompt::Ids(vec![2, 5]), Prompt::Ids(vec![2])]);
+        let seed = |text: &str| read_text(&format!("{{\"seed\": {text}}}"), COMPLETION).unwrap().seed;
+        assert_eq!(
+            [seed("18446744073709551615"), seed("9223372036854775808"), seed("5.0")],
+            [Some(u64::MAX), Some(1 << 63), Some(5)]
+        );
+        let none = read_text(r#"{"logprobs": false, "reasoning_effort": null}"#, COMPLETION).unwrap();
+        assert_eq!(none.parameters.log_probs, None);
+        let silent = r#"{"messages": [{"role": "assistant", "content": null, "refusal": null, "tool_calls": null,
+            "function_call": null, "audio": null, "annotations": [], "name": "x", "later": null}, {"role": "assistant"}]}"#;
+        let silent = read_text(silent, CHAT).unwrap().messages;
+        assert_eq!(silent, [(Role::Assistant, String::new()), (Role::Assistant, String::new())]);
         let talk = read_text(
             r#"{"messages": [{"role": "developer", "content": "Be brief."},
                 {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}"#,
@@ -346,6 +364,20 @@ mod tests {
         for (body, text, param, part) in [
             (COMPLETION, r#"{"temprature": 1}"#, "temprature", "temperature"),
             (COMPLETION, r#"{"zzz": 1}"#, "zzz", "leave it out"),
+            (CHAT, r#"{"reasoning_effort": "low"}"#, "reasoning_effort", "leave it out"),
+            (CHAT, r#"{"max_token": 1}"#, "max_token", "did you mean max_tokens?"),
+            (COMPLETION, r#"{"logprobs": true}"#, "logprobs", "from 0 to 100"),
+            (COMPLETION, r#"{"logprobs": 101}"#, "logprobs", "101"),
+            (COMPLETION, r#"{"seed": 18446744073709551616}"#, "seed", "18446744073709551615"),
+            (COMPLETION, r#"{"seed": 0.5}"#, "seed", "0.5"),
+            (CHAT, r#"{"messages": [{"role": "user", "content": null}]}"#, "messages", "content"),
+            (
+                CHAT,
+                r#"{"messages": [{"role": "user", "content": "x", "contnet": "y"}]}"#,
+                "messages",
+                "\"contnet\"",
+            ),
+            (CHAT, r#"{"messages": [{"role": "assistant", "tool_calls": [{}]}]}"#, "messages", "tool_calls"),
             (COMPLETION, r#"{"messages": []}"#, "messages", "not known"),
             (COMPLETION, r#"{"temperature": -1}"#, "temperature", "from 0 to 100"),
             (COMPLETION, r#"{"temperature": "1"}"#, "temperature", "\"1\""),
@@ -372,8 +404,9 @@ mod tests {
                 CHAT,
                 r#"{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}"#,
                 "messages",
-                "image_url",
+                "the type \"image_url\" is no text",
             ),
+            (CHAT, r#"{"messages": [{"role": "user", "content": [{}]}]}"#, "messages", "the type null"),
             (CHAT, r#"{"messages": []}"#, "messages", "empty"),
             (METASEQ, r#"{"lambda_decay": 1.5}"#, "lambda_decay", "from -1 to 1"),
             (METASEQ, r#"{"omega_bound": -0.3}"#, "omega_bound", "from 0 to 1"),

@@ -4,9 +4,10 @@ use crate::app::{App, Phase};
 use crate::error::ApiError;
 use crate::metrics::ModelMetrics;
 use crate::models::Live;
-use crate::record::Record;
+use crate::record::{Record, Tokens};
 use crate::turn::Turn;
 use ferropt_engine::{Event, Request};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
@@ -44,10 +45,10 @@ impl Job {
         record: Arc<Record>,
         requests: Vec<Request>,
     ) -> Result<Job, ApiError> {
-        let texts = requests.iter().map(|r| r.parameters.beams.unwrap_or(1).max(r.parameters.computed()));
-        let turns = live.gate.line_up(client, texts).map_err(|full| {
+        let turns = live.gate.line_up(client, requests.iter().map(texts)).map_err(|full| {
             let message = format!(
-                "{} prompts are waiting for the model, and {} more would be over the limit of {}; try again later",
+                "{} prompts are waiting for the model, and {} more of this client would be over the limit of {} and its share of \
+                 them; try again later",
                 full.waiting,
                 requests.len(),
                 app.limits.queue
@@ -96,8 +97,7 @@ impl Job {
             }
             _ = tokio::time::sleep_until(self.deadline.into()) => {
                 let seconds = self.limit.as_secs_f64();
-                let message = format!("the request was not complete after {seconds} s, which is the limit");
-                Err(ApiError::unavailable("request_time", 5, message))
+                Err(ApiError::over(format!("the request was not complete after {seconds} s, which is the limit")))
             }
         };
         match &message {
@@ -179,12 +179,20 @@ impl Feeder {
     }
 }
 
+/// Texts that the engine computes for a prompt.
+pub(crate) fn texts(request: &Request) -> usize {
+    request.parameters.beams.unwrap_or(1).max(request.parameters.computed())
+}
+
 /// Counts what the engine does for a prompt. It has the turn, which ends when the engine lets go of both.
 struct Meter {
     turn: Turn,
     metrics: ModelMetrics,
-    /// Not kept alive, so that the log is not written by the engine's thread.
+    /// Not kept alive, so that it is not the engine's thread that ends a request.
     record: Weak<Record>,
+    tokens: Arc<Tokens>,
+    /// Texts that are not complete, each of which takes a place.
+    texts: usize,
     /// When each text had its last token.
     last: Vec<Option<Instant>>,
     charged: usize,
@@ -194,10 +202,13 @@ impl Meter {
     fn new(live: &Live, record: &Arc<Record>, turn: Turn, request: &Request) -> Meter {
         turn.charge(request.prompt.len());
         live.metrics.prompt_tokens.inc_by(request.prompt.len() as u64);
+        record.tokens.prompt.fetch_add(request.prompt.len(), Ordering::Relaxed);
         Meter {
             turn,
             metrics: live.metrics.clone(),
             record: Arc::downgrade(record),
+            tokens: record.tokens.clone(),
+            texts: texts(request),
             last: vec![None; request.parameters.n],
             charged: 0,
         }
@@ -222,13 +233,18 @@ impl Meter {
             }
             // Texts that were not given back were computed, too.
             Event::Done(usage) => self.charge(usage.generated.saturating_sub(self.charged)),
-            Event::Prompt(_) | Event::End { .. } | Event::Embedding(_) | Event::Failed(_) => {}
+            Event::End { .. } => {
+                self.texts = self.texts.saturating_sub(1);
+                self.turn.keep(self.texts);
+            }
+            Event::Prompt(_) | Event::Embedding(_) | Event::Failed(_) => {}
         }
     }
 
     fn charge(&mut self, tokens: usize) {
         self.charged += tokens;
         self.turn.charge(tokens);
+        self.tokens.generated.fetch_add(tokens, Ordering::Relaxed);
         self.metrics.generated_tokens.inc_by(tokens as u64);
     }
 }

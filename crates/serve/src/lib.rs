@@ -2,7 +2,7 @@
 //!
 //! A request's way: a connection (`listen`), who asks and which route (`service`, `routes`), its body (`body`, `fields`),
 //! what the engine shall compute (`prepare`), its turn (`queue`, `turn`), the engine's events (`job`), and the answer
-//! (`answer`, `layout`). `record` writes a line of the log when it is over.
+//! (`answer`, `layout`). `record` puts together a line of the `log` when it is over.
 //!
 //! Every field of a body stands once, in `fields`, and every route once, in `routes`: what is read, what is refused, and the
 //! OpenAPI page (`openapi`) come from these two tables. A file for browsers is another line of the second.
@@ -19,6 +19,7 @@ mod job;
 mod keys;
 mod layout;
 mod listen;
+mod log;
 mod metrics;
 mod models;
 mod openapi;
@@ -36,8 +37,8 @@ mod turn;
 
 pub use app::Limits;
 pub use keys::{Keys, new_key};
+pub use log::Log;
 pub use models::ModelSource;
-pub use record::Log;
 pub use tls::Tls;
 
 use anyhow::{Context, Result};
@@ -66,6 +67,8 @@ pub struct Options {
     pub tls: Option<Tls>,
     /// Origins of web pages that may use it.
     pub cors: Vec<String>,
+    /// Whether `/metrics` needs no key.
+    pub open_metrics: bool,
     /// What a request, a client and the server may take.
     pub limits: Limits,
     /// A line for each request.
@@ -89,10 +92,10 @@ impl Server {
     /// # Errors
     /// When the address cannot be listened on, or names of models contradict each other.
     pub fn start(options: Options) -> Result<Server> {
-        let Options { address, models, aliases, keys, tls, cors, limits, log } = options;
+        let Options { address, models, aliases, keys, tls, cors, open_metrics, limits, log } = options;
         let names = models.iter().map(|model| model.name.clone()).collect();
         let models_by_name = Models::new(names, aliases)?;
-        let app = Arc::new(App::new(models_by_name, keys, tls, cors, limits.possible(), log));
+        let app = Arc::new(App::new(models_by_name, keys, tls, cors, open_metrics, limits.possible(), log));
         let runtime =
             Builder::new_multi_thread().worker_threads(THREADS).thread_name("http").enable_all().build();
         let runtime = runtime.context("cannot start the threads for connections")?;
@@ -145,6 +148,8 @@ impl Server {
         let _ = self.runtime.block_on(self.accepting);
         self.app.log.line("stopped", json!({ "not_completed": left }));
         self.runtime.shutdown_timeout(Duration::from_secs(1));
+        // Whoever reads it may have stopped to.
+        self.app.log.finish(Duration::from_secs(1));
         left
     }
 }

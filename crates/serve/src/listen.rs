@@ -11,12 +11,11 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Sleep, sleep, timeout};
@@ -24,62 +23,141 @@ use tokio::time::{Sleep, sleep, timeout};
 /// Bytes of a request's headers at most.
 const HEADERS: usize = 1 << 16;
 
+/// Connections beyond the limit, on which only probes are answered: whoever watches over the server would otherwise take one that
+/// is busy for one that is dead, and end it.
+const SPARE: usize = 8;
+/// A probe asks at once, so that others do not keep these from it for long.
+const SPARE_TIME: Duration = Duration::from_secs(2);
+
+/// HTTP learns so late that a client has closed its side, so that who asked for something quick gets it.
+const QUICK: Duration = Duration::from_millis(100);
+/// While there is something of a client to read, it is looked at so often whether it has closed its side, and then it has so long
+/// to take in what it asked for before.
+const LOOK: Duration = Duration::from_millis(500);
+const GRACE: Duration = Duration::from_secs(1);
+
 /// Accepts connections until the server's last phase, then waits for them to end, but not for long.
 pub(crate) async fn accept(listener: TcpListener, app: Arc<App>) {
     let (router, limit) = (router(&app), app.limits.connections.clamp(1, Semaphore::MAX_PERMITS));
-    let places = Arc::new(Semaphore::new(limit));
+    let (places, spare) = (Arc::new(Semaphore::new(limit)), Arc::new(Semaphore::new(SPARE)));
     let mut phase = app.phase.subscribe();
+    let mut failures = Failures::default();
     loop {
         let accepted = tokio::select! {
-            accepted = place_and_connection(&listener, &places) => accepted,
+            accepted = connection_and_place(&listener, &places, &spare) => accepted,
             _ = phase.wait_for(|phase| *phase == Phase::Ending) => break,
         };
         match accepted {
-            Ok((place, stream, address)) => {
-                tokio::spawn(connection(stream, address, app.clone(), router.clone(), place));
+            Ok((stream, peer, place)) => {
+                failures.pause = PAUSE;
+                tokio::spawn(connection(stream, peer, app.clone(), router.clone(), place));
             }
             Err(error) => {
                 // Too few file descriptors, or a client that left at once: the next try may be luckier.
-                app.log.line("accept_failed", serde_json::json!({ "error": error.to_string() }));
-                sleep(Duration::from_millis(50)).await;
+                let (pause, times) = failures.note(Instant::now());
+                if let Some(times) = times {
+                    let line = serde_json::json!({ "error": error.to_string(), "times": times });
+                    app.log.line("accept_failed", line);
+                }
+                sleep(pause).await;
             }
         }
     }
     drop(listener);
-    let all = places.acquire_many(u32::try_from(limit).unwrap_or(u32::MAX));
+    let all = async {
+        let _ = places.acquire_many(u32::try_from(limit).unwrap_or(u32::MAX)).await;
+        let _ = spare.acquire_many(SPARE as u32).await;
+    };
     // What a client does not take in by then is lost with it.
     let _ = timeout(Duration::from_secs(5), all).await;
 }
 
-/// Further connections wait in the system's queue while there are as many as may be.
-async fn place_and_connection(
+/// Connections that could not be accepted.
+struct Failures {
+    /// How long it waits after the next.
+    pause: Duration,
+    /// When the log was told, and how many there were since.
+    told: Option<Instant>,
+    count: usize,
+}
+
+/// The first pause, the longest, and how often the log is told.
+const PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+const TOLD: Duration = Duration::from_secs(60);
+
+impl Default for Failures {
+    fn default() -> Self {
+        Failures { pause: PAUSE, told: None, count: 0 }
+    }
+}
+
+impl Failures {
+    /// Counts one. Returns how long to wait, and of how many to tell if it is time to.
+    fn note(&mut self, now: Instant) -> (Duration, Option<usize>) {
+        let pause = self.pause;
+        self.pause = (pause * 2).min(LONGEST_PAUSE);
+        self.count += 1;
+        if self.told.is_some_and(|told| now.duration_since(told) < TOLD) {
+            return (pause, None);
+        }
+        self.told = Some(now);
+        (pause, Some(std::mem::take(&mut self.count)))
+    }
+}
+
+/// Further connections wait, the first of them here and the others in the system's queue, while there are as many as may be.
+async fn connection_and_place(
     listener: &TcpListener,
     places: &Arc<Semaphore>,
-) -> io::Result<(OwnedSemaphorePermit, TcpStream, SocketAddr)> {
-    let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
+    spare: &Arc<Semaphore>,
+) -> io::Result<(TcpStream, Peer, OwnedSemaphorePermit)> {
     let (stream, address) = listener.accept().await?;
-    Ok((place, stream, address))
+    let (place, spare) = tokio::select! {
+        biased;
+        place = places.clone().acquire_owned() => (place, false),
+        place = spare.clone().acquire_owned() => (place, true),
+    };
+    Ok((stream, Peer { address, spare }, place.map_err(io::Error::other)?))
 }
 
 async fn connection(
     stream: TcpStream,
-    address: SocketAddr,
+    peer: Peer,
     app: Arc<App>,
     router: Router,
     _place: OwnedSemaphorePermit,
 ) {
     // Events are small, and none should wait for the next. Without it the stream still works.
     let _ = stream.set_nodelay(true);
-    let patience = app.limits.client_time;
-    let stream = Patient { stream, patience, timer: None };
-    let Some(tls) = &app.tls else { return requests(stream, address, &app, router).await };
+    let patience = if peer.spare { app.limits.client_time.min(SPARE_TIME) } else { app.limits.client_time };
+    let socket = Arc::new(stream);
+    let stream = Patient { stream: socket.clone(), patience, timer: None, end: None };
+    tokio::select! {
+        () = speak(stream, peer, &app, router, patience) => {}
+        () = gone(&socket) => {}
+    }
+}
+
+/// Waits until a client is gone for good. Nobody else finds out while there is something of it to read, such as a request behind
+/// the one that is being computed.
+async fn gone(stream: &TcpStream) {
+    while stream.ready(Interest::READABLE).await.is_ok_and(|ready| !ready.is_read_closed()) {
+        sleep(LOOK).await;
+    }
+    sleep(GRACE).await;
+}
+
+/// Speaks TLS if it is to be, and HTTP.
+async fn speak(stream: Patient, peer: Peer, app: &App, router: Router, patience: Duration) {
+    let Some(tls) = &app.tls else { return requests(stream, peer, app, router, patience).await };
     let mut phase = app.phase.subscribe();
     let accepted = tokio::select! {
         accepted = timeout(patience, tls.acceptor().accept(stream)) => accepted,
         _ = phase.wait_for(|phase| *phase == Phase::Ending) => return,
     };
     match accepted {
-        Ok(Ok(stream)) => requests(stream, address, &app, router).await,
+        Ok(Ok(stream)) => requests(stream, peer, app, router, patience).await,
         // Too slow, or no TLS. Scanners come all the time, so they are counted and no more.
         Ok(Err(_)) | Err(_) => app.metrics.handshake_failed(),
     }
@@ -88,18 +166,20 @@ async fn connection(
 /// Answers the requests of a connection.
 async fn requests(
     stream: impl AsyncRead + AsyncWrite + Unpin,
-    address: SocketAddr,
+    peer: Peer,
     app: &App,
     router: Router,
+    patience: Duration,
 ) {
     let router = TowerToHyperService::new(router);
     let service = service_fn(move |mut request: Request<Incoming>| {
-        request.extensions_mut().insert(Peer(address));
+        request.extensions_mut().insert(peer);
         router.call(request)
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(app.limits.client_time)
+        .header_read_timeout(patience)
+        .keep_alive(!peer.spare)
         .max_buf_size(HEADERS)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
@@ -113,19 +193,29 @@ async fn requests(
     let _ = connection.await;
 }
 
-/// A stream that fails when the other side takes nothing in for too long.
+/// A stream that fails when the other side takes nothing in for too long, and whose end comes a little later.
 struct Patient {
-    stream: TcpStream,
+    stream: Arc<TcpStream>,
     patience: Duration,
     /// Since when nothing could be written.
     timer: Option<Pin<Box<Sleep>>>,
+    /// Since when there is nothing more to read.
+    end: Option<Pin<Box<Sleep>>>,
 }
 
 impl Patient {
-    fn wait<T>(&mut self, written: Poll<io::Result<T>>, context: &mut Context<'_>) -> Poll<io::Result<T>> {
-        if written.is_ready() {
-            self.timer = None;
-            return written;
+    /// Writes with `write`, as soon as there is room.
+    fn poll(
+        &mut self,
+        context: &mut Context<'_>,
+        write: impl Fn(&TcpStream) -> io::Result<usize>,
+    ) -> Poll<io::Result<usize>> {
+        while let Poll::Ready(room) = self.stream.poll_write_ready(context) {
+            let written = room.and_then(|()| write(&self.stream));
+            if !is_early(&written) {
+                self.timer = None;
+                return Poll::Ready(written);
+            }
         }
         let patience = self.patience;
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(patience)));
@@ -134,20 +224,34 @@ impl Patient {
     }
 }
 
+/// Whether the stream was not ready after all.
+fn is_early<T>(result: &io::Result<T>) -> bool {
+    result.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+}
+
 impl AsyncRead for Patient {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
+        loop {
+            ready!(self.stream.poll_read_ready(cx))?;
+            let read = self.stream.try_read(buf.initialize_unfilled());
+            if read.as_ref().is_ok_and(|count| *count == 0) {
+                let end = self.end.get_or_insert_with(|| Box::pin(sleep(QUICK)));
+                return end.as_mut().poll(cx).map(Ok);
+            }
+            if !is_early(&read) {
+                return Poll::Ready(read.map(|count| buf.advance(count)));
+            }
+        }
     }
 }
 
 impl AsyncWrite for Patient {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write(cx, buf);
-        self.wait(written, cx)
+        self.poll(cx, |stream| stream.try_write(buf))
     }
 
     fn poll_write_vectored(
@@ -155,19 +259,34 @@ impl AsyncWrite for Patient {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
-        self.wait(written, cx)
+        self.poll(cx, |stream| stream.try_write_vectored(bufs))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+    /// It is closed when it is dropped, which is what comes next.
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_are_told_of_now_and_then() {
+        let (mut failures, start) = (Failures::default(), Instant::now());
+        let mut at = |seconds| failures.note(start + Duration::from_secs(seconds));
+        assert_eq!(at(0), (PAUSE, Some(1)));
+        assert_eq!(at(1), (2 * PAUSE, None));
+        (2..60).for_each(|seconds| assert_eq!(at(seconds).1, None));
+        assert_eq!(at(60), (LONGEST_PAUSE, Some(60)));
     }
 }

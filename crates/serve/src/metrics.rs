@@ -185,6 +185,45 @@ impl Metrics {
     }
 }
 
+/// The name is whatever the operator likes; the encoder takes values as they are.
 fn model(name: &str) -> Labels {
-    vec![("model", name.to_string())]
+    vec![("model", name.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n"))]
+}
+
+/// The format of OpenMetrics as Prometheus' older one, in which counters have their whole name, and nothing is said of units.
+pub(crate) fn older(text: &str) -> String {
+    let is_counter = |line: &&str| line.starts_with("# TYPE ") && line.ends_with(" counter");
+    let counters: Vec<&str> =
+        text.lines().filter(is_counter).filter_map(|line| line.split(' ').nth(2)).collect();
+    let mut older = String::with_capacity(text.len());
+    for line in text.lines().filter(|line| !line.starts_with("# UNIT ") && *line != "# EOF") {
+        let mut words = line.splitn(4, ' ');
+        match (words.next(), words.next(), words.next(), words.next()) {
+            (Some("#"), Some(what), Some(name), Some(rest)) if counters.contains(&name) => {
+                older += &format!("# {what} {name}_total {rest}");
+            }
+            _ => older += line,
+        }
+        older.push('\n');
+    }
+    older
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{model, older};
+
+    #[test]
+    fn names_are_written_so_that_they_end_where_they_end() {
+        assert_eq!(model("a\"b\\c\nd")[0].1, "a\\\"b\\\\c\\nd");
+    }
+
+    #[test]
+    fn the_older_format_has_the_same_numbers() {
+        let text = "# HELP a_queue Waits.\n# TYPE a_queue histogram\n# UNIT a_queue_seconds seconds\na_queue_sum 0.5\n\
+            # HELP a_requests All of a_requests.\n# TYPE a_requests counter\na_requests_total{b=\"# c\"} 3\n# EOF\n";
+        let want = "# HELP a_queue Waits.\n# TYPE a_queue histogram\na_queue_sum 0.5\n\
+            # HELP a_requests_total All of a_requests.\n# TYPE a_requests_total counter\na_requests_total{b=\"# c\"} 3\n";
+        assert_eq!(older(text), want);
+    }
 }

@@ -9,6 +9,7 @@ use ferropt_data::{SPECIALS, Tokenizer};
 use ferropt_engine::Handle;
 use ferropt_train::inference::Model;
 use serde_json::json;
+use std::borrow::Cow;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -98,12 +99,14 @@ pub(crate) fn open(app: &App, source: ModelSource) {
 
 /// What a token is called: its text, the name of a special token, or `bytes:\xe2\x80` where it is no whole characters, as
 /// OpenAI writes it.
-pub(crate) fn token_name(tokenizer: &Tokenizer, id: u32) -> String {
+pub(crate) fn token_name(tokenizer: &Tokenizer, id: u32) -> Cow<'_, str> {
     let bytes = tokenizer.token_bytes(id);
     match std::str::from_utf8(bytes) {
-        Ok("") => SPECIALS.get(id as usize).map_or_else(|| format!("<{id}>"), |name| (*name).into()),
+        Ok("") => SPECIALS.get(id as usize).map_or_else(|| format!("<{id}>").into(), |name| (*name).into()),
         Ok(text) => text.into(),
-        Err(_) => bytes.iter().fold(String::from("bytes:"), |name, byte| name + &format!("\\x{byte:02x}")),
+        Err(_) => {
+            bytes.iter().fold(String::from("bytes:"), |name, byte| name + &format!("\\x{byte:02x}")).into()
+        }
     }
 }
 

@@ -19,7 +19,7 @@ const BODIES: [(u8, &str); 7] = [
 ];
 
 /// Statuses of errors, and whether only routes that take a turn have them.
-const ERRORS: [(&str, &str, Needs); 10] = [
+const ERRORS: [(&str, &str, Needs); 11] = [
     ("400", "The request makes no sense; the message says what, and what was expected.", Needs::Body),
     ("401", "The API key is missing or unknown.", Needs::Key),
     ("404", "There is no such model or route.", Needs::Name),
@@ -29,7 +29,8 @@ const ERRORS: [(&str, &str, Needs); 10] = [
     ("405", "The route does not know the method.", Needs::Nothing),
     ("429", "Too much at a time; Retry-After says when to try again.", Needs::Turn),
     ("500", "The engine failed.", Needs::Turn),
-    ("503", "The model or the server is not there now, or the request took too long.", Needs::Model),
+    ("503", "The model or the server is not there now.", Needs::Model),
+    ("504", "The request took longer than it may.", Needs::Turn),
 ];
 
 /// What a route must have to answer with an error.
@@ -89,14 +90,16 @@ fn request(body: u8) -> Value {
     let properties: Map<String, Value> =
         fields::of(body).map(|field| (field.name.into(), field.schema())).collect();
     let required = ROUTES.iter().find(|route| route.body == body).map(|route| route.required);
-    json!({ "type": "object", "properties": properties, "required": required, "additionalProperties": false })
+    json!({ "type": "object", "properties": properties, "required": required, "additionalProperties": { "type": "null" } })
 }
 
 fn operation(route: &Route) -> Value {
     let mut responses = Map::new();
     let mut content = Map::new();
     if route.answer.contains('/') {
-        content.insert("application/openmetrics-text".into(), json!({ "schema": { "type": "string" } }));
+        for kind in ["application/openmetrics-text", "text/plain"] {
+            content.insert(kind.into(), json!({ "schema": { "type": "string" } }));
+        }
     } else {
         content.insert("application/json".into(), json!({ "schema": reference(route.answer) }));
     }

@@ -2,6 +2,7 @@
 
 use crate::app::Phase;
 use crate::error::{ApiError, json_response};
+use crate::metrics::older;
 use crate::models::State;
 use crate::openapi;
 use crate::routes::Call;
@@ -37,8 +38,14 @@ pub(crate) async fn ready(call: Call) -> Result<Response<Body>, ApiError> {
 pub(crate) async fn metrics(call: Call) -> Result<Response<Body>, ApiError> {
     // This request does not count.
     let text = call.app.metrics.text(&call.app.models, call.app.in_flight().saturating_sub(1));
+    let accepts = call.request.headers().get(header::ACCEPT).and_then(|accept| accept.to_str().ok());
+    let (text, kind) = match accepts {
+        Some(accept) if accept.contains("text/plain") && !accept.contains("openmetrics") => {
+            (older(&text), "text/plain; version=0.0.4; charset=utf-8")
+        }
+        _ => (text, "application/openmetrics-text; version=1.0.0; charset=utf-8"),
+    };
     let mut response = Response::new(Body::from(text));
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     Ok(response)
 }

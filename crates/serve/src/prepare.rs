@@ -3,9 +3,13 @@
 use crate::app::Limits;
 use crate::asked::{Asked, Prompt, Role};
 use crate::error::ApiError;
+use crate::job::texts;
 use crate::models::Live;
 use ferropt_data::Marks;
 use ferropt_engine::{Conversation, Decay, Parameters, Refusal, Request, Speaker};
+
+/// Entries of lists of likely tokens that a request may come to: the answer has some 80 bytes for each.
+const MOST_ENTRIES: usize = 1 << 21;
 
 /// Bytes of text from which tokenising would make others wait.
 const LONG: usize = 1 << 16;
@@ -45,9 +49,30 @@ pub(crate) fn requests(
     let bytes: usize = asked.prompts.iter().map(Prompt::bytes).sum();
     let work = || {
         let one = |prompt: &Prompt| one(live, asked, prompt, asked.seed.unwrap_or_else(&random));
-        asked.prompts.iter().map(one).collect()
+        asked.prompts.iter().map(one).collect::<Result<Vec<_>, _>>()
     };
-    if bytes > LONG { tokio::task::block_in_place(work) } else { work() }
+    let requests = if bytes > LONG { tokio::task::block_in_place(work) } else { work() }?;
+    check_lists(&requests, live.engine.capacity().positions)?;
+    Ok(requests)
+}
+
+/// Refuses log-probabilities of so many tokens that the answer would be absurd.
+fn check_lists(requests: &[Request], positions: usize) -> Result<(), ApiError> {
+    let entries = |request: &Request| {
+        let (p, prompt) = (&request.parameters, request.prompt.len());
+        let generated = p.max_tokens.unwrap_or(positions).min(positions.saturating_sub(prompt));
+        let echoed = p.echo.map_or(0, |from| prompt.saturating_sub(from));
+        p.log_probs.unwrap_or(0) * texts(request) * (generated + echoed)
+    };
+    let all: usize = requests.iter().map(entries).sum();
+    if all > MOST_ENTRIES {
+        let message = format!(
+            "the likeliest tokens at each place of all texts may come to {all} entries, which is more than {MOST_ENTRIES}; ask \
+             for fewer of them, for fewer texts, or set max_tokens"
+        );
+        return Err(ApiError::field("log_probs", message));
+    }
+    Ok(())
 }
 
 fn one(live: &Live, asked: &Asked, prompt: &Prompt, seed: u64) -> Result<Request, ApiError> {
@@ -90,7 +115,6 @@ fn too_long(message: String) -> ApiError {
 fn refused(refusal: &Refusal, prompt: usize, live: &Live) -> ApiError {
     match refusal.parameter {
         "prompt" if prompt > live.engine.capacity().positions => too_long(refusal.message.clone()),
-        "log_probs" => ApiError::field("logprobs", refusal.message.clone()),
         parameter => ApiError::field(parameter, refusal.message.clone()),
     }
 }

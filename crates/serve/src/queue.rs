@@ -3,6 +3,11 @@
 //! Each client has a counter of the tokens that were computed for it, and whoever has had the least goes next (Sheng et al.,
 //! "Fairness in Serving Large Language Models", 2024). Within a client the order is that of arrival. Who comes after a
 //! pause starts level with those that are there, so nobody saves up turns. Knows nothing of models, threads or time.
+//!
+//! Who has many turns in the queue cannot keep others out of it: when it is full, who has none in it still gets in, and so does
+//! who has no more than a share of it, which is the queue over all who wait. A turn of many texts begins as soon as one place
+//! is free. It takes the others as they become free, since nobody else begins before as many are free as it wants; so nobody
+//! has to wait until all are free at the same time.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -13,8 +18,9 @@ const REMEMBERED: usize = 4096;
 pub(crate) struct Queue<W> {
     /// Texts that the engine computes at a time.
     places: usize,
-    /// Turns that may wait.
+    /// Turns that may wait, apart from the shares of those who come to a full queue.
     limit: usize,
+    /// Places of all turns that have begun; more than there are when the last one wanted more than were free.
     taken: usize,
     waiting: usize,
     clients: BTreeMap<String, Client<W>>,
@@ -64,8 +70,9 @@ impl<W> Queue<W> {
     pub(crate) fn arrive(&mut self, client: &str, turns: Vec<(usize, W)>) -> Result<Vec<u64>, Full> {
         let free = self.places.saturating_sub(self.taken);
         // What finds a place at once does not wait.
-        let at_once = if self.waiting > 0 { 0 } else { fitting(turns.iter().map(|turn| turn.0), free) };
-        if self.waiting + turns.len() - at_once > self.limit {
+        let at_once = if self.waiting > 0 { 0 } else { beginning(turns.iter().map(|turn| turn.0), free) };
+        let more = turns.len() - at_once;
+        if self.waiting + more > self.limit && !self.has_a_share_for(client, more) {
             return Err(Full { waiting: self.waiting });
         }
         let level = self.clients.values().filter(|c| c.is_here()).map(|c| c.served).min();
@@ -89,14 +96,21 @@ impl<W> Queue<W> {
         Ok((first..self.count).collect())
     }
 
+    /// Whether so many more turns of a client may wait although the queue is full.
+    fn has_a_share_for(&self, client: &str, more: usize) -> bool {
+        let own = self.clients.get(client).map_or(0, |c| c.waiting.len());
+        let others = self.clients.iter().filter(|(name, c)| *name != client && !c.waiting.is_empty()).count();
+        // Somebody else must have filled it, or it would have no limit.
+        others > 0 && (own == 0 || own + more <= self.limit / (others + 1))
+    }
+
     /// Whose turn it is now, with how many places each takes.
     pub(crate) fn next(&mut self) -> Option<(W, usize)> {
-        let waiting = self.clients.values_mut().filter(|c| !c.waiting.is_empty());
-        let client = waiting.min_by_key(|c| (c.served, c.waiting[0].number))?;
-        // Who needs many places is waited for, or would never get them.
-        if self.taken + client.waiting[0].places > self.places {
+        if self.taken >= self.places {
             return None;
         }
+        let waiting = self.clients.values_mut().filter(|c| !c.waiting.is_empty());
+        let client = waiting.min_by_key(|c| (c.served, c.waiting[0].number))?;
         let turn = client.waiting.pop_front()?;
         client.running += 1;
         self.taken += turn.places;
@@ -109,6 +123,11 @@ impl<W> Queue<W> {
         if let Some(client) = self.clients.get_mut(client) {
             client.served += tokens;
         }
+    }
+
+    /// A turn needs so many places no more, but is not over.
+    pub(crate) fn free(&mut self, places: usize) {
+        self.taken -= places;
     }
 
     /// A turn is over.
@@ -136,13 +155,14 @@ impl<W> Queue<W> {
     }
 }
 
-/// How many of some turns, from the first on, fit into `free` places.
-fn fitting(turns: impl Iterator<Item = usize>, free: usize) -> usize {
+/// How many of some turns, from the first on, begin while there are `free` places.
+fn beginning(turns: impl Iterator<Item = usize>, free: usize) -> usize {
     let mut sum = 0;
     turns
         .take_while(|places| {
+            let begins = sum < free;
             sum += places.max(&1);
-            sum <= free
+            begins
         })
         .count()
 }
@@ -208,24 +228,69 @@ mod tests {
         assert_eq!(next(&mut queue), ["1", "2"]);
         assert_eq!(queue.waiting(), 1);
         // All or none.
-        assert_eq!(queue.arrive("b", vec![(1, "x"), (1, "y")]), Err(Full { waiting: 1 }));
+        assert_eq!(queue.arrive("a", vec![(1, "x"), (1, "y")]), Err(Full { waiting: 1 }));
         queue.arrive("b", vec![(1, "4")]).unwrap();
-        queue.done("a", 2);
         queue.charge("a", 1);
-        assert_eq!(next(&mut queue), ["4"]);
-        // The one of nine texts takes all four places, once they are free.
-        queue.arrive("b", vec![(1, "5")]).unwrap();
-        queue.charge("b", 2);
-        queue.done("b", 1);
-        assert_eq!(next(&mut queue), [""; 0]);
         queue.done("a", 2);
-        assert_eq!(next(&mut queue), ["3"]);
+        // The one of nine texts begins beside the other, and takes all four places.
+        assert_eq!(next(&mut queue), ["4", "3"]);
+        queue.arrive("b", vec![(1, "5")]).unwrap();
+        queue.done("b", 1);
+        queue.done("a", 2);
+        assert_eq!(next(&mut queue), [""; 0]);
+        // It gives them back as its texts end.
+        queue.free(1);
+        assert_eq!(next(&mut queue), ["5"]);
         // Whoever leaves frees the place in the queue.
-        queue.leave("a", numbers[2]);
-        queue.leave("b", 4);
+        queue.arrive("b", vec![(1, "6")]).unwrap();
+        queue.leave("b", numbers[2] + 3);
         assert_eq!(queue.waiting(), 0);
-        queue.done("a", 4);
+        queue.done("b", 1);
+        queue.done("a", 3);
         assert_eq!((queue.taken, queue.next()), (0, None));
+    }
+
+    #[test]
+    fn a_full_queue_keeps_nobody_out_who_has_little_in_it() {
+        let mut queue = Turns::new(1, 12);
+        queue.arrive("greedy", vec![(1, "g"); 13]).unwrap();
+        next(&mut queue);
+        assert_eq!(queue.arrive("greedy", vec![(1, "g")]), Err(Full { waiting: 12 }));
+        // A share is half of the queue now, and somebody's first request gets in whatever it brings.
+        queue.arrive("b", vec![(1, "b"); 5]).unwrap();
+        queue.arrive("b", vec![(1, "b")]).unwrap();
+        assert_eq!(queue.arrive("b", vec![(1, "b")]), Err(Full { waiting: 18 }));
+        queue.arrive("c", vec![(1, "c"); 7]).unwrap();
+        assert_eq!(queue.arrive("c", vec![(1, "c")]), Err(Full { waiting: 25 }));
+        // So many clients cannot make the queue grow without end.
+        for i in 0..50 {
+            let client = format!("client {i}");
+            while queue.arrive(&client, vec![(1, "x")]).is_ok() {}
+        }
+        assert!(queue.waiting() <= 25 + 50 + 12, "{}", queue.waiting());
+    }
+
+    #[test]
+    fn a_turn_of_many_texts_neither_waits_for_all_places_nor_starves() {
+        let mut queue = Turns::new(8, 100);
+        queue.arrive("long", vec![(1, "long")]).unwrap();
+        assert_eq!(next(&mut queue), ["long"]);
+        queue.charge("long", 10);
+        queue.arrive("wide", vec![(8, "wide")]).unwrap();
+        queue.arrive("short", vec![(1, "short"); 9]).unwrap();
+        // Seven places are free: it begins, and the others as soon as the engine is not overbooked.
+        assert_eq!(next(&mut queue), ["wide"]);
+        queue.free(1);
+        assert_eq!(next(&mut queue), [""; 0]);
+        queue.free(6);
+        assert_eq!(next(&mut queue), ["short"; 6]);
+        queue.arrive("wide", vec![(8, "wide again")]).unwrap();
+        // With nothing charged, it is the turn of whoever came first; a place is enough for the wide one, too.
+        for _ in 0..3 {
+            queue.charge("short", 5);
+            queue.done("short", 1);
+        }
+        assert_eq!(next(&mut queue), ["wide again"]);
     }
 
     #[test]

@@ -1,48 +1,12 @@
 //! A line of the log for each request, and what the metrics count of it.
 
 use crate::app::{App, Busy};
+use crate::error::ApiError;
 use crate::keys::Use;
 use serde_json::{Map, Value, json};
-use std::io::Write;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
-
-/// Where lines of the log go.
-pub struct Log {
-    out: Option<Mutex<Box<dyn Write + Send>>>,
-    /// Whether prompts and texts are in it.
-    texts: bool,
-}
-
-impl Log {
-    /// JSON objects, one a line, into `out`. Prompts and texts are only in it when `texts` says so.
-    pub fn new(out: impl Write + Send + 'static, texts: bool) -> Log {
-        Log { out: Some(Mutex::new(Box::new(out))), texts }
-    }
-
-    /// No log.
-    pub fn off() -> Log {
-        Log { out: None, texts: false }
-    }
-
-    /// Writes a line: `time` in seconds since 1970, `event`, and what else there is.
-    pub(crate) fn line(&self, event: &str, more: Value) {
-        let Some(out) = &self.out else { return };
-        let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64());
-        let mut line = json!({ "time": time, "event": event });
-        if let (Some(line), Value::Object(more)) = (line.as_object_mut(), more) {
-            line.extend(more.into_iter().filter(|(_, value)| !value.is_null()));
-        }
-        let mut out = out.lock().unwrap_or_else(PoisonError::into_inner);
-        // A log that cannot be written must not stop the service.
-        let _ = out.write_all(format!("{line}\n").as_bytes()).and_then(|_| out.flush());
-    }
-
-    /// Whether prompts and texts are in it.
-    pub(crate) fn has_texts(&self) -> bool {
-        self.texts && self.out.is_some()
-    }
-}
+use std::time::{Duration, Instant};
 
 /// Routes whose requests are logged when they are refused only.
 const ASKED_OFTEN: [&str; 5] = ["/health", "/ready", "/metrics", "/", "/page/{*file}"];
@@ -56,9 +20,17 @@ pub(crate) struct Record {
     /// The route's path as the OpenAPI page writes it.
     route: &'static str,
     notes: Mutex<Notes>,
+    pub(crate) tokens: Arc<Tokens>,
     /// Under which key's limits it is.
     under: OnceLock<Use>,
     _busy: Busy,
+}
+
+/// Tokens that were computed for a request, also for one that is given up.
+#[derive(Default)]
+pub(crate) struct Tokens {
+    pub(crate) prompt: AtomicUsize,
+    pub(crate) generated: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -74,8 +46,8 @@ impl Record {
     pub(crate) fn new(app: Arc<App>, route: &'static str, method: &str) -> Record {
         let id = format!("{:016x}", app.random());
         let busy = app.busy();
-        let (notes, under) = (Mutex::default(), OnceLock::new());
-        let record = Record { app, id, started: Instant::now(), route, notes, under, _busy: busy };
+        let (notes, tokens, under) = (Mutex::default(), Arc::default(), OnceLock::new());
+        let record = Record { app, id, started: Instant::now(), route, notes, tokens, under, _busy: busy };
         record.note("method", method);
         record
     }
@@ -108,8 +80,11 @@ impl Record {
         self.with(|notes| notes.status = Some(status));
     }
 
-    pub(crate) fn error(&self, code: &'static str) {
-        self.with(|notes| notes.code = Some(code));
+    pub(crate) fn error(&self, error: &ApiError) {
+        self.with(|notes| notes.code = Some(error.code));
+        if let Some(param) = &error.param {
+            self.note("param", param.as_str());
+        }
     }
 
     /// The answer was made in full.
@@ -131,8 +106,15 @@ impl Drop for Record {
             return;
         }
         let mut line = json!({ "id": self.id, "route": self.route, "status": status, "seconds": seconds, "error": code });
+        let count = |tokens: &AtomicUsize| tokens.load(Ordering::Relaxed);
+        let (prompt, generated) = (count(&self.tokens.prompt), count(&self.tokens.generated));
         if let Some(line) = line.as_object_mut() {
             line.extend(notes.more);
+            // Otherwise nothing was computed.
+            if prompt > 0 {
+                line.insert("prompt_tokens".into(), prompt.into());
+                line.insert("generated_tokens".into(), generated.into());
+            }
         }
         self.app.log.line("request", line);
     }

@@ -16,7 +16,14 @@ use std::time::Instant;
 
 /// Who is at the other end of a connection.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Peer(pub(crate) SocketAddr);
+pub(crate) struct Peer {
+    pub(crate) address: SocketAddr,
+    /// Whether it is one of the connections beyond the limit, which are there for probes.
+    pub(crate) spare: bool,
+}
+
+/// What those who watch over the server ask for.
+const PROBES: [&str; 3] = ["/health", "/ready", "/metrics"];
 
 /// All routes of the table, and the answer to everything else.
 pub(crate) fn router(app: &Arc<App>) -> Router {
@@ -41,10 +48,11 @@ async fn answer(app: Arc<App>, path: Option<&'static str>, request: Request<Body
     {
         let mut response = Response::new(Body::empty());
         *response.status_mut() = StatusCode::NO_CONTENT;
-        cors::permit(response.headers_mut(), origin);
+        *response.headers_mut() = cors::invite(request.headers(), origin);
         return response;
     }
     let record = Arc::new(Record::new(app.clone(), path.unwrap_or("unknown"), request.method().as_str()));
+    let asked_for: String = request.uri().path().chars().take(100).collect();
     let mut stays = false;
     let mut response = match find(&app, path, &record, request).await {
         Ok(call) => {
@@ -55,7 +63,10 @@ async fn answer(app: Arc<App>, path: Option<&'static str>, request: Request<Body
     }
     .unwrap_or_else(|error| {
         stays = false;
-        record.error(error.code);
+        record.error(&error);
+        if error.status == StatusCode::NOT_FOUND {
+            record.note("path", asked_for);
+        }
         error.response()
     });
     record.status(response.status().as_u16());
@@ -81,28 +92,46 @@ async fn find(
 ) -> Result<Call, ApiError> {
     let there = || ROUTES.iter().filter(|route| Some(route.path) == path);
     let (mut parts, body) = request.into_parts();
-    let client: Arc<str> = if app.keys.is_empty() || there().any(|route| route.open) {
-        address(&parts).into()
-    } else {
-        let key = app.keys.find(parts.headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes))?;
-        if there().any(Route::computes) {
-            record.is_under(key.begin(Instant::now())?);
-        }
-        key.name.clone()
-    };
+    let mut client: Arc<str> = address(&parts).into();
+    // Who is refused is known by the address.
     record.note("client", &*client);
+    if parts.extensions.get::<Peer>().is_some_and(|peer| peer.spare) && !there().any(is_probe) {
+        let message = format!(
+            "there are {} connections, which is the limit; close those that you do not need, or try again later",
+            app.limits.connections
+        );
+        return Err(ApiError::unavailable("too_many_connections", 1, message));
+    }
+    let is_open = |route: &Route| route.open || (app.open_metrics && route.path == "/metrics");
+    let key = if app.keys.is_empty() || there().any(is_open) {
+        None
+    } else {
+        Some(app.keys.find(parts.headers.get(header::AUTHORIZATION).map(HeaderValue::as_bytes))?)
+    };
+    if let Some(key) = &key {
+        client = key.name.clone();
+        record.note("client", &*client);
+    }
     let method = if parts.method == Method::HEAD { "GET" } else { parts.method.as_str() };
     let Some(route) = there().find(|route| route.method == method) else {
         return Err(refuse(&parts, there()));
     };
+    // Only what the engine would compute counts.
+    if let Some(key) = key.filter(|_| route.computes()) {
+        record.is_under(key.begin(Instant::now())?);
+    }
     let name = parameter(&mut parts).await?;
     let request = Request::from_parts(parts, body);
     Ok(Call { app: app.clone(), route, record: record.clone(), client, name, request })
 }
 
+fn is_probe(route: &Route) -> bool {
+    PROBES.contains(&route.path)
+}
+
 /// The address without the port, which is another one for each connection.
 fn address(parts: &Parts) -> String {
-    let ip = parts.extensions.get::<Peer>().map(|peer| peer.0.ip());
+    let ip = parts.extensions.get::<Peer>().map(|peer| peer.address.ip());
     ip.map(|ip: IpAddr| ip.to_canonical().to_string()).unwrap_or_default()
 }
 

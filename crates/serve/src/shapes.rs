@@ -2,7 +2,7 @@
 
 use crate::asked::{Asked, Prompt, Role};
 use crate::fields::whole;
-use ferropt_engine::Pooling;
+use ferropt_engine::{MOST_LOG_PROBS, Pooling};
 use serde_json::Value;
 
 pub(crate) const IDS: &str =
@@ -16,11 +16,25 @@ pub(crate) const PROMPT: &str = r#"{"anyOf": [
         "items": {"type": "integer", "minimum": 0, "maximum": 4294967295}}}]}"#;
 
 pub(crate) const MESSAGES: &str = r#"{"type": "array", "minItems": 1, "items": {"type": "object",
-    "required": ["role", "content"], "properties": {
+    "required": ["role"], "additionalProperties": {"type": "null"}, "properties": {
         "role": {"enum": ["system", "developer", "user", "assistant"]},
-        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object",
-            "required": ["type", "text"], "properties": {"type": {"enum": ["text"]}, "text": {"type": "string"}}}}]},
-        "name": {"type": ["string", "null"]}}}}"#;
+        "content": {"description": "Only an assistant may have said nothing.", "anyOf": [
+            {"type": ["string", "null"]}, {"type": "array", "items": {"type": "object",
+            "required": ["type", "text"], "additionalProperties": {"type": "null"},
+            "properties": {"type": {"enum": ["text"]}, "text": {"type": "string"}}}}]},
+        "name": {"description": "Taken, and not used."},
+        "refusal": {"description": "Taken, and not used."},
+        "annotations": {"description": "Taken, and not used."},
+        "tool_calls": {"enum": [[], null]}}}}"#;
+
+/// Keys of a message that have no meaning here: OpenAI's clients send back messages as they got them.
+const UNUSED: [&str; 3] = ["name", "refusal", "annotations"];
+
+pub(crate) const SEED: &str =
+    r#"{"type": ["integer", "null"], "minimum": -9223372036854775808, "maximum": 18446744073709551615}"#;
+
+pub(crate) const LOG_PROBS: &str =
+    r#"{"anyOf": [{"type": ["integer", "null"], "minimum": 0, "maximum": 100}, {"enum": [false]}]}"#;
 
 pub(crate) const STOP: &str = r#"{"anyOf": [{"type": ["string", "null"], "minLength": 1, "maxLength": 500},
     {"type": "array", "maxItems": 60, "items": {"type": "string", "minLength": 1, "maxLength": 500}}]}"#;
@@ -84,6 +98,7 @@ pub(crate) fn messages(asked: &mut Asked, value: &Value) -> Result<(), String> {
         return Err("the list is empty".into());
     }
     for (at, message) in list.iter().enumerate() {
+        check_keys(message).map_err(|wrong| format!("message {at} {wrong}"))?;
         let role = match message["role"].as_str() {
             Some("system" | "developer") => Role::System,
             Some("user") => Role::User,
@@ -96,6 +111,7 @@ pub(crate) fn messages(asked: &mut Asked, value: &Value) -> Result<(), String> {
         let content = match &message["content"] {
             Value::String(text) => text.clone(),
             Value::Array(parts) => parts.iter().map(part).collect::<Result<_, _>>()?,
+            Value::Null if role == Role::Assistant => String::new(),
             _ => return Err(format!("message {at} has no content that is a text or a list of parts")),
         };
         asked.messages.push((role, content));
@@ -103,11 +119,61 @@ pub(crate) fn messages(asked: &mut Asked, value: &Value) -> Result<(), String> {
     Ok(())
 }
 
+/// Whether a message says nothing that would be passed over.
+fn check_keys(message: &Value) -> Result<(), String> {
+    let nothing = |value: &Value| value.is_null() || value.as_array().is_some_and(Vec::is_empty);
+    for (key, value) in message.as_object().into_iter().flatten() {
+        match key.as_str() {
+            "role" | "content" => {}
+            key if UNUSED.contains(&key) || value.is_null() => {}
+            "tool_calls" if nothing(value) => {}
+            "tool_calls" | "function_call" | "audio" => {
+                return Err(format!("has {key}, and OPT knows text only"));
+            }
+            key => {
+                let key = short(&key.into());
+                return Err(format!("has the key {key}, which is not known here; there is role and content"));
+            }
+        }
+    }
+    Ok(())
+}
+
 fn part(part: &Value) -> Result<&str, String> {
+    let unknown =
+        |(key, value): &(&String, &Value)| !["type", "text"].contains(&key.as_str()) && !value.is_null();
+    if part["type"] == "text"
+        && let Some((key, _)) = part.as_object().and_then(|part| part.iter().find(unknown))
+    {
+        return Err(format!("a part has the key {}, which is not known here", short(&key.as_str().into())));
+    }
     match (part["type"].as_str(), part["text"].as_str()) {
         (Some("text"), Some(text)) => Ok(text),
-        (kind, _) => Err(format!("a part of the type {kind:?} is no text, and OPT knows text only")),
+        (Some("text"), None) => Err(format!("a part has the text {}, which is none", short(&part["text"]))),
+        _ => {
+            let kind = short(&part["type"]);
+            Err(format!("a part of the type {kind} is no text, and OPT knows text only"))
+        }
     }
+}
+
+/// Any number of 64 bits, with a sign or without.
+pub(crate) fn seed(asked: &mut Asked, value: &Value) -> Result<(), String> {
+    let seed = value.as_u64().or_else(|| whole(value).map(|seed| seed as u64));
+    let expected = || format!("{} is not a whole number from {} to {}", short(value), i64::MIN, u64::MAX);
+    asked.seed = Some(seed.ok_or_else(expected)?);
+    Ok(())
+}
+
+/// How many of the likeliest tokens are listed; `false` is what conversations say for none.
+pub(crate) fn log_probs(asked: &mut Asked, value: &Value) -> Result<(), String> {
+    if value == false {
+        return Ok(());
+    }
+    let count = whole(value).and_then(|count| usize::try_from(count).ok()).filter(|n| *n <= MOST_LOG_PROBS);
+    let expected = || format!("{} is not a whole number from 0 to {MOST_LOG_PROBS}", short(value));
+    asked.parameters.log_probs = Some(count.ok_or_else(expected)?);
+    Ok(())
 }
 
 /// Strings at which a text ends.
@@ -198,4 +264,22 @@ pub(crate) fn top_p(asked: &mut Asked, value: f64) {
 fn short(value: &Value) -> String {
     let text = value.to_string();
     if text.chars().count() <= 60 { text } else { text.chars().take(60).chain("...".chars()).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn schemas_have_the_bounds_of_what_reads() {
+        assert!(LOG_PROBS.contains(&format!("\"maximum\": {MOST_LOG_PROBS}}}")));
+        assert!(SEED.contains(&i64::MIN.to_string()) && SEED.contains(&u64::MAX.to_string()));
+        let refused = |text: &str| {
+            let message = serde_json::from_str(text).unwrap();
+            messages(&mut Asked::default(), &Value::Array(vec![message])).unwrap_err()
+        };
+        let part = refused(r#"{"role": "user", "content": [{"type": "text", "text": "x", "size": 1}]}"#);
+        assert!(part.contains("\"size\""), "{part}");
+        assert!(refused(r#"{"role": "user", "content": "x", "audio": {"id": "y"}}"#).contains("audio"));
+    }
 }

@@ -5,7 +5,7 @@ use crate::app::Phase;
 use crate::asked::{Asked, Prompt};
 use crate::body;
 use crate::error::{ApiError, json_response};
-use crate::fields::{self, CHAT, GENERATE, METASEQ};
+use crate::fields::{self, CHAT, EMBED, GENERATE, METASEQ};
 use crate::job::Job;
 use crate::layout::{Chat, Completion, Generate, Head, Layout};
 use crate::models::{Live, token_name, unix_seconds};
@@ -13,7 +13,7 @@ use crate::prepare;
 use crate::routes::Call;
 use axum::body::Body;
 use axum::http::{Response, StatusCode};
-use ferropt_data::Marks;
+use ferropt_data::{Marks, SPECIALS};
 use serde_json::json;
 use std::sync::Arc;
 
@@ -47,7 +47,8 @@ pub(crate) fn still_serving(call: &Call) -> Result<(), ApiError> {
 /// Lines up for the engine with all prompts.
 pub(crate) fn line_up(call: &Call, live: &Arc<Live>, asked: &mut Asked) -> Result<Job, ApiError> {
     let (app, record) = (&call.app, &call.record);
-    let requests = prepare::requests(live, asked, &app.limits, || app.random())?;
+    let requests = prepare::requests(live, asked, &app.limits, || app.random());
+    let requests = requests.map_err(|error| by_its_name(error, call.route.body))?;
     record.note("texts_wanted", requests.len() * asked.parameters.n);
     record.note("stream", asked.stream);
     if app.log.has_texts() {
@@ -58,6 +59,18 @@ pub(crate) fn line_up(call: &Call, live: &Arc<Live>, asked: &mut Asked) -> Resul
         record.note("prompts", asked.prompts.iter().map(shown).collect::<Vec<_>>());
     }
     Job::start(app, live.clone(), &call.client, record.clone(), requests)
+}
+
+/// The same error, with the name that the field has in a kind of body.
+fn by_its_name(error: ApiError, body: u8) -> ApiError {
+    let name = match (error.param.as_deref(), body) {
+        (Some("prompt"), CHAT) => "messages",
+        (Some("prompt"), EMBED) => "input",
+        (Some("log_probs"), CHAT) => "top_logprobs",
+        (Some("log_probs"), _) => "logprobs",
+        _ => return error,
+    };
+    ApiError { param: Some(name.into()), ..error }
 }
 
 /// Continues texts.
@@ -95,7 +108,16 @@ fn complete(asked: &mut Asked, body: u8) -> Result<(), ApiError> {
     if asked.include_usage.is_some() && !asked.stream {
         return Err(ApiError::field("stream_options", "stream_options needs stream = true"));
     }
+    if let (Some(old), Some(new)) = (asked.parameters.max_tokens, asked.max_completion_tokens)
+        && old != new
+    {
+        let message = format!(
+            "max_completion_tokens = {new} and max_tokens = {old} are two names of one limit; give one of them, or the same"
+        );
+        return Err(ApiError::field("max_completion_tokens", message));
+    }
     let p = &mut asked.parameters;
+    p.max_tokens = p.max_tokens.or(asked.max_completion_tokens);
     if body & (fields::COMPLETION | METASEQ) != 0 {
         p.max_tokens.get_or_insert(COMPLETION_TOKENS.max(p.min_tokens));
     }
@@ -152,5 +174,14 @@ pub(crate) async fn detokenize(mut call: Call) -> Result<Response<Body>, ApiErro
         let message = format!("tokens has the id {id}, but the vocabulary has {known} ids");
         return Err(ApiError::field("tokens", message));
     }
-    Ok(json_response(StatusCode::OK, &json!({ "prompt": live.tokenizer().decode(&asked.tokens) })))
+    let mut text = String::new();
+    let is_special = |id: &u32| (*id as usize) < SPECIALS.len();
+    // Special tokens have no bytes, so their names are put between the texts of the others.
+    for run in asked.tokens.chunk_by(|a, b| !is_special(a) && !is_special(b)) {
+        match run {
+            [id] if is_special(id) && !asked.skip_special => text += SPECIALS[*id as usize],
+            _ => text += &live.tokenizer().decode(run),
+        }
+    }
+    Ok(json_response(StatusCode::OK, &json!({ "prompt": text })))
 }

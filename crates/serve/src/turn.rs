@@ -91,6 +91,17 @@ impl Turn {
         }
     }
 
+    /// Gives back the places in the engine beyond `places`, for which it has no more texts.
+    pub(crate) fn keep(&mut self, places: usize) {
+        let Some(own) = &mut self.places else { return };
+        if let Some(more) = own.checked_sub(places.max(1)).filter(|more| *more > 0) {
+            *own -= more;
+            let mut inner = self.gate.lock();
+            inner.queue.free(more);
+            inner.let_through();
+        }
+    }
+
     /// Notes that tokens were computed.
     pub(crate) fn charge(&self, tokens: usize) {
         self.gate.lock().queue.charge(&self.client, tokens as u64);
@@ -126,6 +137,7 @@ mod tests {
         first.comes().await;
         let mut rest = gate.line_up(&client, [1, 1]).unwrap();
         assert_eq!(gate.line_up(&client, [1]).err().unwrap(), Full { waiting: 2 });
+        first.keep(0);
         let (mut third, mut second) = (rest.pop().unwrap(), rest.pop().unwrap());
         let soon = Duration::from_millis(20);
         assert!(tokio::time::timeout(soon, second.comes()).await.is_err());

@@ -84,6 +84,7 @@ export async function generate(kept = NOTHING, prompt = playground.value.prompt)
         result,
         () => generate(kept, prompt),
         () => proceed(0),
+        (wrong) => playground.set({ wrong }),
     );
 }
 
@@ -119,8 +120,11 @@ async function tokenId(text) {
     return tokens[0];
 }
 
-/** Tells where it belongs how a request went. `again` tries once more, `goOn`, if it can be done, continues what is there. */
-export function report({ outcome, error, texts, times }, again, goOn) {
+/**
+ * Tells where it belongs how a request went. `again` tries once more, `goOn`, if it can be done, continues what is there, and
+ * `tellPrompt`, where there is a prompt to write, says beside it what is wrong with it.
+ */
+export function report({ outcome, error, texts, times }, again, goOn, tellPrompt) {
     if (outcome === "done") {
         const text = texts[0]?.text ?? "";
         announce(text.length > 600 ? "Done." : `Done. ${text}`);
@@ -132,7 +136,7 @@ export function report({ outcome, error, texts, times }, again, goOn) {
     if (error.status === 401) return;
     const control = error instanceof Refused ? controlOf(error.param) : null;
     if (control) blame(control, sentence(error.message));
-    else if (error.param === "prompt") playground.set({ wrong: sentence(error.message) });
+    else if (error.param === "prompt" && tellPrompt) tellPrompt(sentence(error.message));
     else {
         const actions = [{ label: "Try again", run: again }];
         if (goOn && outcome === "lost" && times.first)

@@ -118,7 +118,20 @@ impl Model {
     /// When there is no model, or it is damaged or of no OPT, or has no tokenizer; the message names the file.
     pub fn open(path: impl AsRef<Path>, opening: &Opening) -> Result<Model> {
         let (path, began) = (path.as_ref(), Instant::now());
-        let named = named(path, opening.checkpoint, opening)?;
+        loop {
+            let named = named(path, opening.checkpoint, opening)?;
+            let checkpoint = named.checkpoint.clone();
+            match Self::open_named(named, opening, began) {
+                // The run goes on, and has removed this checkpoint meanwhile: there are newer ones.
+                Err(_)
+                    if opening.checkpoint.is_none() && checkpoint.is_some_and(|(path, _)| !path.exists()) => {
+                }
+                opened => return opened,
+            }
+        }
+    }
+
+    fn open_named(named: Named, opening: &Opening, began: Instant) -> Result<Model> {
         let source = &named.source;
         let load = || -> Result<Model> {
             let format = weights(&named, opening.weights)?;

@@ -66,14 +66,20 @@ pub fn open(
     }
     let store = Store::open(path)?;
     let mut damaged = Vec::new();
-    let entries = store.list()?;
-    for entry in entries.into_iter().rev().filter(|entry| step.is_none_or(|step| step == entry.step)) {
-        match entry.damage.or_else(|| check(&entry.path).err()) {
-            Some(damage) => damaged.push(damage),
-            None => {
-                let source = Source::open(&entry.path, preset)?;
-                return Ok(Named { source, checkpoint: Some((entry.path, entry.step)), damaged });
-            }
+    let mut entries = store.list()?;
+    while let Some(entry) = entries.pop() {
+        if step.is_some_and(|step| step != entry.step) {
+            continue;
+        }
+        let open = || {
+            check(&entry.path)?;
+            Source::open(&entry.path, preset)
+        };
+        match entry.damage.map_or_else(open, Err) {
+            Ok(source) => return Ok(Named { source, checkpoint: Some((entry.path, entry.step)), damaged }),
+            // The run goes on, and has removed what was the newest checkpoint a moment ago: there are newer ones.
+            Err(_) if step.is_none() && !entry.path.exists() => entries = store.list()?,
+            Err(damage) => damaged.push(damage),
         }
     }
     let which = step.map_or("whole checkpoint".into(), |step| format!("whole checkpoint of step {step}"));

@@ -119,18 +119,29 @@ pub fn quantise(
 
 /// The tokenizer that lies with a model.
 pub(crate) fn beside_weights(source: &Source) -> Result<Tokenizer> {
-    Tokenizer::load(source.folder()).with_context(|| {
-        format!(
-            "there is no tokenizer beside the weights in {}; name one with --tokenizer",
-            source.folder().display()
-        )
+    let folder = source.folder();
+    Tokenizer::load(folder).with_context(|| {
+        if ["tokenizer.json", "vocab.json", "merges.txt"].iter().any(|name| folder.join(name).exists()) {
+            let folder = folder.display();
+            format!(
+                "the tokenizer beside the weights in {folder} cannot be used; name another with --tokenizer"
+            )
+        } else {
+            let folder = folder.display();
+            format!("there is no tokenizer beside the weights in {folder}; name one with --tokenizer")
+        }
     })
 }
 
 /// The calibration text in pieces of at most as many tokens as the model has positions. As in training, documents are
 /// packed end to end, each behind the `</s>` of the one before.
 fn texts(options: &Options, tokenizer: &Tokenizer, positions: usize) -> Result<Vec<Vec<u32>>> {
-    ensure!(options.tokens > 0, "calibration takes 1 token at least; {TOKENS} are usual");
+    // The first is the `</s>` before all text.
+    ensure!(
+        options.tokens > 1,
+        "calibration with {} tokens: it takes 2 at least; {TOKENS} are usual",
+        options.tokens
+    );
     let corpus = Corpus::find(&options.calibrate, "text").context("the calibration text cannot be used")?;
     let mut ids = vec![EOS];
     for piece in corpus.pieces() {

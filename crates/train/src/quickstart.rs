@@ -83,6 +83,11 @@ pub fn run(options: &Options, stop: &Stop, say: &mut dyn FnMut(&str)) -> Result<
         say(&format!("resuming   {} as it was begun; another --dir begins anew", options.dir.display()));
         Report::load(&options.dir)?
     } else {
+        ensure!(
+            !options.dir.join("checkpoints").exists(),
+            "--dir {} holds a run that no quick start began; give another folder, or go on with that run by `ferropt train`",
+            options.dir.display()
+        );
         prepare(options, &config, deadline, say)?
     };
 

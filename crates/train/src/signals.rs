@@ -1,7 +1,7 @@
-//! Ctrl-C and SIGTERM: the first asks for a clean stop, a second ends the process at once.
+//! Ctrl-C, SIGTERM and SIGHUP: the first asks for a clean stop, a second Ctrl-C or SIGTERM ends the process at once.
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,15 +10,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 #[derive(Clone, Debug, Default)]
 pub struct Stop {
     requested: Arc<AtomicBool>,
-    /// Whether it was SIGTERM that asked.
+    /// Whether it was SIGTERM or SIGHUP that asked.
     terminated: Arc<AtomicBool>,
     /// Whether signals make the request already.
     by_signals: Arc<AtomicBool>,
 }
 
 impl Stop {
-    /// Lets SIGINT and SIGTERM make the request. The second signal exits with the code a shell expects (128 + signal);
-    /// nothing that was saved is lost by that, since checkpoints are renamed into place when whole.
+    /// Lets SIGINT, SIGTERM and SIGHUP make the request. The second SIGINT or SIGTERM exits with the code a shell expects
+    /// (128 + signal); nothing that was saved is lost by that, since checkpoints are renamed into place when whole. SIGHUP
+    /// comes once or twice when a terminal or connection is closed, unless `nohup` started the program.
     ///
     /// # Errors
     /// When the system refuses a handler.
@@ -45,13 +46,15 @@ impl Stop {
                 // In this order: the first signal finds the flag down, so that only the second exits.
                 flag::register_conditional_shutdown(*signal, 128 + signal, self.requested.clone())?;
             }
-            flag::register(SIGTERM, self.terminated.clone())?;
-            for signal in [SIGINT, SIGTERM] {
+            let hung_up = (!ignored(SIGHUP)).then_some(SIGHUP);
+            for signal in hung_up.into_iter().chain([SIGTERM]) {
+                flag::register(signal, self.terminated.clone())?;
                 flag::register(signal, self.requested.clone())?;
             }
+            flag::register(SIGINT, self.requested.clone())?;
             Ok(())
         };
-        register().context("cannot install the handlers of SIGINT and SIGTERM")
+        register().context("cannot install the handlers of SIGINT, SIGTERM and SIGHUP")
     }
 
     /// Asks for the stop.
@@ -64,10 +67,20 @@ impl Stop {
         self.requested.load(Ordering::Relaxed)
     }
 
-    /// Whether SIGTERM asked: a scheduler that wants the machine, rather than a person at the keyboard.
+    /// Whether SIGTERM or SIGHUP asked: a scheduler that wants the machine or a connection that is gone, rather than a person
+    /// at the keyboard.
     pub fn terminated(&self) -> bool {
         self.terminated.load(Ordering::Relaxed)
     }
+}
+
+/// Whether whoever started this process made it deaf to a signal, as `nohup` does to SIGHUP. Where the system does not say
+/// so, it may be.
+fn ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_none_or(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
 /// Ctrl-C that interrupts what is being done, or ends the program while nothing is.

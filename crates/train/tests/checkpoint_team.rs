@@ -17,7 +17,7 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Barrier, Mutex};
+use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 const SHARD_BYTES: u64 = 20_000;
@@ -206,8 +206,13 @@ fn a_rank_that_never_comes_is_named_when_patience_ends() {
 fn a_rank_without_a_first_one_says_so() {
     let run = tempfile::tempdir().unwrap();
     let mut writer = writer(run.path(), Retention::ALL, team(1, 2, 1));
+    // Rank 0 is found to be lost while this one waits for it.
+    let started = Instant::now();
+    writer.hurry_when(move || (started.elapsed() > Duration::from_millis(100)).then_some(Duration::ZERO));
     writer.save(|| Ok(snapshot(1, 50))).unwrap();
-    writer.hurry(Duration::from_millis(100));
+    // As at the next save, before anything of that is sent to other ranks.
+    writer.settle().unwrap();
+    assert!(started.elapsed() < LONG / 2, "{:?}", started.elapsed());
     let error = failure(&writer.finish()[0], 1);
     assert!(error.contains("rank 0 did not begin it") && error.contains("run.dir"), "{error}");
 }
@@ -279,17 +284,21 @@ fn start_member(
 
 /// Saves every step as one rank until a save fails, which it may once `dead` is set. Returns the last step saved, and the
 /// failure.
-fn save_until_failure(run: &Path, team: &Team, first: u64, rows: usize, dead: &AtomicBool) -> (u64, String) {
+fn save_until_failure(
+    run: &Path,
+    team: &Team,
+    first: u64,
+    rows: usize,
+    dead: &Arc<AtomicBool>,
+) -> (u64, String) {
     let mut writer = writer(run, Retention { keep_last: 2, keep_every: None }, team.clone());
+    let dead = dead.clone();
+    writer.hurry_when(move || dead.load(Ordering::Relaxed).then_some(Duration::from_millis(50)));
     for step in first.. {
         writer.save(|| Ok(owned(snapshot(step, rows), team.share))).unwrap();
-        let mut hurried = false;
         let event = loop {
             if let Some(event) = writer.poll().pop() {
                 break event;
-            }
-            if dead.load(Ordering::Relaxed) && !std::mem::replace(&mut hurried, true) {
-                writer.hurry(Duration::from_millis(50));
             }
             std::thread::sleep(Duration::from_millis(1));
         };
@@ -308,7 +317,7 @@ fn kill_9_of_any_rank_at_any_moment_leaves_a_whole_checkpoint() {
     for round in 0..24_u64 {
         let victim = (round % of as u64) as usize;
         let attempt = round + 1;
-        let dead = AtomicBool::new(false);
+        let dead = Arc::new(AtomicBool::new(false));
         if victim != 0 {
             drop(open_for_writing(run.path()));
         }
@@ -360,7 +369,7 @@ fn a_rank_whose_disk_is_full_stops_the_save_of_all_and_nothing_else() {
     // Blocks of 1 KiB, for this rank alone; the signal is ignored so that the write fails instead of killing the process.
     let limit = "trap '' XFSZ; ulimit -f 64;";
     let (mut child, lines) = start_member(run.path(), &team(2, 3, 9), 2, 2000, limit);
-    let never = AtomicBool::new(false);
+    let never = Arc::new(AtomicBool::new(false));
     let started = Instant::now();
     let ends = std::thread::scope(|scope| {
         let rank = |rank| {

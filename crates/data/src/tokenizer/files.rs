@@ -1,7 +1,7 @@
 //! A vocabulary and its merges in files: `vocab.json` with `merges.txt`, or the library's `tokenizer.json`.
 
 use crate::SPECIALS;
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 use std::collections::HashMap;
@@ -359,7 +359,10 @@ fn parse(bytes: &[u8]) -> Result<Value> {
 }
 
 fn from_file<T>(path: &Path, read: impl FnOnce(&[u8]) -> Result<T>) -> Result<T> {
-    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let reading = || format!("cannot read {}", path.display());
+    // To open a pipe would be to wait for whoever writes to it.
+    ensure!(path.metadata().with_context(reading)?.is_file(), "{} is not a file", path.display());
+    let bytes = fs::read(path).with_context(reading)?;
     read(&bytes).with_context(|| format!("{} cannot be used", path.display()))
 }
 

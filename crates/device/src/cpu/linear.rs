@@ -3,7 +3,7 @@
 use super::buffer::Shards;
 use super::gemm::{Epilogue, gemm};
 use super::pack::Matrix;
-use super::simd::{Simd, dispatch};
+use super::simd::{Simd, dispatch, relu};
 use super::{CpuDevice, random};
 use crate::rng::BLOCK;
 use crate::{Activation, Dropout, Element, LinearShape, Store};
@@ -166,7 +166,7 @@ impl<O: Element> Epilogue for Forward<'_, O> {
             self.bias,
             #[inline(always)]
             |at, count, v| {
-                let v = if self.act == Activation::Relu { s.max(v, s.zero()) } else { v };
+                let v = if self.act == Activation::Relu { relu(s, v) } else { v };
                 store_vector(s, &mut y[at..at + count], v);
             },
         );

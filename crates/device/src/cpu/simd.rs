@@ -17,6 +17,12 @@ const UPPER: u32 = 0xffff_0000;
 /// How f16 are rounded: to nearest even.
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
 
+/// ReLU. What is no number stays none, so that it is noticed.
+#[inline(always)]
+pub fn relu<S: Simd>(s: S, v: S::F) -> S::F {
+    s.select_gt(s.zero(), v, s.zero(), v)
+}
+
 /// Operations on one register of f32. All methods are single instructions or a few.
 pub trait Simd: WordLanes {
     /// f32 numbers in a register.

@@ -11,6 +11,8 @@ use crate::{AttentionShape, Buffer, DType, Dropout, Element, PAGE, Placed};
 const QUERIES: usize = 16;
 const KEYS: usize = 32;
 const THREADS: usize = 128;
+/// Threads of a block of attention over pages, which its warps share out.
+const PAGED_THREADS: usize = 256;
 /// The widest head that kernels exist for.
 const WIDEST: usize = 256;
 
@@ -60,6 +62,23 @@ fn named<E: Element>(kernel: &str, width: usize) -> String {
     format!("{kernel}_{}_{rounded}", name::<E>())
 }
 
+/// Bytes of shared memory of the backward pass without tensor cores.
+fn backward_shared(width: usize) -> usize {
+    4 * (2 * QUERIES * width + 2 * KEYS * (width + 1) + 2 * QUERIES * KEYS)
+}
+
+/// Why a GPU whose blocks have at most so many bytes of shared memory cannot make that pass, if it cannot.
+fn too_wide(width: usize, gpu: &str, most: usize) -> Option<String> {
+    let wanted = backward_shared(width);
+    let fits = (1..width).rev().find(|width| backward_shared(*width) <= most).unwrap_or_default();
+    (wanted > most).then(|| {
+        format!(
+            "training heads of width {width} takes {wanted} bytes of shared memory; a block has at most {most} on {gpu}: use more \
+             heads, at most {fits} wide, or a GPU such as A100 or H100"
+        )
+    })
+}
+
 /// Bytes of workspace of the backward pass.
 pub(super) fn workspace_bytes(s: AttentionShape) -> usize {
     4 * s.batch * s.heads * s.seq
@@ -106,13 +125,17 @@ pub(super) fn backward<E: Element>(
 ) {
     let (tokens, all) = (s.batch * s.seq, s.heads * s.width);
     let (rows, heads) = (tokens * s.heads, Heads::new(s));
+    if !on_tensor_cores::<E>(s.width)
+        && let Some(reason) = too_wide(s.width, &d.gpu.name, d.gpu.shared)
+    {
+        crate::failure::fail(reason);
+    }
     let mut workspace = d.workspace();
     let delta = workspace.take(Scratch::Delta, workspace_bytes(s));
     let arguments = args![out.at(0, tokens * all), dout.at(0, tokens * all), heads, delta, rows as u64];
     let kernel = format!("attention_delta_{}", name::<E>());
     d.kernels.launch(&kernel, (rows.div_ceil(THREADS / 32), 1), (THREADS, 1), 0, arguments);
-    let shared = 4 * (2 * QUERIES * s.width + 2 * KEYS * (s.width + 1) + 2 * QUERIES * KEYS);
-    let plain = |kernel, tile| (named::<E>(kernel, s.width), tile, shared);
+    let plain = |kernel, tile| (named::<E>(kernel, s.width), tile, backward_shared(s.width));
     let mma = |kernel, rows| (format!("{kernel}_{}_{}", name::<E>(), s.width), TILE, staged(rows, s.width));
     let kernels = if on_tensor_cores::<E>(s.width) {
         [mma("attention_mma_dq", 2 * TILE), mma("attention_mma_dkv", 2 * TILE + 2 * FEW)]
@@ -152,5 +175,23 @@ pub(super) fn paged<E: Element>(
     d.by_row(&format!("append_{}", name::<E>()), rows, all, args![qkv, places, h, w, k, v]);
     let scale = 1.0 / (width as f32).sqrt();
     let arguments = args![qkv, places, h, w, scale, k, v, out.at(0, rows * all)];
-    d.kernels.launch(&named::<E>("attend", width), (rows, heads), (THREADS, 1), 0, arguments);
+    d.kernels.launch(&named::<E>("attend", width), (rows, heads), (PAGED_THREADS, 1), 0, arguments);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heads_that_a_gpu_cannot_train_are_refused_with_what_it_could() {
+        // What compute capability 8.6 and 8.9 have, and 8.0.
+        let (few, many) = (99 << 10, 163 << 10);
+        assert_eq!(backward_shared(WIDEST), 102_656);
+        assert_eq!(too_wide(WIDEST, "A100", many), None);
+        assert_eq!(too_wide(252, "RTX 4090", few), None);
+        let reason = too_wide(WIDEST, "RTX 4090", few).unwrap();
+        for part in ["width 256", "102656 bytes", "at most 101376 on RTX 4090", "at most 252 wide"] {
+            assert!(reason.contains(part), "{reason}");
+        }
+    }
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Result, ensure};
 
 use super::CudaBuf;
-use super::driver::{Address, Gpu, Handle};
+use super::driver::{Address, CUDA_13, Gpu, Handle};
 use super::graphs::Noted;
 use super::library::{Library, Wanted, functions};
 use crate::DType;
@@ -43,6 +43,14 @@ const CUBLASLT: Wanted = Wanted {
     loads: None,
     install: "Install CUDA 12 or 13, or in a Python environment `pip install nvidia-cublas`",
     since: "CUDA 12",
+};
+/// For drivers before [`CUDA_13`], with which a later library loads and then does not start.
+const CUBLASLT_12: Wanted = Wanted {
+    files: &["libcublasLt.so.12"],
+    packages: &["cublas/lib"],
+    install: "The driver is older than CUDA 13: install CUDA 12, or in a Python environment \
+              `pip install nvidia-cublas-cu12`",
+    ..CUBLASLT
 };
 
 /// CUBLAS_COMPUTE_32F, CUDA_R_32F, CUDA_R_16BF.
@@ -139,7 +147,8 @@ unsafe impl Sync for Blas {}
 
 impl Blas {
     pub(super) fn load(gpu: &Arc<Gpu>) -> Result<Blas> {
-        let functions = Functions::of(&Library::load(&CUBLASLT)?)?;
+        let wanted = if gpu.version < CUDA_13 { &CUBLASLT_12 } else { &CUBLASLT };
+        let functions = Functions::of(&Library::load(wanted)?)?;
         let mut handle = null_mut();
         gpu.driver();
         // SAFETY: the result goes to a variable.

@@ -94,27 +94,37 @@ impl<T: Element> Buffer<T> for CudaBuf<T> {
 
     /// Of the host's memory, when all work before is done.
     fn host(&self) -> Option<&[T]> {
-        match (self.on_host, self.len) {
-            (false, _) => None,
-            (true, 0) => Some(&[]),
-            (true, len) => {
-                self.gpu.wait();
-                // SAFETY: memory of the host that is ours and was zeroed. Work that writes to it takes the buffer exclusively, so
-                // there is none as long as the slice is borrowed.
-                Some(unsafe { std::slice::from_raw_parts(self.address as *const T, len) })
-            }
+        if self.on_host && self.len > 0 {
+            self.gpu.wait();
         }
+        // SAFETY: all work is over. What writes to the memory takes the buffer exclusively, so there is none as long as the
+        // slice is borrowed.
+        unsafe { self.host_at_rest() }
     }
 
     fn host_mut(&mut self) -> Option<&mut [T]> {
+        if self.on_host && self.len > 0 {
+            self.gpu.wait();
+        }
+        // SAFETY: all work is over, and the buffer is borrowed exclusively.
+        unsafe { self.host_at_rest_mut() }
+    }
+
+    unsafe fn host_at_rest(&self) -> Option<&[T]> {
+        match (self.on_host, self.len) {
+            (false, _) => None,
+            (true, 0) => Some(&[]),
+            // SAFETY: memory of the host that is ours and was zeroed; the caller promises that no work writes to it.
+            (true, len) => Some(unsafe { std::slice::from_raw_parts(self.address as *const T, len) }),
+        }
+    }
+
+    unsafe fn host_at_rest_mut(&mut self) -> Option<&mut [T]> {
         match (self.on_host, self.len) {
             (false, _) => None,
             (true, 0) => Some(&mut []),
-            (true, len) => {
-                self.gpu.wait();
-                // SAFETY: memory of the host that is ours, in which all bytes are a T (Pod); the work that used it is over.
-                Some(unsafe { std::slice::from_raw_parts_mut(self.address as *mut T, len) })
-            }
+            // SAFETY: memory of the host that is ours, in which all bytes are a T (Pod); the caller promises that no work uses it.
+            (true, len) => Some(unsafe { std::slice::from_raw_parts_mut(self.address as *mut T, len) }),
         }
     }
 

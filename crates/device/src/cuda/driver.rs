@@ -62,6 +62,7 @@ functions! {
         fn cuModuleLoadData(*mut Handle, *const c_void) -> c_int;
         fn cuModuleUnload(Handle) -> c_int;
         fn cuModuleGetFunction(*mut Handle, Handle, *const c_char) -> c_int;
+        fn cuFuncGetAttribute(*mut c_int, c_int, Handle) -> c_int;
         fn cuFuncSetAttribute(Handle, c_int, c_int) -> c_int;
         fn cuLaunchKernel(
             Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void
@@ -94,10 +95,15 @@ const OUT_OF_MEMORY: c_int = 2;
 /// CUdevice_attribute.
 const MULTIPROCESSORS: c_int = 16;
 const CAPABILITY: (c_int, c_int) = (75, 76);
+const PAGEABLE_MEMORY_ACCESS: c_int = 88;
+const MOST_SHARED_MEMORY: c_int = 97;
 /// Work on this stream does not wait for that on the default one.
 const NON_BLOCKING: c_uint = 1;
 /// Pinned memory that kernels reach.
 const MAPPED: c_uint = 2;
+
+/// Version of the driver (580) with which libraries of CUDA 13 work. With an earlier one they load all the same, and fail later.
+pub(super) const CUDA_13: c_int = 13_000;
 
 fn gib(bytes: usize) -> f64 {
     bytes as f64 / (1u64 << 30) as f64
@@ -124,6 +130,13 @@ pub(super) struct Gpu {
     pub capability: (c_int, c_int),
     /// Number of multiprocessors.
     pub multiprocessors: usize,
+    /// Most bytes of shared memory that a block can have, if a kernel asks for so many.
+    pub shared: usize,
+    /// The driver's version of CUDA: 12040 for 12.4.
+    pub version: c_int,
+    /// Whether the GPU reaches ordinary memory of the host (GH200, HMM). Only where it does not, the driver promises to have
+    /// taken what is uploaded when the call returns.
+    reads_late: bool,
 }
 
 // SAFETY: the driver's functions may be called from any thread; the handles are only passed to them.
@@ -161,6 +174,11 @@ impl Gpu {
         };
         let capability = (attribute(CAPABILITY.0)?, attribute(CAPABILITY.1)?);
         let multiprocessors = attribute(MULTIPROCESSORS)? as usize;
+        let shared = attribute(MOST_SHARED_MEMORY)? as usize;
+        let reads_late = attribute(PAGEABLE_MEMORY_ACCESS)? != 0;
+        let mut version = 0;
+        // SAFETY: as above.
+        check(f, unsafe { (f.cuDriverGetVersion)(&mut version) })?;
         let mut name = [0 as c_char; 128];
         // SAFETY: as above; the name is cut to its room and ends with 0.
         let name = unsafe {
@@ -181,7 +199,20 @@ impl Gpu {
             check(f, (f.cuStreamCreate)(&mut stream, NON_BLOCKING))?;
         }
         let (taken, failed) = (AtomicU64::new(0), AtomicBool::new(false));
-        Ok(Gpu { functions, device, context, stream, taken, failed, name, capability, multiprocessors })
+        Ok(Gpu {
+            functions,
+            device,
+            context,
+            stream,
+            taken,
+            failed,
+            name,
+            capability,
+            multiprocessors,
+            shared,
+            version,
+            reads_late,
+        })
     }
 
     /// The driver's functions, with this GPU's context current on this thread.
@@ -329,9 +360,12 @@ impl Gpu {
         self.outside("an upload");
         if !values.is_empty() {
             let (from, bytes) = (values.as_ptr().cast(), size_of_val(values));
-            // SAFETY: the caller's promise; the driver has taken ordinary memory's contents when it returns.
+            // SAFETY: the caller's promise; the driver has taken ordinary memory's contents when it returns, or is waited for.
             let code = unsafe { (self.driver().cuMemcpyHtoDAsync_v2)(to, from, bytes, self.stream()) };
             self.expect("nothing can be copied to it", code);
+            if self.reads_late {
+                self.wait();
+            }
         }
     }
 
@@ -400,14 +434,10 @@ impl Gpu {
 
     /// Bytes of its memory, and the driver's version of CUDA.
     pub(super) fn facts(&self) -> Result<(usize, c_int)> {
-        let (mut bytes, mut version) = (0, 0);
-        let f = self.driver();
-        // SAFETY: results go to variables that outlive the calls.
-        unsafe {
-            self.check((f.cuDeviceTotalMem_v2)(&mut bytes, self.device))?;
-            self.check((f.cuDriverGetVersion)(&mut version))?;
-        }
-        Ok((bytes, version))
+        let mut bytes = 0;
+        // SAFETY: the result goes to a variable that outlives the call.
+        self.check(unsafe { (self.driver().cuDeviceTotalMem_v2)(&mut bytes, self.device) })?;
+        Ok((bytes, self.version))
     }
 }
 
@@ -450,4 +480,26 @@ fn check(f: &Functions, code: c_int) -> Result<()> {
         }
     };
     bail!("{} ({})", word(f.cuGetErrorString), word(f.cuGetErrorName))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a GPU, real or emulated; scripts/check-cuda-kernels runs it"]
+    fn an_upload_has_taken_its_source_when_it_returns() {
+        let gpu = Gpu::open(0).unwrap();
+        let mut values = vec![7u32; 1 << 20];
+        let bytes = size_of_val(&values[..]);
+        let address = gpu.allocate(bytes).unwrap();
+        // SAFETY: so many bytes were allocated.
+        unsafe {
+            gpu.upload(address, &values);
+            values.fill(8);
+            gpu.download(address, &mut values);
+        }
+        assert!(values.iter().all(|value| *value == 7), "what was there later was copied");
+        gpu.free(address, bytes);
+    }
 }

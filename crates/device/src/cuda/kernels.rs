@@ -1,7 +1,7 @@
 //! The kernels: their sources, the machine code of a GPU, and how they are started.
 
 use std::collections::HashMap;
-use std::ffi::{CString, c_int, c_uint, c_void};
+use std::ffi::{CStr, CString, c_int, c_uint, c_void};
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use bytemuck::NoUninit;
 
 use super::driver::{Gpu, Handle, KernelNode};
-use super::nvrtc::{Compiler, Source};
+use super::nvrtc::{Compiler, Source, kernels_in};
 
 /// Names and texts of files in `kernels/`.
 macro_rules! sources {
@@ -17,7 +17,8 @@ macro_rules! sources {
 }
 
 /// What other files include.
-pub(super) const HEADERS: &[Source] = sources!["common.cuh", "mma.cuh", "attention.cuh", "attention_mma.cuh"];
+pub(super) const HEADERS: &[Source] =
+    sources!["common.cuh", "mma.cuh", "attention.cuh", "attention_mma.cuh", "packed.cuh"];
 /// Programs.
 pub(super) const PROGRAMS: &[Source] = sources![
     "attention.cu",
@@ -33,20 +34,32 @@ pub(super) const PROGRAMS: &[Source] = sources![
     "loss.cu",
     "optimizer.cu",
     "packed.cu",
+    "packed_mma.cu",
     "residual.cu",
 ];
 
-/// Memory that a block may use without asking for more.
+/// Shared memory that a block may use without asking for more, that of its kernel's own variables included.
 const SHARED: usize = 48 << 10;
-/// CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES.
+/// CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES: what a kernel's own variables take.
+const OWN_SHARED: c_int = 1;
+/// CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: what a launch may ask for beside them.
 const MOST_SHARED: c_int = 8;
+
+/// A kernel, and its shared memory.
+struct Function {
+    handle: Handle,
+    /// Bytes of its own variables.
+    own: usize,
+    /// Bytes that a launch may ask for beside them.
+    allowed: usize,
+}
 
 /// All kernels of one GPU.
 pub(super) struct Kernels {
     gpu: Arc<Gpu>,
     modules: Vec<Handle>,
-    /// Those that were used, and the shared memory that they may take.
-    found: Mutex<HashMap<String, (Handle, usize)>>,
+    /// Those that were fetched, by name.
+    found: Mutex<HashMap<String, Function>>,
 }
 
 // SAFETY: the handles are only passed to the driver, whose functions may be called from any thread.
@@ -55,12 +68,14 @@ unsafe impl Send for Kernels {}
 unsafe impl Sync for Kernels {}
 
 impl Kernels {
-    /// Loads all programs, which the first time on a machine are compiled.
+    /// Loads all programs, which the first time on a machine are compiled, and fetches their kernels. The driver brings one to
+    /// the GPU when it is fetched and may wait for all that the GPU does meanwhile; later, with an exchange under way that
+    /// waits for another rank, two ranks could so wait for each other.
     ///
     /// # Errors
     /// When there is no compiler, or the GPU does not take what it made.
     pub(super) fn load(gpu: &Arc<Gpu>) -> Result<Kernels> {
-        let compiler = Compiler::load()?;
+        let compiler = Compiler::load(gpu.version)?;
         let codes: Vec<Result<Vec<u8>>> = std::thread::scope(|scope| {
             let compiler = &compiler;
             let compile =
@@ -72,13 +87,19 @@ impl Kernels {
                 .collect()
         });
         let mut kernels = Kernels { gpu: gpu.clone(), modules: Vec::new(), found: Mutex::default() };
+        let mut found = HashMap::new();
         for (source, code) in PROGRAMS.iter().zip(codes) {
             let (code, mut module) = (code?, null_mut());
             // SAFETY: the code is whole and outlives the call; the result goes to a variable.
             gpu.check(unsafe { (gpu.driver().cuModuleLoadData)(&mut module, code.as_ptr().cast()) })
                 .with_context(|| format!("the GPU does not take the kernels in {}", source.0))?;
             kernels.modules.push(module);
+            for name in kernels_in(&code) {
+                let function = fetch(gpu, module, &name)?;
+                found.extend(function.map(|function| (name.to_string_lossy().into_owned(), function)));
+            }
         }
+        kernels.found = Mutex::new(found);
         Ok(kernels)
     }
 
@@ -127,28 +148,43 @@ impl Kernels {
         self.gpu.recorded();
     }
 
+    /// A kernel that may use so many bytes of shared memory.
     fn function(&self, name: &str, shared: usize) -> Handle {
         let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        let driver = self.gpu.driver();
         if !found.contains_key(name) {
             let text = CString::new(name).unwrap_or_default();
-            let mut function = null_mut();
-            // SAFETY: modules are alive, the name ends with 0, the result goes to a variable.
-            let in_module = |module: &Handle| unsafe {
-                (driver.cuModuleGetFunction)(&mut function, *module, text.as_ptr()) == 0
-            };
-            assert!(self.modules.iter().any(in_module), "there is no kernel {name}");
-            found.insert(name.to_string(), (function, SHARED));
+            // Machine code whose kernels cannot be listed when it is loaded, such as the emulated GPU's.
+            let fetched = self.modules.iter().find_map(|module| fetch(&self.gpu, *module, &text).transpose());
+            let function = fetched.unwrap_or_else(|| panic!("there is no kernel {name}"));
+            let function = function.unwrap_or_else(|e| self.gpu.fail(&format!("kernel {name}: {e:#}")));
+            found.insert(name.to_string(), function);
         }
-        let (function, allowed) = found.get_mut(name).expect("inserted above");
+        let Function { handle, own, allowed } = found.get_mut(name).expect("inserted above");
         if shared > *allowed {
             // SAFETY: the function is of a living module.
-            let code = unsafe { (driver.cuFuncSetAttribute)(*function, MOST_SHARED, shared as c_int) };
-            self.gpu.expect(&format!("kernel {name} wants {shared} bytes of shared memory"), code);
+            let code =
+                unsafe { (self.gpu.driver().cuFuncSetAttribute)(*handle, MOST_SHARED, shared as c_int) };
+            let (all, most) = (shared + *own, self.gpu.shared);
+            self.gpu
+                .expect(&format!("kernel {name} wants {all} of at most {most} bytes of shared memory"), code);
             *allowed = shared;
         }
-        *function
+        *handle
     }
+}
+
+/// Fetches a kernel, if this module has it.
+fn fetch(gpu: &Gpu, module: Handle, name: &CStr) -> Result<Option<Function>> {
+    let (driver, mut handle, mut own) = (gpu.driver(), null_mut(), 0);
+    // SAFETY: the module is alive, the name ends with 0, results go to variables.
+    unsafe {
+        if (driver.cuModuleGetFunction)(&mut handle, module, name.as_ptr()) != 0 {
+            return Ok(None);
+        }
+        gpu.check((driver.cuFuncGetAttribute)(&mut own, OWN_SHARED, handle))?;
+    }
+    let own = own as usize;
+    Ok(Some(Function { handle, own, allowed: SHARED.saturating_sub(own) }))
 }
 
 impl Drop for Kernels {
@@ -222,7 +258,9 @@ pub(super) use args;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::nvrtc::Compiler;
+    use crate::cuda::driver::CUDA_13;
+    use crate::cuda::{CudaDevice, CudaOptions};
+    use crate::{Device, Store};
 
     #[test]
     fn every_file_of_kernels_is_known() {
@@ -242,12 +280,50 @@ mod tests {
     #[ignore = "needs NVRTC, no GPU; scripts/check-cuda-kernels runs it"]
     fn every_kernel_compiles_for_ampere_and_hopper() {
         // One after the other: NVRTC compiles one program at a time, whatever the threads.
-        let compiler = Compiler::load().unwrap();
+        let compiler = Compiler::load(CUDA_13).unwrap();
+        let mut names = Vec::new();
         for source in PROGRAMS {
             for capability in [(8, 0), (9, 0)] {
                 let code = compiler.machine_code(*source, HEADERS, capability).unwrap();
                 assert_eq!(&code[..4], b"\x7fELF", "{}", source.0);
+                let kernels = kernels_in(&code);
+                assert!(!kernels.is_empty(), "no kernels are seen in what became of {}", source.0);
+                names.extend(kernels.into_iter().map(|name| (name.into_string().unwrap(), capability)));
             }
+        }
+        let all = names.len();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), all, "two kernels have one name");
+        for name in ["fill_4", "layer_norm_backward_bf16", "attention_dkv_f32_256", "set_master_f16"] {
+            assert_eq!(names.iter().filter(|(seen, _)| seen == name).count(), 2, "{name}");
+        }
+    }
+
+    #[test]
+    #[ignore = "needs a GPU, real or emulated; scripts/check-cuda-kernels runs it"]
+    fn a_kernels_own_variables_are_shared_memory_too() {
+        let device = CudaDevice::new(0, CudaOptions::default()).unwrap();
+        // For each column 8 bytes: 48 KiB without the kernel's own, which the last width asks the driver for beforehand.
+        for width in [6128, 6144, 6145] {
+            let x = device.alloc::<f32>(width).unwrap();
+            let [mut dx, mut dgamma, mut dbeta] = [(); 3].map(|()| device.alloc::<f32>(width).unwrap());
+            let (gamma, mean, rstd) = (device.alloc(width), device.alloc(1), device.alloc(1));
+            let (gamma, mean, rstd) = (gamma.unwrap(), mean.unwrap(), rstd.unwrap());
+            device.layer_norm_backward(
+                width,
+                &x,
+                &x,
+                &mean,
+                &rstd,
+                &gamma,
+                &mut dx,
+                Store::Overwrite,
+                &mut dgamma,
+                &mut dbeta,
+                Store::Overwrite,
+            );
+            device.wait();
         }
     }
 }

@@ -1,6 +1,7 @@
 //! CUDA's libraries, found when they are asked for: the program is the same where there are none.
 
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::collections::HashSet;
+use std::ffi::{CStr, CString, OsStr, c_char, c_void};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -122,34 +123,59 @@ fn open(path: &Path) -> Result<*mut c_void, String> {
     Err(unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
 }
 
-/// Where CUDA's installer and packages of Python put libraries on this machine.
+/// Where CUDA's installer, container runtimes (which bring the host's driver) and packages of Python put libraries on this
+/// machine.
 fn folders(packages: &[&str]) -> Vec<PathBuf> {
-    let mut folders = vec![PathBuf::from("/usr/local/cuda/lib64")];
+    let fixed = ["/usr/local/cuda/lib64", "/usr/local/nvidia/lib64", "/usr/local/nvidia/lib"];
+    let environments = environments();
+    let packages = environments.iter().flat_map(|environment| folders_of(environment, packages));
+    fixed.into_iter().map(PathBuf::from).chain(packages).collect()
+}
+
+/// Environments of Python that there may be, each once.
+fn environments() -> Vec<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
-    let environments = [
-        variable("VIRTUAL_ENV"),
-        variable("CONDA_PREFIX"),
-        Some(PathBuf::from(".venv")),
+    let activated = [variable("VIRTUAL_ENV"), variable("CONDA_PREFIX"), Some(PathBuf::from(".venv"))];
+    let usual = [
         variable("HOME").map(|home| home.join(".local")),
         Some(PathBuf::from("/usr/local")),
         Some(PathBuf::from("/usr")),
     ];
-    for environment in environments.into_iter().flatten() {
-        let Ok(versions) = std::fs::read_dir(environment.join("lib")) else { continue };
-        let mut versions: Vec<PathBuf> = versions
-            .flatten()
-            .filter(|entry| entry.file_name().to_string_lossy().starts_with("python3"))
-            .map(|entry| entry.path())
-            .collect();
-        versions.sort();
-        for (version, site) in
-            versions.iter().flat_map(|v| ["site-packages", "dist-packages"].map(|site| (v, site)))
-        {
-            let nvidia = version.join(site).join("nvidia");
-            folders.extend(packages.iter().map(|package| nvidia.join(package)).filter(|p| p.is_dir()));
-        }
-    }
-    folders
+    let on_path = environments_on(&std::env::var_os("PATH").unwrap_or_default());
+    let mut met = HashSet::new();
+    let all = activated.into_iter().flatten().chain(on_path).chain(usual.into_iter().flatten());
+    all.filter(|environment| met.insert(environment.clone())).collect()
+}
+
+/// Environments of the Pythons on a PATH. Images of containers put one there, and nothing is activated. A virtual environment
+/// is where the link to its Python is; what that points to may have packages too.
+fn environments_on(path: &OsStr) -> Vec<PathBuf> {
+    let programs = std::env::split_paths(path)
+        .flat_map(|folder| ["python3", "python"].map(|name| folder.join(name)))
+        .filter(|program| program.is_absolute() && program.is_file());
+    programs
+        .flat_map(|program| {
+            let target = program.canonicalize().ok();
+            [Some(program), target].into_iter().flatten()
+        })
+        .filter_map(|program| Some(program.parent()?.parent()?.to_path_buf()))
+        .collect()
+}
+
+/// Where an environment of Python has these packages.
+fn folders_of(environment: &Path, packages: &[&str]) -> Vec<PathBuf> {
+    let Ok(versions) = std::fs::read_dir(environment.join("lib")) else { return Vec::new() };
+    let mut versions: Vec<PathBuf> = versions
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with("python3"))
+        .map(|entry| entry.path())
+        .collect();
+    versions.sort();
+    let sites = versions.iter().flat_map(|v| ["site-packages", "dist-packages"].map(|site| v.join(site)));
+    sites
+        .flat_map(|site| packages.iter().map(move |package| site.join("nvidia").join(package)))
+        .filter(|folder| folder.is_dir())
+        .collect()
 }
 
 /// Declares a table of a library's functions, as its header has them, and how it is filled.
@@ -196,10 +222,31 @@ mod tests {
             "the library of nothing",
             "libferropt-nothing.so.1",
             "/usr/local/cuda/lib64",
+            "/usr/local/nvidia/lib64",
             "install nothing",
             VARIABLE,
         ] {
             assert!(text.contains(part), "{text}");
         }
+    }
+
+    #[test]
+    fn packages_of_a_python_that_is_only_on_path_are_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().canonicalize().unwrap();
+        let (own, base) = (root.join("torch/.venv"), root.join("base"));
+        let package = |environment: &Path| environment.join("lib/python3.12/site-packages/nvidia/cublas/lib");
+        for environment in [&own, &base] {
+            std::fs::create_dir_all(environment.join("bin")).unwrap();
+            std::fs::create_dir_all(package(environment)).unwrap();
+        }
+        std::fs::write(base.join("bin/python3.12"), "").unwrap();
+        std::os::unix::fs::symlink(base.join("bin/python3.12"), own.join("bin/python3")).unwrap();
+        let path = std::env::join_paths([&root.join("nowhere"), &own.join("bin"), Path::new("bin")]).unwrap();
+        let found = environments_on(&path);
+        assert_eq!(found, [own.clone(), base.clone()], "where the link is, and where it points to");
+        let folders: Vec<PathBuf> =
+            found.iter().flat_map(|e| folders_of(e, &["cublas/lib", "cu13/lib"])).collect();
+        assert_eq!(folders, [package(&own), package(&base)]);
     }
 }

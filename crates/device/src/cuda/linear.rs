@@ -7,15 +7,18 @@ use super::workspace::Scratch;
 use super::{CudaBuf, CudaDevice, DropoutWords, name, optional};
 use crate::{Activation, DType, Dropout, Element, LinearShape, Store};
 
-/// Bytes of a product in f32 that waits for its epilogue: few enough to stay in a large GPU's second-level cache, and enough
-/// rows for the product to keep all multiprocessors busy.
+/// Bytes of a product in f32 that waits for its epilogue: few enough to stay in a large GPU's second-level cache.
 const WAITING: usize = 32 << 20;
+/// Rows of it at least, and what their number is a multiple of: enough that weights which are read for them are worth it, and
+/// whole tiles of any product.
+const WAITING_ROWS: usize = 1024;
+const WHOLE_TILES: usize = 256;
 /// Rows that a block adds up in [`column_sums`].
 const ROWS_EACH: usize = 256;
 
 /// Most rows of `n` columns that wait at once.
 fn waiting_rows(n: usize) -> usize {
-    (WAITING / 4 / n.max(1)).max(64)
+    (WAITING / 4 / n.max(1) / WHOLE_TILES * WHOLE_TILES).max(WAITING_ROWS)
 }
 
 /// Bytes of workspace of a forward pass.

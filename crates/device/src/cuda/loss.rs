@@ -6,8 +6,9 @@ use super::workspace::Scratch;
 use super::{CudaBuf, CudaDevice, name};
 use crate::{Combine, Element, LinearShape, LossShape, Store};
 
-/// Rows of a chunk: enough for the products to run at full speed. Fixed, so that the order of additions to dw is too.
-const ROWS: usize = 1024;
+/// Rows of a chunk: enough for the products to run at full speed, and dw, which each chunk adds to, to be read and written a few
+/// times only. Fixed, so that the order of additions to dw is too.
+const ROWS: usize = 4096;
 
 /// Bytes of logits, and of what is known of rows.
 pub(super) fn workspace_bytes<E: Element>(rows: usize, vocab: usize) -> usize {

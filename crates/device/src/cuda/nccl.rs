@@ -3,7 +3,9 @@
 //! A communicator has a stream of its own, so that its exchanges run beside what the GPU computes: one begins when all that
 //! was given to the stream of operations before is done, and that stream waits for it where [`Transfer::hold_back`] says so.
 //! Communicators are *not blocking*, in NCCL's words: calls that have to wait for other ranks return, and are asked after. So
-//! another thread can abort them, and it must be able to, because NCCL waits for a rank that is lost for ever.
+//! another thread can abort them, and it must be able to, because NCCL waits for a rank that is lost for ever. For each such call
+//! NCCL starts a thread, so exchanges that start together are one call: a group, in NCCL's words. A group is begun and ended under
+//! one lock, because NCCL keeps what it is of with the thread: nobody may abort the communicator in between.
 //!
 //! Sums: NCCL adds in its own order, which depends on sizes and on how the GPUs are connected, and is the same each time. Two
 //! bf16 numbers are added in f32 and rounded to bf16, for each rank once more (`reduce_kernel.h`). Where a switch adds up
@@ -28,7 +30,9 @@ const VARIABLE: &str = "FERROPT_NCCL";
 const OPENING: Duration = Duration::from_secs(120);
 /// How long the end of all exchanges is waited for, when a link is closed.
 const CLOSING: Duration = Duration::from_secs(10);
-/// How often calls that are not done are asked after.
+/// For how long calls that are not done are asked after without a rest: most take less than sleeping would.
+const SOON: Duration = Duration::from_micros(100);
+/// How often they are asked after later.
 const POLL: Duration = Duration::from_micros(50);
 
 const LIBRARY: Wanted = Wanted {
@@ -88,6 +92,8 @@ functions! {
         fn ncclCommFinalize(Handle) -> c_int;
         fn ncclCommDestroy(Handle) -> c_int;
         fn ncclCommAbort(Handle) -> c_int;
+        fn ncclGroupStart() -> c_int;
+        fn ncclGroupEnd() -> c_int;
         fn ncclAllGather(*const c_void, *mut c_void, usize, c_int, Handle, Handle) -> c_int;
         fn ncclReduceScatter(*const c_void, *mut c_void, usize, c_int, c_int, Handle, Handle) -> c_int;
         fn ncclAllReduce(*const c_void, *mut c_void, usize, c_int, c_int, Handle, Handle) -> c_int;
@@ -240,54 +246,81 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Communicator {
-    /// What a call with the communicator returns.
-    fn call(&self, call: impl FnOnce(&Functions, Handle) -> c_int) -> Result<c_int> {
+    /// What a call with the communicator returns, on whichever GPU is this thread's.
+    fn ask(&self, call: impl FnOnce(&Functions, Handle) -> c_int) -> Result<c_int> {
         let handle = lock(&self.handle);
         let handle = handle.context("the exchange of memory was given up")?;
-        // From the current context NCCL learns which GPU it is about.
-        self.nccl.gpu.driver();
         Ok(call(&self.nccl.functions, handle))
     }
 
-    /// What became of calls that were in progress.
+    /// What a call returns that needs the GPU: from the current context NCCL learns which one that is.
+    fn call(&self, call: impl FnOnce(&Functions, Handle) -> c_int) -> Result<c_int> {
+        self.nccl.gpu.driver();
+        self.ask(call)
+    }
+
+    /// What became of calls that were in progress. NCCL knows it without the GPU or its driver.
     fn state(&self) -> Result<c_int> {
         let mut state = 0;
         // SAFETY: the communicator is alive, the result goes to a variable.
-        let code = self.call(|f, handle| unsafe { (f.ncclCommGetAsyncError)(handle, &mut state) })?;
+        let code = self.ask(|f, handle| unsafe { (f.ncclCommGetAsyncError)(handle, &mut state) })?;
         self.nccl.check(code)?;
         Ok(state)
     }
 
     /// Waits for the end of a call that returned `code`.
     fn settle(&self, mut code: c_int, give_up: &dyn Fn() -> bool) -> Result<()> {
+        let started = Instant::now();
         while code == IN_PROGRESS {
             ensure!(!give_up(), "not all of the {} ranks came", self.size);
-            std::thread::sleep(POLL);
+            match started.elapsed() < SOON {
+                true => std::thread::yield_now(),
+                false => std::thread::sleep(POLL),
+            }
             code = self.state()?;
         }
         self.nccl.check(code)
+    }
+
+    /// Calls NCCL's functions for exchanges, several as one group.
+    ///
+    /// # Safety
+    /// That of [`Link::start`].
+    unsafe fn enqueue(&self, exchanges: &[(Exchange, Located)]) -> Result<c_int> {
+        for (exchange, memory) in exchanges {
+            let sums = matches!(exchange, Exchange::AllReduce | Exchange::ReduceScatter);
+            let dtype = memory.dtype;
+            ensure!(!sums || number(dtype) != UINT8, "{dtype} is no type to sum in; f32, bf16 and f16 are");
+        }
+        self.call(|f, comm| {
+            // SAFETY: the caller's promise.
+            let one = |(exchange, memory): &_| unsafe { self.enqueue_one(f, comm, *exchange, memory) };
+            if let [only] = exchanges {
+                return one(only);
+            }
+            // SAFETY: a group is ended by the thread that began it, whatever goes wrong on the way: its end says what it was.
+            unsafe {
+                match (f.ncclGroupStart)() {
+                    0 => {}
+                    code => return code,
+                }
+                let _ = exchanges.iter().map(one).all(|code| code == 0 || code == IN_PROGRESS);
+                (f.ncclGroupEnd)()
+            }
+        })
     }
 
     /// Calls NCCL's function for an exchange.
     ///
     /// # Safety
     /// That of [`Link::start`].
-    unsafe fn enqueue(&self, exchange: Exchange, memory: &Located) -> Result<c_int> {
+    unsafe fn enqueue_one(&self, f: &Functions, comm: Handle, exchange: Exchange, memory: &Located) -> c_int {
         let (all, width) = (memory.address as *mut c_void, memory.dtype.size());
         let (bytes, part) = (memory.len * width, memory.len / self.size);
         let own = all.wrapping_byte_add(self.rank * part * width);
-        let number = match memory.dtype {
-            DType::F32 => FLOAT32,
-            DType::Bf16 => BFLOAT16,
-            DType::F16 => FLOAT16,
-            other if matches!(exchange, Exchange::AllReduce | Exchange::ReduceScatter) => {
-                bail!("{other} is no type to sum in; f32, bf16 and f16 are")
-            }
-            _ => UINT8,
-        };
-        let s = self.stream;
+        let (number, s) = (number(memory.dtype), self.stream);
         // SAFETY: the caller's promise; all addresses are within the memory. What is only moved is moved as bytes.
-        self.call(|f, comm| unsafe {
+        unsafe {
             match exchange {
                 Exchange::AllGather => (f.ncclAllGather)(own, all, part * width, UINT8, comm, s),
                 Exchange::ReduceScatter => (f.ncclReduceScatter)(all, own, part, number, SUM, comm, s),
@@ -298,19 +331,30 @@ impl Communicator {
                 Exchange::Send { to } => (f.ncclSend)(all, bytes, UINT8, to as c_int, comm, s),
                 Exchange::Receive { from } => (f.ncclRecv)(all, bytes, UINT8, from as c_int, comm, s),
             }
-        })
+        }
+    }
+}
+
+/// What NCCL calls a type; bytes, which have no sums, where it has none.
+fn number(dtype: DType) -> c_int {
+    match dtype {
+        DType::F32 => FLOAT32,
+        DType::Bf16 => BFLOAT16,
+        DType::F16 => FLOAT16,
+        _ => UINT8,
     }
 }
 
 impl Link for Communicator {
-    unsafe fn start(&self, exchange: Exchange, memory: &Located) -> Result<Box<dyn Transfer>> {
+    unsafe fn start(&self, exchanges: &[(Exchange, Located)]) -> Result<Box<dyn Transfer>> {
         let gpu = &self.nccl.gpu;
         gpu.outside("an exchange with other ranks");
-        ensure!(memory.device == Arc::as_ptr(gpu) as usize, "memory of another GPU was to be exchanged");
+        let mine = |(_, memory): &(_, Located)| memory.device == Arc::as_ptr(gpu) as usize;
+        ensure!(exchanges.iter().all(mine), "memory of another GPU was to be exchanged");
         let _one_at_a_time = lock(&self.starting);
         Event::at_end_of(gpu, gpu.stream())?.hold_back(self.stream)?;
         // SAFETY: the caller's promise.
-        let started = unsafe { self.enqueue(exchange, memory) };
+        let started = unsafe { self.enqueue(exchanges) };
         if let Err(error) = started.and_then(|code| self.settle(code, &|| false)) {
             // Part of it may be under way, and wait for ever.
             self.abort();
@@ -329,7 +373,8 @@ impl Link for Communicator {
     fn abort(&self) {
         let handle = lock(&self.handle).take();
         if let Some(handle) = handle {
-            self.nccl.gpu.driver();
+            // Without the driver before, which may not answer until this has begun: NCCL first tells its kernels to end, and
+            // finds the GPU itself.
             // SAFETY: nobody else has the handle any more. An error can change nothing.
             unsafe { (self.nccl.functions.ncclCommAbort)(handle) };
         }
@@ -358,7 +403,7 @@ impl Drop for Communicator {
     }
 }
 
-/// An exchange that was started.
+/// Exchanges that were started.
 struct Started {
     gpu: Arc<Gpu>,
     end: Event,

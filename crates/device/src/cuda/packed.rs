@@ -16,14 +16,20 @@ use super::workspace::Scratch;
 use super::{CudaBuf, CudaDevice, name, optional};
 use crate::places::{self, UNIT};
 use crate::quantise::{self, Codes, GROUP, Group, code_bits, has_minima};
-use crate::{Activation, Element, Mapped, ReadRows, WeightFormat, WritePiece, bf16};
+use crate::{Activation, DType, Element, Mapped, ReadRows, WeightFormat, WritePiece, bf16};
 
 /// Rows that a thread packs at once.
 const ROWS: usize = 16;
-/// Columns of a block of the products' kernels.
-const COLUMNS: usize = 4;
+/// Warps of a block of the products without tensor cores, each of which has a column, and of rounding.
+const WARPS: usize = 4;
 /// Rows of activations that meet a row of weights while it is in registers, where there is more than one.
 const TOGETHER: usize = 8;
+/// Of the products on tensor cores (kernels/packed_mma.cu): threads of a block; columns of one for some rows, and those rows, as
+/// many times as the kernel's name says; columns and rows of one for many.
+const THREADS: usize = 256;
+const COLUMNS: usize = 16;
+const SOME: usize = 8;
+const MANY: usize = 128;
 
 /// A matrix `[n, k]` in a GPU's memory.
 pub struct CudaPacked {
@@ -298,14 +304,22 @@ pub(super) fn multiply<E: Element, O: Element>(
         relu: (act == Activation::Relu) as u32,
         unused: 0,
     };
-    let together = if m == 1 { 1 } else { TOGETHER };
-    let blocks = (n.div_ceil(COLUMNS), m.div_ceil(together));
     let [numbers, scales, minima] = w.parts();
     let (format, rows, columns) = (w.format.name(), m as u32, n as u32);
     if quantise::largest_code(w.format).is_none() {
-        let kernel = format!("packed_{format}_{}_{}_{together}", name::<E>(), name::<O>());
+        let (kernel, blocks, threads) = match (w.format, E::DTYPE) {
+            (WeightFormat::Bf16, DType::Bf16) => match many(d, m, n) {
+                Some(blocks) => ("many".into(), blocks, THREADS),
+                None => some(m, n),
+            },
+            _ => {
+                let together = if m == 1 { 1 } else { TOGETHER };
+                (together.to_string(), (n.div_ceil(WARPS), m.div_ceil(together)), 32 * WARPS)
+            }
+        };
+        let kernel = format!("packed_{format}_{}_{}_{kernel}", name::<E>(), name::<O>());
         let arguments = args![numbers, x, rows, columns, k as u32, finish];
-        return d.kernels.launch(&kernel, blocks, (32 * COLUMNS, 1), 0, arguments);
+        return d.kernels.launch(&kernel, blocks, (threads, 1), 0, arguments);
     }
     let groups = k.div_ceil(GROUP);
     let mut workspace = d.workspace();
@@ -314,10 +328,23 @@ pub(super) fn multiply<E: Element, O: Element>(
     let rounded = [codes, of_rows, of_rows + (4 * m * groups) as u64];
     let arguments = args![x, rows, k as u32, rounded[0], rounded[1], rounded[2]];
     let kernel = format!("round_rows_{}", name::<E>());
-    d.kernels.launch(&kernel, ((m * groups).div_ceil(COLUMNS), 1), (32 * COLUMNS, 1), 0, arguments);
-    let kernel = format!("packed_{format}_{}_{together}", name::<O>());
+    d.kernels.launch(&kernel, ((m * groups).div_ceil(WARPS), 1), (32 * WARPS, 1), 0, arguments);
+    let (kernel, blocks, threads) = some(m, n);
+    let kernel = format!("packed_{format}_{}_{kernel}", name::<O>());
     let arguments = args![numbers, scales, minima, rounded, rows, columns, groups as u32, finish];
-    d.kernels.launch(&kernel, blocks, (32 * COLUMNS, 1), 0, arguments);
+    d.kernels.launch(&kernel, blocks, (threads, 1), 0, arguments);
+}
+
+/// End of the name, blocks and threads of a kernel for some rows. With many it is the slower one, but has the same bits.
+fn some(m: usize, n: usize) -> (String, (usize, usize), usize) {
+    let times = if m <= SOME { 1 } else { 4 };
+    (times.to_string(), (n.div_ceil(COLUMNS), m.div_ceil(times * SOME)), THREADS)
+}
+
+/// Blocks of the kernel for many rows, where there are enough to keep the GPU's multiprocessors busy.
+fn many(d: &CudaDevice, m: usize, n: usize) -> Option<(usize, usize)> {
+    let blocks = (n.div_ceil(MANY), m.div_ceil(MANY));
+    (m > 4 * SOME && 2 * blocks.0 * blocks.1 >= d.gpu.multiprocessors).then_some(blocks)
 }
 
 /// Rows `ids` of `w`, plus rows of a second table.

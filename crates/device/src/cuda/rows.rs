@@ -8,7 +8,7 @@ use crate::{Buffer, Dropout, Element, Store};
 
 /// Rows whose parts of dgamma and dbeta are added up by one block. Fixed, so that the order of additions is too.
 const ROWS_EACH: usize = 32;
-/// Threads of a block that adds rows in their order.
+/// Threads of a block that adds rows in their order; see kernels/embed.cu.
 const ADDING: usize = 256;
 
 /// Bytes of workspace of layer norm's backward pass.

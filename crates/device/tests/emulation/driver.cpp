@@ -1,7 +1,9 @@
 // As much of CUDA's driver (libcuda.so.1) and of NVRTC as src/cuda calls, for GPUs that are emulated: one, or as many as
 // FERROPT_EMULATED_GPUS says. Device memory and pinned memory are the processor's, a stream does its work when it gets round to
 // it (stream.h), unless it is captured, and a "compiled" program is a name: its kernels are in this library. After as many kernels
-// as FERROPT_EMULATED_FAILURE says, one goes wrong, and with it everything that comes later, as on a GPU.
+// as FERROPT_EMULATED_FAILURE says, one goes wrong, and with it everything that comes later, as on a GPU. The driver's version is
+// FERROPT_EMULATED_VERSION, if it is set; with FERROPT_EMULATED_LATE=1 what is uploaded is read when the stream gets round to it, as
+// by GPUs that reach the processor's ordinary memory.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -25,11 +27,22 @@ const unsigned char MARK = 0xa5;
 
 const int MOST_GPUS = 16;
 
+// Shared memory of a block: all that it can have, what it has unless it was asked for more, and how much of that are a kernel's own
+// variables.
+const size_t MOST_SHARED = 227 << 10, SHARED = 48 << 10, OWN_SHARED = 512;
+
+bool reads_late() {
+    const char* text = std::getenv("FERROPT_EMULATED_LATE");
+    return text != nullptr && std::atoi(text) != 0;
+}
+
 // A GPU, which is its own context.
 struct Gpu {
     int number;
     size_t used;
     std::vector<Stream*> streams;
+    // Held while memory is given back, which waits for all that the GPU does: others who ask it something wait as long.
+    std::mutex busy;
 };
 // The one that this thread works with.
 thread_local Gpu* current;
@@ -37,6 +50,14 @@ thread_local Gpu* current;
 // Work of streams may run until the very end, so none of this is ever destroyed.
 std::mutex& guard = *new std::mutex;
 std::map<uint64_t, size_t>& pieces = *new std::map<uint64_t, size_t>;
+// Shared memory that launches of a kernel may ask for, where that was said.
+std::map<void*, size_t>& allowed = *new std::map<void*, size_t>;
+
+bool may_have(void* function, size_t shared) {
+    std::lock_guard<std::mutex> lock(guard);
+    auto said = allowed.find(function);
+    return shared <= (said == allowed.end() ? SHARED - OWN_SHARED : said->second);
+}
 
 Gpu* gpus() {
     static Gpu* all = [] {
@@ -193,7 +214,10 @@ int emulation::device() { return current == nullptr ? -1 : current->number; }
 extern "C" {
 
 int cuInit(unsigned) { return OK; }
-int cuDriverGetVersion(int* version) { return *version = 13000, OK; }
+int cuDriverGetVersion(int* version) {
+    const char* text = std::getenv("FERROPT_EMULATED_VERSION");
+    return *version = text == nullptr ? 13000 : std::atoi(text), OK;
+}
 int cuDeviceGetCount(int* number) { return *number = count(), OK; }
 int cuDeviceGet(int* device, int number) { return *device = number, number >= 0 && number < count() ? OK : INVALID; }
 int cuDeviceGetName(char* name, int size, int) { return std::snprintf(name, size_t(size), "emulated GPU"), OK; }
@@ -202,7 +226,8 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
         case 16: return *value = 4, OK;           // multiprocessors
         case 75: return *value = 8, OK;           // compute capability, major
         case 76: return *value = 0, OK;           // and minor
-        case 97: return *value = 227 << 10, OK;   // shared memory of a block
+        case 88: return *value = reads_late(), OK;  // whether it reaches the processor's ordinary memory
+        case 97: return *value = int(MOST_SHARED), OK;  // shared memory of a block
         default: return INVALID;
     }
 }
@@ -219,18 +244,20 @@ int cuMemGetInfo_v2(size_t* left, size_t* total) {
 }
 int cuMemAlloc_v2(uint64_t* start, size_t size) {
     if (int error = not_while_capturing()) return error;
-    std::lock_guard<std::mutex> lock(guard);
     if (current == nullptr) return NO_CONTEXT;
+    std::lock_guard<std::mutex> alone(current->busy);
+    std::lock_guard<std::mutex> lock(guard);
     if (size == 0) return INVALID;
     if (size > TOTAL - current->used) return OUT_OF_MEMORY;
     if (!take(start, size)) return OUT_OF_MEMORY;
     current->used += size;
     return OK;
 }
-// Waits for all that the GPU does, as the driver does.
+// Waits for all that the GPU does, as the driver does, which keeps others waiting meanwhile.
 int cuMemFree_v2(uint64_t start) {
     if (int error = not_while_capturing()) return error;
     if (current == nullptr) return NO_CONTEXT;
+    std::lock_guard<std::mutex> alone(current->busy);
     wait_for_all();
     std::lock_guard<std::mutex> lock(guard);
     size_t size = give_back(start);
@@ -259,10 +286,18 @@ int cuMemsetD8Async(uint64_t to, unsigned char value, size_t size, void* stream)
     });
     return OK;
 }
-// Memory of the processor is never pinned here, so that copies of it cannot be captured; what is copied from it is taken at once.
+// Memory of the processor is never pinned here, so that copies of it cannot be captured; what is copied from it is taken at once,
+// unless the GPU reaches it.
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t size, void* stream) {
     if (int error = not_captured(stream)) return error;
     auto bytes = static_cast<const char*>(from);
+    if (reads_late()) {
+        emulation::enqueue(stream, [=] {
+            emulation::check_within(to, size);
+            std::memcpy(reinterpret_cast<void*>(to), bytes, size);
+        });
+        return OK;
+    }
     emulation::enqueue(stream, [to, values = std::vector<char>(bytes, bytes + size)] {
         emulation::check_within(to, values.size());
         std::memcpy(reinterpret_cast<void*>(to), values.data(), values.size());
@@ -376,12 +411,20 @@ int cuGraphExecKernelNodeSetParams(void* graph, void* node, const KernelNode* pa
 int cuGraphExecDestroy(void* graph) { return delete static_cast<Graph*>(graph), OK; }
 
 int cuEventCreate(void** event, unsigned) { return *event = new Event, OK; }
-int cuEventDestroy_v2(void* event) { return delete static_cast<Event*>(event), OK; }
+int cuEventDestroy_v2(void* event) {
+    if (current == nullptr) return NO_CONTEXT;
+    std::lock_guard<std::mutex> alone(current->busy);
+    return delete static_cast<Event*>(event), OK;
+}
 int cuEventRecord(void* event, void* stream) {
     if (int error = not_captured(stream)) return error;
     return *static_cast<Event*>(event) = static_cast<Stream*>(stream)->end(), OK;
 }
-int cuEventQuery(void* event) { return static_cast<Event*>(event)->reached() ? OK : NOT_READY; }
+int cuEventQuery(void* event) {
+    if (current == nullptr) return NO_CONTEXT;
+    std::lock_guard<std::mutex> alone(current->busy);
+    return static_cast<Event*>(event)->reached() ? OK : NOT_READY;
+}
 int cuEventSynchronize(void* event) { return static_cast<Event*>(event)->wait(), OK; }
 int cuEventElapsedTime(float* ms, void* start, void* end) {
     return *ms = float(static_cast<Event*>(end)->milliseconds() - static_cast<Event*>(start)->milliseconds()), OK;
@@ -393,10 +436,18 @@ int cuModuleGetFunction(void** function, void*, const char* name) {
     *function = const_cast<emulation::Kernel*>(emulation::find(name));
     return *function == nullptr ? NOT_FOUND : OK;
 }
-int cuFuncSetAttribute(void*, int, int) { return OK; }
+// Which kernels have how much is not known here: more than any has that is started with more.
+int cuFuncGetAttribute(int* value, int attribute, void*) {
+    return attribute == 1 ? (*value = int(OWN_SHARED), OK) : INVALID;
+}
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+    if (attribute != 8 || value < 0 || size_t(value) + OWN_SHARED > MOST_SHARED) return INVALID;
+    std::lock_guard<std::mutex> lock(guard);
+    return allowed[function] = size_t(value), OK;
+}
 int cuLaunchKernel(void* function, unsigned bx, unsigned by, unsigned bz, unsigned tx, unsigned ty, unsigned tz,
                    unsigned shared, void* stream, void** arguments, void**) {
-    if (bx == 0 || by == 0 || bz == 0 || by > 65535 || bz > 65535) return INVALID;
+    if (bx == 0 || by == 0 || bz == 0 || by > 65535 || bz > 65535 || !may_have(function, shared)) return INVALID;
     auto s = static_cast<Stream*>(stream);
     // What is captured does not run yet.
     if (s->graph == nullptr ? fails() : failed.load()) return ILLEGAL;

@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <string>
@@ -48,10 +49,17 @@ const size_t STACK = 64 << 10, MOST_SHARED = 227 << 10;
 
 enum class State { Ready, AtBarrier, InExchange, Ended };
 
+struct Copy {
+    void* to;
+    const void* from;
+};
+
 struct Fiber {
     void* stack_pointer;
     State state;
     dim3 thread;
+    // Groups of copies that were not waited for, the last of them open.
+    std::deque<std::vector<Copy>> copies;
 };
 
 struct Warp {
@@ -138,6 +146,7 @@ void run_block(unsigned threads) {
         fibers[i].state = State::Ready;
         unsigned x = i % place.threads.x, rest = i / place.threads.x;
         fibers[i].thread = {x, rest % place.threads.y, rest / place.threads.y};
+        fibers[i].copies.assign(1, {});
     }
     for (Warp& warp : warps) std::memset(warp.turn, 0, sizeof warp.turn);
     unsigned count = (threads + 31) / 32;
@@ -215,6 +224,42 @@ void load_turned(unsigned* right, const void* row) {
             return unsigned(reinterpret_cast<const uint16_t*>(rows[8 * half + i])[g]);
         };
         right[half] = at(2 * t) | at(2 * t + 1) << 16;
+    }
+}
+
+void mma_codes(int* sums, const unsigned* left, const unsigned* right) {
+    auto both = [](unsigned a, unsigned b) { return a | uint64_t(b) << 32; };
+    uint64_t first[32], second[32], factors[32];
+    std::memcpy(first, exchange(both(left[0], left[1])), sizeof first);
+    std::memcpy(second, exchange(both(left[2], left[3])), sizeof second);
+    std::memcpy(factors, exchange(both(right[0], right[1])), sizeof factors);
+    unsigned g = running_index % 32 / 4, t = running_index % 4;
+    for (unsigned r = 0; r < 2; r++) {
+        for (unsigned e = 0; e < 2; e++) {
+            for (unsigned k = 0; k < 32; k++) {
+                unsigned lane = k % 16 / 4, byte = k % 4;
+                auto a = int8_t((k < 16 ? first : second)[4 * g + lane] >> (32 * r + 8 * byte));
+                auto b = int8_t(factors[4 * (2 * t + e) + lane] >> (32 * (k / 16) + 8 * byte));
+                sums[2 * r + e] += int(a) * int(b);
+            }
+        }
+    }
+}
+
+void copy_16(void* to, const void* from) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+        fail("a copy of 16 bytes between addresses that 16 does not divide");
+    }
+    running->copies.back().push_back({to, from});
+}
+
+void copies_end() { running->copies.emplace_back(); }
+
+void wait_for_copies(unsigned last) {
+    auto& groups = running->copies;
+    // The open group is none of those that are counted.
+    for (; groups.size() > last + 1; groups.pop_front()) {
+        for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
     }
 }
 

@@ -23,16 +23,16 @@
 struct dim3 {
     unsigned x, y, z;
 };
-struct uint2 {
+struct alignas(8) uint2 {
     unsigned x, y;
 };
-struct uint4 {
+struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
-struct float2 {
+struct alignas(8) float2 {
     float x, y;
 };
-struct float4 {
+struct alignas(16) float4 {
     float x, y, z, w;
 };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
@@ -68,6 +68,11 @@ const uint64_t* exchange(uint64_t value);
 /// Products of a tensor core, and how it loads a factor from 16 rows of memory; see mma.cuh.
 void mma(float* sums, const unsigned* left, const unsigned* right, float (*widen)(unsigned short));
 void load_turned(unsigned* right, const void* row);
+void mma_codes(int* sums, const unsigned* left, const unsigned* right);
+/// Copies that happen as late as they may: when they are waited for.
+void copy_16(void* to, const void* from);
+void copies_end();
+void wait_for_copies(unsigned last);
 
 typedef void (*Body)(void** arguments);
 /// A kernel: what runs it, and the bytes of each of its arguments.
@@ -137,7 +142,7 @@ inline unsigned __ballot_sync(unsigned, int x) {
 inline float __uint_as_float(unsigned x) { return emulation::value<float>(x); }
 inline unsigned __float_as_uint(float x) { return unsigned(emulation::bits(x)); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
-inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __dp4a(int a, int b, int sum) {
     for (int byte = 0; byte < 4; byte++) sum += int(int8_t(a >> 8 * byte)) * int(int8_t(b >> 8 * byte));
     return sum;

@@ -204,18 +204,39 @@ typedef std::shared_ptr<Communicator> Held;
 
 Held& held(void* handle) { return *static_cast<Held*>(handle); }
 
-// A call whose work is going to be given to a stream when it is asked after.
+// A group of this thread: what was wrong with one of its calls, and otherwise what they do. All are with one communicator here.
+struct Group {
+    int depth = 0, error = OK;
+    Held communicator;
+    std::vector<std::function<void()>> calls;
+};
+thread_local Group group;
+
+// An error of a call is its group's too.
+int wrong(int error) {
+    if (group.depth > 0 && group.error == OK) group.error = error;
+    return error;
+}
+
+// A call whose work is going to be given to a stream when it, or the group that it belongs to, is asked after.
 int later(void* handle, void* stream, std::function<void(Communicator&)> work) {
     Held c = held(handle);
-    if (c->state != OK) return c->state;
-    if (c->call) return INVALID_USAGE;
-    c->under_way++;
-    c->call = [c, stream, work = std::move(work)] {
+    if (c->state != OK) return wrong(c->state);
+    if (c->call) return wrong(INVALID_USAGE);
+    auto call = [c, stream, work = std::move(work)] {
+        c->under_way++;
         emulation::enqueue(stream, [c, work] {
             if (!c->aborted && c->state == OK) work(*c);
             c->under_way--;
         });
     };
+    if (group.depth > 0) {
+        if (group.communicator && group.communicator != c) return wrong(INVALID_USAGE);
+        group.communicator = c;
+        group.calls.push_back(call);
+        return OK;
+    }
+    c->call = call;
     c->asked = 0;
     return IN_PROGRESS;
 }
@@ -282,6 +303,19 @@ int ncclCommAbort(void* handle) {
     return delete &held(handle), OK;
 }
 
+int ncclGroupStart() { return group.depth++, OK; }
+int ncclGroupEnd() {
+    if (group.depth == 0) return INVALID_USAGE;
+    if (--group.depth > 0) return OK;
+    Group ended = std::exchange(group, Group());
+    if (ended.error != OK || !ended.communicator) return ended.error;
+    ended.communicator->call = [calls = std::move(ended.calls)] {
+        for (auto& call : calls) call();
+    };
+    ended.communicator->asked = 0;
+    return IN_PROGRESS;
+}
+
 int ncclAllGather(const void* send, void* receive, size_t count, int type, void* handle, void* stream) {
     return later(handle, stream, [=](Communicator& c) {
         size_t bytes = count * width(type);
@@ -292,7 +326,7 @@ int ncclAllGather(const void* send, void* receive, size_t count, int type, void*
     });
 }
 int ncclReduceScatter(const void* send, void* receive, size_t count, int type, int sum, void* handle, void* stream) {
-    if (sum != SUM || type == UINT8) return INVALID_ARGUMENT;
+    if (sum != SUM || type == UINT8) return wrong(INVALID_ARGUMENT);
     return later(handle, stream, [=](Communicator& c) {
         size_t bytes = count * width(type);
         c.together({SCATTER, type, 0, count}, send, bytes * size_t(c.size), [&] {
@@ -302,7 +336,7 @@ int ncclReduceScatter(const void* send, void* receive, size_t count, int type, i
     });
 }
 int ncclAllReduce(const void* send, void* receive, size_t count, int type, int sum, void* handle, void* stream) {
-    if (sum != SUM || type == UINT8) return INVALID_ARGUMENT;
+    if (sum != SUM || type == UINT8) return wrong(INVALID_ARGUMENT);
     return later(handle, stream, [=](Communicator& c) {
         c.together({REDUCE, type, 0, count}, send, count * width(type), [&] {
             emulation::check_within(reinterpret_cast<uint64_t>(receive), count * width(type));
@@ -323,12 +357,15 @@ int ncclBroadcast(const void* send, void* receive, size_t count, int type, int r
         });
     });
 }
+// A group does its transfers at the same time, which is not done here.
 int ncclSend(const void* memory, size_t count, int type, int peer, void* handle, void* stream) {
+    if (group.depth > 0) return wrong(INVALID_USAGE);
     return later(handle, stream, [=](Communicator& c) {
         c.transfer(c.rank, peer, const_cast<void*>(memory), {TRANSFER, type, c.rank, count * width(type)});
     });
 }
 int ncclRecv(void* memory, size_t count, int type, int peer, void* handle, void* stream) {
+    if (group.depth > 0) return wrong(INVALID_USAGE);
     return later(handle, stream, [=](Communicator& c) {
         c.transfer(peer, c.rank, memory, {TRANSFER, type, peer, count * width(type)});
     });

@@ -171,3 +171,60 @@ fn one_beam_without_an_end_is_greedy() {
     let beam = complete(Parameters { beams: Some(1), ..p.clone() });
     assert_eq!(beam.choices, complete(p).choices);
 }
+
+#[test]
+fn a_limit_of_no_tokens_is_kept_by_all_kinds_of_texts() {
+    let tokenizer = tokenizer();
+    let none = Parameters { max_tokens: Some(0), ..Parameters::default() };
+    for parameters in [
+        Parameters { n: 2, ..none.clone() },
+        Parameters { n: 2, best_of: Some(3), ..none.clone() },
+        Parameters { n: 2, beams: Some(3), temperature: 0.0, ..none.clone() },
+        Parameters { beams: Some(2), temperature: 0.0, echo: Some(0), log_probs: Some(1), ..none },
+    ] {
+        let prompt = tokenizer.encode_prompt("the cat sat").unwrap();
+        let request = Request { prompt: prompt.clone(), parameters: parameters.clone() };
+        let completion = alone::<f32>(&tokenizer, FORMAT, &request);
+        assert_eq!(completion.choices.len(), parameters.n, "{parameters:?}");
+        for choice in &completion.choices {
+            assert!(choice.tokens.is_empty(), "{parameters:?}");
+            assert_eq!(choice.finish, Some(Finish::MaxTokens), "{parameters:?}");
+        }
+        assert_eq!(completion.prompt.len(), if parameters.echo.is_some() { prompt.len() } else { 0 });
+    }
+}
+
+#[test]
+fn requests_fail_where_the_model_has_no_numbers() {
+    let tokenizer = tokenizer();
+    for damaged in ["model.decoder.layers.0.fc1.weight", "model.decoder.final_layer_norm.weight"] {
+        let (device, config) = (device(), config());
+        let (table, sound) = (config.parameters(), sound(&config));
+        let read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
+            sound(index, rows.clone(), out)?;
+            if rows.start == 0 && table[index].names.iter().any(|name| name == damaged) {
+                out[0] = f32::NAN;
+            }
+            Ok(())
+        };
+        let decoder = Decoder::new(&device, &config, FORMAT, &read, Matrices::Rows).unwrap();
+        let mut engine = Engine::<_, f32>::new(device, decoder, None, &tokenizer, roomy()).unwrap();
+        for parameters in [
+            Parameters { temperature: 0.0, ..Parameters::default() },
+            Parameters { temperature: 1.0, ..Parameters::default() },
+            Parameters { beams: Some(3), temperature: 0.0, ..Parameters::default() },
+            Parameters { max_tokens: Some(0), echo: Some(1), log_probs: Some(1), ..Parameters::default() },
+        ] {
+            let prompt = tokenizer.encode_prompt("the cat sat").unwrap();
+            engine.submit(Request { prompt, parameters: parameters.clone() }).unwrap();
+            let mut failed = None;
+            while !engine.is_idle() {
+                for (_, event) in engine.step().unwrap() {
+                    failed = Completion::default().add(event).err().or(failed);
+                }
+            }
+            let failed = failed.unwrap_or_else(|| panic!("{damaged}, {parameters:?}: it did not fail"));
+            assert!(failed.to_string().contains("no numbers"), "{failed}");
+        }
+    }
+}

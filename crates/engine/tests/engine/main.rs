@@ -42,10 +42,10 @@ fn config() -> Config {
     }
 }
 
-/// A model whose probabilities are uneven enough to be told apart.
-fn decoder<D: Device>(device: &D, config: &Config, format: WeightFormat) -> Decoder<D> {
+/// Gives rows of a model whose probabilities are uneven enough to be told apart.
+fn sound(config: &Config) -> impl Fn(usize, std::ops::Range<usize>, &mut [f32]) -> anyhow::Result<()> + Sync {
     let table = config.parameters();
-    let read = |index: usize, rows: std::ops::Range<usize>, out: &mut [f32]| {
+    move |index, rows, out| {
         let (parameter, stream) = (&table[index], Stream::new(5, Purpose::Init, index, 0));
         let width = parameter.elements() / parameter.shape[0];
         let gain = parameter.names[0].ends_with("norm.weight");
@@ -53,8 +53,11 @@ fn decoder<D: Device>(device: &D, config: &Config, format: WeightFormat) -> Deco
             *out = 0.25 * stream.normal(0, rows.start * width + i) + if gain { 1.0 } else { 0.0 };
         }
         Ok(())
-    };
-    Decoder::new(device, config, format, &read, Matrices::Rows).unwrap()
+    }
+}
+
+fn decoder<D: Device>(device: &D, config: &Config, format: WeightFormat) -> Decoder<D> {
+    Decoder::new(device, config, format, &sound(config), Matrices::Rows).unwrap()
 }
 
 /// Room for everything, and no use of earlier texts.

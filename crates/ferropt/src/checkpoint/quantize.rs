@@ -108,14 +108,14 @@ pub(super) fn run(args: Quantize) -> anyhow::Result<()> {
     if let Some(text) = &quantised.quantisation.calibration
         && text.tokens < source.config().feed_forward as u64
     {
-        eprintln!(
+        tell!(
             "warning: {} tokens of text are few for a model with feed_forward = {}; more text makes a better model",
             text.tokens,
             source.config().feed_forward
         );
     }
     if options.tokenizer.is_none() && source.tokenizer_files().is_empty() {
-        eprintln!(
+        tell!(
             "warning: there is no tokenizer beside {}, so there is none in {}",
             source.path().display(),
             args.destination.display()

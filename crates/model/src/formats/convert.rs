@@ -4,6 +4,7 @@ mod hugging_face;
 mod metaseq;
 mod outgoing;
 mod quantised;
+mod tokenizer;
 
 use super::dtype::Dtype;
 use super::pickle::write::Item;
@@ -71,16 +72,27 @@ pub fn convert(
             source.path().display()
         );
     }
+    // Looked for before the weights: a run that goes on may remove a checkpoint meanwhile, and that must not go unnoticed.
+    let files = source.tokenizer_files();
     publish(destination, progress, |folder| {
         match options.target {
             Target::Safetensors | Target::TorchBin => hugging_face::write(source, options, folder)?,
             Target::Metaseq { parts } => metaseq::write(source, options, parts, folder)?,
         }
-        for (ours, file) in source.tokenizer_files() {
+        let metaseq = matches!(options.target, Target::Metaseq { .. });
+        let configured = files.iter().any(|(name, _)| *name == tokenizer::CONFIG);
+        for (ours, file) in files {
             let theirs =
                 TOKENIZER_FILES.iter().find(|(name, _)| *name == ours).map_or(ours, |(_, name)| name);
-            let name = if matches!(options.target, Target::Metaseq { .. }) { theirs } else { ours };
-            folder.copy(name, &file)?;
+            let content = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+            let ready = (ours == tokenizer::FILE && !metaseq && !configured).then_some(&content);
+            match ready.and_then(|content| tokenizer::for_transformers(content)) {
+                Some(files) => {
+                    folder.small(ours, &files.tokenizer)?;
+                    folder.small(tokenizer::CONFIG, &files.config)?;
+                }
+                None => folder.small(if metaseq { theirs } else { ours }, &content)?,
+            }
         }
         Ok(())
     })

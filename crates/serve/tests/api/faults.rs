@@ -5,6 +5,8 @@ use crate::{options, serve, stop};
 use ferropt_device::rng::{Purpose, Stream};
 use ferropt_serve::{Limits, Options};
 use serde_json::json;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
 #[test]
@@ -13,6 +15,9 @@ fn refusals_name_the_field_the_value_and_the_limit() {
     let long = json!({ "prompt": "word ".repeat(2000) }).to_string();
     let longer = json!({ "prompt": "x".repeat(1_000_000) }).to_string();
     let more = json!({ "prompt": vec!["x"; 257] }).to_string();
+    let talk = json!({ "messages": [{ "role": "user", "content": "word ".repeat(2000) }] }).to_string();
+    let input = json!({ "input": "word ".repeat(2000) }).to_string();
+    let lists = json!({ "prompt": "x", "n": 128, "logprobs": 100, "max_tokens": 1000 }).to_string();
     let many = json!({ "prompt": vec!["x"; 100], "n": 11 }).to_string();
     for (path, body, status, code, param, part) in [
         ("/v1/completions", "{", 400, "invalid_json", None, "line 1"),
@@ -94,6 +99,17 @@ fn refusals_name_the_field_the_value_and_the_limit() {
             "invalid_value",
             Some("top_logprobs"),
             "logprobs",
+        ),
+        ("/v1/chat/completions", &talk, 400, "context_length_exceeded", Some("messages"), "1024"),
+        ("/v1/embeddings", &input, 400, "context_length_exceeded", Some("input"), "1024"),
+        ("/v1/completions", &lists, 400, "invalid_value", Some("logprobs"), "2097152"),
+        (
+            "/v1/chat/completions",
+            r#"{"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "max_completion_tokens": 3}"#,
+            400,
+            "invalid_value",
+            Some("max_completion_tokens"),
+            "max_tokens = 2",
         ),
         ("/v1/chat/completions", r#"{"prompt": "x"}"#, 400, "missing_field", Some("messages"), "messages"),
         (
@@ -236,6 +252,51 @@ fn clients_that_vanish_leave_nothing_behind() {
 }
 
 #[test]
+fn a_client_that_left_is_noticed_behind_what_it_sent_last() {
+    let (server, client) = serve(options());
+    let body = json!({ "prompt": "the cat", "max_tokens": 1000, "n": 64, "ignore_eos": true }).to_string();
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
+    let request = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
+    for more in ["\r\n", &request] {
+        let before = client.metric_if_any("ferropt_cancelled_total").unwrap_or(0.0);
+        let mut stream = TcpStream::connect(client.address).unwrap();
+        stream.write_all(format!("{request}{more}").as_bytes()).unwrap();
+        until("it is computed", || client.metric("ferropt_running") > 0.0);
+        drop(stream);
+        until("it is noticed", || client.metric("ferropt_cancelled_total") > before);
+        until("it is free", || client.metric("ferropt_running") == 0.0);
+        let done = client.metric_if_any("ferropt_requests_total{route=\"/v1/completions\",status=\"200\"}");
+        assert_eq!(done, None, "it was completed for nobody");
+    }
+    // Whoever only says that there is no more to come gets what was asked for before.
+    let mut stream = TcpStream::connect(client.address).unwrap();
+    stream.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains("200 OK"), "{answer}");
+    stop(server);
+}
+
+#[test]
+fn probes_are_answered_when_there_are_as_many_connections_as_may_be() {
+    let limits = Limits { connections: 2, ..Limits::default() };
+    let (server, client) = serve(Options { limits, ..options() });
+    let held: Vec<_> = (0..2).map(|_| TcpStream::connect(client.address).unwrap()).collect();
+    // Those that say nothing on the spare ones do not keep them for long.
+    let idle: Vec<_> = (0..20).map(|_| TcpStream::connect(client.address).unwrap()).collect();
+    for path in ["/health", "/ready", "/metrics"] {
+        assert_eq!(client.get(path).status, 200, "{path}");
+    }
+    let refused = client.get("/v1/models");
+    assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")), "{}", refused.text());
+    assert_eq!(refused.json()["error"]["code"], "too_many_connections");
+    drop((held, idle));
+    until("there is room", || client.get("/v1/models").status == 200);
+    stop(server);
+}
+
+#[test]
 fn clients_that_take_nothing_in_are_left() {
     let limits = Limits { client_time: Duration::from_millis(500), ..Limits::default() };
     let (server, client) = serve(Options { limits, models: vec![crate::source("opt", 64)], ..options() });
@@ -275,6 +336,7 @@ fn too_much_and_too_long_are_refused_in_time() {
         (Some("queue_full"), Some("rate_limit_error"))
     );
     assert!(error["message"].as_str().unwrap().contains("limit of 6"), "{error}");
+    let whole = json!({ "prompt": "the cat", "max_tokens": 1000, "n": 128, "ignore_eos": true });
     let second = second.rest();
     assert_eq!((second.status, second.json()["error"]["code"].as_str()), (429, Some("queue_time")));
     assert!(second.json()["error"]["message"].as_str().unwrap().contains("1.5 s"));
@@ -282,5 +344,9 @@ fn too_much_and_too_long_are_refused_in_time() {
     let rest = first.rest_text();
     assert!(rest.contains("request_time") && rest.contains("4.5 s") && rest.contains("[DONE]"), "{rest}");
     until("it is free", || client.metric("ferropt_cache_pages_used") == 0.0);
+    // Whoever gets nothing in time is not to try again: it would take as long.
+    let over = client.try_post("/v1/completions", &whole.to_string());
+    assert_eq!((over.status, over.json()["error"]["code"].as_str()), (504, Some("request_time")));
+    assert_eq!((over.header("retry-after"), over.header("x-should-retry")), (None, Some("false")));
     stop(server);
 }

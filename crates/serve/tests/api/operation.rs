@@ -2,7 +2,7 @@
 
 use crate::client::{Client, until};
 use crate::{Lines, model, options, serve, source, stop};
-use ferropt_serve::{Keys, Log, ModelSource, Options, Server, new_key};
+use ferropt_serve::{Keys, Limits, Log, ModelSource, Options, Server, new_key};
 use serde_json::{Value, json};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ fn models_are_opened_in_the_background_and_one_that_fails_does_not_harm_the_othe
         ModelSource { name: "broken".into(), open: Box::new(|| anyhow::bail!("no such folder")) },
         source("good/one", 1),
     ];
-    let log = Log::new(lines.clone(), false);
+    let log = Log::new(lines.clone(), false).unwrap();
     let aliases = vec![("other".into(), "good/one".into())];
     let server = Server::start(Options { models, aliases, log, ..options() }).unwrap();
     let client = Client::new(server.address());
@@ -54,7 +54,7 @@ fn models_are_opened_in_the_background_and_one_that_fails_does_not_harm_the_othe
     let broken = client.try_post("/v1/completions", r#"{"prompt": "x", "model": "broken"}"#);
     assert_eq!((broken.status, broken.json()["error"]["code"].as_str()), (503, Some("model_failed")));
     assert!(!broken.text().contains("folder"), "what clients see names no files");
-    assert!(lines.text().contains("no such folder"));
+    until("it is logged", || lines.text().contains("no such folder"));
     assert_eq!(server.failure(), None);
     stop(server);
 
@@ -82,7 +82,7 @@ fn keys_open_what_is_closed_and_nothing_more() {
     std::fs::write(&file, format!("{line}\n{other} at-once=1 per-minute=3\n")).unwrap();
     let lines = Lines::default();
     let keys = Keys::read(&file).unwrap();
-    let log = Log::new(lines.clone(), false);
+    let log = Log::new(lines.clone(), false).unwrap();
     let cors = vec!["https://example.org".into()];
     let (server, nobody) = serve(Options { keys, log, cors, ..options() });
     let (alice, bob) = (nobody.with_key(&alice), nobody.with_key(&bob));
@@ -106,15 +106,24 @@ fn keys_open_what_is_closed_and_nothing_more() {
     let busy = bob.try_post("/v1/completions", &words(1).to_string());
     assert_eq!((busy.status, busy.json()["error"]["code"].as_str()), (429, Some("key_at_once")));
     drop(slow);
+    // What computes nothing does not count.
+    assert_eq!(bob.get("/v1/completions").status, 405);
     until("it is over", || bob.try_post("/v1/completions", &words(1).to_string()).status == 200);
     bob.post("/v1/completions", &words(1));
     let often = bob.try_post("/v1/completions", &words(1).to_string());
     assert_eq!((often.status, often.json()["error"]["code"].as_str()), (429, Some("key_per_minute")));
-    assert!(lines.text().contains("\"client\":\"alice\""));
+    until("it is logged", || lines.text().contains("\"client\":\"alice\""));
+    let refused = |line: &&str| line.contains("\"status\":401");
+    let text = lines.text();
+    assert!(text.lines().filter(refused).all(|line| line.contains("\"client\":\"127.0.0.1\"")), "{text}");
 
     // Web pages: only of the origin that was named.
     let ask = |origin: &str| {
-        let headers = [("Origin", origin), ("Access-Control-Request-Method", "POST")];
+        let headers = [
+            ("Origin", origin),
+            ("Access-Control-Request-Method", "POST"),
+            ("Access-Control-Request-Headers", "authorization,content-type,x-stainless-os"),
+        ];
         nobody.send("OPTIONS", "/v1/completions", &headers, b"")
     };
     let named = ask("https://example.org");
@@ -122,10 +131,22 @@ fn keys_open_what_is_closed_and_nothing_more() {
         (named.status, named.header("access-control-allow-origin")),
         (204, Some("https://example.org"))
     );
+    assert_eq!(
+        named.header("access-control-allow-headers"),
+        Some("authorization,content-type,x-stainless-os"),
+        "whatever a client sends"
+    );
     let other = ask("https://example.com");
     assert_eq!((other.status, other.header("access-control-allow-origin")), (401, None));
     let seen = alice.send("GET", "/v1/models", &[("Origin", "https://example.org")], b"");
     assert_eq!(seen.header("access-control-allow-origin"), Some("https://example.org"));
+    let exposed = seen.header("access-control-expose-headers").unwrap().to_lowercase();
+    assert!(exposed.contains("x-request-id") && exposed.contains("retry-after"), "{exposed}");
+    stop(server);
+
+    let keys = Keys::read(&file).unwrap();
+    let (server, nobody) = serve(Options { keys, open_metrics: true, ..options() });
+    assert_eq!((nobody.get("/metrics").status, nobody.get("/v1/models").status), (200, 401));
     stop(server);
 }
 
@@ -153,6 +174,50 @@ fn a_client_with_many_requests_does_not_starve_another() {
 }
 
 #[test]
+fn a_client_that_fills_the_queue_does_not_keep_another_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let (greedy, line) = new_key("greedy").unwrap();
+    let (modest, other) = new_key("modest").unwrap();
+    let file = folder.path().join("keys");
+    std::fs::write(&file, format!("{line}\n{other}\n")).unwrap();
+    let (models, limits) = (vec![source("opt", 1)], Limits { queue: 8, ..Limits::default() });
+    let keys = Keys::read(&file).unwrap();
+    let (server, client) = serve(Options { keys, models, limits, ..options() });
+    let (greedy, modest) = (client.with_key(&greedy), client.with_key(&modest));
+    let many: Vec<_> = (0..20).map(|_| greedy.begin("/v1/completions", &words(900))).collect();
+    until("it is full", || greedy.metric("ferropt_queue_length") == 8.0);
+    until("more are refused", || {
+        greedy.metric_if_any("ferropt_refusals_total{code=\"queue_full\"}").unwrap_or(0.0) > 0.0
+    });
+    modest.post("/v1/completions", &words(2));
+    drop(many);
+    until("all are gone", || greedy.metric("ferropt_running") == 0.0);
+    stop(server);
+}
+
+#[test]
+fn a_log_that_nobody_reads_stops_nothing() {
+    /// Hangs until the test is over.
+    struct Full(std::sync::mpsc::Receiver<()>);
+    impl std::io::Write for Full {
+        fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+            self.0.recv().map_err(std::io::Error::other)?;
+            Ok(0)
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let (over, wait) = channel();
+    let (server, client) = serve(Options { log: Log::new(Full(wait), false).unwrap(), ..options() });
+    for _ in 0..20 {
+        assert_eq!(client.get("/v1/models").status, 200);
+    }
+    stop(server);
+    drop(over);
+}
+
+#[test]
 fn the_drain_completes_what_was_taken_and_takes_nothing_new() {
     let (server, client) = serve(options());
     let long = json!({ "prompt": "the cat", "max_tokens": 1000, "ignore_eos": true, "stream": true });
@@ -176,18 +241,25 @@ fn the_drain_completes_what_was_taken_and_takes_nothing_new() {
     assert!(std::net::TcpStream::connect(client.address).is_err());
 
     // Without time for it, streams are told.
-    let (server, client) = serve(options());
+    let lines = Lines::default();
+    let (server, client) = serve(Options { log: Log::new(lines.clone(), false).unwrap(), ..options() });
     let mut stream = client.begin("/v1/completions", &long);
     stream.until("data: {");
     assert_eq!(server.stop(Duration::ZERO), 1);
     let text = stream.rest_text();
     assert!(text.contains("server_stopped") && text.contains("[DONE]"), "{text}");
+    let line = lines.text().lines().find(|line| line.contains("server_stopped")).unwrap().to_string();
+    let line: Value = serde_json::from_str(&line).unwrap();
+    assert!(
+        line["generated_tokens"].as_u64() > Some(0) && line["prompt_tokens"].as_u64() > Some(0),
+        "{line}"
+    );
 }
 
 #[test]
 fn metrics_count_and_the_log_has_no_texts_unless_it_shall() {
     let lines = Lines::default();
-    let (server, client) = serve(Options { log: Log::new(lines.clone(), false), ..options() });
+    let (server, client) = serve(Options { log: Log::new(lines.clone(), false).unwrap(), ..options() });
     client.post("/v1/completions", &words(20));
     client.stream(
         "/v1/chat/completions",
@@ -195,12 +267,13 @@ fn metrics_count_and_the_log_has_no_texts_unless_it_shall() {
         "ignore_eos": true, "stream": true }),
     );
     client.try_post("/v1/completions", "{}");
+    client.try_post("/v1/completions", r#"{"prompt": "x", "n": 0}"#);
     client.get("/v1/nothing");
     until("all is counted", || client.metric("ferropt_generated_tokens_total{model=\"opt\"}") == 29.0);
     for (metric, value) in [
         ("ferropt_model_ready{model=\"opt\"}", 1.0),
         ("ferropt_requests_total{route=\"/v1/completions\",status=\"200\"}", 1.0),
-        ("ferropt_requests_total{route=\"/v1/completions\",status=\"400\"}", 1.0),
+        ("ferropt_requests_total{route=\"/v1/completions\",status=\"400\"}", 2.0),
         ("ferropt_requests_total{route=\"unknown\",status=\"404\"}", 1.0),
         ("ferropt_refusals_total{code=\"missing_field\"}", 1.0),
         ("ferropt_time_to_first_token_seconds_count", 2.0),
@@ -211,6 +284,9 @@ fn metrics_count_and_the_log_has_no_texts_unless_it_shall() {
         until(metric, || client.metric(metric) == value);
     }
     // Tokens that are no whole characters come with the next, so not each of the 29 has a time of its own.
+    let older = client.send("GET", "/metrics", &[("Accept", "text/plain;version=0.0.4")], b"");
+    assert_eq!(older.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
+    assert!(older.text().contains("# TYPE ferropt_requests_total counter\n"), "{}", older.text());
     let between = client.metric("ferropt_inter_token_seconds_count");
     assert!((5.0..=27.0).contains(&between), "{between}");
     stop(server);
@@ -222,10 +298,14 @@ fn metrics_count_and_the_log_has_no_texts_unless_it_shall() {
     assert_eq!(completion["client"], "127.0.0.1");
     assert!(completion["first_token_seconds"].as_f64().unwrap() <= completion["seconds"].as_f64().unwrap());
     let refused = logged.iter().find(|l| l["status"] == 400).unwrap();
-    assert_eq!(refused["error"], "missing_field");
+    assert_eq!((&refused["error"], &refused["param"]), (&json!("missing_field"), &json!("prompt")));
+    let wrong = logged.iter().find(|l| l["error"] == "invalid_value").unwrap();
+    assert_eq!(wrong["param"], "n");
+    let unknown = logged.iter().find(|l| l["status"] == 404).unwrap();
+    assert_eq!(unknown["path"], "/v1/nothing");
 
     let lines = Lines::default();
-    let (server, client) = serve(Options { log: Log::new(lines.clone(), true), ..options() });
+    let (server, client) = serve(Options { log: Log::new(lines.clone(), true).unwrap(), ..options() });
     let answer = client.post("/v1/completions", &words(5));
     stop(server);
     let line = lines

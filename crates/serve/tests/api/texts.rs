@@ -149,6 +149,9 @@ fn log_probabilities_have_openais_layout() {
     assert_eq!((&lists["tokens"][0], &lists["token_logprobs"][0]), (&json!("</s>"), &Value::Null));
     assert_eq!(lists["top_logprobs"][0], Value::Null);
     assert_eq!(lists["token_logprobs"][1].as_f64().unwrap() as f32, made.prompt[1].log_prob.unwrap());
+    let off = json!({ "logprobs": false, "reasoning_effort": null });
+    let off = client.post("/v1/completions", &with(asked(json!("the")), off));
+    assert_eq!(off["choices"][0]["logprobs"], Value::Null);
     let none = client.post("/v1/completions", &with(asked(json!("the")), json!({ "logprobs": 0 })));
     assert_eq!(none["choices"][0]["logprobs"]["top_logprobs"], Value::Null);
     stop(server);
@@ -305,6 +308,13 @@ fn generate_and_tokenise_tell_what_the_engine_knows() {
         bare["token_strs"].as_array().unwrap().iter().map(|t| t.as_str().unwrap()).collect::<String>(),
         "the"
     );
-    assert_eq!(client.post("/detokenize", &json!({ "tokens": ids }))["prompt"], text);
+    // Special tokens stay, as at vLLM, unless they shall not, and characters that tokens cut stay whole.
+    let twice = [&ids[..], &[2, 2][..], &ids[1..]].concat();
+    let kept = client.post("/detokenize", &json!({ "tokens": twice }))["prompt"].clone();
+    assert_eq!(kept, format!("</s>{text}</s></s>{text}"));
+    let bare = client.post("/detokenize", &json!({ "tokens": twice, "skip_special_tokens": true }));
+    assert_eq!(bare["prompt"], format!("{text}{text}"));
+    let back = json!({ "prompt": kept, "add_special_tokens": false });
+    assert_eq!(client.post("/tokenize", &back)["tokens"], json!(twice));
     stop(server);
 }

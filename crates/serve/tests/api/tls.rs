@@ -106,7 +106,7 @@ fn renewed_certificates_are_taken_over_and_wrong_ones_are_not() {
     put("first", 0);
     put("first", 1);
     let (lines, tls) = (Lines::default(), Some(Tls::read(&own[0], &own[1]).unwrap()));
-    let log = Log::new(lines.clone(), false);
+    let log = Log::new(lines.clone(), false).unwrap();
     let server = Server::start(Options { tls, log, ..options() }).unwrap();
     let address = server.address();
     let mut before = connect(address, "first", &version::TLS13);

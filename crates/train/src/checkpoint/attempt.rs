@@ -23,23 +23,39 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// How long a rank looks for a reason once it sees that rank 0 has given up; it may be on a slow file server.
 const REASON: Duration = Duration::from_secs(5);
 
-/// A moment from which nobody is waited for any longer.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Hurry(Arc<Mutex<Option<Instant>>>);
+/// Says how long others are still waited for, once they will not do their part.
+type Patience = Box<dyn Fn() -> Option<Duration> + Send + Sync>;
+
+/// A moment from which nobody is waited for any longer. Clones share it.
+#[derive(Clone, Default)]
+pub(super) struct Hurry(Arc<(OnceLock<Patience>, OnceLock<Option<Instant>>)>);
 
 impl Hurry {
-    pub(super) fn within(&self, patience: Duration) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now().checked_add(patience);
+    /// It follows from what `patience` says first.
+    pub(super) fn when(&self, patience: impl Fn() -> Option<Duration> + Send + Sync + 'static) {
+        let (asked, _) = &*self.0;
+        asked.get_or_init(|| Box::new(patience));
     }
 
+    /// The moment, if it is known by now.
     fn get(&self) -> Option<Instant> {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        let (asked, until) = &*self.0;
+        match (until.get(), asked.get().and_then(|patience| patience())) {
+            (None, Some(patience)) => *until.get_or_init(|| Instant::now().checked_add(patience)),
+            (until, _) => until.copied().flatten(),
+        }
+    }
+}
+
+impl fmt::Debug for Hurry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Hurry").field(&self.0.1).finish()
     }
 }
 

@@ -23,6 +23,9 @@ pub struct RunState {
     /// roll-back leaves checkpoints of later steps behind, which are not to be resumed from.
     #[serde(default)]
     pub rollbacks: u64,
+    /// Whether it was saved before a checkpoint was due, as at a stop. Such ones do not count among the last that are kept.
+    #[serde(default)]
+    pub early: bool,
     /// Seed that all random streams of the run derive from.
     pub seed: u64,
     /// Model configuration.
@@ -173,6 +176,7 @@ mod tests {
             step: 7,
             tokens: u64::MAX,
             rollbacks: 0,
+            early: false,
             seed: u64::MAX - 1,
             model: json!({"layers": 2}),
             config: json!({"train": {"steps": 10}}),

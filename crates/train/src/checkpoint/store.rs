@@ -4,13 +4,14 @@ use super::attempt::{Attempt, Hurry};
 use super::load::{self, Checkpoint};
 use super::manifest::Manifest;
 use super::output::{discard, remove, rename, sync_directory};
-use super::retention::Retention;
+use super::retention::{Kept, Retention};
 use super::snapshot::Snapshot;
 use super::team::{Share, Team, agree};
 use super::write::{self, Written};
 use anyhow::{Context, Error, Result, bail, ensure};
 use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 const LOCK: &str = ".lock";
@@ -37,6 +38,8 @@ pub struct Entry {
     pub step: u64,
     /// Times that the run was rolled back before; of a damaged one, as often as of any.
     pub rollbacks: u64,
+    /// Whether it was saved before one was due, as at a stop.
+    pub early: bool,
     /// The directory.
     pub path: PathBuf,
     /// Why it is not whole: an unreadable manifest, a file that is missing or has another size.
@@ -114,6 +117,24 @@ impl Store {
         Ok(store)
     }
 
+    /// Rank 0: leaves a number by which others know the folder, whatever path they have it at.
+    ///
+    /// # Errors
+    /// When it cannot be written, or the store was opened for reading.
+    pub fn sign(&self, number: u64) -> Result<()> {
+        let lock = self.lock.as_ref().context("the store was opened for reading")?;
+        let text = format!("{number:x}");
+        let written = lock.write_all_at(text.as_bytes(), 0).and_then(|()| lock.set_len(text.len() as u64));
+        written
+            .and_then(|()| lock.sync_all())
+            .with_context(|| format!("cannot write to {}", self.root.join(LOCK).display()))
+    }
+
+    /// Whether this is the folder that rank 0 left the number in.
+    pub fn is_signed(&self, number: u64) -> bool {
+        fs::read_to_string(self.root.join(LOCK)).is_ok_and(|text| text == format!("{number:x}"))
+    }
+
     /// Removes what interrupted saves and deletions left behind, as far as it is `wanted` gone. Only while nothing is
     /// written here.
     fn sweep(&self, wanted: impl Fn(&Path) -> bool) -> Result<()> {
@@ -153,11 +174,11 @@ impl Store {
     pub fn list(&self) -> Result<Vec<Entry>> {
         let entry = |step| {
             let path = self.root.join(directory(step));
-            let (rollbacks, damage) = match load::survey(&path) {
-                Ok(manifest) => (manifest.run.rollbacks, None),
-                Err(error) => (0, Some(error)),
+            let (rollbacks, early, damage) = match load::survey(&path) {
+                Ok(manifest) => (manifest.run.rollbacks, manifest.run.early, None),
+                Err(error) => (0, false, Some(error)),
             };
-            Entry { step, path, rollbacks, damage }
+            Entry { step, path, rollbacks, early, damage }
         };
         let mut entries: Vec<Entry> = self.steps()?.into_iter().map(entry).collect();
         let most = entries.iter().map(|entry| entry.rollbacks).max().unwrap_or(0);
@@ -285,12 +306,14 @@ impl Store {
         Ok(written)
     }
 
-    /// Deletes what `retention` does not keep, now that the checkpoint of step `newest` is durable. Each directory is
-    /// renamed to a temporary first, so that a kill leaves no half checkpoint under a real name.
-    pub(super) fn prune(&self, retention: Retention, newest: u64) -> Result<()> {
+    /// Deletes what `retention` does not keep, now that the checkpoint of step `newest` is durable, but for the way back of
+    /// [`Retention::surplus`]. Each directory is renamed to a temporary first, so that a kill leaves no half checkpoint under a
+    /// real name.
+    pub(super) fn prune(&self, retention: Retention, newest: u64, way_back: Option<u64>) -> Result<()> {
         let whole = self.list()?.into_iter().filter(|entry| entry.damage.is_none());
-        let whole: Vec<u64> = whole.map(|entry| entry.step).collect();
-        for step in retention.surplus(&whole, newest) {
+        let whole: Vec<Kept> =
+            whole.map(|Entry { step, rollbacks, early, .. }| Kept { step, rollbacks, early }).collect();
+        for step in retention.surplus(&whole, newest, way_back) {
             let temporary = self.root.join(format!(".{}.tmp-old", directory(step)));
             remove(&temporary)?;
             rename(&self.root.join(directory(step)), &temporary)?;

@@ -66,7 +66,8 @@ pub enum Event {
 /// At most one snapshot exists at a time: [`Writer::save`] makes it only once the previous one is on disk.
 #[derive(Debug)]
 pub struct Writer {
-    snapshots: Sender<Snapshot>,
+    /// Each with the step that a roll-back may have to go back to.
+    snapshots: Sender<(Snapshot, Option<u64>)>,
     hurry: Hurry,
     events: Receiver<Event>,
     thread: JoinHandle<()>,
@@ -74,6 +75,7 @@ pub struct Writer {
     uploads: Option<(Uploads, Receiver<Event>)>,
     /// Step that is being written.
     writing: Option<u64>,
+    way_back: Option<u64>,
     /// Events that came while waiting, for the next poll.
     seen: Vec<Event>,
 }
@@ -85,14 +87,14 @@ impl Writer {
     /// # Errors
     /// When the system gives no thread.
     pub fn start(store: Store, retention: Retention, shard_bytes: u64, team: Team) -> Result<Writer> {
-        let (snapshots, inbox) = channel::<Snapshot>();
+        let (snapshots, inbox) = channel::<(Snapshot, Option<u64>)>();
         let (outbox, events) = channel();
         let hurry = Hurry::default();
         let told = hurry.clone();
         let thread = Builder::new()
             .name("checkpoints".into())
             .spawn(move || {
-                for (number, snapshot) in (0..).zip(inbox) {
+                for (number, (snapshot, way_back)) in (0..).zip(inbox) {
                     let (started, step) = (Instant::now(), snapshot.run.step);
                     let saved = store.save(snapshot, shard_bytes, &team, &told, number);
                     // Nobody listens any more only if the trainer is gone; the checkpoint is finished regardless.
@@ -101,7 +103,7 @@ impl Writer {
                         Err(error) => report(Event::Failed { step, error }),
                         Ok(written) => {
                             if team.share.rank == 0
-                                && let Err(error) = store.prune(retention, step)
+                                && let Err(error) = store.prune(retention, step, way_back)
                             {
                                 report(Event::NotPruned { step, error });
                             }
@@ -112,8 +114,20 @@ impl Writer {
                 }
             })
             .context("cannot start the thread that writes checkpoints")?;
-        let uploads = None;
-        Ok(Writer { snapshots, hurry, events, thread, uploads, writing: None, seen: Vec::new() })
+        let (uploads, writing, way_back, seen) = (None, None, None, Vec::new());
+        Ok(Writer { snapshots, hurry, events, thread, uploads, writing, way_back, seen })
+    }
+
+    /// Other ranks are waited for no longer than `patience` says from the first moment on at which it says anything, and it
+    /// is asked while they are. For a run that ends because a rank is lost: what has to come from that one will not.
+    pub fn hurry_when(&mut self, patience: impl Fn() -> Option<Duration> + Send + Sync + 'static) {
+        self.hurry.when(patience);
+    }
+
+    /// From the next save on, the newest checkpoint that is no newer than step `way_back` stays, whatever the retention says:
+    /// training may have to go back to it. None for no such one.
+    pub fn keep_way_back(&mut self, way_back: Option<u64>) {
+        self.way_back = way_back;
     }
 
     /// From now on, what is saved is also copied to a mirror, in the background; and first the checkpoint that was `found`
@@ -141,7 +155,9 @@ impl Writer {
         self.settle()?;
         let snapshot = snapshot()?;
         self.writing = Some(snapshot.run.step);
-        self.snapshots.send(snapshot).map_err(|_| anyhow!("the thread that writes checkpoints has died"))
+        self.snapshots
+            .send((snapshot, self.way_back))
+            .map_err(|_| anyhow!("the thread that writes checkpoints has died"))
     }
 
     /// Waits until what was handed over is on disk, or has failed.
@@ -155,12 +171,6 @@ impl Writer {
             self.note(event);
         }
         Ok(())
-    }
-
-    /// From now on, other ranks are waited for no longer than this. For a run that ends because a rank is lost: what has
-    /// to come from it will not.
-    pub fn hurry(&self, patience: Duration) {
-        self.hurry.within(patience);
     }
 
     /// What happened since the last call; never waits.

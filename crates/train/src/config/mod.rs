@@ -14,7 +14,7 @@ pub use span::{Count, Span};
 
 use crate::schedule;
 use crate::telemetry::DEFAULT_WATTS_PER_CORE;
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use ferropt_model::Offload;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -172,7 +172,7 @@ section! {
         /// Folder of checkpoints, metrics and the resolved configuration.
         dir: PathBuf = PathBuf::new(),
         /// Length in optimiser steps; or give `tokens`.
-        steps: Option<u64> = None,
+        steps: Option<Count> = None,
         /// Length in tokens, rounded up to whole steps.
         tokens: Option<Count> = None,
         /// Stop (with a checkpoint) after this much time in one go.
@@ -410,7 +410,7 @@ always_written!(bool u64 usize f64 String PathBuf Paths Span OptimizerKind sched
 
 impl Config {
     /// Reads a configuration file and applies `--set` overrides, each `section.key=value`. The value is TOML; what is
-    /// not TOML is a string; nothing at all removes the key.
+    /// not TOML, or is to be text, is a string; nothing at all removes the key.
     ///
     /// # Errors
     /// Names the file or the override, every unknown key and the nearest valid one, or the key whose type is wrong.
@@ -462,10 +462,37 @@ fn apply(table: &mut toml::Table, item: &str) -> anyhow::Result<()> {
         inner.remove(key);
         return Ok(());
     }
-    let parsed =
-        toml::from_str::<toml::Table>(&format!("value = {value}")).ok().and_then(|mut t| t.remove("value"));
-    inner.insert(key.into(), parsed.unwrap_or_else(|| toml::Value::String(value.into())));
+    inner.insert(key.into(), typed(path, key, value)?);
     Ok(())
+}
+
+/// What an override's value is: TOML if it is that and the key takes it, else text.
+fn typed(path: &str, key: &str, value: &str) -> anyhow::Result<toml::Value> {
+    let text = toml::Value::String(value.into());
+    // More than one key is no value, but lines behind one.
+    let parsed =
+        toml::from_str::<toml::Table>(&format!("value = {value}")).ok().filter(|table| table.len() == 1);
+    let Some(parsed) = parsed.and_then(|mut table| table.remove("value")) else {
+        // Those that TOML has are parsed.
+        ensure!(
+            value.parse::<i128>().is_err() || takes(path, key, text.clone()),
+            "{value} is beyond the integers of TOML, which are from {} to {}",
+            i64::MIN,
+            i64::MAX
+        );
+        return Ok(text);
+    };
+    // Such as a folder that is named by a number.
+    let wants_text = !takes(path, key, parsed.clone()) && takes(path, key, text.clone());
+    Ok(if wants_text { text } else { parsed })
+}
+
+/// Whether `path.key` may be `value`.
+fn takes(path: &str, key: &str, value: toml::Value) -> bool {
+    let leaf = toml::Table::from_iter([(key.to_string(), value)]);
+    let nest =
+        |inner, section: &str| toml::Table::from_iter([(section.to_string(), toml::Value::Table(inner))]);
+    path.rsplit('.').fold(leaf, nest).try_into::<Config>().is_ok()
 }
 
 #[cfg(test)]
@@ -485,6 +512,14 @@ mod tests {
         assert_eq!(c.run.dir, PathBuf::from("runs/x"));
         assert_eq!(c.data.validation["b"], Paths(vec!["p".into(), "q".into()]));
         assert_eq!(c.run.steps, None);
+        let c =
+            set(&["run.dir=2024", "data.train=1e3", "data.text_field=2024-01-01", "run.steps=1e3"]).unwrap();
+        assert_eq!((c.run.dir, c.data.train), (PathBuf::from("2024"), Paths(vec!["1e3".into()])));
+        assert_eq!((&*c.data.text_field, c.run.steps), ("2024-01-01", Some(Count(1000))));
+        let c =
+            set(&["data.validation.b=7", "run.seed=9223372036854775807", "data.text_field='\\n'"]).unwrap();
+        assert_eq!(c.data.validation["b"], Paths(vec!["7".into()]));
+        assert_eq!((c.run.seed, &*c.data.text_field), (i64::MAX as u64, "\\n"));
         let c = set(&["schedule.warmup=375M tokens", "batch.tokens=0.5M", "data.train=b.txt"]).unwrap();
         assert_eq!(c.schedule.warmup, Some(Span::Tokens(375_000_000)));
         assert_eq!(c.batch.tokens, Some(Count(500_000)));
@@ -494,6 +529,9 @@ mod tests {
             ("run.stps=1", "run.steps"),
             ("run.steps.x=1", "not a section"),
             ("x", "key=value"),
+            ("run.seed=18446744073709551615", "9223372036854775807"),
+            ("run.steps=3\nseed=4", "seed=4"),
+            ("run.steps=1e-1", "0.1"),
         ] {
             let e = format!("{:#}", set(&[wrong]).unwrap_err());
             assert!(e.contains(name), "{wrong}: {e}");

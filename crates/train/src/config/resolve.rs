@@ -61,6 +61,17 @@ const POSITIONS: usize = 2048;
 /// OPT's warm-up: 2000 steps, or 375M tokens for the small models.
 const WARMUP: (u64, Span) = (2000, Span::Tokens(375_000_000));
 
+/// Whether a value is above 0 and finite as kernels have it, in single precision.
+fn positive(value: f64) -> bool {
+    let value = value as f32;
+    value > 0.0 && value.is_finite()
+}
+
+/// Whether a value is in [0, 1), as kernels have it.
+fn share(value: f64) -> bool {
+    value >= 0.0 && (value as f32) < 1.0
+}
+
 /// Sequences per pass where the user does not say.
 pub(crate) fn micro_batch(sequences: usize, seq: usize) -> usize {
     let fits = |b: &usize| sequences.is_multiple_of(*b) && b * seq <= MICRO_BATCH_TOKENS;
@@ -259,6 +270,12 @@ impl Config {
         (model.dropout, model.attention_dropout) = (m.dropout, m.attention_dropout);
         // Its messages begin with the name of the size.
         model.check().map_err(|e| anyhow!("model.{e}"))?;
+        for (key, p) in [("dropout", model.dropout), ("attention_dropout", model.attention_dropout)] {
+            ensure!(
+                (p as f32) < 1.0,
+                "model.{key} = {p} is 1 in single precision, and nothing would be left; OPT uses 0.1"
+            );
+        }
         Ok(model)
     }
 
@@ -327,10 +344,14 @@ impl Config {
         let tokens = self.batch.tokens.get_or_insert(Count(default)).0;
         let t = seq as u64;
         ensure!(
-            tokens > 0 && tokens.is_multiple_of(t),
+            tokens >= t,
+            "batch.tokens = {tokens} is less than one sequence of data.seq = {seq} tokens; the least is {t}"
+        );
+        ensure!(
+            tokens.is_multiple_of(t),
             "batch.tokens = {tokens} is not a multiple of data.seq = {seq}; the nearest are {} and {}",
-            (tokens / t).max(1) * t,
-            (tokens / t + 1) * t
+            tokens / t * t,
+            (tokens / t + 1).saturating_mul(t)
         );
         let sequences = usize::try_from(tokens / t)?;
         ensure!(
@@ -362,10 +383,11 @@ impl Config {
             );
         }
         let steps = match (run.steps, run.tokens) {
-            (Some(steps), None) => steps,
+            (Some(steps), None) => steps.0,
             (None, Some(tokens)) => Span::Tokens(tokens.0).steps(batch_tokens),
             (Some(steps), Some(tokens)) => bail!(
-                "run.steps = {steps} and run.tokens = {} both say how long to train; remove one of the two",
+                "run.steps = {} and run.tokens = {} both say how long to train; remove one of the two",
+                steps.0,
                 tokens.0
             ),
             (None, None) => bail!(
@@ -379,7 +401,10 @@ impl Config {
     fn resolve_schedule(&mut self, steps: u64, batch_tokens: u64) -> anyhow::Result<Schedule> {
         let published = self.published().map(|p| p.lr);
         let peak = *self.optimizer.lr.get_or_insert(published.unwrap_or(SMALL_LR));
-        ensure!(peak > 0.0 && peak.is_finite(), "optimizer.lr = {peak} is not above 0");
+        ensure!(
+            positive(peak),
+            "optimizer.lr = {peak} is not a number above 0 in single precision, which ends at 3e38 and begins at 1e-45"
+        );
         let s = &mut self.schedule;
         let name =
             format!("schedule.kind = \"{}\"", toml::Value::try_from(s.kind)?.as_str().unwrap_or_default());
@@ -417,7 +442,7 @@ impl Config {
         );
         if s.kind.needs_total() {
             ensure!(
-                warmup + decay <= total,
+                warmup.saturating_add(decay) <= total,
                 "schedule.warmup ({warmup} steps){} is longer than the whole schedule ({total} steps); shorten it or \
                  raise schedule.total",
                 if decay > 0 { format!(" with schedule.decay ({decay} steps)") } else { String::new() }
@@ -441,12 +466,12 @@ impl Config {
         let o = &mut self.optimizer;
         let (decay, clip) = (o.weight_decay, o.clip);
         ensure!(
-            decay >= 0.0 && decay.is_finite(),
-            "optimizer.weight_decay = {decay}, but it is 0 or more; OPT uses 0.1"
+            decay >= 0.0 && (decay as f32).is_finite(),
+            "optimizer.weight_decay = {decay}, but it is 0 or more, and finite in single precision; OPT uses 0.1"
         );
         ensure!(
-            clip >= 0.0 && clip.is_finite(),
-            "optimizer.clip = {clip}, but it is 0 (no clipping) or more; OPT uses 1"
+            clip == 0.0 || positive(clip),
+            "optimizer.clip = {clip}, but it is 0 (no clipping), or above 0 and finite in single precision; OPT uses 1"
         );
         match o.kind {
             OptimizerKind::Adamw => {
@@ -459,9 +484,15 @@ impl Config {
                 let betas = *o.betas.get_or_insert([0.9, 0.95]);
                 let eps = *o.eps.get_or_insert(1e-8);
                 for beta in betas {
-                    ensure!((0.0..1.0).contains(&beta), "optimizer.betas = {betas:?}, but each is in [0, 1)");
+                    ensure!(
+                        share(beta),
+                        "optimizer.betas = {betas:?}, but each is in [0, 1), also in single precision; OPT uses [0.9, 0.95]"
+                    );
                 }
-                ensure!(eps > 0.0, "optimizer.eps = {eps}, but it is above 0; OPT uses 1e-8");
+                ensure!(
+                    positive(eps),
+                    "optimizer.eps = {eps}, but it is above 0 and finite in single precision; OPT uses 1e-8"
+                );
                 Ok(Rule::AdamW { betas, eps })
             }
             OptimizerKind::Sgd => {
@@ -475,8 +506,8 @@ impl Config {
                 }
                 let momentum = *o.momentum.get_or_insert(0.0);
                 ensure!(
-                    (0.0..1.0).contains(&momentum),
-                    "optimizer.momentum = {momentum}, but it is in [0, 1)"
+                    share(momentum),
+                    "optimizer.momentum = {momentum}, but it is in [0, 1), also in single precision"
                 );
                 Ok(Rule::Sgd { momentum })
             }
@@ -594,6 +625,7 @@ impl Config {
             clip_factor: r.clip_factor,
             cooldown,
             warmup,
+            clip: self.optimizer.clip,
         })
     }
 

@@ -133,6 +133,11 @@ impl<T> de::Visitor<'_> for Text<T> {
             .map_err(|_| E::custom(format!("{n} is negative; expected {}", self.expected)))
     }
 
+    fn visit_f64<E: de::Error>(self, n: f64) -> Result<T, E> {
+        // 1e6 is a number with a point to TOML.
+        parse_count(&n.to_string()).map(self.whole).map_err(E::custom)
+    }
+
     fn visit_str<E: de::Error>(self, text: &str) -> Result<T, E> {
         (self.parse)(text).map_err(E::custom)
     }
@@ -167,6 +172,19 @@ mod tests {
         }
         for wrong in ["", "-3", "1.5", "many", "3 tonnes", "99999999999999999999B"] {
             assert!(parse_span(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn numbers_with_an_exponent_are_counts_too() {
+        let count = |text: &str| {
+            let mut table: toml::Table = toml::from_str(&format!("n = {text}")).unwrap();
+            table.remove("n").unwrap().try_into::<Count>().map_err(|error| error.to_string())
+        };
+        assert_eq!(count("1e3"), Ok(Count(1000)));
+        assert_eq!(count("2.5e6"), Ok(Count(2_500_000)));
+        for wrong in ["1.5", "-1e3", "inf", "nan", "1e300"] {
+            assert!(count(wrong).unwrap_err().contains("not a count"), "{wrong}");
         }
     }
 

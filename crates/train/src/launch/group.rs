@@ -14,6 +14,12 @@ use std::time::{Duration, Instant};
 
 /// How often the ranks are looked at.
 const PACE: Duration = Duration::from_millis(20);
+/// Where they have not been for so long, this process was stopped itself, as a whole job is that is suspended.
+const STANDSTILL: Duration = Duration::from_secs(3);
+/// How many streams of a GPU CUDA's driver keeps apart: 8 unless it is told otherwise, 32 at most. Further ones share a queue, in
+/// which one waits for what the other waits for: an exchange with a rank that may itself be waiting. Each link to other ranks has a
+/// stream, and NCCL has more. The driver reads the variable once, so it is given to processes that have yet to begin.
+const CONNECTIONS: (&str, &str) = ("CUDA_DEVICE_MAX_CONNECTIONS", "32");
 
 /// N processes of one program.
 #[derive(Clone, Debug)]
@@ -124,8 +130,12 @@ impl Group {
         let mut told_to_stop = false;
         // When those that are still there are killed.
         let mut deadline = failed.is_some().then(|| self.end(&mut ranks, Signal::TERM));
+        let mut looked = Instant::now();
         while ranks.iter().any(|rank| rank.end.is_none()) {
             std::thread::sleep(PACE);
+            if std::mem::replace(&mut looked, Instant::now()).elapsed() > STANDSTILL {
+                ranks.iter_mut().for_each(|rank| rank.stopped = None);
+            }
             if let (None, Some((rank, end))) = (&failed, self.look(&mut ranks)) {
                 failed = Some(Failure { rank, end, error: String::new() });
                 if !told_to_stop {
@@ -143,6 +153,14 @@ impl Group {
                 signal_all(&mut ranks, Signal::KILL);
             }
         }
+        // A person who asks for an end may catch ranks that are not prepared for it yet, and others that miss those.
+        let as_asked = |end: End| match end {
+            End::Signal(signal) => signal == Signal::INT.as_raw(),
+            End::Status(status) => status == i32::from(AGAIN),
+            End::Hung | End::NotStarted => false,
+        };
+        let by_hand = stop.requested() && !stop.terminated();
+        let failed = failed.filter(|failure: &Failure| !(by_hand && as_asked(failure.end)));
         let mut errors: Vec<String> =
             ranks.into_iter().map(|rank| rank.relay.map_or(String::new(), Relay::error)).collect();
         Ok(failed.map(|failure| match failure.end {
@@ -165,6 +183,9 @@ impl Group {
                 ("MASTER_PORT", port.to_string()),
             ];
             command.envs(own);
+            if std::env::var_os(CONNECTIONS.0).is_none() {
+                command.env(CONNECTIONS.0, CONNECTIONS.1);
+            }
         }
         let relay = match rank {
             0 => None,
@@ -186,7 +207,8 @@ impl Group {
     }
 
     /// Takes note of ranks that have ended. Of those that failed just now, the one that is most likely the cause: one that
-    /// was killed rather than one that ends because another is gone.
+    /// was killed rather than one that ends because another is gone; and where all ended for that, one that is stopped, which
+    /// they did not hear of any more. That one is killed.
     fn look(&self, ranks: &mut [Rank]) -> Option<(usize, End)> {
         let mut failures = Vec::new();
         for (number, rank) in ranks.iter_mut().enumerate().filter(|(_, rank)| rank.end.is_none()) {
@@ -218,7 +240,15 @@ impl Group {
             End::Status(status) if status == i32::from(AGAIN) => 2,
             End::Status(_) => 1,
         };
-        failures.into_iter().min_by_key(|&(rank, end)| (cause(end), rank))
+        let first = failures.into_iter().min_by_key(|&(rank, end)| (cause(end), rank))?;
+        let stopped = ranks.iter().position(|rank| rank.end.is_none() && rank.stopped.is_some());
+        match stopped {
+            Some(stopped) if first.1 == End::Status(AGAIN.into()) => {
+                signal(&ranks[stopped].child, Signal::KILL);
+                Some((stopped, End::Hung))
+            }
+            _ => Some(first),
+        }
     }
 
     /// Asks all to end. Returns when those that have not are to be killed.

@@ -21,7 +21,10 @@ mod supervisor;
 pub use group::{End, Failure, Group};
 pub use supervisor::{Supervision, supervise};
 
-use anyhow::{Context, Result};
+use crate::recovery::GaveUp;
+use anyhow::{Context, Error, Result};
+use ferropt_device::Failure as DeviceFailure;
+use ferropt_mesh::Lost;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 
 /// Something that the user gave is wrong.
@@ -30,6 +33,19 @@ pub const WRONG: u8 = 1;
 pub const GAVE_UP: u8 = 3;
 /// Start me again: `EX_TEMPFAIL` of `sysexits.h`, the status that schedulers are told to requeue at.
 pub const AGAIN: u8 = 75;
+
+/// The status to end with for an error; of one that another rank has given up for, that rank's.
+pub fn status(error: &Error) -> u8 {
+    if error.chain().any(|cause| cause.is::<GaveUp>()) {
+        GAVE_UP
+    } else if let Some(lost) = error.chain().find_map(|cause| cause.downcast_ref::<Lost>()) {
+        lost.status().unwrap_or(AGAIN)
+    } else if error.chain().any(|cause| cause.is::<DeviceFailure>()) {
+        AGAIN
+    } else {
+        WRONG
+    }
+}
 
 /// Variable that tells a rank the process that launched it.
 const LAUNCHER: &str = "FERROPT_LAUNCHER";

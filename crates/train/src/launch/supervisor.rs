@@ -80,7 +80,7 @@ pub fn supervise(
         let until = Instant::now() + wait;
         while Instant::now() < until {
             if stop.requested() {
-                return Ok(AGAIN);
+                return Ok(if stop.terminated() { AGAIN } else { 0 });
             }
             std::thread::sleep(Duration::from_millis(20).min(wait));
         }

@@ -166,7 +166,7 @@ fn split_masters_are_the_f32_run_to_the_bit_and_stochastic_ones_stay_near() {
 fn written(folder: &std::path::Path, groups: Vec<Group>) -> Checkpoint {
     let null = serde_json::Value::Null;
     let (model, config, loop_state) = (null.clone(), null.clone(), null);
-    let run = RunState { step: 1, tokens: 0, rollbacks: 0, seed: 0, model, config, loop_state };
+    let run = RunState { step: 1, tokens: 0, rollbacks: 0, early: false, seed: 0, model, config, loop_state };
     let store = Store::open_for_writing(folder).unwrap();
     let mut writer = Writer::start(store, Retention::ALL, DEFAULT_SHARD_BYTES, Team::alone()).unwrap();
     writer.save(|| Ok(Snapshot { run, groups, files: Vec::new() })).unwrap();

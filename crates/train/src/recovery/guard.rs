@@ -9,8 +9,18 @@ use std::ops::Range;
 /// many deviations, and still no reason to stop. With the threshold 10 a loss must rise by three tenths.
 const LEAST_LOSS_DEVIATION: f64 = 0.03;
 
+/// The same in nats: where a model knows its text by heart, losses are next to nothing, and a batch that it knows a little less
+/// well has a multiple of that. With the threshold 10 a loss must rise by half a nat.
+const LEAST_LOSS_RISE: f64 = 0.05;
+
 /// The same for the logarithm of a gradient norm. With the threshold 10 it must grow to e^2, seven times its level.
 const LEAST_NORM_DEVIATION: f64 = 0.2;
+
+/// A gradient up to so many times the clip is scaled down and does no harm by itself, however small the recent ones were.
+const HARMLESS: f64 = 10.0;
+
+/// Robust standard deviations from which on a loss is above its level, so that a gradient is trouble whatever its length.
+const RAISED: f64 = 3.0;
 
 /// Decides about every step. See the [module](super).
 #[derive(Clone, Debug)]
@@ -66,6 +76,11 @@ impl State {
     /// State of a run that has done `step` steps and knows of no trouble.
     pub fn after(step: u64) -> State {
         State { next: step, ..State::default() }
+    }
+
+    /// Batches that the step numbered `step` was tried with in vain.
+    pub fn skipped(&self, step: u64) -> Vec<u64> {
+        self.skips.iter().filter(|skip| skip.step == step).map(|skip| skip.batch).collect()
     }
 }
 
@@ -212,15 +227,28 @@ impl Guard {
         if s.forks.len() >= self.policy.max_rollbacks {
             return Verdict::GiveUp(cause);
         }
-        let margin = self.policy.margin;
         let Skip { step: first, batch: first_batch } = s.skips[0];
-        let mut trusted = (first - 1).saturating_sub(margin);
-        // The trouble is back where the last roll-back should have helped, so that did not go back far enough.
-        if let Some(last) = s.forks.last().filter(|_| first <= s.trouble + self.policy.window as u64) {
-            trusted = trusted.min(last.saturating_sub(1));
+        let batches = first_batch.saturating_sub(self.policy.margin)..batch + 1;
+        Verdict::RollBack(Trouble { cause, first, trusted: self.trusted(first), batches })
+    }
+
+    /// Newest step whose weights are trusted if there is trouble from step `first` on.
+    fn trusted(&self, first: u64) -> u64 {
+        let (policy, s) = (&self.policy, &self.state);
+        let trusted = (first - 1).saturating_sub(policy.margin);
+        match s.forks.last() {
+            // The trouble is back where the last roll-back should have helped, so that did not go back far enough.
+            Some(last) if first <= s.trouble + policy.window as u64 => trusted.min(last.saturating_sub(1)),
+            _ => trusted,
         }
-        let batches = first_batch.saturating_sub(margin)..batch + 1;
-        Verdict::RollBack(Trouble { cause, first, trusted, batches })
+    }
+
+    /// Newest step that a roll-back may have to go back to, now that `step` steps are done: what comes then may be the end of a
+    /// trouble that began with a step that was skipped already. None where nothing is rolled back any more.
+    pub fn way_back(&self, step: u64) -> Option<u64> {
+        let (policy, s) = (&self.policy, &self.state);
+        let first = s.skips.first().map_or(step + 1, |skip| skip.step);
+        (policy.enabled && s.forks.len() < policy.max_rollbacks).then(|| self.trusted(first))
     }
 
     /// Goes on from step `to`, at which a checkpoint had the state `then`, past the data of `trouble` and with lower
@@ -252,14 +280,18 @@ impl Guard {
         }
         // A quarter of the window gives a median and a deviation that can be relied on.
         let enough = |level: &Level| level.len() >= (policy.window / 4).max(16);
-        if policy.loss_threshold > 0.0 && enough(&s.losses) {
-            let (usual, deviation) = s.losses.usual()?;
-            let deviations = (loss - usual) / deviation.max(LEAST_LOSS_DEVIATION * usual.abs());
-            if deviations > policy.loss_threshold {
-                return Some(Wrong::Loss { deviations, usual });
-            }
+        if !enough(&s.losses) {
+            return None;
         }
-        if policy.norm_threshold > 0.0 && enough(&s.norms) && step > policy.warmup {
+        let (usual, deviation) = s.losses.usual()?;
+        let least = LEAST_LOSS_RISE.max(LEAST_LOSS_DEVIATION * usual.abs());
+        let raised = (loss - usual) / deviation.max(least);
+        if policy.loss_threshold > 0.0 && raised > policy.loss_threshold {
+            return Some(Wrong::Loss { deviations: raised, usual });
+        }
+        let clip = policy.clip * self.factors(step).1;
+        let harmless = grad_norm <= HARMLESS * clip && raised <= RAISED;
+        if policy.norm_threshold > 0.0 && enough(&s.norms) && step > policy.warmup && !harmless {
             let (usual, deviation) = s.norms.usual()?;
             let deviations = (logarithm(grad_norm) - usual) / deviation.max(LEAST_NORM_DEVIATION);
             if deviations > policy.norm_threshold {

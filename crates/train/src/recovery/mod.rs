@@ -48,6 +48,8 @@ pub struct Policy {
     pub cooldown: Option<u64>,
     /// Steps of the schedule's warm-up, in which gradient norms rise and are not compared.
     pub warmup: u64,
+    /// Longest gradient that is not scaled down; 0 for any.
+    pub clip: f64,
 }
 
 /// Training went wrong, and nothing that a program may do by itself is left: the program ends with a status of its own,

@@ -15,18 +15,40 @@ pub struct MetricLog {
     length: u64,
 }
 
+/// Where a run is continued.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resumed {
+    /// Steps done.
+    pub step: u64,
+    /// Batches that the step after it was tried with in vain: they come no more.
+    pub skipped: Vec<u64>,
+}
+
+impl Resumed {
+    /// Whether a record will be made again.
+    fn drops(&self, record: &Record) -> bool {
+        let kept = match record {
+            Record::Skipped(skipped) => {
+                skipped.step == self.step + 1 && self.skipped.contains(&skipped.batch)
+            }
+            _ => false,
+        };
+        record.step() > self.step && !kept
+    }
+}
+
 impl MetricLog {
-    /// Opens the log of a run that continues after step `resumed`, dropping what comes later and a line cut short by
+    /// Opens the log of a run that continues where it was `resumed`, dropping what comes later and a line cut short by
     /// a crash; `None` begins anew. So an interrupted run leaves the file that an uninterrupted one would.
     ///
     /// # Errors
     /// When the file cannot be read or written, or a line to be kept is no record.
-    pub fn open(path: &Path, resumed: Option<u64>) -> Result<MetricLog> {
+    pub fn open(path: &Path, resumed: Option<&Resumed>) -> Result<MetricLog> {
         let length = match resumed {
             None => 0,
-            Some(step) => parse(path)?
+            Some(resumed) => parse(path)?
                 .into_iter()
-                .find_map(|(start, record)| (record.step() > step).then_some(start))
+                .find_map(|(start, record)| resumed.drops(&record).then_some(start))
                 .map_or_else(|| whole_lines(path), Ok)?,
         };
         let file = OpenOptions::new().create(true).append(true).open(path);
@@ -93,7 +115,7 @@ fn whole_lines(path: &Path) -> Result<u64> {
     Ok(content(path)?.rfind('\n').map_or(0, |end| end as u64 + 1))
 }
 
-/// Records of the complete lines, each with the place where its line starts.
+/// Records of the complete lines, each with the place where its line starts. Blank lines, which editors leave, are none.
 fn parse(path: &Path) -> Result<Vec<(u64, Record)>> {
     let content = content(path)?;
     let mut records = Vec::new();
@@ -101,6 +123,7 @@ fn parse(path: &Path) -> Result<Vec<(u64, Record)>> {
     for (index, line) in content.split_inclusive('\n').enumerate().filter(|(_, line)| line.ends_with('\n')) {
         match serde_json::from_str(line) {
             Ok(record) => records.push((start, record)),
+            Err(_) if line.trim().is_empty() => {}
             Err(error) => bail!(
                 "line {} of {} is no record of Ferropt ({error}): repair or remove the line, or move the file away",
                 index + 1,
@@ -114,8 +137,12 @@ fn parse(path: &Path) -> Result<Vec<(u64, Record)>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::{Training, Validation};
+    use super::super::record::{Skipped, Training, Validation};
     use super::*;
+
+    fn after(step: u64) -> Option<Resumed> {
+        Some(Resumed { step, skipped: Vec::new() })
+    }
 
     fn training(step: u64) -> Record {
         Record::Training(Training {
@@ -137,8 +164,8 @@ mod tests {
         })
     }
 
-    fn write(path: &Path, resumed: Option<u64>, steps: std::ops::RangeInclusive<u64>) {
-        let mut log = MetricLog::open(path, resumed).unwrap();
+    fn write(path: &Path, resumed: Option<Resumed>, steps: std::ops::RangeInclusive<u64>) {
+        let mut log = MetricLog::open(path, resumed.as_ref()).unwrap();
         for step in steps {
             log.append(&training(step)).unwrap();
             if step % 4 == 0 {
@@ -157,7 +184,7 @@ mod tests {
         let mut torn = fs::read(&broken).unwrap();
         torn.extend_from_slice(b"{\"kind\":\"train");
         fs::write(&broken, torn).unwrap();
-        write(&broken, Some(8), 9..=12);
+        write(&broken, after(8), 9..=12);
         assert_eq!(fs::read(&straight).unwrap(), fs::read(&broken).unwrap());
         // Killed before the first checkpoint.
         write(&broken, None, 1..=12);
@@ -165,7 +192,7 @@ mod tests {
         // Nothing to drop but a torn line.
         write(&broken, None, 1..=8);
         fs::write(&broken, [&fs::read(&broken).unwrap()[..], b"{"].concat()).unwrap();
-        write(&broken, Some(8), 9..=12);
+        write(&broken, after(8), 9..=12);
         assert_eq!(fs::read(&straight).unwrap(), fs::read(&broken).unwrap());
     }
 
@@ -191,8 +218,40 @@ mod tests {
         let damaged =
             fs::read_to_string(&path).unwrap().replacen("{\"kind\":\"training\",\"step\":2", "{\"ki", 1);
         fs::write(&path, &damaged).unwrap();
-        let error = MetricLog::open(&path, Some(4)).unwrap_err().to_string();
+        let error = MetricLog::open(&path, after(4).as_ref()).unwrap_err().to_string();
         assert!(error.contains("line 2") && error.contains("metrics.jsonl"), "{error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), damaged);
+    }
+
+    #[test]
+    fn steps_that_were_skipped_before_a_checkpoint_stay() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let skipped = |step, batch| Record::Skipped(Skipped { step, batch, ..Skipped::default() });
+        let records = [training(1), training(2), skipped(3, 2), skipped(3, 3), training(3), skipped(4, 5)];
+        let resume = |step, batches: &[u64]| {
+            let mut log = MetricLog::open(&path, None).unwrap();
+            records.iter().for_each(|record| log.append(record).unwrap());
+            MetricLog::open(&path, Some(&Resumed { step, skipped: batches.to_vec() })).unwrap();
+            MetricLog::read(&path).unwrap()
+        };
+        // A stop right after a skip saves what was learnt from it, so that it does not come again.
+        assert_eq!(resume(2, &[2, 3]), records[..4]);
+        assert_eq!(resume(2, &[2]), records[..3]);
+        // A checkpoint from before it knows of none.
+        assert_eq!(resume(2, &[]), records[..2]);
+        assert_eq!(resume(1, &[2, 3]), records[..1]);
+        assert_eq!(resume(3, &[2, 3, 5]), records);
+    }
+
+    #[test]
+    fn blank_lines_count_for_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        write(&path, None, 1..=3);
+        let blank = fs::read_to_string(&path).unwrap().replace('\n', "\n\n \r\n");
+        fs::write(&path, blank).unwrap();
+        write(&path, after(2), 3..=3);
+        assert_eq!(MetricLog::read(&path).unwrap(), [training(1), training(2), training(3)]);
     }
 }

@@ -17,7 +17,7 @@ mod record;
 mod tensorboard;
 
 pub use energy::{DEFAULT_WATTS_PER_CORE, Energy, Meter};
-pub use jsonl::MetricLog;
+pub use jsonl::{MetricLog, Resumed};
 pub use memory::peak_resident_bytes;
 pub use plot::{Plot, Scale, Series, Style, loss_curves};
 pub use progress::Progress;
@@ -37,22 +37,37 @@ pub struct Telemetry {
 }
 
 impl Telemetry {
-    /// Opens the outputs of the run in folder `run`, which is to make `steps` steps and continues after
+    /// Opens the outputs of the run in folder `run`, which is to make `steps` steps and continues where it was
     /// `resumed` (`None` when it begins; what an earlier start left without a checkpoint is then dropped).
     ///
     /// # Errors
     /// When a file cannot be written, or `metrics.jsonl` is damaged.
-    pub fn open(run: &Path, resumed: Option<u64>, steps: u64) -> Result<Telemetry> {
+    pub fn open(run: &Path, resumed: Option<&Resumed>, steps: u64) -> Result<Telemetry> {
+        let step = resumed.map(|resumed| resumed.step);
         Ok(Telemetry {
             run: run.into(),
             log: MetricLog::open(&run.join("metrics.jsonl"), resumed)?,
-            events: EventFile::create(run, resumed)?,
-            progress: Progress::start(resumed.unwrap_or(0), steps),
+            events: EventFile::create(run, step)?,
+            progress: Progress::start(step.unwrap_or(0), steps),
         })
     }
 
-    /// Shows and keeps a record. Everything about a step must be recorded before its checkpoint is saved, or a run
-    /// that is resumed from there would lack it.
+    /// Names of the held-out sets that were scored at `step` already.
+    ///
+    /// # Errors
+    /// When the records cannot be read.
+    pub fn scored(&self, step: u64) -> Result<Vec<String>> {
+        let records = MetricLog::read(&self.run.join("metrics.jsonl"))?.into_iter();
+        Ok(records
+            .filter_map(|record| match record {
+                Record::Validation(validation) if validation.step == step => Some(validation.set),
+                _ => None,
+            })
+            .collect())
+    }
+
+    /// Shows and keeps a record. What cannot be made again from the checkpoint of a step must be recorded before that is
+    /// saved, or a run that is resumed from there would lack it.
     ///
     /// # Errors
     /// When a file cannot be written (a full disk); the files stay readable and training may go on.
@@ -71,7 +86,8 @@ impl Telemetry {
         let log = self.run.join("metrics.jsonl");
         MetricLog::copy_later(&log, step, aside)?;
         self.progress.finish();
-        *self = Telemetry::open(&self.run, Some(step), steps)?;
+        let resumed = Resumed { step, skipped: Vec::new() };
+        *self = Telemetry::open(&self.run, Some(&resumed), steps)?;
         Ok(())
     }
 
@@ -106,7 +122,8 @@ mod tests {
     use super::*;
 
     fn run(folder: &Path, resumed: Option<u64>, steps: std::ops::RangeInclusive<u64>) {
-        let mut telemetry = Telemetry::open(folder, resumed, 10).unwrap();
+        let resumed = resumed.map(|step| Resumed { step, skipped: Vec::new() });
+        let mut telemetry = Telemetry::open(folder, resumed.as_ref(), 10).unwrap();
         for step in steps {
             let loss = 10.0 / step as f64;
             telemetry.record(&Record::Training(Training { step, loss, ..Training::default() })).unwrap();

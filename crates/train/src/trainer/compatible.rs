@@ -33,11 +33,10 @@ const FREE: [&str; 21] = [
 pub(super) fn check(then: &Value, now: &Value) -> Result<()> {
     let (then, now) = (flat(then), flat(now));
     let keys: std::collections::BTreeSet<&String> = then.keys().chain(now.keys()).collect();
-    let show = |v: Option<&Value>| v.map_or("not set".into(), Value::to_string);
     let changed: Vec<String> = keys
         .into_iter()
         .filter(|key| then.get(*key) != now.get(*key) && !free(key))
-        .map(|key| format!("{key} was {} and is {} now", show(then.get(key)), show(now.get(key))))
+        .map(|key| format!("{key} was {} and is {} now", shown(then.get(key)), shown(now.get(key))))
         .collect();
     ensure!(
         changed.is_empty(),
@@ -53,8 +52,13 @@ fn free(key: &str) -> bool {
     FREE.iter().any(|f| key.strip_prefix(f).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
 }
 
+/// A key's value, for people.
+pub(super) fn shown(value: Option<&Value>) -> String {
+    value.map_or("not set".into(), Value::to_string)
+}
+
 /// `{"a": {"b": 1}}` as `{"a.b": 1}`.
-fn flat(value: &Value) -> BTreeMap<String, Value> {
+pub(super) fn flat(value: &Value) -> BTreeMap<String, Value> {
     fn walk(path: &str, value: &Value, out: &mut BTreeMap<String, Value>) {
         match value {
             Value::Object(map) => {

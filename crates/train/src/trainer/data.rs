@@ -17,6 +17,8 @@ pub(super) struct Data {
     pub(super) validation: Vec<(String, Loader)>,
     /// What identifies the training data: content, not where it lies.
     pub(super) identity: Identity,
+    /// What people should know of how it was found.
+    pub(super) notes: Vec<String>,
 }
 
 /// What must not change between two parts of a run, or its order of samples would.
@@ -27,6 +29,9 @@ pub(super) struct Identity {
     tokens: u64,
     documents: u64,
     text_bytes: u64,
+    /// CRC-32C of the tokens; absent in checkpoints of programs that made none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    checksum: Option<u32>,
 }
 
 impl Data {
@@ -48,19 +53,25 @@ impl Data {
             tokenizer.vocab_size()
         );
         let cache = data.cache.as_deref().unwrap_or(Path::new("data-cache"));
-        let file = |paths: &[PathBuf], name: &str| -> Result<Option<TokenFile>> {
+        let mut notes = Vec::new();
+        let mut file = |paths: &[PathBuf], name: &str| -> Result<Option<TokenFile>> {
             let corpus = Corpus::find(paths, &data.text_field)?;
-            tokenise_unless(&|| stop.requested(), &corpus, &tokenizer, cache, name)
+            let file = tokenise_unless(&|| stop.requested(), &corpus, &tokenizer, cache, name)?;
+            let replaced = file.iter().filter_map(TokenFile::replaces);
+            notes.extend(replaced.map(|damage| format!("made a token file anew: {damage}")));
+            Ok(file)
         };
         let (seq, seed) = (resolved.seq, resolved.config.run.seed);
         let wrong = "data.train cannot be used";
         let Some(train) = file(&data.train.0, "train").context(wrong)? else { return Ok(None) };
+        let checksum = Some(train.checksum());
         let train = Loader::shuffled(vec![train], &tokenizer, seq, seed).context(wrong)?;
         let mut validation = Vec::new();
         for (name, paths) in &data.validation {
             let wrong = || format!("data.validation.{name} cannot be used");
             let Some(held_out) = file(&paths.0, name).with_context(wrong)? else { return Ok(None) };
-            let loader = Loader::sequential(vec![held_out], &tokenizer, seq).with_context(wrong)?;
+            let most = resolved.config.validation.max_tokens.map_or(u64::MAX, |most| most.0);
+            let loader = Loader::sequential(vec![held_out], &tokenizer, seq, most).with_context(wrong)?;
             validation.push((name.clone(), loader));
         }
         let identity = Identity {
@@ -68,9 +79,10 @@ impl Data {
             tokens: train.tokens(),
             documents: train.documents(),
             text_bytes: train.text_bytes(),
+            checksum,
         };
         let tokenizer_json = tokenizer.to_json()?.into_bytes();
-        Ok(Some(Data { tokenizer_json, tokenizer, train, validation, identity }))
+        Ok(Some(Data { tokenizer_json, tokenizer, train, validation, identity, notes }))
     }
 }
 
@@ -81,8 +93,9 @@ impl Identity {
             self.tokenizer == now.tokenizer,
             "data.tokenizer is not the one that this run began with; put that one back, or choose another run.dir"
         );
+        let counts = |of: &Identity| (of.tokens, of.documents, of.text_bytes);
         ensure!(
-            self == now,
+            counts(self) == counts(now),
             "data.train is not what this run began with: that had {} tokens in {} documents, {} bytes of text; now it is \
              {} tokens in {} documents, {} bytes. Put the old data back, or choose another run.dir",
             self.tokens,
@@ -92,6 +105,36 @@ impl Identity {
             now.documents,
             now.text_bytes
         );
+        if let (Some(then), Some(now)) = (self.checksum, now.checksum) {
+            ensure!(
+                then == now,
+                "data.train is not what this run began with: it has as many tokens, documents and bytes, but others (their \
+                 checksum was {then:08x} and is {now:08x}). Put the old data back, or choose another run.dir"
+            );
+        }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn identity(checksum: Option<u32>) -> Identity {
+        Identity { tokenizer: "t".into(), tokens: 5, documents: 2, text_bytes: 9, checksum }
+    }
+
+    #[test]
+    fn other_data_is_refused_and_that_of_older_checkpoints_compared_by_counts() {
+        let now = identity(Some(0xab));
+        now.check(&now).unwrap();
+        let error = identity(Some(0xcd)).check(&now).unwrap_err().to_string();
+        assert!(error.contains("data.train") && error.contains("000000cd"), "{error}");
+        let fewer = Identity { tokens: 4, ..now.clone() };
+        assert!(fewer.check(&now).unwrap_err().to_string().contains("that had 4 tokens"));
+        let old: Identity =
+            serde_json::from_str(r#"{"tokenizer":"t","tokens":5,"documents":2,"text_bytes":9}"#).unwrap();
+        assert_eq!(old, identity(None));
+        old.check(&now).unwrap();
     }
 }

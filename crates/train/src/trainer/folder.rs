@@ -2,7 +2,7 @@
 
 use crate::checkpoint::mirror::Mirror;
 use crate::checkpoint::{Checkpoint, Share, Store, Team};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use ferropt_mesh::{Label, Mesh};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -29,12 +29,24 @@ pub(super) fn open(mesh: &Mesh, run: &Path, mirror: Option<&str>, timeout: Durat
         None
     };
     let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default().as_nanos() as u64;
+    if let Some(store) = &first {
+        store.sign(now)?;
+    }
     let told = mesh.all.gather_bytes(Label::new("start"), &now.to_le_bytes())?;
     let attempt = told.first().and_then(|bytes| bytes.as_slice().try_into().ok());
     let attempt = u64::from_le_bytes(attempt.context("the first rank did not say when it started")?);
     let store = match first {
         Some(store) => store,
-        None => Store::open(run).context("run.dir has to be a folder that all ranks share")?,
+        None => {
+            let store = Store::open(run).context("run.dir has to be a folder that all ranks share")?;
+            ensure!(
+                store.is_signed(attempt),
+                "run.dir = \"{}\" is another folder on rank {} than on rank 0; it has to be one that all ranks share",
+                run.display(),
+                share.rank
+            );
+            store
+        }
     };
     let exchange = |bytes: &[u8]| mesh.all.gather_bytes(Label::new("resume"), bytes);
     let mut notes = Vec::new();

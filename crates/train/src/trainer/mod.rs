@@ -5,6 +5,7 @@
 //! dropout and rounding follow from the number of the step. So a run that was killed and resumed has the same bits as
 //! one that was not.
 
+mod alike;
 mod compatible;
 mod cores;
 mod data;
@@ -17,6 +18,7 @@ mod watch;
 
 use crate::checkpoint::Store;
 use crate::config::{Config, Precision, Resolved};
+use crate::launch;
 use crate::planner::Plan;
 use crate::signals::Stop;
 use crate::telemetry::{Training, Validation};
@@ -72,15 +74,14 @@ pub struct Outcome {
     pub tokens: u64,
     /// The run folder.
     pub run: PathBuf,
-    /// Picture of the loss curves; none if the run was stopped while its data was read, before training went on, nor on
-    /// ranks other than the first.
+    /// Picture of the loss curves; none if the run was stopped before training went on, nor on ranks other than the first.
     pub curves: Option<PathBuf>,
     /// Which of the run's ranks this is. The first one tells people.
     pub rank: usize,
 }
 
 /// Trains as `config` says, or continues where the run in `run.dir` was left. `stop` ends it after the current step;
-/// SIGINT and SIGTERM request that too from here on. Where this process was started as one of many
+/// SIGINT, SIGTERM and SIGHUP request that too from here on. Where this process was started as one of many
 /// ([`World::join`]), it does its part.
 ///
 /// # Errors
@@ -88,8 +89,21 @@ pub struct Outcome {
 /// [`GaveUp`](crate::recovery::GaveUp) when training goes wrong again and again; a last checkpoint that cannot be
 /// written; a rank that is lost. What was saved stays good in all cases.
 pub fn train(config: Config, stop: &Stop, hook: Hook<'_>) -> Result<Outcome> {
+    // Before ranks meet, which may take minutes.
+    stop.on_signals_of_a_job()?;
+    let foreseen = World::foreseen()?;
+    if let Some((_, ranks)) = foreseen {
+        config.clone().resolve_for(ranks)?;
+    }
     let timeout = Duration::try_from_secs_f64(config.parallel.timeout).unwrap_or(Duration::MAX);
-    train_in(World::join(Join { timeout, ..Join::default() })?, config, stop, hook)
+    let asked = stop.clone();
+    match World::join_unless(move || asked.requested(), Join { timeout, ..Join::default() })? {
+        Some(world) => train_in(world, config, stop, hook),
+        None => {
+            let (rank, ranks) = foreseen.context("ranks that meet over MPI were stopped")?;
+            Ok(stopped_early(&config.resolve_for(ranks)?, rank))
+        }
+    }
 }
 
 /// [`train`], as one of the ranks of `world`. The hook hears of what happens on the first.
@@ -100,7 +114,7 @@ pub fn train_in(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Re
     let outcome = train_on(world.clone(), config, stop, hook);
     if let Err(error) = &outcome {
         // The others wait for this rank; they are to know why in vain.
-        world.abandon(&format!("{error:#}"));
+        world.abandon(&format!("{error:#}"), launch::status(error));
     }
     outcome
 }
@@ -108,6 +122,7 @@ pub fn train_in(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Re
 fn train_on(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Result<Outcome> {
     let resolved = config.resolve_for(world.size())?;
     let mesh = Mesh::new(world, resolved.axes)?;
+    alike::configured(&mesh.all, &resolved)?;
     let threads = cores::threads(&mesh.all, resolved.config.run.threads)?;
     let device = Chip::open(cores::device(&mesh.all, resolved.device)?, threads, mesh.all.size() == 1)?;
     let (mesh, links) = mesh.linked(&device)?;
@@ -116,7 +131,10 @@ fn train_on(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Result
         hook(Event::Planned { resolved: &resolved, plan: &plan });
     }
     stop.on_signals_of_a_job()?;
-    let Some(data) = open_data(&mesh, &resolved, stop)? else { return Ok(stopped_early(&resolved, &mesh)) };
+    let Some(data) = open_data(&mesh, &resolved, stop)? else {
+        return Ok(stopped_early(&resolved, mesh.world.rank()));
+    };
+    alike::fed(&mesh.all, &data)?;
     match resolved.config.run.precision {
         Precision::F32 => Trainer::<_, f32>::new(device, mesh, links, resolved, data, &plan, hook)?.run(stop),
         Precision::Bf16 => {
@@ -130,8 +148,9 @@ fn train_on(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Result
 fn open_data(mesh: &Mesh, resolved: &Resolved, stop: &Stop) -> Result<Option<Data>> {
     let first = mesh.world.rank() == 0;
     let data = if first { Data::open(resolved, stop)? } else { None };
-    let stopped = mesh.all.gather_f64(Label::new("data"), &[f64::from(first && data.is_none())])?;
-    match (first, stopped.concat().contains(&1.0)) {
+    let stopped = [u8::from(first && data.is_none())];
+    let stopped = mesh.all.gather_bytes_whenever(Label::new("data"), &stopped)?;
+    match (first, stopped.concat().contains(&1)) {
         (true, _) => Ok(data),
         (false, true) => Ok(None),
         // What is tokenised is opened in no time, or by a stop of all ranks together later.
@@ -140,11 +159,11 @@ fn open_data(mesh: &Mesh, resolved: &Resolved, stop: &Stop) -> Result<Option<Dat
 }
 
 /// The outcome of a run that was stopped before it could do anything; it stands where an earlier start left it.
-fn stopped_early(resolved: &Resolved, mesh: &Mesh) -> Outcome {
+fn stopped_early(resolved: &Resolved, rank: usize) -> Outcome {
     let run = resolved.config.run.dir.clone();
     let last = Store::open(&run).and_then(|store| store.list()).ok().and_then(|mut list| list.pop());
     let step = last.map_or(0, |entry| entry.step);
-    let (tokens, rank) = (step * resolved.batch_tokens(), mesh.world.rank());
+    let tokens = step * resolved.batch_tokens();
     Outcome { ending: Ending::Stopped, step, tokens, run, curves: None, rank }
 }
 

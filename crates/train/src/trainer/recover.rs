@@ -3,7 +3,7 @@
 
 use super::run::{Trainer, described, view};
 use super::state;
-use crate::checkpoint::{Checkpoint, Event as Saving, Store};
+use crate::checkpoint::{Checkpoint, Entry, Event as Saving, Store};
 use crate::loss_scale::LossScale;
 use crate::recovery::{Cause, Finding, GaveUp, Trouble, Verdict, find};
 use crate::telemetry::{Record, Skipped};
@@ -33,6 +33,7 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
             }
             Verdict::GiveUp(cause) => {
                 self.skipped(&cause)?;
+                self.settle()?;
                 Err(self.give_up(&cause).into())
             }
         }
@@ -113,7 +114,7 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
         Ok(name)
     }
 
-    /// Goes back to a checkpoint from before the trouble, or to the beginning if there is none.
+    /// Goes back to a checkpoint from before the trouble, or to the beginning if there is none at all.
     fn roll_back(&mut self, trouble: &Trouble) -> Result<()> {
         self.settle()?;
         let from = self.step;
@@ -153,6 +154,7 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
             "clip_factor": clip, "cause": trouble.cause,
         });
         self.enter_once("rolled-back", &text, figures);
+        self.saved = None;
         // The checkpoint gets what was learnt from the trouble, before anything of the old way is taken away: a run that is
         // killed in between meets the same trouble again, or goes on from here.
         self.save()?;
@@ -166,7 +168,7 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
     }
 
     /// Waits for a checkpoint that is under way.
-    fn settle(&mut self) -> Result<()> {
+    pub(super) fn settle(&mut self) -> Result<()> {
         let Some(writer) = &mut self.writer else { return Ok(()) };
         writer.settle()?;
         for event in writer.poll() {
@@ -175,22 +177,39 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
         Ok(())
     }
 
-    /// The newest checkpoint from which this run has come that the trouble leaves trusted; else the oldest from before it.
+    /// The newest checkpoint from which this run has come that the trouble leaves trusted; else the oldest, which has least of
+    /// it. None where none was ever written.
+    ///
+    /// # Errors
+    /// [`GaveUp`] where there are checkpoints, and this run has come from none of them that is whole: to begin again would be
+    /// to lose the run.
     fn healthy(&self, trouble: &Trouble) -> Result<Option<Checkpoint>> {
         let store = Store::open(&self.resolved.config.run.dir)?;
-        let before = |rollbacks, step| step < trouble.first && self.guard.went_through(rollbacks, step);
-        let trusted = store.latest_whole_of(|e| before(e.rollbacks, e.step) && e.step <= trouble.trusted);
+        let mine = |entry: &Entry| self.guard.went_through(entry.rollbacks, entry.step);
+        let trusted = store.latest_whole_of(|entry| mine(entry) && entry.step <= trouble.trusted);
         if let Ok(Some(found)) = trusted {
             return Ok(Some(found.checkpoint));
         }
-        let oldest = store.list()?.into_iter().filter(|entry| before(entry.rollbacks, entry.step));
-        Ok(oldest.filter_map(|entry| Checkpoint::open(&entry.path).ok()).next())
+        let all = store.list()?;
+        if all.is_empty() {
+            return Ok(None);
+        }
+        let oldest = all.into_iter().filter(mine).find_map(|entry| Checkpoint::open(&entry.path).ok());
+        let none = || {
+            GaveUp(format!(
+                "the run is to go back to before step {}, because of {}, but of the checkpoints in {} none is whole that it has come from. Restore one from a copy and give the same command again, or choose another run.dir to begin anew",
+                trouble.first,
+                trouble.cause,
+                store.path().display()
+            ))
+        };
+        oldest.ok_or_else(none).map(Some).map_err(Into::into)
     }
 
     fn give_up(&mut self, cause: &Cause) -> GaveUp {
         let back = match self.saved {
             Some(saved) => format!("The checkpoint of step {saved} is good"),
-            None => "No checkpoint was written yet".into(),
+            None => "No checkpoint of it was written".into(),
         };
         let tried = match (self.resolved.recovery.enabled, self.guard.rollbacks()) {
             (false, _) => "recovery.enabled = false".into(),
@@ -207,12 +226,17 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
         GaveUp(text)
     }
 
-    /// Shows what happened to a checkpoint; a failure goes into the logbook.
+    /// Takes note of what happened to a checkpoint, and shows it; a failure goes into the logbook.
     pub(super) fn saving(&mut self, event: &Saving) {
         self.say(&described(event));
-        if let Saving::Failed { step, error } = event {
-            let text = format!("The checkpoint of step {step} could not be saved: {error:#}.");
-            self.enter_once("checkpoint-failed", &text, json!({ "checkpoint": step }));
+        match event {
+            Saving::Saved { step, .. } => self.saved = Some(*step),
+            Saving::Failed { step, error } => {
+                self.not_saved = format!("{error:#}");
+                let text = format!("The checkpoint of step {step} could not be saved: {error:#}.");
+                self.enter_once("checkpoint-failed", &text, json!({ "checkpoint": step }));
+            }
+            _ => {}
         }
     }
 

@@ -7,22 +7,29 @@ use super::{Ending, Event, Hook, Outcome, compatible, state, write_whole};
 use crate::checkpoint::{DEFAULT_SHARD_BYTES, Event as Saving, Retention, Writer, human_bytes};
 use crate::collect::Collector;
 use crate::config::Resolved;
+use crate::launch;
 use crate::logbook::Logbook;
 use crate::loss_scale::LossScale;
 use crate::optimizer::Optimizer;
 use crate::planner::{Flops, Plan};
 use crate::recovery::{Guard, Verdict};
 use crate::signals::Stop;
-use crate::telemetry::{Meter, Record, Telemetry, Training, Validation};
-use anyhow::{Context, Result};
+use crate::telemetry::{Meter, Record, Resumed, Telemetry, Training, Validation};
+use anyhow::{Context, Result, bail};
 use ferropt_data::Batch;
 use ferropt_device::{Device, Element, Store as Put, failures};
-use ferropt_mesh::{Label, Mesh};
+use ferropt_mesh::{Label, Lost, Mesh};
 use ferropt_model::{Backprop, Model, Part, Pass, Task, schedule};
+use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 /// How long other ranks' parts of a checkpoint are waited for when a run has failed.
 const LAST_PARTS: Duration = Duration::from_secs(30);
+
+/// The same, of which nothing comes any more where the first rank is gone: it makes checkpoints of the parts.
+fn last_parts(lost: &Lost) -> Duration {
+    if lost.rank() == Some(0) { Duration::ZERO } else { LAST_PARTS }
+}
 
 /// A run: model, optimiser, data and outputs; of a run on many ranks, one of them.
 pub(super) struct Trainer<'h, D: Device, E: Element> {
@@ -50,11 +57,23 @@ pub(super) struct Trainer<'h, D: Device, E: Element> {
     batch: Batch,
     /// Steps done.
     pub(super) step: u64,
-    /// Steps done when the last snapshot was taken.
+    /// Steps done at the newest checkpoint that is known to be on the disk.
     pub(super) saved: Option<u64>,
+    /// Why the last save that failed did.
+    pub(super) not_saved: String,
+    /// Held-out sets that are still to be scored at this step, by their places in the data.
+    unscored: Vec<usize>,
     /// Set once: a full disk would repeat it at every step.
     metrics_lost: bool,
     hook: Hook<'h>,
+}
+
+/// What may end a run before its last step.
+#[derive(Clone, Copy)]
+struct Limits<'a> {
+    stop: &'a Stop,
+    /// Where `run.max_minutes` are over.
+    until: Option<Instant>,
 }
 
 impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
@@ -67,7 +86,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         mesh: Mesh,
         links: Option<String>,
         resolved: Resolved,
-        data: Data,
+        mut data: Data,
         plan: &Plan,
         hook: Hook<'h>,
     ) -> Result<Self> {
@@ -75,13 +94,11 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let first = mesh.world.rank() == 0;
         let timeout = Duration::from_secs_f64(resolved.config.parallel.timeout);
         let mirror = resolved.copies.as_ref().map(|copies| copies.url.as_str());
-        let Folder { store, team, found, notes } = folder::open(&mesh, run, mirror, timeout)?;
+        let Folder { store, team, found, mut notes } = folder::open(&mesh, run, mirror, timeout)?;
+        notes.append(&mut data.notes);
         if let Some(found) = &found {
             compatible::check(&found.manifest().run.config, &serde_json::to_value(&resolved.config)?)
                 .with_context(|| format!("the run in {}", run.display()))?;
-        }
-        if first {
-            write_whole(&run.join("config.toml"), &resolved.config.to_toml()?)?;
         }
 
         let part = Part::of_rank(mesh.axes, resolved.model.layers, mesh.world.rank());
@@ -102,10 +119,18 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let meter = Meter::start(remembered.energy, resolved.config.energy.watts);
         let retention =
             Retention { keep_last: resolved.config.checkpoint.keep_last, keep_every: resolved.keep_every };
-        let telemetry = if first { Some(Telemetry::open(run, resumed, resolved.steps)?) } else { None };
+        let going_on = resumed.map(|step| Resumed { step, skipped: remembered.guard.skipped(step + 1) });
+        let telemetry =
+            if first { Some(Telemetry::open(run, going_on.as_ref(), resolved.steps)?) } else { None };
         let mut writer = Writer::start(store, retention, DEFAULT_SHARD_BYTES, team.clone())?;
+        let lost = mesh.world.lost();
+        writer.hurry_when(move || lost().as_ref().map(last_parts));
         if let Some(copies) = &resolved.copies {
             writer.copy_to(copies, team, found.as_ref())?;
+        }
+        if first {
+            // Behind everything that refuses a start, which is to leave a run as it was.
+            write_whole(&run.join("config.toml"), &resolved.config.to_toml()?)?;
         }
         let book =
             if first { Some(super::history::open(&resolved, &mesh.world, resumed, &notes)?) } else { None };
@@ -120,6 +145,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             peak: plan.time.peak_flops * mesh.world.size() as f64,
             batch: Batch::default(),
             saved: resumed,
+            not_saved: String::new(),
+            unscored: Vec::new(),
             metrics_lost: false,
             device,
             mesh,
@@ -158,31 +185,19 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let ending = failures(|| self.work(stop));
         if let Err(error) = &ending {
             // The others are not to wait for this rank.
-            self.mesh.world.abandon(&format!("{error:#}"));
+            self.mesh.world.abandon(&format!("{error:#}"), launch::status(error));
         }
-        // Whatever happened, a checkpoint that is under way is finished. What a lost rank had to write will not come.
-        if let (Err(_), Some(writer)) = (&ending, &self.writer) {
-            writer.hurry(LAST_PARTS);
-        }
-        let mut last_save = Ok(());
+        // Whatever happened, a checkpoint that is under way is finished, if what others have to write of it comes.
         for event in self.writer.take().into_iter().flat_map(Writer::finish) {
-            match event {
-                Saving::Failed { step, error } => {
-                    last_save =
-                        Err(error.context(format!("the checkpoint of step {step} could not be saved")));
-                }
-                event => self.say(&described(&event)),
-            }
+            self.saving(&event);
         }
         if let Some(telemetry) = &self.telemetry {
             telemetry.progress().finish();
         }
         if let Some(book) = &mut self.book {
-            let end = ending.as_ref().and_then(|ending| last_save.as_ref().map(|()| *ending));
-            super::history::close(book, self.step, end);
+            super::history::close(book, self.step, ending.as_ref().copied());
         }
         let ending = ending?;
-        last_save?;
         let curves = match &self.telemetry {
             Some(telemetry) => Some(telemetry.draw(&self.resolved.model_name())?),
             None => None,
@@ -198,22 +213,24 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
     }
 
     fn work(&mut self, stop: &Stop) -> Result<Ending> {
-        let limit = self.resolved.config.run.max_minutes.map(|m| Duration::from_secs_f64(m * 60.0));
-        let (started, first) = (Instant::now(), self.step);
+        let minutes = self.resolved.config.run.max_minutes;
+        let until = minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(minutes * 60.0));
+        let (limits, first) = (Limits { stop, until }, self.step);
+        self.unscored = self.left_unscored()?;
         let ending = loop {
+            if let Some(ending) = self.validate(limits)? {
+                break ending;
+            }
             if self.step >= self.resolved.steps {
                 break if self.step == first { Ending::AlreadyComplete } else { Ending::Complete };
             }
-            let late = limit.is_some_and(|limit| started.elapsed() >= limit);
-            if let Some(ending) = self.agree(stop.requested(), late)? {
+            if let Some(ending) = self.agree(limits)? {
                 break ending;
             }
             if !self.advance()? {
                 continue;
             }
-            if self.step.is_multiple_of(self.resolved.validation_every) || self.step == self.resolved.steps {
-                self.validate()?;
-            }
+            // Before the validation, which may take longer than whoever wants to end the run gives it.
             if self.step.is_multiple_of(self.resolved.checkpoint_every) || self.step == self.resolved.steps {
                 self.save()?;
             }
@@ -221,18 +238,23 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             for event in events {
                 self.saving(&event);
             }
+            if self.validation_due() {
+                self.unscored = (0..self.data.validation.len()).collect();
+            }
         };
-        if self.saved != Some(self.step) {
-            self.save()?;
+        self.secure()?;
+        if let Some(trace) = self.watch.close(&self.mesh, &self.resolved.config.run.dir)? {
+            self.say(&trace);
         }
         // A rank that left now could take away with it what the first one has not yet read of the last checkpoint.
         self.mesh.all.barrier(Label::new("farewell"))?;
         Ok(ending)
     }
 
-    /// Whether any rank wants to end, so that all end after the same step.
-    fn agree(&self, stop: bool, late: bool) -> Result<Option<Ending>> {
-        let wish = [f64::from(stop), f64::from(late)];
+    /// Whether any rank wants to end, so that all end at the same place.
+    fn agree(&self, limits: Limits<'_>) -> Result<Option<Ending>> {
+        let late = limits.until.is_some_and(|until| Instant::now() >= until);
+        let wish = [f64::from(limits.stop.requested()), f64::from(late)];
         let wishes = self.mesh.all.gather_f64(Label::new("end"), &wish)?;
         let any = |which: usize| wishes.iter().any(|wish| wish.get(which) == Some(&1.0));
         Ok(if any(0) { Some(Ending::Stopped) } else { any(1).then_some(Ending::OutOfTime) })
@@ -297,7 +319,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             self.say(&taken);
         }
         if let Some(trace) = self.watch.done(&self.mesh, &r.config.run.dir)? {
-            self.say(&format!("trace: {}", trace.display()));
+            self.say(&trace);
         }
         self.step = step;
         let tokens_per_second = r.batch_tokens() as f64 / started.elapsed().as_secs_f64();
@@ -332,46 +354,75 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         self.loss_scale.factor() as f32 / self.resolved.batch_tokens() as f32
     }
 
-    /// Scores the held-out sets.
-    fn validate(&mut self) -> Result<()> {
-        let r = &self.resolved;
-        let mut scores = Vec::new();
-        for (name, loader) in &self.data.validation {
-            let limit = r.config.validation.max_tokens.map_or(u64::MAX, |n| n.0.div_ceil(r.seq as u64));
-            let samples = loader.samples_per_epoch().min(limit.max(1));
-            let (mut nats, mut targets, mut bytes) = (0.0, 0, 0);
-            // Dealt to the ranks in turn, so that all make as many passes. Samples past the end are padding, so that every
-            // pass has the size that memory is planned for.
-            let deal = (r.micro_batch * r.data_ranks()) as u64;
-            for first in (0..samples).step_by(deal as usize) {
-                let first = first + (self.mesh.data.rank() * r.micro_batch) as u64;
-                loader.batch(first, r.micro_batch, &mut self.batch)?;
-                nats += self.backprop.score(&self.device, &self.model, view(&self.batch))?;
-                // The last stage has the losses.
-                if self.mesh.pipeline.rank() + 1 == self.mesh.pipeline.size() {
-                    targets += self.batch.target_count;
-                    bytes += self.batch.text_bytes;
-                }
+    fn validation_due(&self) -> bool {
+        self.step.is_multiple_of(self.resolved.validation_every) || self.step == self.resolved.steps
+    }
+
+    /// Held-out sets that the start before this one did not come to score at the step that this one goes on from. The first
+    /// rank knows.
+    fn left_unscored(&self) -> Result<Vec<usize>> {
+        if self.step == 0 || !self.validation_due() {
+            return Ok(Vec::new());
+        }
+        let scored = match &self.telemetry {
+            Some(telemetry) => telemetry.scored(self.step)?,
+            None => Vec::new(),
+        };
+        let sets = self.data.validation.iter().enumerate();
+        let left: Vec<usize> =
+            sets.filter(|(_, (name, _))| !scored.contains(name)).map(|(set, _)| set).collect();
+        let told = self.mesh.all.gather_bytes(Label::new("unscored"), &serde_json::to_vec(&left)?)?;
+        let first = told.first().context("the first rank did not say what is to be scored")?;
+        serde_json::from_slice(first).context("the first rank told something unknown")
+    }
+
+    /// Scores the held-out sets that are to be scored now, and tells of each. If the run is to end meanwhile, says why; what is
+    /// left is scored when it is resumed.
+    fn validate(&mut self, limits: Limits<'_>) -> Result<Option<Ending>> {
+        while let Some(&set) = self.unscored.first() {
+            let score = match self.score(set, limits)? {
+                ControlFlow::Break(ending) => return Ok(Some(ending)),
+                ControlFlow::Continue(score) => score,
+            };
+            self.unscored.remove(0);
+            if self.telemetry.is_some() {
+                (self.hook)(Event::Validation(&score));
+                self.record(Record::Validation(score));
             }
-            let [nats, targets, bytes] = total(&self.mesh, [nats, targets as f64, bytes as f64])?;
-            let loss = nats / targets;
-            scores.push(Validation {
-                step: self.step,
-                tokens: self.step * r.batch_tokens(),
-                set: name.clone(),
-                loss,
-                perplexity: loss.exp(),
-                bits_per_byte: (bytes > 0.0).then(|| nats / std::f64::consts::LN_2 / bytes),
-            });
         }
-        if self.telemetry.is_none() {
-            return Ok(());
+        Ok(None)
+    }
+
+    /// The score of a held-out set, or why the run is to end without.
+    fn score(&mut self, set: usize, limits: Limits<'_>) -> Result<ControlFlow<Ending, Validation>> {
+        let (r, (name, loader)) = (&self.resolved, &self.data.validation[set]);
+        let (mut nats, mut targets, mut bytes) = (0.0, 0, 0);
+        // Dealt to the ranks in turn, so that all make as many passes. Samples past the end are padding, so that every
+        // pass has the size that memory is planned for.
+        let deal = (r.micro_batch * r.data_ranks()) as u64;
+        for first in (0..loader.samples_per_epoch()).step_by(deal as usize) {
+            if let Some(ending) = self.agree(limits)? {
+                return Ok(ControlFlow::Break(ending));
+            }
+            let first = first + (self.mesh.data.rank() * r.micro_batch) as u64;
+            loader.batch(first, r.micro_batch, &mut self.batch)?;
+            nats += self.backprop.score(&self.device, &self.model, view(&self.batch))?;
+            // The last stage has the losses.
+            if self.mesh.pipeline.rank() + 1 == self.mesh.pipeline.size() {
+                targets += self.batch.target_count;
+                bytes += self.batch.text_bytes;
+            }
         }
-        for score in scores {
-            (self.hook)(Event::Validation(&score));
-            self.record(Record::Validation(score));
-        }
-        Ok(())
+        let [nats, targets, bytes] = total(&self.mesh, [nats, targets as f64, bytes as f64])?;
+        let loss = nats / targets;
+        Ok(ControlFlow::Continue(Validation {
+            step: self.step,
+            tokens: self.step * r.batch_tokens(),
+            set: name.clone(),
+            loss,
+            perplexity: loss.exp(),
+            bits_per_byte: (bytes > 0.0).then(|| nats / std::f64::consts::LN_2 / bytes),
+        }))
     }
 
     /// Hands a snapshot to the background, once what was recorded up to here is on disk.
@@ -389,11 +440,40 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         };
         let snapshot = || state::snapshot(place, &self.device, &self.model, &self.optimizer, &self.collector);
         match &mut self.writer {
-            Some(writer) => writer.save(snapshot)?,
+            Some(writer) => {
+                writer.keep_way_back(self.guard.way_back(self.step));
+                writer.save(snapshot)?;
+            }
             None => drop(snapshot()?),
         }
-        self.saved = Some(self.step);
         Ok(())
+    }
+
+    /// Sees to it that the state is on the disk before the run ends. A save of it that has failed is tried once more: there
+    /// will be no next one.
+    fn secure(&mut self) -> Result<()> {
+        self.settle()?;
+        if self.unsaved()?.is_none() {
+            return Ok(());
+        }
+        self.save()?;
+        self.settle()?;
+        if let Some(why) = self.unsaved()? {
+            bail!(
+                "the checkpoint of step {} could not be saved: {why}. See to that and give the same command again, which goes \
+                 on from the last one that was saved",
+                self.step
+            );
+        }
+        Ok(())
+    }
+
+    /// Why the state is not on the disk, if it is not, by the word of the first rank: it makes a checkpoint of all ranks' parts.
+    fn unsaved(&self) -> Result<Option<String>> {
+        let mine = (self.saved != Some(self.step)).then_some(&self.not_saved);
+        let told = self.mesh.all.gather_bytes(Label::new("saved"), &serde_json::to_vec(&mine)?)?;
+        let first = told.first().context("the first rank did not say what is saved")?;
+        serde_json::from_slice(first).context("the first rank told something unknown")
     }
 
     /// Keeps a record; a full disk does not stop the training.
@@ -433,7 +513,7 @@ pub(super) fn described(event: &Saving) -> String {
             )
         }
         Saving::Failed { step, error } => {
-            format!("warning: step {step} was not saved, training goes on: {error:#}")
+            format!("warning: step {step} was not saved: {error:#}")
         }
         Saving::NotPruned { step, error } => {
             format!("warning: step {step} was saved, but old checkpoints stay: {error:#}")

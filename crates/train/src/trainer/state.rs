@@ -63,6 +63,7 @@ pub(super) fn snapshot<D: Device, E: Element>(
         step,
         tokens: step * resolved.batch_tokens(),
         rollbacks: guard.rollbacks(),
+        early: !step.is_multiple_of(resolved.checkpoint_every) && step != resolved.steps,
         seed: resolved.config.run.seed,
         model: serde_json::to_value(&resolved.model)?,
         config: serde_json::to_value(&resolved.config)?,

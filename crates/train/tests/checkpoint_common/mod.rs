@@ -46,6 +46,7 @@ pub fn snapshot(step: u64, rows: usize) -> Snapshot {
             step,
             tokens: step * 512,
             rollbacks: 0,
+            early: false,
             seed: u64::MAX - 7,
             model: json!({ "rows": rows }),
             config: json!({ "train": { "lr": 6e-4 } }),

@@ -19,7 +19,7 @@ use half::bf16;
 use super::buffer::Shards;
 use super::embed::add;
 use super::gemm::Epilogue;
-use super::simd::{Simd, dispatch, prefetch};
+use super::simd::{Simd, dispatch, prefetch, relu};
 use super::{CpuBuf, CpuDevice, Scratch};
 use crate::quantise::Codes;
 use crate::{Activation, DType, Element, Mapped, ReadRows, WeightFormat, WritePiece};
@@ -302,7 +302,7 @@ fn finish<S: Simd, O: Element>(
             v = s.add(v, s.load_up_to(&bias[part.clone()]));
         }
         if act == Activation::Relu {
-            v = s.max(v, s.zero());
+            v = relu(s, v);
         }
         if let Some(residual) = residual {
             v = s.add(v, s.load_up_to(&residual[part]));

@@ -87,6 +87,8 @@ __device__ void attention_mma_dkv(const E* qkv, const u32* doc_start, Heads s, D
     const u32 LD = Row<D>::LD;
     __shared__ float log_sums[FEW], deltas[FEW];
     __shared__ u32 froms[FEW];
+    // Of each query, which of keys c, c + 16, c + 32 and c + 48 dropout keeps: random words come four at a time.
+    __shared__ u8 kept[FEW][16];
     E* k = shared;           // [64][LD]
     E* v = k + TILE * LD;    // [64][LD]
     E* q = v + TILE * LD;    // [32][LD]
@@ -114,6 +116,14 @@ __device__ void attention_mma_dkv(const E* qkv, const u32* doc_start, Heads s, D
             deltas[threadIdx.x] = there ? delta[at] : 0.0f;
             froms[threadIdx.x] = !there ? 0xffffffffu : doc_start ? doc_start[b * s.seq + query] : 0;
         }
+        if (dropout.on()) {
+            for (u32 i = threadIdx.x; i < FEW * 16; i += blockDim.x) {
+                Words words = dropout.stream.words(s.mask_row(dropout, b, h, first + i / 16), key / TILE, i % 16);
+                u32 bits = 0;
+                for (u32 w = 0; w < 4; w++) bits |= u32(dropout.keeps(words.w[w])) << w;
+                kept[i / 16][i % 16] = u8(bits);
+            }
+        }
         __syncthreads();
         float p[FEW / 8][4], dp[FEW / 8][4];
         for (u32 j = 0; j < FEW / 8; j++) {
@@ -138,7 +148,7 @@ __device__ void attention_mma_dkv(const E* qkv, const u32* doc_start, Heads s, D
                     bool sees = own <= query && own >= froms[column];
                     float x = sees ? exp2f(fminf(p[j][2 * r + e] * scale - log_sums[column], 0.0f)) : 0.0f, factor = 1.0f;
                     if (dropout.on() && sees) {
-                        factor = dropout.factor(dropout.stream.word(s.mask_row(dropout, b, h, query), own));
+                        factor = kept[column][g + 8 * r] >> warp & 1 ? dropout.keep : 0.0f;
                     }
                     p[j][2 * r + e] = x * factor;
                     dp[j][2 * r + e] = x * (dp[j][2 * r + e] * factor - deltas[column]) * s.scale;

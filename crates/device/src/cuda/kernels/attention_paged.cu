@@ -3,7 +3,7 @@
 // order, so a token has the same bits whatever else is in the call and however its text was cut.
 #include "common.cuh"
 
-const u32 PAGE = 64, WARPS = 4;
+const u32 PAGE = 64, WARPS = 8;
 
 /// Of each row: where its sequence's pages begin in `places`, and its position. Rows come first there, pages behind them.
 struct Row {
@@ -51,24 +51,26 @@ __device__ void attend(const E* qkv, const u32* places, u32 heads, u32 width, fl
         const E* v = v_pages + block;
         // Later places may hold anything.
         u32 seen = min(PAGE, row.position - number * PAGE + 1);
-        float score[2] = {0.0f, 0.0f};
-        for (u32 c = 0; c < width; c++) {
-            for (u32 half = 0; half < 2; half++) score[half] = fmaf(q[c], to_f32(k[c * PAGE + lane + 32 * half]), score[half]);
+        // A lane has two neighbouring keys, and asks for many columns before it needs the first.
+        float score[2] = {0.0f, 0.0f}, two[2];
+        UNROLL_BY(16) for (u32 c = 0; c < width; c++) {
+            load2(k + c * PAGE + 2 * lane, two);
+            for (u32 i = 0; i < 2; i++) score[i] = fmaf(q[c], two[i], score[i]);
         }
-        for (u32 half = 0; half < 2; half++) score[half] = lane + 32 * half < seen ? score[half] * scale : NEVER;
+        for (u32 i = 0; i < 2; i++) score[i] = 2 * lane + i < seen ? score[i] * scale : NEVER;
         float now = fmaxf(most, over_warp<Largest>(fmaxf(score[0], score[1])));
         float shrink = expf(most - now);
         most = now;
         weight *= shrink;
         __syncwarp();
-        for (u32 half = 0; half < 2; half++) {
-            float e = expf(score[half] - now);
+        for (u32 i = 0; i < 2; i++) {
+            float e = expf(score[i] - now);
             weight += e;
-            p[warp][lane + 32 * half] = e;
+            p[warp][2 * lane + i] = e;
         }
         __syncwarp();
         for (int c = 0; c < C; c++) sums[c] *= shrink;
-        for (u32 key = 0; key < seen; key++) {
+        UNROLL_BY(8) for (u32 key = 0; key < seen; key++) {
             for (int c = 0; c < C; c++) {
                 u32 column = lane + 32 * c;
                 if (column < width) sums[c] = fmaf(p[warp][key], to_f32(v[key * width + column]), sums[c]);

@@ -7,7 +7,13 @@
 
 #ifdef FERROPT_EMULATION
 #include "emulate.h"
+#define UNROLL
+#define UNROLL_BY(times)
 #else
+// Before a loop whose index picks from arrays that have to be registers; and before one whose loads are to be asked for together.
+#define UNROLL _Pragma("unroll")
+#define PRAGMA(text) _Pragma(#text)
+#define UNROLL_BY(times) PRAGMA(unroll times)
 #define KERNEL(name, ...) extern "C" __global__ void name(__VA_ARGS__)
 // With blocks of so many threads, which must not take more registers than there are: only above 256 are they short.
 #define KERNEL_OF(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
@@ -128,6 +134,19 @@ template <class T> __device__ __forceinline__ void store4(T* p, u64 left, const 
     }
 }
 
+/// Two elements at an address of whole pairs.
+__device__ __forceinline__ void load2(const float* p, float* x) {
+    float2 v = *reinterpret_cast<const float2*>(p);
+    x[0] = v.x, x[1] = v.y;
+}
+__device__ __forceinline__ void load2(const bf16* p, float* x) {
+    u32 both = *reinterpret_cast<const u32*>(p);
+    x[0] = __uint_as_float(both << 16), x[1] = __uint_as_float(both & 0xffff0000u);
+}
+
+/// ReLU. What is no number stays none, so that it is noticed.
+__device__ __forceinline__ float positive(float x) { return x < 0.0f ? 0.0f : x; }
+
 /// This thread's number in a grid of one dimension, and how many threads that has.
 __device__ __forceinline__ u64 first_index() { return u64(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ u64 grid_size() { return u64(gridDim.x) * blockDim.x; }
@@ -174,7 +193,8 @@ struct Dropout {
     u32 threshold;
     float keep;
 
-    __device__ __forceinline__ float factor(u32 word) const { return word >= threshold ? keep : 0.0f; }
+    __device__ __forceinline__ bool keeps(u32 word) const { return word >= threshold; }
+    __device__ __forceinline__ float factor(u32 word) const { return keeps(word) ? keep : 0.0f; }
     __device__ __forceinline__ bool on() const { return threshold != 0; }
 };
 

@@ -62,7 +62,7 @@ template <class O> __device__ void finish_linear(const float* product, const flo
             for (int j = 0; j < 4; j++) x[j] += b[j];
         }
         if (relu) {
-            for (int j = 0; j < 4; j++) x[j] = fmaxf(x[j], 0.0f);
+            for (int j = 0; j < 4; j++) x[j] = positive(x[j]);
         }
         store4(y + row + c, n - c, x);
     }

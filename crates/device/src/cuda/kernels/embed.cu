@@ -36,25 +36,38 @@ EMBED(embed_f16_f16, f16, f16)
 // dtable[ids[i]] += dout[i], in the order of i. A block for each i; the one whose id is met for the first time adds all
 // rows of that id, one after the other: the bits do not depend on which block runs when.
 template <class G> __device__ void embed_backward(const u32* ids, const G* dout, float* dtable, u32 count, u32 width) {
-    __shared__ u32 found[32];
-    u32 id = ids[blockIdx.x];
+    const u32 WARPS = 8;
+    __shared__ u32 found[WARPS], rows[32 * WARPS], met;
+    u32 id = ids[blockIdx.x], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (id == IGNORE) return;
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    bool before = false;
-    for (u32 i = threadIdx.x; i < blockIdx.x; i += blockDim.x) before = before || ids[i] == id;
-    if (__syncthreads_or(before)) return;
-    float* sum = dtable + u64(id) * width;
+    if (threadIdx.x == 0) met = 0;
+    __syncthreads();
+    // What one thread has found ends the search of all, sooner or later.
+    volatile u32* before = &met;
+    for (u32 i = threadIdx.x; i < blockIdx.x && *before == 0; i += blockDim.x) {
+        if (ids[i] == id) *before = 1;
+    }
+    __syncthreads();
+    if (met != 0) return;
+    float* sums = dtable + u64(id) * width;
     for (u32 start = blockIdx.x; start < count; start += blockDim.x) {
         u32 i = start + threadIdx.x;
-        u32 same = __ballot_sync(ALL_LANES, i < count && ids[i] == id);
-        if (lane == 0) found[warp] = same;
+        bool same = i < count && ids[i] == id;
+        u32 lanes = __ballot_sync(ALL_LANES, same);
+        if (lane == 0) found[warp] = lanes;
         __syncthreads();
-        for (u32 w = 0; w < blockDim.x / 32; w++) {
-            for (u32 bits = found[w]; bits != 0; bits &= bits - 1) {
-                const G* row = dout + u64(start + 32 * w + (__ffs(bits) - 1)) * width;
-                // Each column is one thread's from first to last.
-                for (u32 c = threadIdx.x; c < width; c += blockDim.x) sum[c] += to_f32(row[c]);
-            }
+        u32 number = __popc(lanes & ((1u << lane) - 1)), all = 0;
+        for (u32 w = 0; w < WARPS; w++) {
+            if (w == warp) number += all;
+            all += __popc(found[w]);
+        }
+        if (same) rows[number] = i;
+        __syncthreads();
+        // Each column is one thread's from first to last.
+        for (u32 c = threadIdx.x; c < width && all > 0; c += blockDim.x) {
+            float sum = sums[c];
+            UNROLL_BY(8) for (u32 r = 0; r < all; r++) sum += to_f32(dout[u64(rows[r]) * width + c]);
+            sums[c] = sum;
         }
         __syncthreads();
     }

@@ -40,6 +40,42 @@ TENSOR_CORES(bf16)
 TENSOR_CORES(f16)
 #endif
 
+/// sums += left * right of signed bytes, 16 x 8 x 32, exactly. Each word has four neighbours in k where that of halves has two.
+__device__ __forceinline__ void mma_codes(int* sums, const u32* left, const u32* right) {
+#ifdef FERROPT_EMULATION
+    emulation::mma_codes(sums, left, right);
+#else
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+#endif
+}
+
+/// Begins to copy 16 bytes to shared memory, between addresses that 16 divides.
+__device__ __forceinline__ void copy_16(void* to, const void* from) {
+#ifdef FERROPT_EMULATION
+    emulation::copy_16(to, from);
+#else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+#endif
+}
+/// Closes a group of copies, which may be empty.
+__device__ __forceinline__ void copies_end() {
+#ifdef FERROPT_EMULATION
+    emulation::copies_end();
+#else
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+/// Waits for this thread's copies but those of the last `N` groups. Others see them behind a barrier.
+template <int N> __device__ __forceinline__ void wait_for_copies() {
+#ifdef FERROPT_EMULATION
+    emulation::wait_for_copies(N);
+#else
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+#endif
+}
+
 /// A left factor from 16 rows of shared memory, `ld` numbers apart.
 template <class E> __device__ __forceinline__ void load_left(u32* left, const E* rows, u32 ld) {
     u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;

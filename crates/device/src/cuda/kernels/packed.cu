@@ -1,13 +1,11 @@
-// Products with weight matrices that are only read, for decoding: a warp for each output column, which reads a row of the
-// matrix once and meets up to R rows of activations with it. Lane l takes every 32nd chunk of k, and the lanes' sums are
-// added as a tree, so an element of the product has the same bits whatever the number of rows.
+// What of packed matrices is not for tensor cores: products of f32, rounding of activations, and rows for embeddings.
 //
-// Matrices are [n, k], row after row: f32, bf16, or codes and then the groups' numbers (see packed.rs). Activations that
-// meet codes are rounded to 8 bits, a group at a time, as on the processor:
-// sum over k of x w = sum over groups of sx (sw sum(qx qw) + mw sum(qx)).
-#include "common.cuh"
+// Products: a warp for each output column, which reads a row of the matrix once and meets up to R rows of activations with it.
+// Lane l takes every 32nd chunk of k, and the lanes' sums are added as a tree, so an element of the product has the same bits
+// whatever the number of rows.
+#include "packed.cuh"
 
-const u32 GROUP = 64, WARPS = 4;
+const u32 WARPS = 4;
 
 /// Sums of R numbers over the lanes of a warp. Lane 32/R * r gets that of number r.
 template <int R> struct Reduce;
@@ -34,22 +32,6 @@ template <> struct Reduce<8> {
     }
 };
 
-/// What happens to an element of the product on its way.
-template <class O> struct Finish {
-    const float* bias;
-    const float* residual;
-    O* y;
-    u32 relu;
-
-    __device__ __forceinline__ void put(u32 row, u32 column, u32 n, float value) const {
-        if (bias) value += bias[column];
-        if (relu) value = fmaxf(value, 0.0f);
-        u64 at = u64(row) * n + column;
-        if (residual) value = residual[at] + value;
-        y[at] = Of<O>::f32(value);
-    }
-};
-
 /// Writes the sums of a warp's lanes: of its column, and rows `first` and the R - 1 after it.
 template <int R, class O>
 __device__ __forceinline__ void finish_rows(const float* sums, u32 first, u32 m, u32 column, u32 n, Finish<O> finish) {
@@ -70,8 +52,7 @@ __device__ void packed(const W* w, const E* x, u32 m, u32 n, u32 k, Finish<O> fi
         float a[4], b[4];
         load4(row + c, k - c, a);
         for (int r = 0; r < R; r++) {
-            if (first + r >= m) break;
-            load4(x + u64(first + r) * k + c, k - c, b);
+            load4(x + u64(min(first + r, m - 1)) * k + c, k - c, b);
             for (int j = 0; j < 4; j++) sums[r] = fmaf(a[j], b[j], sums[r]);
         }
     }
@@ -84,21 +65,13 @@ __device__ void packed(const W* w, const E* x, u32 m, u32 n, u32 k, Finish<O> fi
     PACKED(packed_##w_name##_f32_f32_1, W, float, float, 1)   \
     PACKED(packed_##w_name##_f32_f32_8, W, float, float, 8)   \
     PACKED(packed_##w_name##_f32_bf16_1, W, float, bf16, 1)   \
-    PACKED(packed_##w_name##_f32_bf16_8, W, float, bf16, 8)   \
-    PACKED(packed_##w_name##_bf16_f32_1, W, bf16, float, 1)   \
-    PACKED(packed_##w_name##_bf16_f32_8, W, bf16, float, 8)   \
-    PACKED(packed_##w_name##_bf16_bf16_1, W, bf16, bf16, 1)   \
-    PACKED(packed_##w_name##_bf16_bf16_8, W, bf16, bf16, 8)
+    PACKED(packed_##w_name##_f32_bf16_8, W, float, bf16, 8)
 PACKED_FLOAT(f32, float)
 PACKED_FLOAT(bf16, bf16)
-
-/// Rows of activations in 8 bits: codes [m, groups, GROUP], and of each group its scale, and its scale times the sum of
-/// its codes.
-struct Rounded {
-    const i8* codes;
-    const float* scales;
-    const float* zeros;
-};
+PACKED(packed_f32_bf16_f32_1, float, bf16, float, 1)
+PACKED(packed_f32_bf16_f32_8, float, bf16, float, 8)
+PACKED(packed_f32_bf16_bf16_1, float, bf16, bf16, 1)
+PACKED(packed_f32_bf16_bf16_8, float, bf16, bf16, 8)
 
 // A warp for each group of each row.
 template <class E> __device__ void round_rows(const E* x, u32 m, u32 k, i8* codes, float* scales, float* zeros) {
@@ -131,105 +104,6 @@ KERNEL(round_rows_bf16, const bf16* x, u32 m, u32 k, i8* codes, float* scales, f
     round_rows(x, m, k, codes, scales, zeros);
 }
 
-__device__ __forceinline__ int dot16(uint4 a, uint4 b) {
-    return __dp4a(int(a.x), int(b.x), __dp4a(int(a.y), int(b.y), __dp4a(int(a.z), int(b.z), __dp4a(int(a.w), int(b.w), 0))));
-}
-
-// Eight bits: a code stands for scale * (code - 128). A chunk is 16 codes, a quarter of a group.
-template <class O, int R>
-__device__ void packed_int8(const u8* codes, const bf16* scales, Rounded x, u32 m, u32 n, u32 groups, Finish<O> finish) {
-    u32 lane = threadIdx.x % 32, column = blockIdx.x * WARPS + threadIdx.x / 32, first = blockIdx.y * R;
-    if (column >= n) return;
-    const uint4* row = reinterpret_cast<const uint4*>(codes + u64(column) * groups * GROUP);
-    const uint4* others = reinterpret_cast<const uint4*>(x.codes);
-    float sums[R];
-    for (int r = 0; r < R; r++) sums[r] = 0.0f;
-    for (u32 chunk = lane; chunk < 4 * groups; chunk += 32) {
-        uint4 w = row[chunk];
-        w.x ^= 0x80808080u, w.y ^= 0x80808080u, w.z ^= 0x80808080u, w.w ^= 0x80808080u;
-        float scale = to_f32(scales[u64(column) * groups + chunk / 4]);
-        for (int r = 0; r < R; r++) {
-            if (first + r >= m) break;
-            u64 at = u64(first + r) * groups;
-            sums[r] = fmaf(float(dot16(w, others[4 * at + chunk])), scale * x.scales[at + chunk / 4], sums[r]);
-        }
-    }
-    finish_rows<R>(sums, first, m, column, n, finish);
-}
-
-// Four and three bits: a code stands for scale * code + minimum. A chunk is a unit of 32 codes, half of a group, whose words lie
-// as places.rs says: its steps, four codes in the bytes of a word, are put into a and b, and one code can be had by itself.
-struct FourBits {
-    static const u32 BYTES = 16;
-    static __device__ __forceinline__ void unpack(const u8* unit, uint4& a, uint4& b) {
-        uint4 w = *reinterpret_cast<const uint4*>(unit);
-        const u32 LOW = 0x0f0f0f0fu;
-        a = make_uint4(w.x & LOW, w.x >> 4 & LOW, w.y & LOW, w.y >> 4 & LOW);
-        b = make_uint4(w.z & LOW, w.z >> 4 & LOW, w.w & LOW, w.w >> 4 & LOW);
-    }
-    static __device__ __forceinline__ u32 code(const u8* unit, u32 step, u32 byte) {
-        return unit[step / 2 * 4 + byte] >> step % 2 * 4 & 15;
-    }
-};
-struct ThreeBits {
-    static const u32 BYTES = 12;
-    static __device__ __forceinline__ void unpack(const u8* unit, uint4& a, uint4& b) {
-        const u32* w = reinterpret_cast<const u32*>(unit);
-        u32 x = w[0], y = w[1], z = w[2];
-        const u32 LOW = 0x07070707u, TWO = 0x03030303u, ONE = 0x04040404u;
-        a = make_uint4(x & LOW, x >> 3 & LOW, y & LOW, y >> 3 & LOW);
-        b = make_uint4(z & LOW, z >> 3 & LOW, (x >> 6 & TWO) | (y >> 4 & ONE), (z >> 6 & TWO) | (y >> 5 & ONE));
-    }
-    static __device__ __forceinline__ u32 code(const u8* unit, u32 step, u32 byte) {
-        if (step < 6) return unit[step / 2 * 4 + byte] >> step % 2 * 3 & 7;
-        u32 lower = unit[(step - 6) * 8 + byte] >> 6, highest = unit[4 + byte] >> (step - 2) & 4;
-        return lower | highest;
-    }
-};
-
-template <class Bits, class O, int R>
-__device__ void packed_units(const u8* codes, const bf16* scales, const bf16* minima, Rounded x, u32 m, u32 n, u32 groups,
-                             Finish<O> finish) {
-    u32 lane = threadIdx.x % 32, column = blockIdx.x * WARPS + threadIdx.x / 32, first = blockIdx.y * R;
-    if (column >= n) return;
-    const u8* row = codes + u64(column) * groups * (2 * Bits::BYTES);
-    const uint4* others = reinterpret_cast<const uint4*>(x.codes);
-    float sums[R];
-    for (int r = 0; r < R; r++) sums[r] = 0.0f;
-    for (u32 chunk = lane; chunk < 2 * groups; chunk += 32) {
-        uint4 a, b;
-        Bits::unpack(row + chunk * Bits::BYTES, a, b);
-        u64 group = u64(column) * groups + chunk / 2;
-        float scale = to_f32(scales[group]), minimum = chunk % 2 == 0 ? to_f32(minima[group]) : 0.0f;
-        for (int r = 0; r < R; r++) {
-            if (first + r >= m) break;
-            u64 at = u64(first + r) * groups;
-            int sum = dot16(a, others[4 * at + 2 * chunk]) + dot16(b, others[4 * at + 2 * chunk + 1]);
-            sums[r] = fmaf(minimum, x.zeros[at + chunk / 2], sums[r]);
-            sums[r] = fmaf(float(sum), scale * x.scales[at + chunk / 2], sums[r]);
-        }
-    }
-    finish_rows<R>(sums, first, m, column, n, finish);
-}
-
-#define PACKED_CODES(o_name, O, R)                                                                                      \
-    KERNEL(packed_int8_##o_name##_##R, const u8* codes, const bf16* scales, const bf16*, Rounded x, u32 m, u32 n,       \
-           u32 groups, Finish<O> finish) {                                                                              \
-        packed_int8<O, R>(codes, scales, x, m, n, groups, finish);                                                      \
-    }                                                                                                                   \
-    KERNEL(packed_int4_##o_name##_##R, const u8* codes, const bf16* scales, const bf16* minima, Rounded x, u32 m, u32 n, \
-           u32 groups, Finish<O> finish) {                                                                              \
-        packed_units<FourBits, O, R>(codes, scales, minima, x, m, n, groups, finish);                                   \
-    }                                                                                                                   \
-    KERNEL(packed_int3_##o_name##_##R, const u8* codes, const bf16* scales, const bf16* minima, Rounded x, u32 m, u32 n, \
-           u32 groups, Finish<O> finish) {                                                                              \
-        packed_units<ThreeBits, O, R>(codes, scales, minima, x, m, n, groups, finish);                                  \
-    }
-PACKED_CODES(f32, float, 1)
-PACKED_CODES(f32, float, 8)
-PACKED_CODES(bf16, bf16, 1)
-PACKED_CODES(bf16, bf16, 8)
-
 // Rows of a packed matrix as f32, plus rows of a second table; a block for each.
 
 /// A row's elements, by format.
@@ -255,7 +129,7 @@ template <class Bits> struct RowUnits {
     const bf16* minima;
     __device__ __forceinline__ float at(u64 row, u32 k, u32 c) const {
         u64 groups = (k + GROUP - 1) / GROUP, group = row * groups + c / GROUP;
-        u32 code = Bits::code(codes + (2 * row * groups + c / 32) * Bits::BYTES, c % 32 / 4, c % 4);
+        u32 code = Bits::code(codes + (2 * row * groups + c / 32) * Bits::UNIT_BYTES, c % 32 / 4, c % 4);
         return to_f32(scales[group]) * float(code) + to_f32(minima[group]);
     }
 };

@@ -52,13 +52,12 @@ fn groups(folder: &Path) -> Result<BTreeMap<String, Files>> {
 /// The one checkpoint of a folder, if it has any.
 pub(in super::super) fn find(folder: &Path) -> Result<Option<Group>> {
     let mut groups = groups(folder)?;
-    let stems: Vec<String> = groups.keys().cloned().collect();
+    let named: Vec<String> = groups.keys().map(|stem| format!("{stem}.pt")).collect();
     ensure!(
-        stems.len() < 2,
-        "{} holds several checkpoints: {}; name one of them, for instance {}",
+        named.len() < 2,
+        "{} holds several checkpoints: {}; name the one with the weights",
         folder.display(),
-        stems.join(", "),
-        folder.join(format!("{}.pt", stems[0])).display()
+        named.join(", ")
     );
     groups.pop_first().map(|(_, files)| complete(folder, files)).transpose()
 }
@@ -138,7 +137,7 @@ mod tests {
         assert_eq!((group.parts.len(), group.parts[1].len()), (2, 2));
         touch("restored.pt");
         let message = find(dir.path()).unwrap_err().to_string();
-        assert!(message.contains("several checkpoints: a, restored"), "{message}");
+        assert!(message.contains("several checkpoints: a.pt, restored.pt"), "{message}");
         touch("big-model_part-65535.pt");
         assert!(group_of(&dir.path().join("big.pt")).is_err());
     }

@@ -1,6 +1,7 @@
 //! Uploads checkpoints in the background, the newest first.
 
 use super::super::manifest;
+use super::super::retention::Kept;
 use super::super::team::Team;
 use super::super::writer::Event;
 use super::Copies;
@@ -181,13 +182,11 @@ impl Uploader {
                 list.push(name);
             }
         }
-        let steps: Vec<u64> = whole
-            .iter()
-            .map(|name| name.step)
-            .filter(|step| *step < newest.step)
-            .chain([newest.step])
-            .collect();
-        let surplus = self.copies.retention.surplus(&steps, newest.step);
+        // Nothing rolls back to a copy, so all count alike.
+        let steps =
+            whole.iter().map(|name| name.step).filter(|step| *step < newest.step).chain([newest.step]);
+        let copies: Vec<Kept> = steps.map(|step| Kept { step, rollbacks: 0, early: false }).collect();
+        let surplus = self.copies.retention.surplus(&copies, newest.step, None);
         let old = whole.iter().filter(|name| name.step == newest.step || surplus.contains(&name.step));
         old.chain(&torn).try_for_each(|name| self.mirror.remove(name))
     }

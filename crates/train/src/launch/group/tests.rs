@@ -37,6 +37,15 @@ fn every_rank_is_told_who_it_is() {
 }
 
 #[test]
+fn ranks_have_enough_queues_on_a_gpu_unless_the_user_says_how_many() {
+    let (failure, folder) = run(2, "echo $CUDA_DEVICE_MAX_CONNECTIONS");
+    assert!(failure.is_none(), "{failure:?}");
+    let told = std::fs::read_to_string(log_file(&folder.path().join("logs"), 1)).unwrap();
+    let expected = std::env::var(CONNECTIONS.0).unwrap_or(CONNECTIONS.1.into());
+    assert_eq!(told.trim(), expected);
+}
+
+#[test]
 fn the_first_failure_is_told_with_its_message_and_the_others_end() {
     let script = "trap 'exit 75' TERM
         [ $RANK != 2 ] || { echo 'error: no such thing' >&2; echo '  because' >&2; exit 1; }
@@ -70,6 +79,45 @@ fn a_killed_rank_is_the_cause_and_not_those_that_miss_it() {
 fn a_stopped_rank_is_killed() {
     let failure = run(2, "[ $RANK = 0 ] && exit 0; kill -STOP $$; exit 0").0.unwrap();
     assert_eq!((failure.rank, failure.end), (1, End::Hung));
+}
+
+/// One that is stopped longer than the others wait for it, and shorter than it may be.
+#[test]
+fn a_stopped_rank_is_the_cause_and_not_those_that_gave_it_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let script = "case $RANK in 0) kill -STOP $$;; *) sleep 0.3; exit 75;; esac";
+    let group = Group { hang: Duration::from_secs(600), ..group(folder.path(), 3, script) };
+    let failure = group.run(&Stop::default()).unwrap().unwrap();
+    assert_eq!((failure.rank, failure.end), (0, End::Hung));
+}
+
+/// Asks for a stop as soon as all ranks are up, and returns the failure.
+fn stopped_by_hand(script: &str) -> Option<Failure> {
+    let folder = tempfile::tempdir().unwrap();
+    let up = folder.path().join("up");
+    let mut group =
+        group(folder.path(), 2, &format!("{script}\necho up > $0.$RANK; while :; do sleep 0.02; done"));
+    group.arguments.push(up.clone().into());
+    let stop = Stop::default();
+    stop.on_signals().unwrap();
+    let asker = stop.clone();
+    let thread = std::thread::spawn(move || {
+        while !(up.with_extension("0").exists() && up.with_extension("1").exists()) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        asker.request();
+    });
+    let failure = group.run(&stop).unwrap();
+    thread.join().unwrap();
+    failure
+}
+
+#[test]
+fn ranks_that_are_not_prepared_for_a_request_to_stop_do_not_fail() {
+    // One has no handler yet, and the other misses it.
+    assert!(stopped_by_hand("[ $RANK = 0 ] || trap 'sleep 0.1; exit 75' INT").is_none());
+    let failure = stopped_by_hand("trap 'exit 1' INT").expect("what is wrong is told");
+    assert_eq!(failure.end, End::Status(1));
 }
 
 #[test]
@@ -137,6 +185,25 @@ fn lost_ranks_are_started_again_and_wrong_ones_are_not() {
         let (status, _, starts) = supervised(2, 2, 5, &format!("exit {wrong}"));
         assert_eq!((status, starts), (want, 1));
     }
+}
+
+#[test]
+fn a_person_who_stops_the_waiting_for_another_start_is_done() {
+    let folder = tempfile::tempdir().unwrap();
+    let stop = Stop::default();
+    let how = Supervision {
+        run: folder.path().into(),
+        restarts: 5,
+        min_ranks: 1,
+        backoff: Duration::from_secs(60),
+        fits: Box::new(|_| true),
+    };
+    let mut say = |line: &str| {
+        if line.contains("starting again in") {
+            stop.request();
+        }
+    };
+    assert_eq!(supervise(group(folder.path(), 1, "exit 75"), &how, &stop, &mut say).unwrap(), 0);
 }
 
 #[test]

@@ -12,6 +12,7 @@ const POLICY: Policy = Policy {
     clip_factor: 1.0,
     cooldown: None,
     warmup: 200,
+    clip: 1.0,
 };
 
 /// Noise as training has it: normal, from the sum of twelve even numbers.
@@ -85,6 +86,52 @@ fn losses_that_hardly_differ_may_rise_a_little() {
     }
     assert_eq!(guard.judge(301, 2.59, 0.5), Verdict::Accept);
     assert!(matches!(guard.judge(302, 2.61, 0.5), Verdict::Skip(_)));
+}
+
+/// A model that knows its text by heart: figures of a real run, which ended with status 3.
+#[test]
+fn losses_next_to_nothing_and_gradients_that_are_clipped_are_no_trouble() {
+    let (mut guard, mut noise) = (guard(), Noise(5));
+    for step in 1..=3000 {
+        let (mut loss, mut norm) =
+            (0.008 * (0.2 * noise.normal()).exp(), 0.08 * (0.2 * noise.normal()).exp());
+        match step % 20 {
+            7 => (loss, norm) = (0.1561, 1.873),
+            13 => (loss, norm) = (0.0249, 4.142),
+            _ => {}
+        }
+        assert_eq!(guard.judge(step, loss, norm), Verdict::Accept, "step {step}");
+    }
+    for (loss, norm) in [(0.6, 1.0), (0.01, 20.0), (0.2, 4.0)] {
+        assert!(matches!(guard.judge(3001, loss, norm), Verdict::Skip(_)), "{loss}, {norm}");
+    }
+}
+
+#[test]
+fn without_a_clip_every_long_gradient_is_trouble() {
+    let (mut guard, _) = trained(500);
+    guard.policy.clip = 0.0;
+    assert!(matches!(guard.judge(501, 3.0, 60.0), Verdict::Skip(_)));
+}
+
+#[test]
+fn the_way_back_begins_before_the_first_step_of_a_trouble() {
+    let (mut guard, mut noise) = trained(1000);
+    assert_eq!(guard.way_back(1000), Some(990));
+    assert!(matches!(guard.judge(1001, 50.0, 1.0), Verdict::Skip(_)));
+    for step in 1001..1100 {
+        let (loss, norm) = curve(step, &mut noise);
+        assert_eq!(guard.judge(step, loss, norm), Verdict::Accept);
+        assert_eq!(guard.way_back(step), Some(990), "the trouble may go on after step {step}");
+    }
+    let Verdict::RollBack(trouble) = until_trouble(&mut guard, 1099, 50.0) else { panic!() };
+    assert_eq!(trouble.trusted, 990);
+    guard.roll_back(&trouble, 990, State::after(990));
+    assert_eq!(guard.way_back(990), Some(980));
+    assert_eq!(guard.way_back(1000), Some(989), "where trouble is back, an older one is wanted");
+    assert_eq!(guard.way_back(1500), Some(1490));
+    guard.policy.max_rollbacks = 1;
+    assert_eq!(guard.way_back(1500), None);
 }
 
 #[test]
@@ -253,4 +300,20 @@ fn a_state_that_was_stored_decides_alike() {
         assert_eq!(stored.state(), straight.state());
     }
     assert_eq!(seen.len(), 3, "{seen:?}");
+}
+
+#[test]
+fn what_a_step_was_tried_with_in_vain_is_remembered() {
+    let (mut guard, mut noise) = trained(500);
+    for _ in 0..2 {
+        assert!(matches!(guard.judge(501, 50.0, 1.0), Verdict::Skip(_)));
+    }
+    assert_eq!(guard.state().skipped(501), [500, 501]);
+    let (loss, norm) = curve(501, &mut noise);
+    assert_eq!(guard.judge(501, loss, norm), Verdict::Accept);
+    assert!(guard.state().skipped(502).is_empty());
+    // A roll-back tells anew.
+    let Verdict::RollBack(trouble) = until_trouble(&mut guard, 501, 50.0) else { panic!() };
+    guard.roll_back(&trouble, 490, State::after(490));
+    assert!((490..510).all(|step| guard.state().skipped(step).is_empty()));
 }

@@ -1,0 +1,114 @@
+//! Whether all ranks were given the same: ranks with different configurations or data would train a model that is nobody's, or
+//! wait for each other in vain.
+
+use super::compatible::{flat, shown};
+use super::data::Data;
+use crate::config::Resolved;
+use anyhow::{Context, Result, bail};
+use ferropt_mesh::{Group, Label};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Keys and sections that are a rank's own affair: what its machine has, and where things lie there. What lies there is compared.
+const OWN: [&str; 8] = [
+    "run.threads",
+    "run.device",
+    "run.dir",
+    "data.train",
+    "data.tokenizer",
+    "data.validation",
+    "data.cache",
+    "energy",
+];
+
+/// Refuses ranks that have another configuration than the first, or another version of this program.
+///
+/// # Errors
+/// Names the ranks, the keys and their values; on all ranks the same. Or a rank is lost.
+pub(super) fn configured(all: &Group, resolved: &Resolved) -> Result<()> {
+    let mut mine = flat(&serde_json::to_value(&resolved.config)?);
+    mine.retain(|key, _| !own(key));
+    mine.insert("the version of Ferropt".into(), env!("CARGO_PKG_VERSION").into());
+    let told = all.gather_bytes(Label::new("configuration"), &serde_json::to_vec(&mine)?)?;
+    compare(&told).context("give all ranks the same program, configuration and options")
+}
+
+/// Refuses ranks that have other data than the first, wherever it lies. A rank may have to tokenise its own first.
+///
+/// # Errors
+/// As [`configured`].
+pub(super) fn fed(all: &Group, data: &Data) -> Result<()> {
+    let sets = data.validation.iter().map(|(name, set)| {
+        let sizes = json!({
+            "tokens": set.tokens(), "documents": set.documents(), "text_bytes": set.text_bytes(),
+        });
+        (name.clone(), sizes)
+    });
+    let sets: BTreeMap<String, Value> = sets.collect();
+    let mine = flat(&json!({ "data": { "train": data.identity, "validation": sets } }));
+    let told = all.gather_bytes_whenever(Label::new("identity"), &serde_json::to_vec(&mine)?)?;
+    compare(&told).context("give all ranks the same texts and the same tokenizer")
+}
+
+fn own(key: &str) -> bool {
+    OWN.iter().any(|own| key.strip_prefix(own).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
+}
+
+/// Compares what ranks told, as JSON, with what the first one did.
+fn compare(told: &[Vec<u8>]) -> Result<()> {
+    let parse = |(rank, bytes): (usize, &Vec<u8>)| -> Result<BTreeMap<String, Value>> {
+        serde_json::from_slice(bytes).with_context(|| format!("rank {rank} told something unknown"))
+    };
+    let told = told.iter().enumerate().map(parse).collect::<Result<Vec<_>>>()?;
+    let Some((first, others)) = told.split_first() else { return Ok(()) };
+    let Some((rank, other)) = (1..).zip(others).find(|(_, other)| *other != first) else { return Ok(()) };
+    let keys: BTreeSet<&String> = first.keys().chain(other.keys()).collect();
+    let differing = keys.into_iter().filter(|key| first.get(*key) != other.get(*key));
+    let lines: Vec<String> = differing
+        .map(|key| {
+            let (there, here) = (shown(other.get(key)), shown(first.get(key)));
+            format!("\n  {key} is {there} on rank {rank} and {here} on rank 0")
+        })
+        .collect();
+    bail!("rank {rank} differs from rank 0:{}", lines.concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(values: &[Value]) -> Vec<Vec<u8>> {
+        values.iter().map(|value| serde_json::to_vec(&flat(value)).unwrap()).collect()
+    }
+
+    #[test]
+    fn what_differs_is_named_with_both_values() {
+        let one = json!({"optimizer": {"lr": 0.005}, "run": {"seed": 1}});
+        compare(&told(&[one.clone(), one.clone(), one.clone()])).unwrap();
+        let other = json!({"optimizer": {"lr": 0.5}, "run": {"seed": 1}, "log": {"trace": 2}});
+        let message = compare(&told(&[one.clone(), one, other])).unwrap_err().to_string();
+        for part in [
+            "rank 2 differs",
+            "optimizer.lr is 0.5 on rank 2 and 0.005 on rank 0",
+            "log.trace is 2 on rank 2 and not set on rank 0",
+        ] {
+            assert!(message.contains(part), "{message}");
+        }
+        assert!(!message.contains("run.seed"), "{message}");
+    }
+
+    #[test]
+    fn only_what_is_a_ranks_own_is_left_out() {
+        assert!(own("run.threads") && own("data.validation.books") && own("energy.watts"));
+        assert!(!own("run.seed") && !own("data.train_more") && !own("recovery.enabled"));
+    }
+
+    #[test]
+    fn keys_that_are_left_out_exist() {
+        for key in OWN.iter().filter(|key| key.contains('.')) {
+            let parsed = crate::config::Config::parse("", &[format!("{key}=x")]);
+            let message = parsed.err().map(|e| format!("{e:#}")).unwrap_or_default();
+            assert!(!message.contains("unknown key"), "{key}: {message}");
+        }
+    }
+}
