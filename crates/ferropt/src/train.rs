@@ -90,6 +90,10 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<u8> {
             false => format!("{}\n{plan}", resolved.config.to_toml()?),
         };
         crate::until_reader_leaves(writeln!(std::io::stdout(), "{plan}").map_err(Into::into))?;
+        // No error: runs are planned on other machines than they are started on.
+        for (key, path) in resolved.config.data.missing() {
+            tell!("note: {key} is not there, and a run needs it: {}", path.display());
+        }
         return Ok(0);
     }
     if args.ranks.is_some() || args.supervise {

@@ -223,6 +223,10 @@ fn dry_run_plans_every_preset_without_allocating() {
     let said = text(&out);
     assert!(["activations", "tokens per step", "FLOP", "time"].iter().all(|w| said.contains(w)), "{said}");
     assert!(!lab.path("run").exists(), "a dry run leaves nothing behind");
+    assert!(!said.contains("note:"), "{said}");
+    let out = train(&config, &["data.validation.more=nowhere.txt"]).arg("--dry-run").output().unwrap();
+    let said = text(&out);
+    assert!(out.status.success() && said.contains("data.validation.more is not there"), "{said}");
 }
 
 #[test]

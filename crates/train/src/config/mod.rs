@@ -118,6 +118,18 @@ section! {
     }
 }
 
+impl DataSection {
+    /// Files and folders that are named and not there, with their keys.
+    pub fn missing(&self) -> Vec<(String, &Path)> {
+        let sets = self.validation.iter().map(|(name, paths)| (format!("data.validation.{name}"), paths));
+        let texts = [("data.train".to_string(), &self.train)].into_iter().chain(sets);
+        let texts = texts.flat_map(|(key, paths)| paths.0.iter().map(move |path| (key.clone(), path)));
+        let tokenizer = self.tokenizer.iter().map(|path| ("data.tokenizer".to_string(), path));
+        let all = texts.chain(tokenizer).map(|(key, path)| (key, path.as_path()));
+        all.filter(|(_, path)| !path.exists()).collect()
+    }
+}
+
 section! {
     /// How much per step.
     BatchSection {

@@ -9,7 +9,7 @@
 //! | 0 | done, or stopped as a person asked | no |
 //! | [`WRONG`] | a configuration, data or a run folder that is wrong | no |
 //! | 2 | wrong usage | no |
-//! | [`GAVE_UP`] | training went wrong again and again ([`GaveUp`](crate::recovery::GaveUp)) | no |
+//! | [`GAVE_UP`] | training went wrong again and again ([`GaveUp`]) | no |
 //! | [`AGAIN`] | a rank was lost, or a scheduler asked for the machine | yes |
 //! | a signal, a panic (101) | a crash | yes |
 
