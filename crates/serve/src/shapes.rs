@@ -34,7 +34,7 @@ pub(crate) const SEED: &str =
     r#"{"type": ["integer", "null"], "minimum": -9223372036854775808, "maximum": 18446744073709551615}"#;
 
 pub(crate) const LOG_PROBS: &str =
-    r#"{"anyOf": [{"type": ["integer", "null"], "minimum": 0, "maximum": 100}, {"enum": [false]}]}"#;
+    r#"{"type": ["integer", "boolean", "null"], "minimum": 0, "maximum": 100, "not": {"const": true}}"#;
 
 pub(crate) const STOP: &str = r#"{"anyOf": [{"type": ["string", "null"], "minLength": 1, "maxLength": 500},
     {"type": "array", "maxItems": 60, "items": {"type": "string", "minLength": 1, "maxLength": 500}}]}"#;
@@ -272,7 +272,7 @@ mod tests {
 
     #[test]
     fn schemas_have_the_bounds_of_what_reads() {
-        assert!(LOG_PROBS.contains(&format!("\"maximum\": {MOST_LOG_PROBS}}}")));
+        assert!(LOG_PROBS.contains(&format!("\"maximum\": {MOST_LOG_PROBS},")));
         assert!(SEED.contains(&i64::MIN.to_string()) && SEED.contains(&u64::MAX.to_string()));
         let refused = |text: &str| {
             let message = serde_json::from_str(text).unwrap();
