@@ -34,7 +34,7 @@ pub(crate) const SEED: &str =
     r#"{"type": ["integer", "null"], "minimum": -9223372036854775808, "maximum": 18446744073709551615}"#;
 
 pub(crate) const LOG_PROBS: &str =
-    r#"{"type": ["integer", "boolean", "null"], "minimum": 0, "maximum": 100, "not": {"const": true}}"#;
+    r#"{"minimum": 0, "maximum": 100, "anyOf": [{"type": ["integer", "null"]}, {"enum": [false]}]}"#;
 
 pub(crate) const STOP: &str = r#"{"anyOf": [{"type": ["string", "null"], "minLength": 1, "maxLength": 500},
     {"type": "array", "maxItems": 60, "items": {"type": "string", "minLength": 1, "maxLength": 500}}]}"#;
