@@ -62,10 +62,10 @@ fn operations_do_what_they_say() {
     check::<bf16>(3, 1_000_001);
 }
 
-/// Memory that the processor does not reach, as a GPU's.
-struct Away(Vec<f32>);
+/// Memory that the processor does not reach, as a GPU's, and what goes with it.
+struct Away<N = ()>(Vec<f32>, N);
 
-impl Buffer<f32> for Away {
+impl<N: Send + Sync> Buffer<f32> for Away<N> {
     fn len(&self) -> usize {
         self.0.len()
     }
@@ -94,7 +94,7 @@ fn memory_that_the_processor_does_not_reach_is_sent_too() {
         on(ranks, |group| {
             let (me, next, last) =
                 (group.rank(), (group.rank() + 1) % ranks, (group.rank() + ranks - 1) % ranks);
-            let mine = || Away((0..len).map(|place| number(me, place)).collect());
+            let mine = || Away((0..len).map(|place| number(me, place)).collect(), ());
             let all = |of: &dyn Fn(usize) -> f32| (0..len).map(of).collect::<Vec<_>>();
             let label = Label::new("away");
             let gathered = group.all_gather(label, mine()).wait().unwrap().0;
@@ -113,35 +113,13 @@ fn memory_that_the_processor_does_not_reach_is_sent_too() {
     }
 }
 
-/// Such memory, that notes which threads give it back.
-struct Noted(Away, Arc<Mutex<Vec<String>>>);
+/// Notes which threads give memory back.
+struct Noted(Arc<Mutex<Vec<String>>>);
 
 impl Drop for Noted {
     fn drop(&mut self) {
         let name = std::thread::current().name().unwrap_or("a caller").to_string();
-        self.1.lock().unwrap().push(name);
-    }
-}
-
-impl Buffer<f32> for Noted {
-    fn len(&self) -> usize {
-        self.0.len()
-    }
-
-    fn host(&self) -> Option<&[f32]> {
-        None
-    }
-
-    fn host_mut(&mut self) -> Option<&mut [f32]> {
-        None
-    }
-
-    fn read(&self, offset: usize, dst: &mut [f32]) {
-        self.0.read(offset, dst);
-    }
-
-    fn write(&mut self, offset: usize, src: &[f32]) {
-        self.0.write(offset, src);
+        self.0.lock().unwrap().push(name);
     }
 }
 
@@ -154,7 +132,7 @@ fn memory_is_given_back_by_callers_only() {
         let group = world.group(&[0, 1], "test").unwrap();
         let noted = Arc::new(Mutex::new(Vec::new()));
         let given_back = || noted.lock().unwrap().len();
-        let new = || Noted(Away(vec![1.0; LEN]), noted.clone());
+        let new = || Away(vec![1.0; LEN], Noted(noted.clone()));
         drop(group.all_reduce(Label::new("dropped"), new()));
         // Both are done with it after one more operation, and the next one gives it back.
         group.barrier(Label::new("later")).unwrap();

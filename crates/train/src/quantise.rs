@@ -121,14 +121,16 @@ pub fn quantise(
 pub(crate) fn beside_weights(source: &Source) -> Result<Tokenizer> {
     let folder = source.folder();
     Tokenizer::load(folder).with_context(|| {
-        if ["tokenizer.json", "vocab.json", "merges.txt"].iter().any(|name| folder.join(name).exists()) {
-            let folder = folder.display();
-            format!(
+        let there =
+            ["tokenizer.json", "vocab.json", "merges.txt"].iter().any(|name| folder.join(name).exists());
+        let folder = folder.display();
+        match there {
+            true => format!(
                 "the tokenizer beside the weights in {folder} cannot be used; name another with --tokenizer"
-            )
-        } else {
-            let folder = folder.display();
-            format!("there is no tokenizer beside the weights in {folder}; name one with --tokenizer")
+            ),
+            false => {
+                format!("there is no tokenizer beside the weights in {folder}; name one with --tokenizer")
+            }
         }
     })
 }

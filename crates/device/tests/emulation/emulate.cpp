@@ -193,21 +193,29 @@ namespace {
 
 unsigned short half_of(uint64_t words, unsigned which) { return (unsigned short)(words >> 16 * which); }
 
+/// What all lanes of a warp give for a product: the left factor's first and last two words, and the right one's two.
+struct Factors {
+    uint64_t first[32], second[32], right[32];
+
+    Factors(const unsigned* left, const unsigned* right) {
+        auto gather = [](uint64_t* all, const unsigned* own) {
+            std::memcpy(all, exchange(own[0] | uint64_t(own[1]) << 32), 32 * sizeof *all);
+        };
+        gather(first, left), gather(second, left + 2), gather(this->right, right);
+    }
+};
+
 }  // namespace
 
 void mma(float* sums, const unsigned* left, const unsigned* right, float (*widen)(unsigned short)) {
-    auto both = [](unsigned a, unsigned b) { return a | uint64_t(b) << 32; };
-    uint64_t first[32], second[32], factors[32];
-    std::memcpy(first, exchange(both(left[0], left[1])), sizeof first);
-    std::memcpy(second, exchange(both(left[2], left[3])), sizeof second);
-    std::memcpy(factors, exchange(both(right[0], right[1])), sizeof factors);
+    Factors all(left, right);
     unsigned g = running_index % 32 / 4, t = running_index % 4;
     for (unsigned r = 0; r < 2; r++) {
         for (unsigned e = 0; e < 2; e++) {
             for (unsigned k = 0; k < 16; k++) {
                 unsigned lane = k % 8 / 2, odd = k % 2;
-                float a = widen(half_of(k < 8 ? first[4 * g + lane] : second[4 * g + lane], 2 * r + odd));
-                float b = widen(half_of(factors[4 * (2 * t + e) + lane], 2 * (k / 8) + odd));
+                float a = widen(half_of((k < 8 ? all.first : all.second)[4 * g + lane], 2 * r + odd));
+                float b = widen(half_of(all.right[4 * (2 * t + e) + lane], 2 * (k / 8) + odd));
                 sums[2 * r + e] += a * b;
             }
         }
@@ -228,18 +236,14 @@ void load_turned(unsigned* right, const void* row) {
 }
 
 void mma_codes(int* sums, const unsigned* left, const unsigned* right) {
-    auto both = [](unsigned a, unsigned b) { return a | uint64_t(b) << 32; };
-    uint64_t first[32], second[32], factors[32];
-    std::memcpy(first, exchange(both(left[0], left[1])), sizeof first);
-    std::memcpy(second, exchange(both(left[2], left[3])), sizeof second);
-    std::memcpy(factors, exchange(both(right[0], right[1])), sizeof factors);
+    Factors all(left, right);
     unsigned g = running_index % 32 / 4, t = running_index % 4;
     for (unsigned r = 0; r < 2; r++) {
         for (unsigned e = 0; e < 2; e++) {
             for (unsigned k = 0; k < 32; k++) {
                 unsigned lane = k % 16 / 4, byte = k % 4;
-                auto a = int8_t((k < 16 ? first : second)[4 * g + lane] >> (32 * r + 8 * byte));
-                auto b = int8_t(factors[4 * (2 * t + e) + lane] >> (32 * (k / 16) + 8 * byte));
+                auto a = int8_t((k < 16 ? all.first : all.second)[4 * g + lane] >> (32 * r + 8 * byte));
+                auto b = int8_t(all.right[4 * (2 * t + e) + lane] >> (32 * (k / 16) + 8 * byte));
                 sums[2 * r + e] += int(a) * int(b);
             }
         }

@@ -31,12 +31,16 @@ __device__ __forceinline__ uint4 load_eight(const bf16* row, u32 at, u32 k, bool
 
 __device__ __forceinline__ void clear(float* sums) { sums[0] = sums[1] = sums[2] = sums[3] = 0.0f; }
 
-/// sums += 16 columns times 8 rows over 32 numbers of k; of each thread its numbers of columns g and g + 8, and of row g.
-__device__ __forceinline__ void multiply_step(float* sums, const uint4* w, uint4 x) {
+__device__ __forceinline__ void multiply(float* sums, const u32* left, const u32* right) { mma<bf16>(sums, left, right); }
+__device__ __forceinline__ void multiply(int* sums, const u32* left, const u32* right) { mma_codes(sums, left, right); }
+
+/// sums += 16 columns times 8 rows over a step of k, of bf16 or in whole numbers of codes; of each thread its numbers of columns
+/// g and g + 8, and of row g.
+template <class Sum> __device__ __forceinline__ void multiply_step(Sum* sums, const uint4* w, uint4 x) {
     u32 low[4] = {w[0].x, w[1].x, w[0].y, w[1].y}, high[4] = {w[0].z, w[1].z, w[0].w, w[1].w};
     u32 x_low[2] = {x.x, x.y}, x_high[2] = {x.z, x.w};
-    mma<bf16>(sums, low, x_low);
-    mma<bf16>(sums, high, x_high);
+    multiply(sums, low, x_low);
+    multiply(sums, high, x_high);
 }
 
 // ---- some rows: a block for 16 columns and R times 8 rows, a part of k for each warp
@@ -88,16 +92,11 @@ template <class Bits> struct Codes {
     template <int R>
     __device__ __forceinline__ void add(u32 step, u32 first, u32 m, const Weights& weights, float (*sums)[4]) const {
         u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-        const uint4* w = weights.codes;
-        u32 low[4] = {w[0].x, w[1].x, w[0].y, w[1].y}, high[4] = {w[0].z, w[1].z, w[0].w, w[1].w};
         UNROLL for (int r = 0; r < R; r++) {
             u32 base = first + ROWS * r;
             u64 own = u64(min(base + g, m - 1)) * groups + step;
-            uint4 c = reinterpret_cast<const uint4*>(x.codes + own * GROUP)[t];
-            u32 c_low[2] = {c.x, c.y}, c_high[2] = {c.z, c.w};
             int whole[4] = {0, 0, 0, 0};
-            mma_codes(whole, low, c_low);
-            mma_codes(whole, high, c_high);
+            multiply_step(whole, weights.codes, reinterpret_cast<const uint4*>(x.codes + own * GROUP)[t]);
             for (int e = 0; e < 4; e++) {
                 u64 row = u64(min(base + 2 * t + e % 2, m - 1)) * groups + step;
                 if (Bits::MINIMA) sums[r][e] = fmaf(weights.minimum[e / 2], x.zeros[row], sums[r][e]);
@@ -139,22 +138,18 @@ __device__ void some_rows(Factors factors, u32 m, u32 n, Finish<O> finish) {
     }
 }
 
+#define SOME_CODES(bits, Bits, o_name, O, R)                                                                                    \
+    KERNEL(packed_##bits##_##o_name##_##R, const u8* codes, const bf16* scales, const bf16* minima, Rounded x, u32 m, u32 n,    \
+           u32 groups, Finish<O> finish) {                                                                                      \
+        some_rows<R>(Codes<Bits>{codes, scales, minima, x, groups}, m, n, finish);                                              \
+    }
 #define SOME_ROWS(o_name, O, R)                                                                                                 \
     KERNEL(packed_bf16_bf16_##o_name##_##R, const bf16* w, const bf16* x, u32 m, u32 n, u32 k, Finish<O> finish) {              \
         some_rows<R>(Halves{w, x, k}, m, n, finish);                                                                            \
     }                                                                                                                           \
-    KERNEL(packed_int8_##o_name##_##R, const u8* codes, const bf16* scales, const bf16* minima, Rounded x, u32 m, u32 n,        \
-           u32 groups, Finish<O> finish) {                                                                                      \
-        some_rows<R>(Codes<EightBits>{codes, scales, minima, x, groups}, m, n, finish);                                         \
-    }                                                                                                                           \
-    KERNEL(packed_int4_##o_name##_##R, const u8* codes, const bf16* scales, const bf16* minima, Rounded x, u32 m, u32 n,        \
-           u32 groups, Finish<O> finish) {                                                                                      \
-        some_rows<R>(Codes<FourBits>{codes, scales, minima, x, groups}, m, n, finish);                                          \
-    }                                                                                                                           \
-    KERNEL(packed_int3_##o_name##_##R, const u8* codes, const bf16* scales, const bf16* minima, Rounded x, u32 m, u32 n,        \
-           u32 groups, Finish<O> finish) {                                                                                      \
-        some_rows<R>(Codes<ThreeBits>{codes, scales, minima, x, groups}, m, n, finish);                                         \
-    }
+    SOME_CODES(int8, EightBits, o_name, O, R)                                                                                   \
+    SOME_CODES(int4, FourBits, o_name, O, R)                                                                                    \
+    SOME_CODES(int3, ThreeBits, o_name, O, R)
 SOME_ROWS(f32, float, 1)
 SOME_ROWS(f32, float, 4)
 SOME_ROWS(bf16, bf16, 1)
