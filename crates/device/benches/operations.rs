@@ -182,7 +182,7 @@ fn packed(b: &Bench) -> anyhow::Result<()> {
 fn packed_matrix(b: &Bench, matrix: &str, n: usize, k: usize) -> anyhow::Result<()> {
     let most = 1024;
     for format in WeightFormat::ALL {
-        let rows: Vec<usize> = [1, 8, 32, most]
+        let rows: Vec<usize> = [1, 8, 32, 128, most]
             .into_iter()
             .filter(|m| format!("packed_linear {matrix} {} x{m} bf16", format.name()).contains(&b.filter))
             .collect();

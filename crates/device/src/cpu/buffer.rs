@@ -5,6 +5,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
 use std::ptr::NonNull;
 
+use super::simd::streams;
 use crate::{Buffer, Element};
 
 const LINE: usize = 64;
@@ -164,6 +165,17 @@ impl<'a, T> Shards<'a, T> {
             let line = self.data.wrapping_add(start + at);
             // SAFETY: the hint touches nothing; a processor that lacks it does nothing.
             unsafe { _mm_prefetch::<_MM_HINT_ET0>(line.cast_const().cast()) }
+        }
+    }
+
+    /// [`Shards::prefetch`] for [`Simd::write_row`](super::simd::Simd::write_row).
+    #[inline(always)]
+    pub fn prefetch_row(&self, start: usize, len: usize)
+    where
+        T: Element,
+    {
+        if !streams(self.pointer(start), len) {
+            self.prefetch(start, len);
         }
     }
 

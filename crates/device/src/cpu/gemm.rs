@@ -36,8 +36,8 @@ const KC: usize = 1024;
 const PACKED_UNITS: usize = 2 << 20;
 /// Most sums of a super-block that wait for the next block of k.
 const PARTIAL_SUMS: usize = 4 << 20;
-/// Tasks for each thread at least, so that threads finish together.
-const TASKS: usize = 4;
+/// Tasks for each thread at least, so that threads finish together. Each packs its rows of A again.
+const TASKS: usize = 2;
 /// Units of k by which a panel of A, and one of B, are fetched to the first-level cache ahead of their use.
 const A_AHEAD: usize = 16;
 const B_AHEAD: usize = 8;

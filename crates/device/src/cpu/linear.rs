@@ -1,5 +1,7 @@
 //! Linear layers: products with the epilogues that OPT needs, and their gradients.
 
+use std::ops::Range;
+
 use super::buffer::Shards;
 use super::gemm::{Epilogue, gemm};
 use super::pack::Matrix;
@@ -99,12 +101,12 @@ fn column_sums<E: Element>(device: &CpuDevice, n: usize, x: &[E], sums: &mut [f3
             let mut acc = [s.zero(); COLUMNS / 4];
             for row in x.chunks_exact(n) {
                 for (acc, x) in acc.iter_mut().zip(row[columns.clone()].chunks(lanes(s))) {
-                    *acc = s.add(*acc, load(s, x));
+                    *acc = s.add(*acc, s.load_up_to(x));
                 }
             }
             for (acc, out) in acc.iter().zip(out.chunks_mut(lanes(s))) {
-                let old = if store == Store::Accumulate { load(s, out) } else { s.zero() };
-                store_vector(s, out, s.add(old, *acc));
+                let old = if store == Store::Accumulate { s.load_up_to(out) } else { s.zero() };
+                s.store_up_to(out, s.add(old, *acc));
             }
         });
     });
@@ -115,34 +117,12 @@ fn lanes<S: Simd>(_: S) -> usize {
     S::LANES
 }
 
-/// A full or partial vector.
+/// `v + bias[col + part]`
 #[inline(always)]
-fn load<S: Simd, E: Element>(s: S, x: &[E]) -> S::F {
-    if x.len() >= S::LANES { s.load_as(x) } else { s.load_part(x) }
-}
-
-/// To a full or partial vector.
-#[inline(always)]
-fn store_vector<S: Simd, E: Element>(s: S, x: &mut [E], v: S::F) {
-    if x.len() >= S::LANES { s.store_as(x, v) } else { s.store_part(x, v) }
-}
-
-/// `values + bias[col ..]`, vector by vector, handed to `f` with each vector's offset and length.
-#[inline(always)]
-fn each_vector<S: Simd>(
-    s: S,
-    acc: &[f32],
-    col: usize,
-    bias: Option<&[f32]>,
-    mut f: impl FnMut(usize, usize, S::F),
-) {
-    for at in (0..acc.len()).step_by(S::LANES) {
-        let count = S::LANES.min(acc.len() - at);
-        let mut v = load(s, &acc[at..at + count]);
-        if let Some(bias) = bias {
-            v = s.add(v, load(s, &bias[col + at..col + at + count]));
-        }
-        f(at, count, v);
+fn add_bias<S: Simd>(s: S, v: S::F, bias: Option<&[f32]>, col: usize, part: &Range<usize>) -> S::F {
+    match bias {
+        Some(bias) => s.add(v, s.load_up_to(&bias[col + part.start..col + part.end])),
+        None => v,
     }
 }
 
@@ -159,22 +139,20 @@ impl<O: Element> Epilogue for Forward<'_, O> {
         let start = row * self.n + col;
         // SAFETY: every part of every row comes once.
         let y = unsafe { self.y.range(start..start + acc.len()) };
-        each_vector(
-            s,
+        s.write_row(
             acc,
-            col,
-            self.bias,
+            y,
             #[inline(always)]
-            |at, count, v| {
-                let v = if self.act == Activation::Relu { relu(s, v) } else { v };
-                store_vector(s, &mut y[at..at + count], v);
+            |part, v| {
+                let v = add_bias(s, v, self.bias, col, &part);
+                if self.act == Activation::Relu { relu(s, v) } else { v }
             },
         );
     }
 
     #[inline(always)]
     fn prefetch(&self, row: usize, col: usize, len: usize) {
-        self.y.prefetch(row * self.n + col, len);
+        self.y.prefetch_row(row * self.n + col, len);
     }
 }
 
@@ -200,26 +178,23 @@ impl Epilogue for Residual<'_> {
             let blocks = (skip + acc.len()).next_multiple_of(BLOCK);
             random::mask_row(s, d, d.first_row + row as u64, col - skip, &mut mask[..blocks]);
         }
-        each_vector(
-            s,
+        s.write_row(
             acc,
-            col,
-            self.bias,
+            out,
             #[inline(always)]
-            |at, count, v| {
-                let v = if self.dropout.is_some() {
-                    s.mul(v, load(s, &mask[skip + at..skip + at + count]))
-                } else {
-                    v
-                };
-                store_vector(s, &mut out[at..at + count], s.add(load(s, &residual[at..at + count]), v));
+            |part, v| {
+                let mut v = add_bias(s, v, self.bias, col, &part);
+                if self.dropout.is_some() {
+                    v = s.mul(v, s.load_up_to(&mask[skip + part.start..skip + part.end]));
+                }
+                s.add(s.load_up_to(&residual[part]), v)
             },
         );
     }
 
     #[inline(always)]
     fn prefetch(&self, row: usize, col: usize, len: usize) {
-        self.out.prefetch(row * self.n + col, len);
+        self.out.prefetch_row(row * self.n + col, len);
     }
 }
 
@@ -235,27 +210,21 @@ impl<E: Element, O: Element> Epilogue for InputGradient<'_, E, O> {
         let start = row * self.k + col;
         // SAFETY: every part of every row comes once.
         let dx = unsafe { self.dx.range(start..start + acc.len()) };
-        each_vector(
-            s,
+        let relu_output = self.relu_output.map(|y| &y[start..start + acc.len()]);
+        s.write_row(
             acc,
-            col,
-            None,
+            dx,
             #[inline(always)]
-            |at, count, v| {
-                let v = match self.relu_output {
-                    Some(y) => {
-                        s.select_gt(load(s, &y[start + at..start + at + count]), s.zero(), v, s.zero())
-                    }
-                    None => v,
-                };
-                store_vector(s, &mut dx[at..at + count], v);
+            |part, v| match relu_output {
+                Some(y) => s.select_gt(s.load_up_to(&y[part]), s.zero(), v, s.zero()),
+                None => v,
             },
         );
     }
 
     #[inline(always)]
     fn prefetch(&self, row: usize, col: usize, len: usize) {
-        self.dx.prefetch(row * self.k + col, len);
+        self.dx.prefetch_row(row * self.k + col, len);
     }
 }
 
@@ -271,22 +240,27 @@ impl Epilogue for WeightGradient<'_> {
         let start = row * self.k + col;
         // SAFETY: every part of every row comes once.
         let dw = unsafe { self.dw.range(start..start + acc.len()) };
-        each_vector(
-            s,
-            acc,
-            col,
-            None,
-            #[inline(always)]
-            |at, count, v| {
-                let dw = &mut dw[at..at + count];
-                let v = if self.store == Store::Accumulate { s.add(load(s, dw), v) } else { v };
-                store_vector(s, dw, v);
-            },
-        );
+        if self.store == Store::Overwrite {
+            s.write_row(
+                acc,
+                dw,
+                #[inline(always)]
+                |_, v| v,
+            );
+            return;
+        }
+        for (dw, v) in dw.chunks_mut(S::LANES).zip(acc.chunks(S::LANES)) {
+            let sum = s.add(s.load_up_to(dw), s.load_up_to(v));
+            s.store_up_to(dw, sum);
+        }
     }
 
     #[inline(always)]
     fn prefetch(&self, row: usize, col: usize, len: usize) {
-        self.dw.prefetch(row * self.k + col, len);
+        let start = row * self.k + col;
+        match self.store {
+            Store::Overwrite => self.dw.prefetch_row(start, len),
+            Store::Accumulate => self.dw.prefetch(start, len),
+        }
     }
 }

@@ -3,6 +3,7 @@
 //! A decoder step is hundreds of kernels of 0.01 to 100 ms, so starting one must cost microseconds: workers spin
 //! for a while after each job before they sleep. The caller is worker 0.
 
+use std::arch::x86_64::_mm_sfence;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -111,7 +112,8 @@ impl Pool {
     /// Runs `f(thread)` once on every thread and waits for all.
     pub fn run(&self, f: &(dyn Fn(usize) + Sync)) {
         if self.workers.is_empty() {
-            return f(0);
+            f(0);
+            return end_streams();
         }
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let s = &self.shared;
@@ -127,6 +129,7 @@ impl Pool {
         }
         // The workers must have left the closure before its borrow ends, also when the caller's share panics.
         let mine = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| f(0)));
+        end_streams();
         let mut spins = 0u32;
         while s.running.load(Acquire) != 0 {
             spins += 1;
@@ -141,7 +144,8 @@ impl Pool {
     /// Runs `f(task, thread)` for every task below `tasks`; threads take the next task when they are free.
     pub fn for_each(&self, tasks: usize, f: impl Fn(usize, usize) + Sync) {
         if tasks <= 1 || self.workers.is_empty() {
-            return (0..tasks).for_each(|task| f(task, 0));
+            (0..tasks).for_each(|task| f(task, 0));
+            return end_streams();
         }
         let next = AtomicUsize::new(0);
         self.run(&|thread| {
@@ -159,7 +163,8 @@ impl Pool {
     /// thread begins with neighbours of its own, and takes from the end of others' when it has done them.
     pub fn for_neighbours(&self, tasks: usize, f: impl Fn(usize, usize) + Sync) {
         if tasks <= 1 || self.workers.is_empty() {
-            return (0..tasks).for_each(|task| f(task, 0));
+            (0..tasks).for_each(|task| f(task, 0));
+            return end_streams();
         }
         let count = self.threads().min(SHARES);
         let shares: [Share; SHARES] =
@@ -235,6 +240,12 @@ impl Share {
     }
 }
 
+/// What this thread has written past the caches is there, for every thread that is told of it after this.
+fn end_streams() {
+    // SAFETY: every x86-64 processor has it.
+    unsafe { _mm_sfence() }
+}
+
 impl Shared {
     fn work(&self, id: usize) {
         let mut seen = 0;
@@ -265,6 +276,7 @@ impl Shared {
                     self.panicked.store(true, SeqCst);
                 }
             }
+            end_streams();
             self.running.fetch_sub(1, Release);
         }
     }

@@ -5,6 +5,7 @@
 //! has the instructions, which is what makes the methods safe to call.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use half::{bf16, f16};
 
@@ -121,6 +122,38 @@ pub trait Simd: WordLanes {
             DType::F16 => self.store_f16(bytemuck::cast_slice_mut(x), v),
             DType::F32 => self.store(bytemuck::cast_slice_mut(x), v),
             _ => self.store_part(x, v),
+        }
+    }
+
+    /// Two registers, to the first `2 * LANES` elements of any compute type: past the caches where [`streams`] says so.
+    /// What other threads may read then follows from the pool's end of a job.
+    #[inline(always)]
+    fn stream_two<E: Element>(self, x: &mut [E], [a, b]: [Self::F; 2]) {
+        let (low, high) = x.split_at_mut(Self::LANES);
+        self.store_as(low, a);
+        self.store_as(high, b);
+    }
+
+    /// Writes `f(its range, vector)` of each vector of sums to `y`, of one length. A row of a tile of two registers may go
+    /// past the caches.
+    #[inline(always)]
+    fn write_row<E: Element>(
+        self,
+        sums: &[f32],
+        y: &mut [E],
+        mut f: impl FnMut(Range<usize>, Self::F) -> Self::F,
+    ) {
+        let lanes = Self::LANES;
+        if sums.len() == 2 * lanes {
+            let low = f(0..lanes, self.load(sums));
+            let high = f(lanes..2 * lanes, self.load(&sums[lanes..]));
+            self.stream_two(y, [low, high]);
+            return;
+        }
+        for at in (0..sums.len()).step_by(lanes) {
+            let part = at..(at + lanes).min(sums.len());
+            let v = f(part.clone(), self.load_up_to(&sums[part.clone()]));
+            self.store_up_to(&mut y[part], v);
         }
     }
 
@@ -475,6 +508,26 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    fn stream_two<E: Element>(self, x: &mut [E], [a, b]: [__m512; 2]) {
+        let x = &mut x[..32];
+        let (whole_lines, to) = (streams(x.as_ptr(), 32), x.as_mut_ptr());
+        // SAFETY: 32 elements; streamed ones begin with a cache line; the token.
+        unsafe {
+            match E::DTYPE {
+                DType::Bf16 if whole_lines => _mm512_stream_si512(to.cast(), self.round_two_bf16(a, b)),
+                DType::Bf16 => _mm512_storeu_si512(to.cast(), self.round_two_bf16(a, b)),
+                DType::F32 if whole_lines => {
+                    _mm512_stream_ps(to.cast(), a);
+                    _mm512_stream_ps(to.cast::<f32>().add(16), b);
+                }
+                _ => {
+                    self.store_as(&mut x[..16], a);
+                    self.store_as(&mut x[16..], b);
+                }
+            }
+        }
+    }
+    #[inline(always)]
     fn exp(self, x: __m512) -> __m512 {
         // Rounds to an integer when added, and leaves it when taken away again.
         let magic = self.splat(12_582_912.0);
@@ -536,6 +589,46 @@ impl Avx512 {
             _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(high))
         }
     }
+
+    /// The same bits of two registers, in half of the instructions.
+    #[inline(always)]
+    fn round_two_bf16(self, a: __m512, b: __m512) -> __m512i {
+        // SAFETY: the token.
+        unsafe {
+            if _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, b) != 0 {
+                let low = _mm512_castsi256_si512(self.round_bf16(a));
+                return _mm512_inserti64x4::<1>(low, self.round_bf16(b));
+            }
+            let (lowest, one) = (_mm512_set1_epi32(0x1_0000), _mm512_set1_epi32(1));
+            let half = _mm512_set1_epi32(0x7fff);
+            let mut sums = [a, b].map(|v| _mm512_castps_si512(v));
+            for bits in &mut sums {
+                let odd = _mm512_test_epi32_mask(*bits, lowest);
+                let sum = _mm512_add_epi32(*bits, half);
+                *bits = _mm512_mask_add_epi32(sum, odd, sum, one);
+            }
+            let upper_halves = _mm512_loadu_si512(UPPER_HALVES.as_ptr().cast());
+            _mm512_permutex2var_epi16(sums[0], upper_halves, sums[1])
+        }
+    }
+}
+
+/// Where the upper halves of the words of two registers are.
+const UPPER_HALVES: [u16; 32] = {
+    let mut places = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        places[i] = 2 * i as u16 + 1;
+        i += 1;
+    }
+    places
+};
+
+/// Whether so many elements, which a tile's row begins at `x`, are written past the caches: by AVX-512, where they are
+/// whole lines. A line that is stored to is read first, and pushes out what the tiles' loop is about to use.
+#[inline(always)]
+pub(super) fn streams<E: Element>(x: *const E, len: usize) -> bool {
+    len == 32 && x.addr().is_multiple_of(64) && matches!(E::DTYPE, DType::Bf16 | DType::F32)
 }
 
 /// Asks for the cache line of an address, which need not be valid.

@@ -279,8 +279,8 @@ impl Epilogue for Finish<'_> {
             }
         }
         match &self.y {
-            Out::F32(y) => y.prefetch(start, len),
-            Out::Bf16(y) => y.prefetch(start, len),
+            Out::F32(y) => y.prefetch_row(start, len),
+            Out::Bf16(y) => y.prefetch_row(start, len),
         }
     }
 }
@@ -295,20 +295,23 @@ fn finish<S: Simd, O: Element>(
     residual: Option<&[f32]>,
     y: &mut [O],
 ) {
-    for (at, y) in (0..acc.len()).step_by(S::LANES).zip(y.chunks_mut(S::LANES)) {
-        let part = at..at + y.len();
-        let mut v = s.load_up_to(&acc[part.clone()]);
-        if let Some(bias) = bias {
-            v = s.add(v, s.load_up_to(&bias[part.clone()]));
-        }
-        if act == Activation::Relu {
-            v = relu(s, v);
-        }
-        if let Some(residual) = residual {
-            v = s.add(v, s.load_up_to(&residual[part]));
-        }
-        s.store_up_to(y, v);
-    }
+    s.write_row(
+        acc,
+        y,
+        #[inline(always)]
+        |part, mut v| {
+            if let Some(bias) = bias {
+                v = s.add(v, s.load_up_to(&bias[part.clone()]));
+            }
+            if act == Activation::Relu {
+                v = relu(s, v);
+            }
+            if let Some(residual) = residual {
+                v = s.add(v, s.load_up_to(&residual[part]));
+            }
+            v
+        },
+    );
 }
 
 /// `x[m, k] * w^T`, handed to `finish`.
