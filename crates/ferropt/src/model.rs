@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 /// Which model, and how it is computed.
 #[derive(clap::Args)]
 pub(crate) struct ModelArgs {
-    /// A run of `ferropt train` or one of its checkpoints, a Hugging Face or quantised folder, or metaseq's files
+    /// A run of `ferropt train` or one of its checkpoints, a Hugging Face or quantised folder, metaseq's files, or
+    /// the name of a model that Hugging Face's tools have downloaded, such as facebook/opt-125m
     #[arg(long, value_name = "PATH")]
     model: PathBuf,
     #[command(flatten)]

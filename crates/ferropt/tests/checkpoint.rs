@@ -28,6 +28,39 @@ fn fixture(path: &str) -> String {
     root.join(path).display().to_string()
 }
 
+/// A folder of Hugging Face's is found by its name, laid out as their tools lay out what they download.
+#[test]
+fn a_downloaded_model_is_found_by_its_name() {
+    let lab = Lab::new();
+    lab.train(&lab.config("run", 10), &[]);
+    let hf = lab.path("hf");
+    ok(&["convert", &lab.path("run").display().to_string(), &hf.display().to_string(), "--to", "hf"]);
+    let model = lab.path("hub/models--someone--opt-tiny");
+    let (snapshot, blobs) = (model.join("snapshots/27dcfa74"), model.join("blobs"));
+    for folder in [&snapshot, &blobs, &model.join("refs")] {
+        std::fs::create_dir_all(folder).unwrap();
+    }
+    std::fs::write(model.join("refs/main"), "27dcfa74").unwrap();
+    for (i, file) in std::fs::read_dir(&hf).unwrap().enumerate() {
+        let file = file.unwrap();
+        std::fs::rename(file.path(), blobs.join(i.to_string())).unwrap();
+        let target = Path::new("../../blobs").join(i.to_string());
+        std::os::unix::fs::symlink(target, snapshot.join(file.file_name())).unwrap();
+    }
+    let generate = |model: &str, variable: &str, folder: &str| {
+        let args = ["generate", "--model", model, "--greedy", "--max-tokens", "8", "x"];
+        ferropt().args(args).env_remove("HF_HUB_CACHE").env(variable, lab.path(folder)).output().unwrap()
+    };
+    let whole = generate(&lab.path("run").display().to_string(), "HF_HUB_CACHE", "hub");
+    assert!(whole.status.success(), "{}", text(&whole));
+    for (variable, folder) in [("HF_HUB_CACHE", "hub"), ("HF_HOME", "")] {
+        let named = generate("someone/opt-tiny", variable, folder);
+        assert!(named.status.success() && named.stdout == whole.stdout, "{}", text(&named));
+    }
+    let missing = generate("someone/opt-large", "HF_HUB_CACHE", "hub");
+    assert!(!missing.status.success() && text(&missing).contains("hf download someone/opt-large"));
+}
+
 /// A run goes to every format and back, and generates the same text from its own folder before and after.
 #[test]
 fn a_run_leaves_in_every_format() {

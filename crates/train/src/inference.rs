@@ -112,7 +112,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// Opens what `path` names: a run folder, one of its checkpoints, a Hugging Face or quantised folder, or metaseq's files.
+    /// Opens what `path` names: a run folder, one of its checkpoints, a Hugging Face or quantised folder, metaseq's files, or what Hugging
+    /// Face's tools have downloaded under a name such as `facebook/opt-125m`.
     ///
     /// # Errors
     /// When there is no model, or it is damaged or of no OPT, or has no tokenizer; the message names the file.

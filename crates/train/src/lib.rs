@@ -4,6 +4,7 @@ pub mod bench;
 pub mod checkpoint;
 mod collect;
 pub mod config;
+mod hub;
 pub mod inference;
 pub mod launch;
 pub mod logbook;

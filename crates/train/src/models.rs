@@ -1,7 +1,8 @@
-//! Models as users name them: a run folder, one of its checkpoints, or weights in any format of
-//! [`ferropt_model::formats`].
+//! Models as users name them: a run folder, one of its checkpoints, weights in any format of [`ferropt_model::formats`], or what a
+//! model is called that Hugging Face's tools have downloaded.
 
 use crate::checkpoint::{Checkpoint, Store, group_files, verify_group};
+use crate::hub;
 use anyhow::{Context, Error, Result, ensure};
 use ferropt_model::formats::{self, Source};
 use std::path::{Path, PathBuf};
@@ -42,7 +43,7 @@ pub fn open(
     preset: Option<&str>,
     whole: Whole<'_>,
 ) -> Result<Named> {
-    let path = path.as_ref();
+    let path = &hub::resolve(path.as_ref())?;
     let check = |checkpoint: &Path| match whole {
         Whole::Sizes => Ok(()),
         Whole::ChecksumsOnce(known) if known(&group_files(checkpoint, MODEL)?) => Ok(()),
@@ -58,7 +59,7 @@ pub fn open(
         let checkpoint = if path.join("manifest.json").is_file() {
             let step = Store::survey(path)?.run.step;
             check(path)?;
-            Some((path.into(), step))
+            Some((path.to_path_buf(), step))
         } else {
             None
         };
