@@ -44,7 +44,7 @@ fn snapshot(cache: &Path, name: &str) -> Result<PathBuf> {
     let again = format!("`hf download {name}` fetches it");
     ensure!(
         model.is_dir(),
-        "there is no file or folder {name}, and no model of this name in Hugging Face's cache {}; {again}",
+        "there is no file or folder {name}. If a model of Hugging Face's is meant, it is not in their cache {} either; {again}",
         cache.display()
     );
     let main = model.join("refs/main");

@@ -1,7 +1,5 @@
 //! Linear layers: products with the epilogues that OPT needs, and their gradients.
 
-use std::ops::Range;
-
 use super::buffer::Shards;
 use super::gemm::{Epilogue, gemm};
 use super::pack::Matrix;
@@ -117,13 +115,33 @@ fn lanes<S: Simd>(_: S) -> usize {
     S::LANES
 }
 
-/// `v + bias[col + part]`
+/// `y = act(acc + bias) + residual`. All are of one length.
 #[inline(always)]
-fn add_bias<S: Simd>(s: S, v: S::F, bias: Option<&[f32]>, col: usize, part: &Range<usize>) -> S::F {
-    match bias {
-        Some(bias) => s.add(v, s.load_up_to(&bias[col + part.start..col + part.end])),
-        None => v,
-    }
+pub(super) fn finish<S: Simd, O: Element>(
+    s: S,
+    acc: &[f32],
+    bias: Option<&[f32]>,
+    act: Activation,
+    residual: Option<&[f32]>,
+    y: &mut [O],
+) {
+    s.write_row(
+        acc,
+        y,
+        #[inline(always)]
+        |part, mut v| {
+            if let Some(bias) = bias {
+                v = s.add(v, s.load_up_to(&bias[part.clone()]));
+            }
+            if act == Activation::Relu {
+                v = relu(s, v);
+            }
+            if let Some(residual) = residual {
+                v = s.add(v, s.load_up_to(&residual[part]));
+            }
+            v
+        },
+    );
 }
 
 struct Forward<'a, O> {
@@ -139,15 +157,7 @@ impl<O: Element> Epilogue for Forward<'_, O> {
         let start = row * self.n + col;
         // SAFETY: every part of every row comes once.
         let y = unsafe { self.y.range(start..start + acc.len()) };
-        s.write_row(
-            acc,
-            y,
-            #[inline(always)]
-            |part, v| {
-                let v = add_bias(s, v, self.bias, col, &part);
-                if self.act == Activation::Relu { relu(s, v) } else { v }
-            },
-        );
+        finish(s, acc, self.bias.map(|bias| &bias[col..col + acc.len()]), self.act, None, y);
     }
 
     #[inline(always)]
@@ -171,6 +181,7 @@ impl Epilogue for Residual<'_> {
         // SAFETY: every part of every row comes once.
         let out = unsafe { self.out.range(start..start + acc.len()) };
         let residual = &self.residual[start..start + acc.len()];
+        let bias = self.bias.map(|bias| &bias[col..col + acc.len()]);
         // Masks come in blocks of 64 columns; a tile's columns lie in two of them at most.
         let mut mask = [1.0f32; 2 * BLOCK];
         let skip = col % BLOCK;
@@ -182,8 +193,10 @@ impl Epilogue for Residual<'_> {
             acc,
             out,
             #[inline(always)]
-            |part, v| {
-                let mut v = add_bias(s, v, self.bias, col, &part);
+            |part, mut v| {
+                if let Some(bias) = bias {
+                    v = s.add(v, s.load_up_to(&bias[part.clone()]));
+                }
                 if self.dropout.is_some() {
                     v = s.mul(v, s.load_up_to(&mask[skip + part.start..skip + part.end]));
                 }

@@ -19,7 +19,8 @@ use half::bf16;
 use super::buffer::Shards;
 use super::embed::add;
 use super::gemm::Epilogue;
-use super::simd::{Simd, dispatch, prefetch, relu};
+use super::linear::finish;
+use super::simd::{Simd, dispatch, prefetch};
 use super::{CpuBuf, CpuDevice, Scratch};
 use crate::quantise::Codes;
 use crate::{Activation, DType, Element, Mapped, ReadRows, WeightFormat, WritePiece};
@@ -283,35 +284,6 @@ impl Epilogue for Finish<'_> {
             Out::Bf16(y) => y.prefetch_row(start, len),
         }
     }
-}
-
-/// `y = act(acc + bias) + residual`. All are of one length.
-#[inline(always)]
-fn finish<S: Simd, O: Element>(
-    s: S,
-    acc: &[f32],
-    bias: Option<&[f32]>,
-    act: Activation,
-    residual: Option<&[f32]>,
-    y: &mut [O],
-) {
-    s.write_row(
-        acc,
-        y,
-        #[inline(always)]
-        |part, mut v| {
-            if let Some(bias) = bias {
-                v = s.add(v, s.load_up_to(&bias[part.clone()]));
-            }
-            if act == Activation::Relu {
-                v = relu(s, v);
-            }
-            if let Some(residual) = residual {
-                v = s.add(v, s.load_up_to(&residual[part]));
-            }
-            v
-        },
-    );
 }
 
 /// `x[m, k] * w^T`, handed to `finish`.
