@@ -11,7 +11,7 @@ use crate::reactor::{Command, Failed, Finished, Job, Memory, Place};
 use crate::route::Linked;
 use crate::world::{World, thread_has_died};
 use anyhow::{Context, Result, bail, ensure};
-use ferropt_device::{AtRest, Buffer, DType, Element, Exchange, Flight};
+use ferropt_device::{AtRest, Buffer, DType, Element, Exchange, Flight, bf16, f16};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -214,12 +214,10 @@ impl Group {
         order.sort_unstable();
         let touched = Touched { reads: 0..buffer.len(), writes: own.clone() };
         self.start::<T, B>(operation, label, buffer, touched, sends, receives, move |mut finished| {
-            let own = bytemuck::cast_slice_mut(&mut finished.memory.bytes_mut()[in_bytes::<T>(own)]);
-            let pieces: Vec<Option<&[T]>> = order
-                .iter()
-                .map(|(_, piece)| piece.map(|p| bytemuck::cast_slice(finished.pieces[p].bytes())))
-                .collect();
-            sum(own, &pieces);
+            let own = &mut finished.memory.bytes_mut()[in_bytes::<T>(own)];
+            let pieces: Vec<Option<&[u8]>> =
+                order.iter().map(|(_, piece)| piece.map(|p| finished.pieces[p].bytes())).collect();
+            sum(T::DTYPE, own, &pieces);
             given_back(finished.memory)
         })
     }
@@ -448,14 +446,26 @@ fn in_bytes<T>(elements: Range<usize>) -> Range<usize> {
     elements.start * size_of::<T>()..elements.end * size_of::<T>()
 }
 
-/// `own` becomes the sum of the contributions, in their order; it is the one that is not a piece itself.
-fn sum<T: Element>(own: &mut [T], pieces: &[Option<&[T]>]) {
+/// `own` becomes the sum of the contributions, in their order; it is the one that is not a piece itself. Not generic, so that it is
+/// compiled once and here: as fast in builds that do not optimise what is above.
+fn sum(dtype: DType, own: &mut [u8], pieces: &[Option<&[u8]>]) {
+    match dtype {
+        DType::F32 => sum_of::<f32>(own, pieces),
+        DType::Bf16 => sum_of::<bf16>(own, pieces),
+        DType::F16 => sum_of::<f16>(own, pieces),
+        other => unreachable!("sums in {other} are refused before they start"),
+    }
+}
+
+fn sum_of<T: Element>(own: &mut [u8], pieces: &[Option<&[u8]>]) {
+    let own: &mut [T] = bytemuck::cast_slice_mut(own);
+    let pieces: Vec<Option<&[T]>> = pieces.iter().map(|piece| piece.map(bytemuck::cast_slice)).collect();
     let mut tile = [0.0f32; TILE];
     for start in (0..own.len()).step_by(TILE) {
         let range = start..own.len().min(start + TILE);
         let sums = &mut tile[..range.len()];
         sums.fill(0.0);
-        for piece in pieces {
+        for piece in &pieces {
             let values = piece.map_or(&own[range.clone()], |piece| &piece[range.clone()]);
             for (sum, value) in sums.iter_mut().zip(values) {
                 *sum += value.to_f32();
