@@ -32,7 +32,8 @@ impl Lab {
         self.dir.path().join(name)
     }
 
-    /// Configuration of a run in `RUN` with `steps` steps; everything not said here is the default.
+    /// Configuration of a run in `RUN` with `steps` steps; everything not said here is the default. On one thread, as tests run beside
+    /// each other and the model is so small that two would mostly wait; `exact.rs` has runs on more.
     pub fn config(&self, run: &str, steps: u64) -> PathBuf {
         let at = |name: &str| self.path(name).display().to_string();
         let text = format!(
@@ -40,7 +41,7 @@ impl Lab {
              [data]\ntrain = '{}'\ntokenizer = '{}'\nvalidation.held-out = '{}'\ncache = '{}'\n\
              [batch]\ntokens = 512\n\
              [optimizer]\nlr = 5e-3\n\
-             [run]\ndir = '{}'\nsteps = {steps}\nthreads = 2\n\
+             [run]\ndir = '{}'\nsteps = {steps}\nthreads = 1\n\
              [checkpoint]\nevery = 5\nkeep_last = 2\n\
              [validation]\nevery = 20\nmax_tokens = 1024\n",
             at("texts"),
