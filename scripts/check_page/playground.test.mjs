@@ -395,6 +395,39 @@ test("every control is a field of the API, within its bounds, and reaches it", a
     await leave(page);
 });
 
+/** From now on texts are these tokens, as if the model had written them, each with an alternative. */
+async function written(page, tokens, other) {
+    const logprobs = (name) => ({
+        tokens: [name],
+        token_logprobs: [-1],
+        top_logprobs: [{ [name]: -1, [other]: -2 }],
+        text_offset: [0],
+    });
+    const chunk = (name) =>
+        `data: ${JSON.stringify({ choices: [{ index: 0, text: name, logprobs: logprobs(name), finish_reason: null }] })}\n\n`;
+    await page.route("**/v1/completions", (route) =>
+        route.fulfill({
+            contentType: "text/event-stream",
+            body: `${tokens.map(chunk).join("")}data: [DONE]\n\n`,
+        }),
+    );
+}
+
+test("tokens that take no room can be pointed at", async () => {
+    const page = await visit(browser, server.url);
+    await set(page, { max_tokens: 4 });
+    const tokens = ["e", "\u0301", "\u05c4", "\u200b", "\u0001", "a"];
+    await written(page, tokens, "x");
+    await generate(page, "x");
+    assert.equal(await textOf(page), tokens.join(""));
+    for (let place = 0; place < tokens.length; place += 1) {
+        await token(page, place).click({ timeout: 5000 });
+        await box(page).waitFor();
+        await page.keyboard.press("Escape");
+    }
+    await leave(page);
+});
+
 test("what a model writes stays text", async () => {
     const page = await visit(browser, server.url);
     const evil = `<img src=x onerror="window.evil=1"><script>window.evil=1</script>`;
@@ -403,27 +436,16 @@ test("what a model writes stays text", async () => {
     await page.getByRole("button", { name: "History" }).last().click();
     assert.ok((await page.locator(".entry").first().textContent()).includes("<img src=x"));
     await page.getByRole("button", { name: "Settings" }).last().click();
-    // As if the model had written it, token by token.
-    await page.route("**/v1/completions", (route) => {
-        const pieces = [
+    await written(
+        page,
+        [
             "<img src=x",
             ' onerror="window.evil=1">',
             "<script>window.evil=1</script>",
             "<svg/onload=evil=1>",
-        ];
-        const logprobs = (name) => ({
-            tokens: [name],
-            token_logprobs: [-1],
-            top_logprobs: [{ [name]: -1, "<b onmouseover=evil=1>": -2 }],
-            text_offset: [0],
-        });
-        const chunk = (name) =>
-            `data: ${JSON.stringify({ choices: [{ index: 0, text: name, logprobs: logprobs(name), finish_reason: null }] })}\n\n`;
-        route.fulfill({
-            contentType: "text/event-stream",
-            body: `${pieces.map(chunk).join("")}data: [DONE]\n\n`,
-        });
-    });
+        ],
+        "<b onmouseover=evil=1>",
+    );
     await generate(page, "x");
     assert.equal(
         await textOf(page),

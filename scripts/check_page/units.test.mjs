@@ -13,7 +13,7 @@ import {
 } from "../../crates/serve/web/fields.js";
 import { buckets, grown, parse, quantile, rate, total } from "../../crates/serve/web/prometheus.js";
 import { EventParser, events } from "../../crates/serve/web/sse.js";
-import { TextBuilder, percent, shade, shown } from "../../crates/serve/web/texts.js";
+import { TextBuilder, hasNoWidth, percent, shade, shown } from "../../crates/serve/web/texts.js";
 import { point } from "../../crates/serve/web/watch.js";
 
 const STREAM =
@@ -312,6 +312,15 @@ test("bytes that are no characters, and an end within one", () => {
     text.add(event("", [], "length"));
     assert.deepEqual(shownBy(text), ["�", "a", "", "�b", "�"]);
     assert.equal(shownBy(text).join(""), text.value.text);
+});
+
+test("texts that take no room", () => {
+    for (const text of ["\u0301", "\u05c4", "\u200b", "\ufe0f", "\u0001", "\u00ad", "\u115f"]) {
+        assert.ok(hasNoWidth(text), JSON.stringify(text));
+    }
+    for (const text of ["", " ", "\n", "\t", "a", "a\u0301", "é", "\ufffd"]) {
+        assert.ok(!hasNoWidth(text), JSON.stringify(text));
+    }
 });
 
 test("without log-probabilities there are no tokens", () => {

@@ -79,6 +79,9 @@ function bytesOf(name) {
 /** Whether a token's name stands for bytes that are no whole characters. */
 export const isPart = (name) => name.startsWith("bytes:\\x");
 
+/** Whether a text is there but takes no room of its own: marks on other characters, and characters that are not drawn. */
+export const hasNoWidth = (text) => /^[\p{M}\p{Cc}\p{Cf}\p{DI}]+$/u.test(text) && !/[\n\t]/.test(text);
+
 /** Whether a token's name is that of a special token, which is no text. */
 export const isSpecial = (name) => /^<\/?(s|pad|unk)>$/.test(name);
 

@@ -1,6 +1,6 @@
 // A text whose tokens can be looked at: coloured by probability, with the alternatives at each place.
 import { Button, Component, html, useEffect, useLayoutEffect, useMemo, useRef, useState } from "./dom.js";
-import { SHADES, isPart, isSpecial, percent, shade, shown } from "./texts.js";
+import { SHADES, hasNoWidth, isPart, isSpecial, percent, shade, shown } from "./texts.js";
 
 /** Tokens that are drawn, or left alone, together. */
 const BLOCK = 64;
@@ -151,6 +151,7 @@ class Block extends Component {
             ];
             if (token.text.includes("\n")) classes.push("line-end");
             if (token.text === "") classes.push("part");
+            if (hasNoWidth(token.text)) classes.push("mark");
             return html`<span key=${place} id=${`${id}-${place}`} data-place=${place} class=${classes.join(" ").trim()}
                 role="option" aria-selected=${place === active ? "true" : "false"}
                 aria-label=${`${token.text.trim() || spoken(token.name)}, ${percent(token.logprob)}`}>${token.text}</span>`;
