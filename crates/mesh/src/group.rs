@@ -10,7 +10,7 @@ use crate::memory::{Copied, Touched, given_back};
 use crate::reactor::{Command, Failed, Finished, Job, Memory, Place};
 use crate::route::Linked;
 use crate::world::{World, thread_has_died};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use ferropt_device::{AtRest, Buffer, DType, Element, Exchange, Flight, bf16, f16};
 use std::ops::Range;
 use std::sync::Arc;
@@ -181,21 +181,23 @@ impl Group {
     /// Sums the contributions of all: `buffer` has as many equal parts as there are ranks, and afterwards this rank's own
     /// part, in its place, is the sum over all ranks. The other parts are not to be used.
     pub fn reduce_scatter<T: Element, B: Buffer<T> + 'static>(&self, label: Label, buffer: B) -> Pending<B> {
-        if let Err(error) = can_be_summed::<T>() {
-            return Pending::ready(Err(error));
-        }
+        let sum = match summing(T::DTYPE) {
+            Ok(sum) => sum,
+            Err(error) => return Pending::ready(Err(error)),
+        };
         let equal = equal_parts(buffer.len(), self.size());
         if let Some(route) = self.route(&buffer) {
             let sent = self.sent_in_parts(buffer.len());
             return self.exchange(route, Exchange::ReduceScatter, label, buffer, sent);
         }
-        self.sum_parts(Operation::ReduceScatter, label, buffer, equal)
+        self.sum_parts::<T, B>(Operation::ReduceScatter, sum, label, buffer, equal)
     }
 
     /// This rank's range becomes the sum of what all have there; `range` says which elements are a rank's.
     fn sum_parts<T: Element, B: Buffer<T> + 'static>(
         &self,
         operation: Operation,
+        sum: Sum,
         label: Label,
         buffer: B,
         range: impl Fn(usize) -> Range<usize>,
@@ -217,7 +219,7 @@ impl Group {
             let own = &mut finished.memory.bytes_mut()[in_bytes::<T>(own)];
             let pieces: Vec<Option<&[u8]>> =
                 order.iter().map(|(_, piece)| piece.map(|p| finished.pieces[p].bytes())).collect();
-            sum(T::DTYPE, own, &pieces);
+            sum(own, &pieces);
             given_back(finished.memory)
         })
     }
@@ -226,9 +228,10 @@ impl Group {
     /// them in the same order.
     pub fn all_reduce<T: Element, B: Buffer<T> + 'static>(&self, label: Label, buffer: B) -> Pending<B> {
         let (size, len, operation) = (self.size(), buffer.len(), Operation::AllReduce);
-        if let Err(error) = can_be_summed::<T>() {
-            return Pending::ready(Err(error));
-        }
+        let sum = match summing(T::DTYPE) {
+            Ok(sum) => sum,
+            Err(error) => return Pending::ready(Err(error)),
+        };
         if size == 1 {
             return Pending::ready(Ok(buffer));
         }
@@ -241,11 +244,11 @@ impl Group {
             return self.exchange(route, Exchange::AllReduce, label, buffer, sent);
         }
         if small {
-            return self.sum_parts(operation, label, buffer, move |_| 0..len);
+            return self.sum_parts::<T, B>(operation, sum, label, buffer, move |_| 0..len);
         }
-        let sum = self.sum_parts(operation, label, buffer, range);
+        let summed = self.sum_parts::<T, B>(operation, sum, label, buffer, range);
         let group = self.clone();
-        match sum.0 {
+        match summed.0 {
             State::Waiting(done, finish) => Pending(State::Waiting(
                 done,
                 Box::new(move |finished| {
@@ -426,15 +429,6 @@ impl Group {
     }
 }
 
-pub(crate) fn can_be_summed<T: Element>() -> Result<()> {
-    ensure!(
-        matches!(T::DTYPE, DType::F32 | DType::Bf16 | DType::F16),
-        "{} is no type to sum in; f32, bf16 and f16 are",
-        T::DTYPE
-    );
-    Ok(())
-}
-
 /// Which elements are a member's when all have equally many.
 fn equal_parts(len: usize, size: usize) -> impl Fn(usize) -> Range<usize> {
     let part = len / size;
@@ -446,18 +440,21 @@ fn in_bytes<T>(elements: Range<usize>) -> Range<usize> {
     elements.start * size_of::<T>()..elements.end * size_of::<T>()
 }
 
-/// `own` becomes the sum of the contributions, in their order; it is the one that is not a piece itself. Not generic, so that it is
-/// compiled once and here: as fast in builds that do not optimise what is above.
-fn sum(dtype: DType, own: &mut [u8], pieces: &[Option<&[u8]>]) {
+/// Makes the first the sum of the contributions, in their order; it is the one that is not a piece itself.
+type Sum = fn(&mut [u8], &[Option<&[u8]>]);
+
+/// How elements of a type are summed. Not generic, so that it is compiled once and here: as fast in builds that do not optimise
+/// what is above.
+pub(crate) fn summing(dtype: DType) -> Result<Sum> {
     match dtype {
-        DType::F32 => sum_of::<f32>(own, pieces),
-        DType::Bf16 => sum_of::<bf16>(own, pieces),
-        DType::F16 => sum_of::<f16>(own, pieces),
-        other => unreachable!("sums in {other} are refused before they start"),
+        DType::F32 => Ok(sum::<f32>),
+        DType::Bf16 => Ok(sum::<bf16>),
+        DType::F16 => Ok(sum::<f16>),
+        other => bail!("{other} is no type to sum in; f32, bf16 and f16 are"),
     }
 }
 
-fn sum_of<T: Element>(own: &mut [u8], pieces: &[Option<&[u8]>]) {
+fn sum<T: Element>(own: &mut [u8], pieces: &[Option<&[u8]>]) {
     let own: &mut [T] = bytemuck::cast_slice_mut(own);
     let pieces: Vec<Option<&[T]>> = pieces.iter().map(|piece| piece.map(bytemuck::cast_slice)).collect();
     let mut tile = [0.0f32; TILE];

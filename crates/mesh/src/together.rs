@@ -1,6 +1,6 @@
 //! Operations of a group that start together.
 
-use crate::group::{Group, Pending, can_be_summed};
+use crate::group::{Group, Pending, summing};
 use crate::label::Label;
 use crate::route::Boarding;
 use anyhow::Result;
@@ -41,7 +41,7 @@ impl Together<'_> {
         buffer: B,
     ) -> Pending<B> {
         match self.group.route(&buffer) {
-            Some(route) if can_be_summed::<T>().is_ok() => {
+            Some(route) if summing(T::DTYPE).is_ok() => {
                 let boarding = self.boarding.get_or_insert_with(|| Boarding::new(self.group, route));
                 let sent = self.group.sent_in_parts(buffer.len());
                 boarding.board::<T, B>(Exchange::ReduceScatter, label, buffer, sent)
