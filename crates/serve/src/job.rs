@@ -85,6 +85,8 @@ impl Job {
     /// When the engine fails, time is over, or the server ends. Nothing comes after an error.
     pub(crate) async fn next(&mut self) -> Option<Message> {
         if self.left == 0 {
+            // Before the client sees the end.
+            self.record.complete();
             return None;
         }
         let message = tokio::select! {

@@ -5,7 +5,7 @@ use crate::error::ApiError;
 use crate::keys::Use;
 use serde_json::{Map, Value, json};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Routes whose requests are logged when they are refused only.
@@ -21,8 +21,6 @@ pub(crate) struct Record {
     route: &'static str,
     notes: Mutex<Notes>,
     pub(crate) tokens: Arc<Tokens>,
-    /// Under which key's limits it is.
-    under: OnceLock<Use>,
     _busy: Busy,
 }
 
@@ -39,6 +37,8 @@ struct Notes {
     code: Option<&'static str>,
     /// Whether the answer was given to the client in full.
     complete: bool,
+    /// Under which key's limits it is.
+    under: Option<Use>,
     more: Map<String, Value>,
 }
 
@@ -46,8 +46,8 @@ impl Record {
     pub(crate) fn new(app: Arc<App>, route: &'static str, method: &str) -> Record {
         let id = format!("{:016x}", app.random());
         let busy = app.busy();
-        let (notes, tokens, under) = (Mutex::default(), Arc::default(), OnceLock::new());
-        let record = Record { app, id, started: Instant::now(), route, notes, tokens, under, _busy: busy };
+        let (notes, tokens) = (Mutex::default(), Arc::default());
+        let record = Record { app, id, started: Instant::now(), route, notes, tokens, _busy: busy };
         record.note("method", method);
         record
     }
@@ -70,10 +70,9 @@ impl Record {
         time
     }
 
-    /// Counts it under a key's limits until it is over.
+    /// Counts it under a key's limits until its answer was made in full, or it is over.
     pub(crate) fn is_under(&self, limits: Use) {
-        // A request has one key.
-        let _ = self.under.set(limits);
+        self.with(|notes| notes.under = Some(limits));
     }
 
     pub(crate) fn status(&self, status: u16) {
@@ -87,9 +86,13 @@ impl Record {
         }
     }
 
-    /// The answer was made in full.
+    /// The answer was made in full. Its key may be used for the next one, which can come before all who hold this record, on other
+    /// threads, have dropped it.
     pub(crate) fn complete(&self) {
-        self.with(|notes| notes.complete = true);
+        self.with(|notes| {
+            notes.complete = true;
+            notes.under = None;
+        });
     }
 }
 

@@ -78,14 +78,15 @@ fn keys_open_what_is_closed_and_nothing_more() {
     let folder = tempfile::tempdir().unwrap();
     let (alice, line) = new_key("alice").unwrap();
     let (bob, other) = new_key("bob").unwrap();
+    let (carol, third) = new_key("carol").unwrap();
     let file = folder.path().join("keys");
-    std::fs::write(&file, format!("{line}\n{other} at-once=1 per-minute=3\n")).unwrap();
+    std::fs::write(&file, format!("{line}\n{other} at-once=1 per-minute=3\n{third} at-once=1\n")).unwrap();
     let lines = Lines::default();
     let keys = Keys::read(&file).unwrap();
     let log = Log::new(lines.clone(), false).unwrap();
     let cors = vec!["https://example.org".into()];
     let (server, nobody) = serve(Options { keys, log, cors, ..options() });
-    let (alice, bob) = (nobody.with_key(&alice), nobody.with_key(&bob));
+    let [alice, bob, carol] = [alice, bob, carol].map(|key| nobody.with_key(&key));
     for client in [&nobody, &nobody.with_key("fo-1234")] {
         for path in
             ["/v1/models", "/metrics", "/openapi.json", "/v1/completions", "/nothing", "/v1/models/opt"]
@@ -112,6 +113,13 @@ fn keys_open_what_is_closed_and_nothing_more() {
     bob.post("/v1/completions", &words(1));
     let often = bob.try_post("/v1/completions", &words(1).to_string());
     assert_eq!((often.status, often.json()["error"]["code"].as_str()), (429, Some("key_per_minute")));
+    // Who has an answer in full may ask again.
+    let mut streamed = words(1);
+    streamed["stream"] = true.into();
+    for _ in 0..50 {
+        carol.post("/v1/completions", &words(1));
+        carol.stream("/v1/completions", &streamed);
+    }
     until("it is logged", || lines.text().contains("\"client\":\"alice\""));
     let refused = |line: &&str| line.contains("\"status\":401");
     let text = lines.text();
