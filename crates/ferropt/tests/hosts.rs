@@ -1,5 +1,5 @@
 //! Sixteen ranks on four hosts: network namespaces of their own, each with an address, behind one switch. The same run as on
-//! one rank. Where no namespaces may be made (it takes root and `ip`), the test says so.
+//! one rank, whether rank 0's host is given by its address or by a name, which that host knows as 127.0.1.1, as Debian sets it up. Where no namespaces may be made (it takes root and `ip`), the test says so.
 
 mod lab;
 
@@ -75,19 +75,29 @@ fn four_hosts_give_the_numbers_of_one_rank() {
         "run.threads=1",
     ];
     lab.train(&lab.config("one", STEPS), &common);
-    for (name, layout) in [
-        ("sharded", ["parallel.tensor=1", "parallel.shard=16"]),
-        ("mixed", ["parallel.tensor=2", "parallel.shard=4"]),
+    let known_as = |host: usize| {
+        let file = lab.path(&format!("hosts-{host}"));
+        let first = if host == 0 { "127.0.1.1".into() } else { address(0) };
+        std::fs::write(&file, format!("127.0.0.1 localhost\n{first} first\n")).unwrap();
+        file
+    };
+    let names = [0, 1, 2, 3].map(known_as);
+    for (name, layout, first) in [
+        ("sharded", ["parallel.tensor=1", "parallel.shard=16"], address(0)),
+        ("mixed", ["parallel.tensor=2", "parallel.shard=4"], "first".into()),
     ] {
         let config = lab.config(name, STEPS);
         let set: Vec<&str> = common.iter().chain(&layout).copied().collect();
         let start = |rank: usize| {
             let inner = lab::train(&config, &set);
+            let host = rank * HOSTS / RANKS;
             let mut command = Command::new("ip");
-            command.args(["netns", "exec", &hosts.names[rank * HOSTS / RANKS]]);
-            command.arg(inner.get_program()).args(inner.get_args());
+            command.args(["netns", "exec", &hosts.names[host]]);
+            // What `ip` runs has mounts of its own.
+            command.args(["sh", "-c", "mount --bind \"$HOSTS\" /etc/hosts && exec \"$0\" \"$@\""]);
+            command.arg(inner.get_program()).args(inner.get_args()).env("HOSTS", &names[host]);
             command.env("RANK", rank.to_string()).env("WORLD_SIZE", RANKS.to_string());
-            command.env("MASTER_ADDR", address(0)).env("MASTER_PORT", "29500");
+            command.env("MASTER_ADDR", &first).env("MASTER_PORT", "29500");
             command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
         };
         let ranks: Vec<_> = (0..RANKS).map(start).collect();

@@ -9,7 +9,10 @@ pub(crate) enum Launch {
     /// Alone.
     Solo,
     /// By `mpirun`, or told to use MPI.
-    Mpi,
+    Mpi {
+        /// How many ranks there are, and the variable that says so.
+        told: Option<(&'static str, usize)>,
+    },
     /// As one of several that meet over TCP.
     Tcp {
         rank: usize,
@@ -24,8 +27,10 @@ pub(crate) enum Launch {
 
 /// Port of rank 0 unless it is given; torchrun's.
 const PORT: u16 = 29500;
-/// Ports that follow from the number of a SLURM job.
-const SLURM_PORTS: (u16, u64) = (20000, 20000);
+/// The first of the ports that follow from a job, and how many there are: below those that systems give to whoever asks for any.
+const JOB_PORTS: (u16, u64) = (20000, 12000);
+/// Steps of SLURM from this number on are no programs that `srun` has started, but a job's script or shell.
+const NO_STEP: u32 = 0xffff_fff0;
 
 /// Reads the variables of torchrun and Kubernetes, `mpirun`, and `srun`, in this order.
 ///
@@ -39,9 +44,6 @@ pub(crate) fn launch(variable: &dyn Fn(&str) -> Option<String>) -> Result<Launch
             "FERROPT_TRANSPORT is {other:?}, but it is \"tcp\" or \"mpi\"; remove it to let Ferropt choose"
         ),
     }
-    if forced.as_deref() == Some("mpi") {
-        return Ok(Launch::Mpi);
-    }
     let number = |name: &str| -> Result<Option<usize>> {
         let Some(text) = variable(name) else { return Ok(None) };
         let number = text.trim().parse();
@@ -49,15 +51,24 @@ pub(crate) fn launch(variable: &dyn Fn(&str) -> Option<String>) -> Result<Launch
             .map(Some)
             .with_context(|| format!("the environment variable {name} is {text:?}, which is no number"))
     };
-    let port = match number("MASTER_PORT")? {
-        None => None,
-        Some(port) => Some(
-            u16::try_from(port)
-                .ok()
-                .filter(|port| *port > 0)
-                .with_context(|| format!("MASTER_PORT is {port}, but a port is a number from 1 to 65535"))?,
-        ),
+    let told = || -> Result<Option<(&'static str, usize)>> {
+        for name in ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"] {
+            if let Some(size) = number(name)? {
+                return Ok(Some((name, size)));
+            }
+        }
+        Ok(None)
     };
+    if forced.as_deref() == Some("mpi") {
+        return Ok(Launch::Mpi { told: told()? });
+    }
+    let port_of = |name: &str| -> Result<Option<u16>> {
+        let Some(port) = number(name)? else { return Ok(None) };
+        let valid = u16::try_from(port).ok().filter(|port| *port > 0);
+        let wrong = || format!("{name} is {port}, but a port is a number from 1 to 65535");
+        valid.with_context(wrong).map(Some)
+    };
+    let (own, port) = (port_of("FERROPT_PORT")?, port_of("MASTER_PORT")?);
     if let Some(size) = number("WORLD_SIZE")? {
         let (name, rank) = match (number("RANK")?, number("JOB_COMPLETION_INDEX")?) {
             (Some(rank), _) => ("RANK", rank),
@@ -80,35 +91,38 @@ pub(crate) fn launch(variable: &dyn Fn(&str) -> Option<String>) -> Result<Launch
                 "WORLD_SIZE is {size}, but MASTER_ADDR does not say where rank 0 is; set it to rank 0's host"
             )
         })?;
-        return Ok(tcp(variable, rank, size, address, port.unwrap_or(PORT)));
+        let port = beside_agent(variable, port.unwrap_or(PORT));
+        return Ok(tcp(variable, rank, size, address, own.unwrap_or(port)));
     }
     if let Some(rank) = number("RANK")? {
         bail!(
             "RANK is {rank}, but WORLD_SIZE says not how many ranks there are; set it, or remove RANK to run alone"
         );
     }
-    // Open MPI, Hydra (MPICH, Intel MPI) and PMIx.
-    let by_mpirun = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"].iter().any(|name| variable(name).is_some());
-    if by_mpirun && forced.is_none() {
-        return Ok(Launch::Mpi);
+    let is_set = |name: &str| variable(name).is_some();
+    let step = variable("SLURM_STEP_ID").and_then(|step| step.parse::<u32>().ok());
+    let in_step = step.is_some_and(|step| step < NO_STEP);
+    // `srun` sets PMI_SIZE too where SLURM speaks that protocol, but only Hydra (MPICH, Intel MPI) says how many are on this host.
+    let by_hydra = is_set("PMI_SIZE") && (is_set("MPI_LOCALNRANKS") || !in_step);
+    if forced.is_none() && (is_set("OMPI_COMM_WORLD_SIZE") || by_hydra) {
+        return Ok(Launch::Mpi { told: told()? });
     }
+    // `sbatch` sets SLURM_NTASKS for its script too, which is no task of it.
+    let tasks = if is_set("SLURM_STEP_NUM_TASKS") { "SLURM_STEP_NUM_TASKS" } else { "SLURM_NTASKS" };
     let counts = [
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-        ("PMI_RANK", "PMI_SIZE"),
-        ("SLURM_PROCID", "SLURM_NTASKS"),
+        (true, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        (true, "PMI_RANK", "PMI_SIZE"),
+        (in_step, "SLURM_PROCID", tasks),
     ];
-    for (rank, size) in counts {
-        // `sbatch` sets SLURM_NTASKS for its script too, which is no task of it: only steps have a number.
-        let step = size != "SLURM_NTASKS"
-            || variable("SLURM_STEP_ID").is_some_and(|step| step.parse::<u32>().is_ok());
-        if let (Some(rank), Some(size), true) = (number(rank)?, number(size)?, step)
+    for (_, rank, size) in counts.into_iter().filter(|(counts, ..)| *counts) {
+        if let (Some(rank), Some(size)) = (number(rank)?, number(size)?)
             && size > 1
         {
             let (slurm_host, slurm_port) = slurm(variable)?;
             let address = master(variable)?.or(slurm_host).with_context(|| {
                 format!("there are {size} ranks, but MASTER_ADDR does not say where rank 0 is; set it to rank 0's host")
             })?;
-            let port = port.or(slurm_port).unwrap_or(PORT);
+            let port = own.or(port).or(slurm_port).unwrap_or(PORT);
             return Ok(tcp(variable, rank, size, address, port));
         }
     }
@@ -141,13 +155,28 @@ fn tcp(
     Launch::Tcp { rank, size, address, port, token: format!("{token:016x}") }
 }
 
+/// The port to meet at where MASTER_PORT is `port`. torchrun's agents listen there themselves, and say so to those that they start: their
+/// ranks meet at another one, which follows from it.
+fn beside_agent(variable: &dyn Fn(&str) -> Option<String>, port: u16) -> u16 {
+    if variable("TORCHELASTIC_USE_AGENT_STORE").as_deref() != Some("True") {
+        return port;
+    }
+    let run = variable("TORCHELASTIC_RUN_ID").unwrap_or_default();
+    job_port(BuildHasherDefault::<DefaultHasher>::default().hash_one((run, port)))
+}
+
+/// A port that all ranks of a job come to by its number.
+fn job_port(number: u64) -> u16 {
+    JOB_PORTS.0 + (number % JOB_PORTS.1) as u16
+}
+
 /// Rank 0's host and a port, of a step of SLURM.
 fn slurm(variable: &dyn Fn(&str) -> Option<String>) -> Result<(Option<String>, Option<u16>)> {
     let list = variable("SLURM_STEP_NODELIST").or_else(|| variable("SLURM_JOB_NODELIST"));
     let host = list.as_deref().map(first_host).transpose()?;
     let number = |name: &str| variable(name).and_then(|text| text.parse::<u64>().ok());
     let (job, step) = (number("SLURM_JOB_ID"), number("SLURM_STEP_ID").unwrap_or(0));
-    Ok((host, job.map(|job| SLURM_PORTS.0 + ((job * 7 + step) % SLURM_PORTS.1) as u16)))
+    Ok((host, job.map(|job| job_port(job.wrapping_mul(7).wrapping_add(step)))))
 }
 
 /// The first host of SLURM's notation: `node[03-07,9],other` begins with node03.
@@ -191,8 +220,9 @@ mod tests {
         }
         assert_eq!(of(&[("WORLD_SIZE", "1"), ("RANK", "0")]).unwrap(), Launch::Solo);
         let mpirun = [("OMPI_COMM_WORLD_SIZE", "4"), ("OMPI_COMM_WORLD_RANK", "1")];
-        assert_eq!(of(&mpirun).unwrap(), Launch::Mpi);
-        assert_eq!(of(&[("PMI_SIZE", "4"), ("PMI_RANK", "0")]).unwrap(), Launch::Mpi);
+        assert_eq!(of(&mpirun).unwrap(), Launch::Mpi { told: Some(("OMPI_COMM_WORLD_SIZE", 4)) });
+        let hydra = [("PMI_SIZE", "3"), ("PMI_RANK", "0")];
+        assert_eq!(of(&hydra).unwrap(), Launch::Mpi { told: Some(("PMI_SIZE", 3)) });
         let forced = [&mpirun[..], &[("FERROPT_TRANSPORT", "tcp"), ("MASTER_ADDR", "::1")]].concat();
         assert_eq!(met(&forced), (1, 4, "::1".into(), PORT));
         let step = [
@@ -204,15 +234,37 @@ mod tests {
         ];
         let (rank, size, address, port) = met(&step);
         assert_eq!((rank, size, address.as_str()), (5, 6, "gpu007-ib"));
-        assert!(port >= SLURM_PORTS.0);
-        // The script of a batch job is none of the tasks.
+        assert!(port >= JOB_PORTS.0);
+        // SLURM may speak PMI, and Hydra may have been started through it.
+        let pmi = [&step[..], &[("PMI_SIZE", "6"), ("PMI_RANK", "5")]].concat();
+        assert_eq!(met(&pmi), (5, 6, "gpu007-ib".into(), port));
+        let proxies = [&pmi[..], &[("MPI_LOCALNRANKS", "3")]].concat();
+        assert_eq!(of(&proxies).unwrap(), Launch::Mpi { told: Some(("PMI_SIZE", 6)) });
+        // A part of the job's tasks.
+        let part = [&step[..], &[("SLURM_STEP_NUM_TASKS", "7")]].concat();
+        assert_eq!(met(&part).1, 7);
+        // The script of a batch job is none of the tasks, nor is the shell of an interactive one.
         let script = [("SLURM_PROCID", "0"), ("SLURM_NTASKS", "6"), ("SLURM_JOB_NODELIST", "a")];
-        assert_eq!(of(&script).unwrap(), Launch::Solo);
+        for id in [&[][..], &[("SLURM_STEP_ID", "4294967290")]] {
+            assert_eq!(of(&[&script[..], id].concat()).unwrap(), Launch::Solo);
+        }
+    }
+
+    #[test]
+    fn ranks_of_torchrun_leave_its_port_to_its_agents() {
+        let rank = [("RANK", "3"), ("WORLD_SIZE", "8"), ("MASTER_ADDR", "host"), ("MASTER_PORT", "29500")];
+        let port = |more: &[(&str, &str)]| met(&[&rank[..], more].concat()).3;
+        let agents = ("TORCHELASTIC_USE_AGENT_STORE", "True");
+        let beside = port(&[agents, ("TORCHELASTIC_RUN_ID", "one")]);
+        assert!((20000..32000).contains(&beside));
+        assert_ne!(beside, port(&[agents, ("TORCHELASTIC_RUN_ID", "two")]));
+        assert_eq!(port(&[("TORCHELASTIC_USE_AGENT_STORE", "False")]), 29500);
+        assert_eq!(port(&[agents, ("FERROPT_PORT", "1234")]), 1234);
     }
 
     #[test]
     fn contradictions_are_named() {
-        let cases: [(&[(&str, &str)], &str); 11] = [
+        let cases: [(&[(&str, &str)], &str); 12] = [
             (&[("WORLD_SIZE", "4")], "RANK"),
             (&[("RANK", "1")], "WORLD_SIZE"),
             (&[("RANK", "4"), ("WORLD_SIZE", "4")], "RANK is 4 and WORLD_SIZE is 4"),
@@ -222,6 +274,7 @@ mod tests {
             (&[("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "http://a")], "no host"),
             (&[("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "[::1")], "no host"),
             (&[("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_PORT", "70000")], "70000"),
+            (&[("FERROPT_PORT", "0")], "FERROPT_PORT is 0"),
             (&[("FERROPT_TRANSPORT", "carrier pigeon")], "carrier pigeon"),
             (
                 &[

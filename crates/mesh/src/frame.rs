@@ -16,7 +16,7 @@ const DTYPES: [DType; 5] = [DType::F32, DType::Bf16, DType::U32, DType::I16, DTy
 pub(crate) enum Kind {
     /// A part of an operation.
     Data(Operation),
-    /// The sender lives, and this is what it does.
+    /// The sender lives; the label is what it does, and the group the rank that it waits for, if it does.
     Beat,
     /// The sender gives up; the payload says why.
     Abandon,
@@ -77,6 +77,11 @@ impl Header {
 
     pub(crate) fn control(kind: Kind, label: &str, len: usize) -> Header {
         Header { kind, len: len as u64, dtype: None, group: String::new(), label: shortened(label) }
+    }
+
+    pub(crate) fn beat(doing: &str, waits: Option<usize>) -> Header {
+        let group = waits.map(|rank| rank.to_string()).unwrap_or_default();
+        Header { group, ..Header::control(Kind::Beat, doing, 0) }
     }
 
     pub(crate) fn to_bytes(&self) -> [u8; HEADER] {
@@ -146,6 +151,7 @@ mod tests {
             ),
             Header::data(Operation::Send, long, Label::new(long), None, 0),
             Header::control(Kind::Abandon, "step 12", 9),
+            Header::beat("step 12", Some(123_456)),
         ] {
             assert_eq!(Header::from_bytes(&header.to_bytes()).as_ref(), Some(&header));
         }

@@ -25,7 +25,7 @@ impl Lost {
         Lost { reason, status: None, rank: None }
     }
 
-    /// A rank is gone, or silent.
+    /// A rank is gone, silent, or stuck.
     pub(crate) fn of(rank: usize, reason: String) -> Lost {
         Lost { rank: Some(rank), ..Lost::new(reason) }
     }
@@ -45,7 +45,7 @@ impl Lost {
         self.status
     }
 
-    /// The rank that is gone, and will not do anything any more.
+    /// The rank that is gone or stuck, and will not do anything any more.
     pub fn rank(&self) -> Option<usize> {
         self.rank
     }

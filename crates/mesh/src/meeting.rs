@@ -11,7 +11,7 @@ use crate::lost::{LONGEST_REASON, Lost};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::ops::Range;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -106,15 +106,20 @@ impl Meeting {
         Ok(Met { peers: party.peers, hosts })
     }
 
-    /// Rank 0's door.
+    /// Rank 0's door. A name leads to all addresses of this machine, which may know itself by one that no other can reach, such as
+    /// Debian's 127.0.1.1, or not at all, as where it is a service's.
     fn listen(&self) -> Result<TcpListener> {
-        let at = (self.address.as_str(), self.port);
-        // The name may be one of this machine that it does not know itself by, as a service's is.
-        let listener = TcpListener::bind(at).or_else(|_| TcpListener::bind(("0.0.0.0", self.port)));
+        let at = |address: IpAddr| TcpListener::bind((address, self.port));
+        let anywhere = || at(Ipv6Addr::UNSPECIFIED.into()).or_else(|_| at(Ipv4Addr::UNSPECIFIED.into()));
+        let listener = match self.address.parse() {
+            Ok(address) => at(address).or_else(|_| anywhere()),
+            Err(_) => anywhere(),
+        };
         listener.map_err(|error| {
             let at = format!("{}:{}", self.address, self.port);
             lost(format!(
-                "rank 0 cannot listen on {at}: {error}; choose another MASTER_PORT, or end what uses it, such as another rank 0"
+                "rank 0 cannot listen on {at}: {error}; give all ranks another port in FERROPT_PORT, or end what uses it, such as \
+                 another rank 0"
             ))
         })
     }
@@ -140,7 +145,7 @@ impl Meeting {
             )
         } else if token != self.token {
             format!(
-                "rank {} is of another run: its FERROPT_TOKEN, SLURM_JOB_ID or MASTER_PORT is another one",
+                "rank {} is of another run: its FERROPT_TOKEN, SLURM_JOB_ID or port is another one",
                 one.rank
             )
         } else if size != self.size.to_string() {
@@ -172,12 +177,12 @@ impl Party<'_> {
         let address = listener.local_addr()?;
         self.known[0] = Some(Introduction { rank: 0, address, host: host_name() });
         self.accept(listener, 1..self.meeting.size)?;
-        let lines = self.known.iter().flatten().map(Introduction::line);
-        let list: Vec<String> = ["ranks".into()].into_iter().chain(lines).collect();
-        let list = list.join("\t");
         for (rank, stream) in self.peers.iter_mut().enumerate() {
             if let Some(stream) = stream {
-                say(stream, &list)
+                let here = stream.local_addr()?.ip().to_canonical();
+                let lines = self.known.iter().flatten().map(|one| one.known_by(here).line());
+                let list: Vec<String> = ["ranks".into()].into_iter().chain(lines).collect();
+                say(stream, &list.join("\t"))
                     .map_err(|error| Lost::of(rank, format!("rank {rank} is gone: {error:#}")))?;
             }
         }
@@ -188,10 +193,18 @@ impl Party<'_> {
     fn follow(&mut self) -> Result<()> {
         let Meeting { rank: me, size, .. } = *self.meeting;
         let mut first = self.reach_first()?;
-        // Higher ranks reach this one where it reached rank 0 from.
-        let listener =
-            TcpListener::bind((first.local_addr()?.ip(), 0)).context("cannot listen for the other ranks")?;
-        let own = Introduction { rank: me, address: listener.local_addr()?, host: host_name() };
+        // Higher ranks reach this one where it reached rank 0 from; from other machines by another address, if it shares rank 0's and
+        // MASTER_ADDR is a name.
+        let here = first.local_addr()?.ip();
+        let inside = here.is_loopback() && self.meeting.address.parse::<IpAddr>().is_err();
+        let door = match here {
+            IpAddr::V4(_) if inside => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) if inside => Ipv6Addr::UNSPECIFIED.into(),
+            here => here,
+        };
+        let listener = TcpListener::bind((door, 0)).context("cannot listen for the other ranks")?;
+        let address = SocketAddr::new(here, listener.local_addr()?.port());
+        let own = Introduction { rank: me, address, host: host_name() };
         let introduction = self.meeting.introduction(&own);
         say(&mut first, &introduction).map_err(|error| lost(format!("rank 0 is gone: {error:#}")))?;
         let told = hear(&mut Until { stream: &first, until: self.until, stopped: self.stopped });
@@ -249,7 +262,7 @@ impl Party<'_> {
     /// Reaches rank 0, which may still be starting.
     fn reach_first(&mut self) -> Result<TcpStream> {
         let Meeting { rank, ref address, port, .. } = *self.meeting;
-        let name = format!("{address}:{port} (MASTER_ADDR and MASTER_PORT)");
+        let name = format!("{address}:{port} (MASTER_ADDR, and MASTER_PORT or what follows from the job)");
         let (started, mut known) = (Instant::now(), false);
         loop {
             self.look()?;
@@ -385,6 +398,14 @@ impl Party<'_> {
 impl Introduction {
     fn line(&self) -> String {
         format!("{} {} {}", self.rank, self.address, self.host)
+    }
+
+    /// The same for a rank that reaches rank 0 at `address`. Who is on rank 0's machine, and has an address that is good there only,
+    /// is reached at rank 0's.
+    fn known_by(&self, address: IpAddr) -> Introduction {
+        let inside = self.address.ip().is_loopback() && !address.is_loopback();
+        let ip = if inside { address } else { self.address.ip() };
+        Introduction { rank: self.rank, address: (ip, self.address.port()).into(), host: self.host.clone() }
     }
 
     fn parse(line: &str) -> Option<Introduction> {

@@ -83,11 +83,11 @@ fn check(code: c_int, what: &str) -> io::Result<()> {
 }
 
 impl Mpi {
-    /// Loads the library and starts it.
+    /// Loads the library and starts it. `told` is how many ranks there are, and the variable in which `mpirun` said so.
     ///
     /// # Errors
-    /// When there is none, or it does not start; the message says what to install.
-    pub(crate) fn load() -> Result<Mpi> {
+    /// When there is none, or it does not start, or it is not the one that `mpirun` belongs to; the message says what to install.
+    pub(crate) fn load(told: Option<(&str, usize)>) -> Result<Mpi> {
         let (library, name) = open()?;
         let symbol = |name: &str| format!("the MPI library has no {name}; set FERROPT_MPI to another one");
         macro_rules! function {
@@ -144,8 +144,18 @@ impl Mpi {
         let version = text.split(['\n', ',', '\0']).next().unwrap_or_default().replace("Version:", "");
         let version = version.split_whitespace().collect::<Vec<_>>().join(" ");
         let (rank, size) = (rank.max(0) as usize, size.max(1) as usize);
+        let finalize = function!(Finalize, "MPI_Finalize");
+        if let Some((variable, ranks)) = told.filter(|(_, ranks)| *ranks != size) {
+            // SAFETY: the last call, on the thread that made the first.
+            unsafe { finalize() };
+            bail!(
+                "{variable} says that there are {ranks} ranks, but {version} ({name}), which was loaded, knows of {size}: it is not the \
+                 library that this mpirun belongs to. Name that in FERROPT_MPI, or set FERROPT_TRANSPORT=tcp and MASTER_ADDR to do \
+                 without"
+            );
+        }
         Ok(Mpi {
-            finalize: function!(Finalize, "MPI_Finalize"),
+            finalize,
             isend: function!(Isend, "MPI_Isend"),
             test: function!(Test, "MPI_Test"),
             iprobe: function!(Iprobe, "MPI_Iprobe"),

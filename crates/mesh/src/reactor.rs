@@ -181,9 +181,10 @@ struct Peer {
     out: VecDeque<Outgoing>,
     incoming: VecDeque<Incoming>,
     reading: Reading,
-    /// When it last sent anything, and what it said that it does.
+    /// When it last sent anything, what it said that it does, and for which rank it waits.
     heard: Instant,
     doing: String,
+    waits: Option<usize>,
     /// It has said goodbye, or hung up.
     gone: bool,
 }
@@ -223,6 +224,7 @@ impl Reactor {
             reading: Reading::START,
             heard: Instant::now(),
             doing: String::new(),
+            waits: None,
             gone: false,
         };
         Reactor {
@@ -462,10 +464,12 @@ impl Reactor {
 
     /// A header has come.
     fn begin(&mut self, rank: usize, header: Header) -> Result<(), Error> {
+        let known = self.peers.len();
         let peer = &mut self.peers[rank];
         match header.kind {
             Kind::Beat => {
                 peer.doing = header.label;
+                peer.waits = header.group.parse().ok().filter(|rank| *rank < known);
                 peer.reading = Reading::START;
             }
             Kind::Bye => {
@@ -575,6 +579,29 @@ impl Reactor {
         posted.or_else(|| self.flights.waits_for(rank))
     }
 
+    /// The rank that this one has waited for longest, of those that are not waited for as long as it takes.
+    fn awaited(&self) -> Option<usize> {
+        let posted = |rank: usize| {
+            let first = self.peers[rank].incoming.front().filter(|incoming| !incoming.whenever);
+            Some((first?.posted, rank))
+        };
+        self.others().filter_map(posted).min().map(|(_, rank)| rank)
+    }
+
+    /// Whom a rank waits for, as far as ranks have said, if that is neither itself nor this one: one that waits for nobody.
+    fn behind(&self, rank: usize) -> Option<usize> {
+        let mut last = rank;
+        // Ranks may also wait for each other.
+        for _ in 0..self.peers.len() {
+            match self.peers[last].waits {
+                None => return Some(last).filter(|last| *last != rank),
+                Some(next) if next == self.rank => return None,
+                Some(next) => last = next,
+            }
+        }
+        None
+    }
+
     /// This process has stood still for so long that it may itself have been stopped, and the others with it. What they were
     /// late for meanwhile does not count.
     fn wake(&mut self, now: Instant, still: Duration) {
@@ -587,7 +614,7 @@ impl Reactor {
 
     /// Says that this rank lives, and looks for those that do not.
     fn look_around(&mut self, now: Instant) {
-        let beat = Header::control(Kind::Beat, &self.doing, 0).to_bytes();
+        let beat = Header::beat(&self.doing, self.awaited()).to_bytes();
         for rank in self.others() {
             if self.has_failed() {
                 return;
@@ -613,10 +640,14 @@ impl Reactor {
             } else if waited.is_some_and(|waited| waited > self.limits.patience) {
                 let what = self.waits_for(rank).unwrap_or_default();
                 let waited = seconds(waited.unwrap_or_default());
-                self.fail(Lost::new(format!(
-                    "{} is alive, but for {waited} this rank waits for {what}",
-                    self.name(rank)
-                )));
+                let behind = self.behind(rank);
+                let why = behind.map_or_else(String::new, |behind| {
+                    format!("; that one waits too, in the end for {}", self.name(behind))
+                });
+                self.fail(Lost::of(
+                    behind.unwrap_or(rank),
+                    format!("{} is alive, but for {waited} this rank waits for {what}{why}", self.name(rank)),
+                ));
             }
         }
         if let Some(trouble) = self.flights.trouble(now, self.limits.patience.saturating_add(self.asleep)) {

@@ -37,7 +37,7 @@ impl Default for Join {
     fn default() -> Self {
         Join {
             timeout: Duration::from_secs(120),
-            patience: Duration::from_secs(3600),
+            patience: Duration::from_secs(1800),
             meeting: Duration::from_secs(300),
         }
     }
@@ -119,8 +119,8 @@ impl World {
     pub fn join_unless(stopped: impl Fn() -> bool + Send + 'static, options: Join) -> Result<Option<World>> {
         let joined = match launch(&|name| std::env::var(name).ok())? {
             Launch::Solo => Ok(World::solo()),
-            Launch::Mpi => World::start(options, || {
-                let mpi = Mpi::load()?;
+            Launch::Mpi { told } => World::start(options, move || {
+                let mpi = Mpi::load(told)?;
                 Ok((mpi.rank(), mpi.size(), Box::new(mpi)))
             }),
             Launch::Tcp { rank, size, address, port, token } => {
@@ -142,7 +142,7 @@ impl World {
     pub fn foreseen() -> Result<Option<(usize, usize)>> {
         Ok(match launch(&|name| std::env::var(name).ok())? {
             Launch::Solo => Some((0, 1)),
-            Launch::Mpi => None,
+            Launch::Mpi { .. } => None,
             Launch::Tcp { rank, size, .. } => Some((rank, size)),
         })
     }

@@ -380,6 +380,57 @@ fn a_rank_without_end_is_given_up() {
     }
 }
 
+/// A rank is stuck, and another one waits for it, which is itself waited for.
+#[test]
+fn who_keeps_others_waiting_is_named_by_those_that_wait_for_others() {
+    let options = Join { patience: Duration::from_millis(2500), ..Join::default() };
+    let messages = on_ranks(World::local_with(3, options).unwrap(), |world| {
+        world.beat(Label::of("step", 12));
+        let pair = |one: usize| world.group(&[one, one + 1], "pair").unwrap();
+        match world.rank() {
+            0 => message(pair(0).barrier(Label::of("step", 13))),
+            1 => {
+                // So that the first rank loses its patience first.
+                std::thread::sleep(Duration::from_millis(500));
+                message(pair(1).barrier(Label::of("step", 14)))
+            }
+            _ => {
+                std::thread::sleep(Duration::from_secs(6));
+                String::new()
+            }
+        }
+    });
+    for part in ["rank 1 (on ", "is alive", "step 13", "in the end for rank 2 (on "] {
+        assert!(messages[0].contains(part), "{}", messages[0]);
+    }
+    assert!(
+        messages[1].contains("rank 0") && messages[1].contains("in the end for rank 2"),
+        "{}",
+        messages[1]
+    );
+}
+
+/// As torchrun starts ranks: its agent listens at MASTER_PORT itself.
+#[test]
+fn ranks_of_torchrun_meet_beside_its_agent() {
+    let agent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = agent.local_addr().unwrap().port().to_string();
+    let start = |rank: usize| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ferropt-mesh-check"));
+        command.env("RANK", rank.to_string()).env("WORLD_SIZE", "2").env("MASTER_ADDR", "localhost");
+        command.env("MASTER_PORT", &port).env("TORCHELASTIC_RUN_ID", std::process::id().to_string());
+        command
+            .env("TORCHELASTIC_USE_AGENT_STORE", "True")
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    for rank in [0, 1].map(start) {
+        let out = rank.wait_with_output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    }
+}
+
 /// What connects to the port where ranks meet, and is none of them, harms nothing, and keeps nobody waiting.
 #[test]
 fn strangers_are_shown_out() {

@@ -121,6 +121,29 @@ fn a_rank_that_is_gone_before_all_are_there_ends_the_waiting() {
 }
 
 #[test]
+fn a_name_leads_to_all_addresses_of_rank_0s_machine() {
+    let named = Meeting { address: "localhost".into(), ..meeting(0, 3, 0) };
+    let listener = named.listen().unwrap();
+    let port = listener.local_addr().unwrap().port();
+    TcpStream::connect(("127.0.0.2", port)).unwrap();
+    // An address is meant as it is.
+    let listener = meeting(0, 3, 0).listen().unwrap();
+    let port = listener.local_addr().unwrap().port();
+    assert!(TcpStream::connect(("127.0.0.2", port)).is_err());
+}
+
+#[test]
+fn who_is_on_rank_0s_machine_is_reached_from_others_as_rank_0_is() {
+    let one = |address: &str| Introduction { rank: 1, address: address.parse().unwrap(), host: "a".into() };
+    let seen = |one: &Introduction, from: &str| one.known_by(from.parse().unwrap()).address.to_string();
+    let inside = one("127.0.1.1:77");
+    assert_eq!(seen(&inside, "10.0.0.1"), "10.0.0.1:77");
+    assert_eq!(seen(&inside, "127.0.1.1"), "127.0.1.1:77");
+    assert_eq!(seen(&one("10.0.0.2:77"), "10.0.0.1"), "10.0.0.2:77");
+    assert_eq!(seen(&one("[::1]:77"), "fd00::1"), "[fd00::1]:77");
+}
+
+#[test]
 fn a_meeting_is_broken_off() {
     let (listener, port) = door();
     let stop = std::sync::Arc::new(AtomicBool::new(false));

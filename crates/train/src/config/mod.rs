@@ -219,6 +219,8 @@ section! {
         pipeline: usize = 1,
         /// Seconds without a word from another rank after which the run ends, to be started again.
         timeout: f64 = 120.0,
+        /// Seconds that a rank which lives may be waited for, until it is taken to be stuck, and the run ends likewise.
+        patience: f64 = 1800.0,
     }
 }
 

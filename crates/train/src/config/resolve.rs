@@ -326,11 +326,12 @@ impl Config {
             p.pipeline
         );
         // A day, far below what durations can hold.
-        ensure!(
-            p.timeout > 0.0 && p.timeout <= 86_400.0,
-            "parallel.timeout = {}, but it is above 0 and at most 86400 seconds, a day",
-            p.timeout
-        );
+        for (key, seconds) in [("timeout", p.timeout), ("patience", p.patience)] {
+            ensure!(
+                seconds > 0.0 && seconds <= 86_400.0,
+                "parallel.{key} = {seconds}, but it is above 0 and at most 86400 seconds, a day"
+            );
+        }
         let axes = Axes { tensor: p.tensor, shard, replicate: left / shard, pipeline: p.pipeline };
         let part = Part::of_rank(axes, model.layers, 0);
         part.check(model).map_err(|error| anyhow!("[parallel] does not fit the model: {error}"))?;

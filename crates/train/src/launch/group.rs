@@ -180,7 +180,7 @@ impl Group {
                 ("LOCAL_RANK", rank.to_string()),
                 ("LOCAL_WORLD_SIZE", ranks.to_string()),
                 ("MASTER_ADDR", "127.0.0.1".into()),
-                ("MASTER_PORT", port.to_string()),
+                ("FERROPT_PORT", port.to_string()),
             ];
             command.envs(own);
             if std::env::var_os(CONNECTIONS.0).is_none() {

@@ -95,9 +95,10 @@ pub fn train(config: Config, stop: &Stop, hook: Hook<'_>) -> Result<Outcome> {
     if let Some((_, ranks)) = foreseen {
         config.clone().resolve_for(ranks)?;
     }
-    let timeout = Duration::try_from_secs_f64(config.parallel.timeout).unwrap_or(Duration::MAX);
+    let time = |seconds| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX);
+    let (timeout, patience) = (time(config.parallel.timeout), time(config.parallel.patience));
     let asked = stop.clone();
-    match World::join_unless(move || asked.requested(), Join { timeout, ..Join::default() })? {
+    match World::join_unless(move || asked.requested(), Join { timeout, patience, ..Join::default() })? {
         Some(world) => train_in(world, config, stop, hook),
         None => {
             let (rank, ranks) = foreseen.context("ranks that meet over MPI were stopped")?;

@@ -24,7 +24,7 @@ fn run(ranks: usize, script: &str) -> (Option<Failure>, tempfile::TempDir) {
 #[test]
 fn every_rank_is_told_who_it_is() {
     let script =
-        "[ $RANK = 0 ] || echo $RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $MASTER_PORT";
+        "[ $RANK = 0 ] || echo $RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $FERROPT_PORT";
     let (failure, folder) = run(3, script);
     assert!(failure.is_none(), "{failure:?}");
     let read = |rank| std::fs::read_to_string(log_file(&folder.path().join("logs"), rank)).unwrap();
