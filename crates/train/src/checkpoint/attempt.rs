@@ -44,7 +44,7 @@ impl Hurry {
     }
 
     /// The moment, if it is known by now.
-    fn get(&self) -> Option<Instant> {
+    pub(super) fn get(&self) -> Option<Instant> {
         let (asked, until) = &*self.0;
         match (until.get(), asked.get().and_then(|patience| patience())) {
             (None, Some(patience)) => *until.get_or_init(|| Instant::now().checked_add(patience)),

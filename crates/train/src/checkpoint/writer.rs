@@ -68,6 +68,8 @@ pub enum Event {
 pub struct Writer {
     /// Each with the step that a roll-back may have to go back to.
     snapshots: Sender<(Snapshot, Option<u64>)>,
+    /// Folder of the checkpoints.
+    root: PathBuf,
     hurry: Hurry,
     events: Receiver<Event>,
     thread: JoinHandle<()>,
@@ -90,7 +92,7 @@ impl Writer {
         let (snapshots, inbox) = channel::<(Snapshot, Option<u64>)>();
         let (outbox, events) = channel();
         let hurry = Hurry::default();
-        let told = hurry.clone();
+        let (told, root) = (hurry.clone(), store.path().into());
         let thread = Builder::new()
             .name("checkpoints".into())
             .spawn(move || {
@@ -115,11 +117,11 @@ impl Writer {
             })
             .context("cannot start the thread that writes checkpoints")?;
         let (uploads, writing, way_back, seen) = (None, None, None, Vec::new());
-        Ok(Writer { snapshots, hurry, events, thread, uploads, writing, way_back, seen })
+        Ok(Writer { snapshots, root, hurry, events, thread, uploads, writing, way_back, seen })
     }
 
-    /// Other ranks are waited for no longer than `patience` says from the first moment on at which it says anything, and it
-    /// is asked while they are. For a run that ends because a rank is lost: what has to come from that one will not.
+    /// Other ranks are waited for, and copies uploaded, no longer than `patience` says from the first moment on at which it says
+    /// anything, and it is asked meanwhile. For a run that ends because a rank is lost: what has to come from that one will not.
     pub fn hurry_when(&mut self, patience: impl Fn() -> Option<Duration> + Send + Sync + 'static) {
         self.hurry.when(patience);
     }
@@ -137,7 +139,8 @@ impl Writer {
     /// When the mirror's address is wrong, or what the environment says of it.
     pub fn copy_to(&mut self, copies: &Copies, team: Team, found: Option<&Checkpoint>) -> Result<()> {
         let (outbox, events) = channel();
-        let uploads = Uploads::start(copies, team, move |event| drop(outbox.send(event)))?;
+        let report = move |event| drop(outbox.send(event));
+        let uploads = Uploads::start(copies, &self.root, team, self.hurry.clone(), report)?;
         if let Some(found) = found {
             uploads.submit(found.manifest().run.step, found.path().into());
         }

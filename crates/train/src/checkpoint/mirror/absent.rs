@@ -1,12 +1,13 @@
 //! What stands for a mirror in a build without object stores: nothing, as [`check`](super::check) lets none be configured.
 
+use super::super::attempt::Hurry;
 use super::super::load::Checkpoint;
 use super::super::store::{Found, Store};
 use super::super::team::{Share, Team};
 use super::super::writer::Event;
 use super::{Copies, Copy, check};
 use anyhow::{Result, bail};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A mirror; there is none in this build.
 #[derive(Debug)]
@@ -71,7 +72,9 @@ pub(in super::super) enum Uploads {}
 impl Uploads {
     pub(in super::super) fn start(
         copies: &Copies,
+        _: &Path,
         _: Team,
+        _: Hurry,
         _: impl Fn(Event) + Send + 'static,
     ) -> Result<Uploads> {
         match Mirror::create(&copies.url)? {}

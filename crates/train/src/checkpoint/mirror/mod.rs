@@ -16,6 +16,8 @@ mod copies;
 #[cfg(feature = "object-store")]
 mod fetch;
 #[cfg(feature = "object-store")]
+mod lead;
+#[cfg(feature = "object-store")]
 mod remote;
 #[cfg(feature = "object-store")]
 mod upload;

@@ -4,18 +4,20 @@ use super::super::load;
 use super::super::manifest::{self, FileEntry, Manifest, hex};
 use super::super::store;
 use super::parse;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Error, Result, ensure};
+use futures_util::future::{Either, select};
 use futures_util::stream::{self, StreamExt};
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
-use object_store::{ObjectStore, ObjectStoreExt, RetryConfig, WriteMultipart};
+use object_store::{MultipartUpload, ObjectStore, ObjectStoreExt, RetryConfig, WriteMultipart};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
+use std::pin::pin;
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 
@@ -26,6 +28,8 @@ const AT_ONCE: usize = 8;
 /// A request is tried again so often, with pauses that grow to 15 s, and for so long.
 const RETRIES: usize = 8;
 const RETRY: Duration = Duration::from_secs(60);
+/// Between two looks whether a file is still to be uploaded.
+const CHECK: Duration = Duration::from_millis(500);
 
 /// The checkpoints of a run in an object store.
 #[derive(Debug)]
@@ -150,32 +154,28 @@ impl Mirror {
         Ok(manifest)
     }
 
-    /// Uploads a file, if its content is what the manifest says.
-    pub(super) fn upload(&self, name: &Name, file: &str, entry: &FileEntry, mut source: File) -> Result<()> {
+    /// Uploads a file, if its content is what the manifest says. `check` is asked now and then; where it fails, so does this.
+    /// Nothing of a file that was not uploaded stays there.
+    pub(super) fn upload(
+        &self,
+        name: &Name,
+        file: &str,
+        entry: &FileEntry,
+        source: File,
+        check: &dyn Fn() -> Result<()>,
+    ) -> Result<()> {
         let key = self.key(name, file);
-        let failed = || format!("cannot upload {key} to {}", self.url);
-        let (mut piece, mut crc, mut bytes) = (vec![0; 1 << 20], 0, 0);
-        self.runtime.block_on(async {
-            let upload = self.store.put_multipart(&key).await.with_context(failed)?;
-            let mut out = WriteMultipart::new_with_chunk_size(upload, PIECE);
-            loop {
-                let count = source
-                    .read(&mut piece)
-                    .with_context(|| format!("cannot read {file} of step {}", name.step))?;
-                if count == 0 {
-                    break;
-                }
-                (crc, bytes) = (crc32c::crc32c_append(crc, &piece[..count]), bytes + count as u64);
-                out.wait_for_capacity(AT_ONCE).await.with_context(failed)?;
-                out.write(&piece[..count]);
-            }
-            if (FileEntry { bytes, crc32c: hex(crc) }) != *entry {
-                out.abort().await.with_context(failed)?;
-                anyhow::bail!("{file} of step {} is damaged: it is not what its manifest says", name.step);
-            }
-            out.finish().await.with_context(failed)?;
-            Ok(())
-        })
+        let sent = self.runtime.block_on(async {
+            let upload = self.store.put_multipart(&key).await?;
+            let same = |sent: FileEntry| {
+                let damaged =
+                    || format!("{file} of step {} is damaged: it is not what its manifest says", name.step);
+                ensure!(sent == *entry, damaged());
+                Ok(())
+            };
+            put(upload, source, &same, check).await
+        });
+        sent.with_context(|| format!("cannot upload {key} to {}", self.url))
     }
 
     /// Uploads a manifest, which makes a checkpoint of the files beside it.
@@ -235,6 +235,59 @@ impl Mirror {
     }
 }
 
+/// Uploads all of `source`, if what it was `is_right`, as long as `check` does not fail. Of what is not finished a store would
+/// keep the parts, which cost as much as any other object.
+async fn put(
+    upload: Box<dyn MultipartUpload>,
+    source: File,
+    is_right: &dyn Fn(FileEntry) -> Result<()>,
+    check: &dyn Fn() -> Result<()>,
+) -> Result<()> {
+    let mut out = WriteMultipart::new_with_chunk_size(upload, PIECE);
+    let sent = {
+        let send = pin!(send(&mut out, source));
+        match select(send, pin!(until_failed(check))).await {
+            Either::Left((sent, _)) => sent.and_then(is_right),
+            Either::Right((error, _)) => Err(error),
+        }
+    };
+    match sent {
+        Ok(()) => out.finish().await.map(drop).map_err(Into::into),
+        Err(error) => {
+            // The first failure is the one to tell.
+            let _ = out.abort().await;
+            Err(error)
+        }
+    }
+}
+
+/// Sends all of `source`, and returns what it was.
+async fn send(out: &mut WriteMultipart, mut source: File) -> Result<FileEntry> {
+    let (mut piece, mut crc, mut bytes) = (vec![0; 1 << 20], 0, 0);
+    loop {
+        let count = source.read(&mut piece).context("cannot read it here")?;
+        if count == 0 {
+            break;
+        }
+        (crc, bytes) = (crc32c::crc32c_append(crc, &piece[..count]), bytes + count as u64);
+        out.wait_for_capacity(AT_ONCE).await?;
+        out.write(&piece[..count]);
+    }
+    // Until none is under way.
+    out.wait_for_capacity(1).await?;
+    Ok(FileEntry { bytes, crc32c: hex(crc) })
+}
+
+/// Asks `check` again and again, and returns why it fails.
+async fn until_failed(check: &dyn Fn() -> Result<()>) -> Error {
+    loop {
+        if let Err(error) = check() {
+            return error;
+        }
+        tokio::time::sleep(CHECK).await;
+    }
+}
+
 /// The manifest of a checkpoint here, and its name there.
 pub(super) fn local(checkpoint: &Path) -> Result<(Name, Manifest)> {
     let manifest = load::survey(checkpoint)?;
@@ -244,6 +297,76 @@ pub(super) fn local(checkpoint: &Path) -> Result<(Name, Manifest)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures_util::future::BoxFuture;
+    use object_store::{PutPayload, PutResult, UploadPart};
+    use std::io::Write;
+    use std::sync::{Arc, Mutex};
+
+    /// A store that takes so many parts and then no more, and what became of the upload.
+    #[derive(Debug)]
+    struct Parts {
+        left: usize,
+        ends: Arc<Mutex<Vec<&'static str>>>,
+    }
+
+    impl MultipartUpload for Parts {
+        fn put_part(&mut self, _: PutPayload) -> UploadPart {
+            let taken = self.left > 0;
+            self.left = self.left.saturating_sub(1);
+            Box::pin(async move {
+                if taken {
+                    Ok(())
+                } else {
+                    Err(object_store::path::Error::EmptySegment { path: String::new() }.into())
+                }
+            })
+        }
+
+        fn complete<'a: 'b, 'b>(&'a mut self) -> BoxFuture<'b, object_store::Result<PutResult>>
+        where
+            Self: 'b,
+        {
+            self.ends.lock().unwrap().push("completed");
+            Box::pin(async { Ok(PutResult { e_tag: None, version: None, extensions: Default::default() }) })
+        }
+
+        fn abort<'a: 'b, 'b>(&'a mut self) -> BoxFuture<'b, object_store::Result<()>>
+        where
+            Self: 'b,
+        {
+            self.ends.lock().unwrap().push("aborted");
+            Box::pin(async { Ok(()) })
+        }
+    }
+
+    #[test]
+    fn an_upload_that_fails_leaves_no_parts_behind() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&vec![7; 3 * PIECE]).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let upload = |left: usize, path: &Path, right: bool, wanted: bool| {
+            let ends = Arc::default();
+            let parts = Box::new(Parts { left, ends: Arc::clone(&ends) });
+            let said = |fine: bool, what: &'static str| {
+                move || {
+                    ensure!(fine, what);
+                    Ok(())
+                }
+            };
+            let (is_right, check) = (said(right, "damaged"), said(wanted, "unwanted"));
+            let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+            let done = runtime.block_on(put(parts, File::open(path).unwrap(), &|_| is_right(), &check));
+            let ends = ends.lock().unwrap().clone();
+            (done.map_err(|error| format!("{error:#}")).err().unwrap_or_default(), ends)
+        };
+        assert_eq!(upload(99, file.path(), true, true), (String::new(), vec!["completed"]));
+        assert_eq!(upload(99, file.path(), false, true), ("damaged".into(), vec!["aborted"]));
+        assert_eq!(upload(99, file.path(), true, false), ("unwanted".into(), vec!["aborted"]));
+        for (left, path) in [(1, file.path()), (99, folder.path())] {
+            let (error, ends) = upload(left, path, true, true);
+            assert!(!error.is_empty() && ends == ["aborted"], "{error} {ends:?}");
+        }
+    }
 
     #[test]
     fn names_are_told_from_other_folders() {
