@@ -1,6 +1,7 @@
 //! The ranks that write and read checkpoints together.
 
-use anyhow::{Result, anyhow};
+use super::mirror::Unreachable;
+use anyhow::{Context, Result, anyhow};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -67,18 +68,23 @@ impl Team {
 }
 
 /// What becomes of something that every rank has done its share of: it succeeded if it did on all, and otherwise all have
-/// the failure of the first rank that failed. The outer error is that of `exchange`.
+/// the failure of the first rank that failed, or as much of it as can be told: its text, and whether it is an [`Unreachable`]. The outer error is that of `exchange`.
 pub(super) fn agree<T>(
     mine: Result<T>,
     exchange: &mut impl FnMut(&[u8]) -> Result<Vec<Vec<u8>>>,
 ) -> Result<Result<T>> {
-    let complaint = mine.as_ref().err().map(|error| format!("{error:#}")).unwrap_or_default();
-    let told = exchange(complaint.as_bytes())?;
+    let complaint = mine.as_ref().err().map(|error| (format!("{error:#}"), error.is::<Unreachable>()));
+    let told = exchange(&serde_json::to_vec(&complaint)?)?;
     let by = |rank: usize| if told.len() > 1 { format!(" (found by rank {rank})") } else { String::new() };
-    Ok(match told.iter().position(|complaint| !complaint.is_empty()) {
-        Some(rank) => Err(anyhow!("{}{}", String::from_utf8_lossy(&told[rank]), by(rank))),
-        None => mine,
-    })
+    for (rank, told) in told.iter().enumerate() {
+        let complaint: Option<(String, bool)> =
+            serde_json::from_slice(told).with_context(|| format!("what rank {rank} told is garbled"))?;
+        if let Some((text, unreachable)) = complaint {
+            let text = text + &by(rank);
+            return Ok(Err(if unreachable { Unreachable(text).into() } else { anyhow!(text) }));
+        }
+    }
+    Ok(mine)
 }
 
 /// Waits for other ranks by looking again and again, less and less often.
@@ -110,6 +116,27 @@ impl Wait {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn all_ranks_have_the_failure_of_the_first_that_failed() {
+        let heard = |mine: Result<()>, others: &[&[u8]]| {
+            let mut said = Vec::new();
+            let agreed = agree(mine, &mut |bytes| {
+                said = bytes.to_vec();
+                Ok(others.iter().copied().chain([bytes]).map(<[u8]>::to_vec).collect())
+            });
+            (agreed.unwrap().map_err(|error| (format!("{error:#}"), error.is::<Unreachable>())), said)
+        };
+        let (fine, said_fine) = heard(Ok(()), &[]);
+        assert_eq!(fine, Ok(()));
+        let (_, damaged) = heard(Err(anyhow!("damaged")), &[]);
+        let (_, down) = heard(Err(Unreachable("down".into()).into()), &[]);
+        assert_eq!(
+            heard(Ok(()), &[&said_fine, &damaged]).0,
+            Err(("damaged (found by rank 1)".into(), false))
+        );
+        assert_eq!(heard(Err(anyhow!("damaged")), &[&down]).0, Err(("down (found by rank 0)".into(), true)));
+    }
 
     #[test]
     fn every_file_is_one_ranks_and_all_have_about_as_much() {

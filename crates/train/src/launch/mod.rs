@@ -10,7 +10,7 @@
 //! | [`WRONG`] | a configuration, data or a run folder that is wrong | no |
 //! | 2 | wrong usage | no |
 //! | [`GAVE_UP`] | training went wrong again and again ([`GaveUp`]) | no |
-//! | [`AGAIN`] | a rank was lost, or a scheduler asked for the machine | yes |
+//! | [`AGAIN`] | a rank was lost, a scheduler asked for the machine, or a mirror was out of reach | yes |
 //! | a signal, a panic (101) | a crash | yes |
 
 mod cores;
@@ -21,6 +21,7 @@ mod supervisor;
 pub use group::{End, Failure, Group};
 pub use supervisor::{Supervision, supervise};
 
+use crate::checkpoint::mirror::Unreachable;
 use crate::recovery::GaveUp;
 use anyhow::{Context, Error, Result};
 use ferropt_device::Failure as DeviceFailure;
@@ -40,7 +41,7 @@ pub fn status(error: &Error) -> u8 {
         GAVE_UP
     } else if let Some(lost) = error.chain().find_map(|cause| cause.downcast_ref::<Lost>()) {
         lost.status().unwrap_or(AGAIN)
-    } else if error.chain().any(|cause| cause.is::<DeviceFailure>()) {
+    } else if error.chain().any(|cause| cause.is::<DeviceFailure>() || cause.is::<Unreachable>()) {
         AGAIN
     } else {
         WRONG

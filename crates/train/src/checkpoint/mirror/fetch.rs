@@ -5,7 +5,8 @@ use super::super::manifest::{self, Manifest};
 use super::super::output::{Output, check_room, discard, explain, publish, sync_directory, write_file};
 use super::super::store::{self, Found, Store};
 use super::super::team::{Share, agree};
-use super::remote::{Mirror, Name};
+use super::Unreachable;
+use super::remote::{Mirror, Name, tellable};
 use anyhow::{Context, Result, anyhow};
 use std::fs;
 use std::path::Path;
@@ -16,7 +17,8 @@ impl Mirror {
     /// are damaged there are passed over, and told if an older one can be used.
     ///
     /// # Errors
-    /// When the mirror cannot be reached, or has newer checkpoints and none can be fetched.
+    /// When the mirror cannot be reached ([`Unreachable`]) or does not let this program in, or has newer checkpoints and none can be
+    /// fetched; on all ranks.
     pub fn fetch_newer(
         &self,
         store: &Store,
@@ -24,17 +26,18 @@ impl Mirror {
         than: Option<(u64, u64)>,
         mut exchange: impl FnMut(&[u8]) -> Result<Vec<Vec<u8>>>,
     ) -> Result<Option<Found>> {
-        let listed = if share.rank == 0 { self.newer(than) } else { Ok(Vec::new()) };
-        let listed: Result<Vec<String>, String> = listed.map_err(|error| format!("{error:#}"));
+        let listed = if share.rank == 0 { self.newer(than).map_err(tellable) } else { Ok(Vec::new()) };
+        let listed = agree(listed, &mut exchange)??;
         let told = exchange(&serde_json::to_vec(&listed)?)?;
         let first = told.first().context("rank 0 said nothing of the mirror")?;
-        let names: Result<Vec<String>, String> =
+        let names: Vec<String> =
             serde_json::from_slice(first).context("what rank 0 said of the mirror is garbled")?;
-        let names = names.map_err(|error| anyhow!("{error}"))?;
         let mut damaged = Vec::new();
         for name in names.iter().filter_map(|name| Name::parse(name)) {
             match self.fetch_one(store, share, &name, &mut exchange, &mut |_, _| ())? {
                 Ok(checkpoint) => return Ok(Some(Found { checkpoint, damaged })),
+                // It may well be whole.
+                Err(error) if error.is::<Unreachable>() => return Err(error),
                 Err(error) => damaged.push(error),
             }
         }
@@ -63,11 +66,12 @@ impl Mirror {
             }
             Ok(manifest)
         });
+        let begun = begun.map_err(tellable);
         // All ranks have done a step before any does the next.
         let fetched = match agree(begun, exchange)? {
             Ok(manifest) => {
                 let fetched = self.fetch_share(name, &manifest, &temporary, share, progress);
-                agree(fetched.map(|()| manifest), exchange)?
+                agree(fetched.map(|()| manifest).map_err(tellable), exchange)?
             }
             Err(error) => Err(error),
         };
@@ -88,8 +92,12 @@ impl Mirror {
         let mut newer = Vec::new();
         for name in self.names()? {
             if self.is_whole(&name)? {
-                // One whose manifest is damaged is told of when it is fetched.
-                let rollbacks = self.manifest(&name).map_or(0, |manifest| manifest.run.rollbacks);
+                let rollbacks = match self.manifest(&name).map_err(tellable) {
+                    Ok(manifest) => manifest.run.rollbacks,
+                    Err(error) if error.is::<Unreachable>() => return Err(error),
+                    // One whose manifest is damaged is told of when it is fetched.
+                    Err(_) => 0,
+                };
                 newer.push(((rollbacks, name.step), name.text));
             }
         }

@@ -36,6 +36,7 @@ pub(super) use absent::Uploads;
 
 use super::retention::Retention;
 use anyhow::{Context, Error, Result, ensure};
+use std::fmt;
 
 /// Where copies go, and which of them stay there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -62,6 +63,18 @@ pub struct Copy {
     /// Why it is not whole: a manifest that is not there or cannot be used, a file that is missing or has another size.
     pub damage: Option<Error>,
 }
+
+/// A mirror that did not answer, or could not: nothing is wrong with what was asked of it, and later it may work.
+#[derive(Debug)]
+pub struct Unreachable(pub(super) String);
+
+impl fmt::Display for Unreachable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Unreachable {}
 
 /// Splits the address of a mirror into its kind, its bucket and the path within. A folder has no bucket.
 ///

@@ -3,12 +3,13 @@
 use super::super::load;
 use super::super::manifest::{self, FileEntry, Manifest, hex};
 use super::super::store;
-use super::parse;
+use super::{Unreachable, parse};
 use anyhow::{Context, Error, Result, ensure};
 use futures_util::future::{Either, select};
 use futures_util::stream::{self, StreamExt};
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
+use object_store::client::HttpError;
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path as Key;
@@ -28,6 +29,8 @@ const AT_ONCE: usize = 8;
 /// A request is tried again so often, with pauses that grow to 15 s, and for so long.
 const RETRIES: usize = 8;
 const RETRY: Duration = Duration::from_secs(60);
+/// What the store's client says of an answer, before the number of its status; it has no type for that.
+const STATUS: &str = "Server returned non-2xx status code: ";
 /// Between two looks whether a file is still to be uploaded.
 const CHECK: Duration = Duration::from_millis(500);
 
@@ -235,6 +238,16 @@ impl Mirror {
     }
 }
 
+/// An error as other ranks can be told of it: an [`Unreachable`] if the store did not answer, or answered that it cannot now.
+pub(super) fn tellable(error: Error) -> Error {
+    let answered_that_it_cannot = |cause: &dyn std::error::Error| {
+        let text = cause.to_string();
+        ["5", "429"].iter().any(|status| text.starts_with(&format!("{STATUS}{status}")))
+    };
+    let unreachable = error.chain().any(|cause| cause.is::<HttpError>() || answered_that_it_cannot(cause));
+    if unreachable { Unreachable(format!("{error:#}")).into() } else { error }
+}
+
 /// Uploads all of `source`, if what it was `is_right`, as long as `check` does not fail. Of what is not finished a store would
 /// keep the parts, which cost as much as any other object.
 async fn put(
@@ -365,6 +378,47 @@ mod tests {
         for (left, path) in [(1, file.path()), (99, folder.path())] {
             let (error, ends) = upload(left, path, true, true);
             assert!(!error.is_empty() && ends == ["aborted"], "{error} {ends:?}");
+        }
+    }
+
+    /// An S3 server that answers every request so, or none that listens; what listing a mirror there fails with.
+    fn listed(answer: Option<&'static str>) -> Error {
+        let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let endpoint = format!("http://{}", server.local_addr().unwrap());
+        match answer {
+            None => drop(server),
+            Some(answer) => drop(std::thread::spawn(move || {
+                let (mut client, _) = server.accept().unwrap();
+                let _ = client.read(&mut [0; 1 << 16]);
+                let length = "Content-Length: 0\r\nConnection: close";
+                write!(client, "HTTP/1.1 {answer}\r\n{length}\r\n\r\n").unwrap();
+            })),
+        }
+        let retry = RetryConfig { max_retries: 0, ..RetryConfig::default() };
+        let s3 = AmazonS3Builder::new().with_bucket_name("bucket").with_region("us-east-1").with_retry(retry);
+        let s3 = s3.with_endpoint(endpoint).with_allow_http(true).with_access_key_id("k");
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let store = Box::new(s3.with_secret_access_key("s").build().unwrap());
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        Mirror { store, prefix: Key::default(), runtime, url: "s3://bucket".into() }.names().unwrap_err()
+    }
+
+    #[test]
+    fn a_store_that_is_down_is_told_from_one_that_refuses() {
+        let status = |answer| {
+            let error = tellable(listed(answer)).context("at a start");
+            (crate::launch::status(&error), format!("{error:#}"))
+        };
+        for answer in
+            [None, Some("503 Service Unavailable"), Some("500 Error"), Some("429 Too Many Requests")]
+        {
+            let (status, text) = status(answer);
+            assert_eq!(status, crate::launch::AGAIN, "{answer:?}: {text}");
+            assert!(text.contains("cannot list s3://bucket"), "{text}");
+        }
+        for answer in ["404 Not Found", "403 Forbidden", "401 Unauthorized", "400 Bad Request", "301 Moved"] {
+            let (status, text) = status(Some(answer));
+            assert_eq!(status, crate::launch::WRONG, "{answer}: {text}");
         }
     }
 
