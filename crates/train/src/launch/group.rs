@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, kill_process};
 use std::ffi::OsString;
 use std::fmt;
+use std::io::PipeWriter;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus};
@@ -112,14 +113,16 @@ impl Group {
     /// not. A `stop` is passed on to all of them.
     ///
     /// # Errors
-    /// When the system gives no port or no pipe. What becomes of the ranks is in the result: how the first one
-    /// failed, or that all are done.
+    /// When the system gives no port or no pipe, or a log cannot be written; no rank is started then. What becomes of the ranks
+    /// is in the result: how the first one failed, or that all are done.
     pub fn run(&self, stop: &Stop) -> Result<Option<Failure>> {
         let mut ranks = Vec::new();
         let port = free_port()?;
         let mut failed = None;
-        for rank in 0..self.ranks.unwrap_or(1) {
-            match self.start(rank, port) {
+        let output = |rank| if rank == 0 { Ok(None) } else { Relay::start(&self.logs, rank).map(Some) };
+        let outputs: Vec<_> = (0..self.ranks.unwrap_or(1)).map(output).collect::<Result<_>>()?;
+        for (rank, output) in outputs.into_iter().enumerate() {
+            match self.start(rank, port, output) {
                 Ok(started) => ranks.push(started),
                 Err(error) => {
                     failed = Some(Failure { rank, end: End::NotStarted, error: format!("{error:#}") });
@@ -169,7 +172,7 @@ impl Group {
         }))
     }
 
-    fn start(&self, rank: usize, port: u16) -> Result<Rank> {
+    fn start(&self, rank: usize, port: u16, output: Option<(Relay, PipeWriter)>) -> Result<Rank> {
         let mut command = Command::new(&self.program);
         // A group of its own: Ctrl-C then comes from here alone, once.
         command.args(&self.arguments).process_group(0).env(LAUNCHER, std::process::id().to_string());
@@ -187,10 +190,9 @@ impl Group {
                 command.env(CONNECTIONS.0, CONNECTIONS.1);
             }
         }
-        let relay = match rank {
-            0 => None,
-            _ => {
-                let (relay, output) = Relay::start(&self.logs, rank)?;
+        let relay = match output {
+            None => None,
+            Some((relay, output)) => {
                 command.stdout(output.try_clone().context("cannot share a pipe")?).stderr(output);
                 command.stdin(std::process::Stdio::null());
                 Some(relay)

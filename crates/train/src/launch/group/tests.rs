@@ -151,6 +151,26 @@ fn a_program_that_is_not_there_is_named() {
     assert!(failure.error.contains("nothing"), "{}", failure.error);
 }
 
+#[test]
+fn logs_that_cannot_be_written_are_refused_before_a_rank_is_started() {
+    let folder = tempfile::tempdir().unwrap();
+    let started = folder.path().join("started");
+    let mut group = group(folder.path(), 2, "echo x >> $0; exit 75");
+    group.arguments.push(started.clone().into());
+    std::fs::write(&group.logs, "a file in the place of the folder").unwrap();
+    let how = Supervision {
+        run: folder.path().into(),
+        restarts: 5,
+        min_ranks: 1,
+        backoff: Duration::from_millis(1),
+        fits: Box::new(|_| true),
+    };
+    let error = supervise(group, &how, &Stop::default(), &mut |line| panic!("{line}")).unwrap_err();
+    assert!(format!("{error:#}").contains("logs"), "{error:#}");
+    assert_eq!(crate::launch::status(&error), crate::launch::WRONG);
+    assert!(!started.exists());
+}
+
 /// Supervises a script; returns the status, what was said, and how often rank 0 was started.
 fn supervised(ranks: usize, min_ranks: usize, restarts: u32, script: &str) -> (u8, Vec<String>, usize) {
     let folder = tempfile::tempdir().unwrap();
