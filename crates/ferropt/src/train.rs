@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use ferropt_device::Which;
+use ferropt_mesh::World;
 use ferropt_train::config::{Config, Resolved};
 use ferropt_train::launch::{self, AGAIN, Group, Supervision};
 use ferropt_train::planner::grouped;
@@ -169,6 +170,7 @@ fn launch(args: &Args, config: &Config, resolved: &Resolved) -> anyhow::Result<u
         restarts: args.restarts,
         min_ranks: args.min_ranks.or(args.ranks).unwrap_or(1),
         backoff: Duration::from_secs(1),
+        rank: World::foreseen()?.map(|(rank, _)| rank),
         fits: Box::new(|ranks| config.clone().resolve_for(ranks).is_ok()),
     };
     launch::supervise(group, &how, &stop, &mut |line| tell!("supervisor: {line}"))

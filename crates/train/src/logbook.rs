@@ -5,7 +5,7 @@
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use std::fs::{self, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -37,42 +37,58 @@ pub struct Logbook {
     owed: usize,
 }
 
+/// Something that was found, which is neither a beginning nor an end of a start.
+pub const NOTED: &str = "noted";
+
+/// Where lines go that are no entries.
+const ASIDE: &str = "logbook-unreadable.txt";
+
 const HEADER: &str =
     "# Logbook\n\nTimes are UTC, steps are those that were done. Notes may be added by hand.\n\n";
 
 impl Logbook {
-    /// Opens the logbook of the run in folder `run`. What a crash kept from being written whole is dropped, and entries
-    /// that it kept from the page for people are added there.
+    /// Opens the logbook of the run in folder `run`, at which no other process writes. What a crash kept from being written whole
+    /// is dropped, and entries that it kept from the page for people are added there. Lines that are no entries are set aside, and
+    /// that is entered.
     ///
     /// # Errors
-    /// When a file cannot be read or written, or a line of `logbook.jsonl` is no entry.
+    /// When a file cannot be read or written.
     pub fn open(run: &Path) -> Result<Logbook> {
         let (lines, page) = (run.join("logbook.jsonl"), run.join("logbook.md"));
         let text = read(&lines)?;
-        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
         if whole < text.len() {
             let file = OpenOptions::new().write(true).open(&lines);
             file.and_then(|file| file.set_len(whole as u64))
                 .with_context(|| format!("cannot shorten {}", lines.display()))?;
         }
-        let parse = |(number, line): (usize, &str)| {
-            serde_json::from_str(line).with_context(|| {
-                format!(
-                    "line {} of {} is no entry of a logbook: repair or remove it, or move the file away",
-                    number + 1,
-                    lines.display()
-                )
-            })
-        };
-        let entries: Vec<Entry> = text[..whole].lines().enumerate().map(parse).collect::<Result<_>>()?;
-        let shown = read(&page)?;
+        let (mut entries, mut sound, mut garbled) = (Vec::<Entry>::new(), Vec::new(), Vec::new());
+        for line in text[..whole].split_inclusive(|byte| *byte == b'\n') {
+            match serde_json::from_slice(line) {
+                Ok(entry) => {
+                    entries.push(entry);
+                    sound.extend_from_slice(line);
+                }
+                Err(_) => garbled.push(line),
+            }
+        }
+        let shown = String::from_utf8_lossy(&read(&page)?).into_owned();
         if shown.is_empty() {
-            append(&page, HEADER)?;
+            append(&page, HEADER.as_bytes())?;
         }
         for line in entries.iter().map(sentence).filter(|line| !shown.contains(line.trim_end())) {
-            append(&page, &line)?;
+            append(&page, line.as_bytes())?;
         }
-        Ok(Logbook { lines, page, entries, owed: 0 })
+        let mut book = Logbook { lines, page, entries, owed: 0 };
+        if !garbled.is_empty() {
+            // A crash between these two sets them aside twice.
+            append(&run.join(ASIDE), &garbled.concat())?;
+            replace(&book.lines, &sound)?;
+            let step = book.entries.last().map_or(0, |entry| entry.step);
+            let text = format!("Lines of logbook.jsonl that were no entries are in {ASIDE} now.");
+            book.add(step, NOTED, &text, json!({ "lines": garbled.len() }))?;
+        }
+        Ok(book)
     }
 
     /// All entries, oldest first.
@@ -93,9 +109,9 @@ impl Logbook {
         self.owed += 1;
         while self.owed > 0 {
             let entry = &self.entries[self.entries.len() - self.owed];
-            append(&self.lines, &format!("{}\n", serde_json::to_string(entry)?))?;
+            append(&self.lines, format!("{}\n", serde_json::to_string(entry)?).as_bytes())?;
             self.owed -= 1;
-            append(&self.page, &sentence(entry))?;
+            append(&self.page, sentence(entry).as_bytes())?;
         }
         Ok(())
     }
@@ -116,18 +132,18 @@ fn sentence(entry: &Entry) -> String {
     format!("- {}, step {}: **{event}**. {text}\n", entry.time, entry.step)
 }
 
-fn read(path: &Path) -> Result<String> {
-    match fs::read_to_string(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
+fn read(path: &Path) -> Result<Vec<u8>> {
+    match fs::read(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
         read => read.with_context(|| format!("cannot read {}", path.display())),
     }
 }
 
-fn append(path: &Path, text: &str) -> Result<()> {
+fn append(path: &Path, text: &[u8]) -> Result<()> {
     let write = || -> std::io::Result<()> {
         let mut file = OpenOptions::new().create(true).append(true).open(path)?;
         let before = file.metadata()?.len();
-        let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_data());
+        let written = file.write_all(text).and_then(|()| file.sync_data());
         if written.is_err() {
             // A full disk may have taken a part; nothing must ever follow a part of a line.
             let _ = file.set_len(before);
@@ -135,6 +151,14 @@ fn append(path: &Path, text: &str) -> Result<()> {
         written
     };
     write().with_context(|| format!("cannot add to {}", path.display()))
+}
+
+/// Gives a file another content, on the disk before it takes the place of the old one.
+fn replace(path: &Path, content: &[u8]) -> Result<()> {
+    let beside = path.with_extension("new");
+    let _ = fs::remove_file(&beside); // of a start that was killed here
+    append(&beside, content)?;
+    fs::rename(&beside, path).with_context(|| format!("cannot replace {}", path.display()))
 }
 
 /// The time in UTC, to the second, as RFC 3339 has it.
@@ -166,7 +190,6 @@ fn civil(mut day: u64) -> (u64, usize, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn days() {
@@ -216,15 +239,31 @@ mod tests {
         book.add(0, "started", "by a test", json!(null)).unwrap();
         let (lines, page) = (run.path().join("logbook.jsonl"), run.path().join("logbook.md"));
         fs::write(&page, format!("{HEADER}A note by hand.\n")).unwrap();
-        append(&lines, "{\"time\":\"20").unwrap();
+        append(&lines, b"{\"time\":\"20").unwrap();
         let mut book = Logbook::open(run.path()).unwrap();
         book.add(5, "resumed", "again", json!({})).unwrap();
         assert_eq!(Logbook::open(run.path()).unwrap().entries().len(), 2);
         let page = fs::read_to_string(page).unwrap();
         assert!(page.contains("A note by hand."), "{page}");
         assert!(page.find("**started**").unwrap() < page.find("**resumed**").unwrap(), "{page}");
-        append(&lines, "no entry\n").unwrap();
-        let error = format!("{:#}", Logbook::open(run.path()).unwrap_err());
-        assert!(error.contains("line 3") && error.contains("logbook.jsonl"), "{error}");
+    }
+
+    #[test]
+    fn lines_that_are_no_entries_are_set_aside_and_that_is_entered() {
+        let run = tempfile::tempdir().unwrap();
+        let mut book = Logbook::open(run.path()).unwrap();
+        book.add(0, "started", "by a test", json!({})).unwrap();
+        // As two writers at a time leave them, and a disk.
+        let garbled: &[u8] = b"{\"time\":\"20{\"time\":\"2026\"}\n\xff\xfe\n";
+        append(&run.path().join("logbook.jsonl"), garbled).unwrap();
+        book.add(5, "ended", "by a test", json!({})).unwrap();
+        let mut again = Logbook::open(run.path()).unwrap();
+        let events =
+            |book: &Logbook| book.entries().iter().map(|entry| entry.event.clone()).collect::<Vec<_>>();
+        assert_eq!(events(&again), ["started", "ended", "noted"]);
+        assert_eq!((again.entries()[2].step, &again.entries()[2].figures["lines"]), (5, &json!(2)));
+        assert_eq!(fs::read(run.path().join(ASIDE)).unwrap(), garbled);
+        again.add(5, "resumed", "by a test", json!({})).unwrap();
+        assert_eq!(events(&Logbook::open(run.path()).unwrap()), ["started", "ended", "noted", "resumed"]);
     }
 }

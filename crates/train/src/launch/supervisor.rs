@@ -20,6 +20,9 @@ pub struct Supervision<'f> {
     pub min_ranks: usize,
     /// Wait before the first start without progress; it doubles with each, up to a minute.
     pub backoff: Duration,
+    /// Which of the run's ranks a process is that is supervised alone, as far as that is known before it starts. Each rank
+    /// then has its own supervisor, and that of the first one keeps the logbook.
+    pub rank: Option<usize>,
     /// Whether so many ranks can share out the work.
     pub fits: Box<dyn Fn(usize) -> bool + 'f>,
 }
@@ -66,7 +69,9 @@ pub fn supervise(
                 }
             }
         );
-        enter(&how.run, &failure, &text);
+        if group.ranks.is_some() || how.rank == Some(0) {
+            enter(&how.run, &failure, &text);
+        }
         if idle > how.restarts {
             say(&format!("{idle} starts brought the run no further"));
             return Ok(AGAIN);

@@ -2,7 +2,7 @@
 
 use super::Ending;
 use crate::config::Resolved;
-use crate::logbook::Logbook;
+use crate::logbook::{Logbook, NOTED};
 use crate::recovery::GaveUp;
 use anyhow::{Error, Result};
 use ferropt_mesh::World;
@@ -23,7 +23,8 @@ pub(super) fn open(
 ) -> Result<Logbook> {
     let mut book = Logbook::open(&resolved.config.run.dir)?;
     let step = resumed.unwrap_or(0);
-    if let Some(last) = book.entries().last().filter(|last| !ENDS.contains(&&*last.event)) {
+    let last = book.entries().iter().rfind(|entry| entry.event != NOTED);
+    if let Some(last) = last.filter(|last| !ENDS.contains(&&*last.event)) {
         let text = format!(
             "The start before this one ended without a word, after step {} or later: it was killed, or its machine was \
              lost.",
@@ -32,7 +33,7 @@ pub(super) fn open(
         book.add(step, "was-killed", &text, json!({}))?;
     }
     for note in notes {
-        book.add(step, "noted", &format!("{note}."), json!({}))?;
+        book.add(step, NOTED, &format!("{note}."), json!({}))?;
     }
     let config = format!("{:08x}", crc32c::crc32c(resolved.config.to_toml()?.as_bytes()));
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();

@@ -163,6 +163,7 @@ fn logs_that_cannot_be_written_are_refused_before_a_rank_is_started() {
         restarts: 5,
         min_ranks: 1,
         backoff: Duration::from_millis(1),
+        rank: None,
         fits: Box::new(|_| true),
     };
     let error = supervise(group, &how, &Stop::default(), &mut |line| panic!("{line}")).unwrap_err();
@@ -182,6 +183,7 @@ fn supervised(ranks: usize, min_ranks: usize, restarts: u32, script: &str) -> (u
         restarts,
         min_ranks,
         backoff: Duration::from_millis(1),
+        rank: None,
         fits: Box::new(|_| true),
     };
     let mut said = Vec::new();
@@ -216,6 +218,7 @@ fn a_person_who_stops_the_waiting_for_another_start_is_done() {
         restarts: 5,
         min_ranks: 1,
         backoff: Duration::from_secs(60),
+        rank: None,
         fits: Box::new(|_| true),
     };
     let mut say = |line: &str| {
@@ -224,6 +227,25 @@ fn a_person_who_stops_the_waiting_for_another_start_is_done() {
         }
     };
     assert_eq!(supervise(group(folder.path(), 1, "exit 75"), &how, &stop, &mut say).unwrap(), 0);
+}
+
+#[test]
+fn of_supervisors_of_a_rank_each_the_first_keeps_the_logbook() {
+    let folder = tempfile::tempdir().unwrap();
+    let supervise_rank = |rank| {
+        let group = Group { ranks: None, ..group(folder.path(), 1, "exit 75") };
+        let how = Supervision {
+            run: folder.path().into(),
+            restarts: 1,
+            min_ranks: 1,
+            backoff: Duration::from_millis(1),
+            rank,
+            fits: Box::new(|_| true),
+        };
+        assert_eq!(supervise(group, &how, &Stop::default(), &mut |_| ()).unwrap(), 75);
+        Logbook::open(folder.path()).unwrap().entries().len()
+    };
+    assert_eq!([Some(3), None, Some(0)].map(supervise_rank), [0, 0, 2]);
 }
 
 #[test]
