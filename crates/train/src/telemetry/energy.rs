@@ -5,8 +5,8 @@
 //! **Estimated**: processor time of this process times a constant, [`DEFAULT_WATTS_PER_CORE`] unless
 //! the configuration says otherwise (`energy.watts`).
 //!
-//! Energy of GPUs is not counted here: no device of this version runs on one. It belongs with the CUDA device,
-//! which knows which GPUs the run uses.
+//! Energy of GPUs is not counted, also of a run that computes on them: it belongs with the CUDA device, which knows which
+//! GPUs the run uses.
 
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
