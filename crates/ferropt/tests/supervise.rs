@@ -103,6 +103,13 @@ fn what_would_fail_again_is_not_started_again() {
         assert!(text(&out).contains(said), "{}", text(&out));
         assert!(!text(&out).contains("starting again"), "{}", text(&out));
     }
+    // A file in the place of a folder.
+    let nowhere = format!("run.dir={}/run", config.display());
+    for ranks in [&[][..], &["--ranks", "2"]] {
+        let out = train(&config, &[&nowhere]).arg("--supervise").args(ranks).output().unwrap();
+        assert_eq!(out.status.code(), Some(1), "{ranks:?}: {}", text(&out));
+        assert!(text(&out).contains("run.dir") && !text(&out).contains("starting again"), "{}", text(&out));
+    }
 }
 
 #[test]

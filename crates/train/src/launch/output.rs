@@ -26,10 +26,11 @@ impl Relay {
     /// # Errors
     /// When the log cannot be written.
     pub(super) fn start(logs: &Path, rank: usize) -> Result<(Relay, PipeWriter)> {
-        std::fs::create_dir_all(logs).with_context(|| format!("cannot make {}", logs.display()))?;
+        let cure = "what ranks print goes there: make it possible, or choose another run.dir";
+        std::fs::create_dir_all(logs).with_context(|| format!("cannot make {}; {cure}", logs.display()))?;
         let path = log_file(logs, rank);
         let log = OpenOptions::new().create(true).append(true).open(&path);
-        let log = log.with_context(|| format!("cannot write {}", path.display()))?;
+        let log = log.with_context(|| format!("cannot write {}; {cure}", path.display()))?;
         let (reader, writer) = std::io::pipe().context("cannot make a pipe for a rank's output")?;
         let thread = std::thread::Builder::new()
             .name(format!("output of rank {rank}"))
