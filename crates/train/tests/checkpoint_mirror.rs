@@ -95,6 +95,16 @@ impl Lab {
 
     /// Fetches by so many ranks into the run folder; all must find the same.
     fn fetch(&self, of: usize, than: Option<u64>) -> Result<Option<(u64, Vec<String>)>, String> {
+        self.fetch_while(of, than, &|_| ())
+    }
+
+    /// [`Lab::fetch`] while something happens whenever a rank tells the others of what it did.
+    fn fetch_while(
+        &self,
+        of: usize,
+        than: Option<u64>,
+        happens: &(dyn Fn(usize) + Sync),
+    ) -> Result<Option<(u64, Vec<String>)>, String> {
         let (barrier, said) = (Barrier::new(of), Mutex::new(vec![Vec::new(); of]));
         let mut found = std::thread::scope(|scope| {
             let rank = |rank| {
@@ -104,6 +114,7 @@ impl Lab {
                     let store = Store::open(&self.run).unwrap();
                     fs::create_dir_all(store.path()).unwrap();
                     let exchange = |bytes: &[u8]| {
+                        happens(rank);
                         said.lock().unwrap()[rank] = bytes.to_vec();
                         barrier.wait();
                         let all = said.lock().unwrap().clone();
@@ -242,6 +253,25 @@ fn damage_in_the_mirror_is_passed_over_and_told() {
     let error = lab.fetch(2, None).unwrap_err();
     assert!(error.contains("no newer checkpoint") && error.contains("adam_m.safetensors"), "{error}");
     assert!(names_in(&lab.run.join("checkpoints")).is_empty());
+}
+
+/// Each rank verifies its share of the files, so that one of them finds what the others do not look at.
+#[test]
+fn damage_that_one_rank_finds_in_what_was_fetched_is_damage_to_all() {
+    let lab = Lab::new();
+    lab.save(&snapshots(&[1]), 2, &lab.copies(5, None));
+    lab.lose_the_disk();
+    let fetched = lab.run.join("checkpoints/step-00000001/adam_m.safetensors");
+    let whole = Mutex::new(true);
+    let damage = |rank| {
+        if rank == 0 && fetched.exists() && std::mem::take(&mut *whole.lock().unwrap()) {
+            let mut content = fs::read(&fetched).unwrap();
+            *content.last_mut().unwrap() ^= 1;
+            fs::write(&fetched, content).unwrap();
+        }
+    };
+    let error = lab.fetch_while(2, None, &damage).unwrap_err();
+    assert!(error.contains("adam_m.safetensors is damaged") && error.contains("found by rank"), "{error}");
 }
 
 #[test]

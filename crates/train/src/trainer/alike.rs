@@ -1,5 +1,5 @@
-//! Whether all ranks were given the same: ranks with different configurations or data would train a model that is nobody's, or
-//! wait for each other in vain.
+//! Whether all ranks were given the same: ranks with different configurations, data or checkpoints would train a model that is
+//! nobody's, or wait for each other in vain.
 
 use super::compatible::{flat, shown};
 use super::data::Data;
@@ -51,6 +51,21 @@ pub(super) fn fed(all: &Group, data: &Data) -> Result<()> {
 }
 
 fn own(key: &str) -> bool {
+/// Refuses ranks that would go on from another checkpoint (roll-backs, step) than the first, or from none.
+///
+/// # Errors
+/// As [`configured`].
+pub(super) fn resumed(all: &Group, from: Option<(u64, u64)>) -> Result<()> {
+    let mine =
+        from.map(|(rollbacks, step)| json!({ "checkpoint": { "step": step, "rollbacks": rollbacks } }));
+    let mine = flat(&mine.unwrap_or_else(|| json!({})));
+    let told = all.gather_bytes_whenever(Label::new("resume"), &serde_json::to_vec(&mine)?)?;
+    compare(&told).context(
+        "the ranks found different checkpoints to go on from; see that all of them can read the whole run folder, and give \
+         the same command again",
+    )
+}
+
     OWN.iter().any(|own| key.strip_prefix(own).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
 }
 
@@ -77,6 +92,7 @@ fn compare(told: &[Vec<u8>]) -> Result<()> {
 mod tests {
     use super::*;
 
+    use ferropt_mesh::World;
     fn told(values: &[Value]) -> Vec<Vec<u8>> {
         values.iter().map(|value| serde_json::to_vec(&flat(value)).unwrap()).collect()
     }
@@ -98,6 +114,31 @@ mod tests {
     }
 
     #[test]
+    #[test]
+    fn ranks_that_would_go_on_from_different_checkpoints_are_refused_on_all() {
+        let refused = |from: [Option<(u64, u64)>; 2]| -> Vec<String> {
+            let worlds = World::local(2).unwrap();
+            std::thread::scope(|scope| {
+                let rank = |(world, from): (World, Option<(u64, u64)>)| {
+                    scope.spawn(move || resumed(&world.group(&[0, 1], "all").unwrap(), from))
+                };
+                let threads: Vec<_> = worlds.into_iter().zip(from).map(rank).collect();
+                let results = threads.into_iter().map(|thread| thread.join().unwrap());
+                results.filter_map(Result::err).map(|error| format!("{error:#}")).collect()
+            })
+        };
+        let first = Some((1, 20));
+        assert!(refused([first, first]).is_empty() && refused([None, None]).is_empty());
+        for (other, says) in [
+            (Some((1, 10)), "checkpoint.step is 10 on rank 1 and 20 on rank 0"),
+            (Some((0, 20)), "checkpoint.rollbacks is 0 on rank 1 and 1 on rank 0"),
+            (None, "checkpoint.step is not set on rank 1 and 20 on rank 0"),
+        ] {
+            let errors = refused([first, other]);
+            assert!(errors.len() == 2 && errors.iter().all(|error| error.contains(says)), "{errors:?}");
+        }
+    }
+
     fn only_what_is_a_ranks_own_is_left_out() {
         assert!(own("run.threads") && own("data.validation.books") && own("energy.watts"));
         assert!(!own("run.seed") && !own("data.train_more") && !own("recovery.enabled"));

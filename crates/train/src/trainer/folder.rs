@@ -1,5 +1,6 @@
 //! The run folder, opened by all ranks of a run.
 
+use super::alike;
 use crate::checkpoint::mirror::Mirror;
 use crate::checkpoint::{Checkpoint, Share, Store, Team};
 use anyhow::{Context, Result, ensure};
@@ -48,7 +49,8 @@ pub(super) fn open(mesh: &Mesh, run: &Path, mirror: Option<&str>, timeout: Durat
             store
         }
     };
-    let exchange = |bytes: &[u8]| mesh.all.gather_bytes(Label::new("resume"), bytes);
+    // Others may have to fetch, or to read, for longer than ranks wait for each other.
+    let exchange = |bytes: &[u8]| mesh.all.gather_bytes_whenever(Label::new("resume"), bytes);
     let mut notes = Vec::new();
     let mut here = store.latest_whole_together(share, exchange);
     if let Some(url) = mirror {
@@ -84,6 +86,8 @@ pub(super) fn open(mesh: &Mesh, run: &Path, mirror: Option<&str>, timeout: Durat
         );
         found.checkpoint
     });
+    let from = found.as_ref().map(|found| &found.manifest().run);
+    alike::resumed(&mesh.all, from.map(|run| (run.rollbacks, run.step)))?;
     // Less than the timeout: a checkpoint that fails ends no run.
     Ok(Folder { store, team: Team { share, attempt, patience: timeout / 2 }, found, notes })
 }

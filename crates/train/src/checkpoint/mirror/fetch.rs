@@ -83,7 +83,10 @@ impl Mirror {
         if first && finished.is_err() {
             discard(&temporary)?;
         }
-        Ok(finished.and_then(|()| Checkpoint::open_share(&place, share)))
+        match finished {
+            Ok(()) => agree(Checkpoint::open_share(&place, share), exchange),
+            Err(error) => Ok(Err(error)),
+        }
     }
 
     /// Newer whole checkpoints, newest first. What a roll-back left behind is older than what was saved afterwards, whatever
