@@ -7,9 +7,10 @@ mod checkpoint_common;
 #[path = "checkpoint_common/kills.rs"]
 mod kills;
 
+use anyhow::Error;
 use checkpoint_common::{assert_content, owned, save, snapshot};
 use ferropt_train::checkpoint::{
-    DEFAULT_SHARD_BYTES, Event, Retention, Share, Snapshot, Store, Team, Writer,
+    Checkpoint, DEFAULT_SHARD_BYTES, Event, Retention, Share, Snapshot, Store, Team, Writer,
 };
 use std::collections::BTreeMap;
 use std::fs;
@@ -448,21 +449,29 @@ impl Exchange {
 }
 
 /// What all ranks find: the step, and the damage passed over; or the error.
-fn find_together(run: &Path, of: usize) -> Result<Option<(u64, Vec<String>)>, String> {
+type Together = Result<Option<(u64, Vec<String>)>, String>;
+
+/// What all ranks come to with `open`, which gets the store, a rank's share and its way to tell the others.
+fn together(
+    run: &Path,
+    of: usize,
+    open: impl Fn(
+        Store,
+        Share,
+        &dyn Fn(&[u8]) -> Vec<Vec<u8>>,
+    ) -> anyhow::Result<(Option<Checkpoint>, Vec<Error>)>
+    + Sync,
+) -> Together {
     let exchange = Exchange::among(of);
     let mut found = std::thread::scope(|scope| {
         let rank = |rank| {
-            let exchange = &exchange;
+            let (exchange, open) = (&exchange, &open);
             scope.spawn(move || {
-                let store = Store::open(run).unwrap();
-                let all = |bytes: &[u8]| Ok(exchange.all(rank, bytes));
-                let found = store.latest_whole_together(Share { rank, of }, all);
-                found.map_err(|error| format!("{error:#}")).map(|found| {
-                    found.map(|found| {
-                        assert_content(&found.checkpoint);
-                        let damaged = found.damaged.iter().map(|error| format!("{error:#}")).collect();
-                        (found.checkpoint.manifest().run.step, damaged)
-                    })
+                let all = |bytes: &[u8]| exchange.all(rank, bytes);
+                let found = open(Store::open(run).unwrap(), Share { rank, of }, &all);
+                found.map_err(|error| format!("{error:#}")).map(|(checkpoint, damaged)| {
+                    let damaged = damaged.iter().map(|error| format!("{error:#}")).collect();
+                    checkpoint.inspect(assert_content).map(|found| (found.manifest().run.step, damaged))
                 })
             })
         };
@@ -471,6 +480,14 @@ fn find_together(run: &Path, of: usize) -> Result<Option<(u64, Vec<String>)>, St
     });
     assert!(found.windows(2).all(|pair| pair[0] == pair[1]), "ranks found different things: {found:?}");
     found.remove(0)
+}
+
+/// The newest.
+fn find_together(run: &Path, of: usize) -> Together {
+    together(run, of, |store, share, all| {
+        let found = store.latest_whole_together(share, |bytes: &[u8]| Ok(all(bytes)))?;
+        Ok(found.map_or((None, Vec::new()), |found| (Some(found.checkpoint), found.damaged)))
+    })
 }
 
 #[test]
@@ -500,4 +517,28 @@ fn damage_that_one_rank_finds_is_damage_to_all() {
     }
     let error = find_together(run.path(), 3).unwrap_err();
     assert!(error.contains("is whole") && error.contains("config.json"), "{error}");
+}
+
+#[test]
+fn the_first_that_is_whole_is_that_of_rank_0s_list_and_each_rank_reads_its_share() {
+    let run = tempfile::tempdir().unwrap();
+    let snapshots: Vec<Snapshot> = (1..=3).map(|step| snapshot(step, 300)).collect();
+    save_together(run.path(), &snapshots, &teams(2, 1), Retention::ALL, |_, _| {});
+    let of_these = |steps: &'static [u64]| {
+        together(run.path(), 2, move |store, share, all| {
+            let steps = if share.rank == 0 { steps } else { &[9] };
+            store.first_whole_together(steps, share, |bytes: &[u8]| Ok(all(bytes)))
+        })
+    };
+    assert_eq!(of_these(&[2, 1, 3]), Ok(Some((2, Vec::new()))));
+    assert_eq!(of_these(&[]), Ok(None));
+    let file = run.path().join("checkpoints/step-00000002/adam_v.safetensors");
+    let mut content = fs::read(&file).unwrap();
+    *content.last_mut().unwrap() ^= 4;
+    fs::write(&file, content).unwrap();
+    let found = |rank| Checkpoint::open_share(file.parent().unwrap(), Share { rank, of: 2 }).is_err();
+    assert!(found(0) != found(1), "one of them reads the file");
+    let (step, passed_over) = of_these(&[2, 1, 3]).unwrap().unwrap();
+    assert!(step == 1 && passed_over.len() == 1, "{step}: {passed_over:?}");
+    assert_eq!(of_these(&[2]), Ok(None));
 }

@@ -220,16 +220,8 @@ impl Store {
     /// # Errors
     /// When there are checkpoints and all are damaged: to begin again silently would be to lose the run.
     pub fn latest_whole(&self) -> Result<Option<Found>> {
-        self.latest_whole_of(|_| true)
-    }
-
-    /// [`Store::latest_whole`] of the checkpoints that are `wanted`.
-    ///
-    /// # Errors
-    /// When some are wanted and all those are damaged.
-    pub fn latest_whole_of(&self, wanted: impl Fn(&Entry) -> bool) -> Result<Option<Found>> {
         let mut damaged = Vec::new();
-        for entry in self.list()?.into_iter().rev().filter(wanted) {
+        for entry in self.list()?.into_iter().rev() {
             match entry.damage.map_or_else(|| Checkpoint::open(&entry.path), Err) {
                 Ok(checkpoint) => return Ok(Some(Found { checkpoint, damaged })),
                 Err(error) => damaged.push(error),
@@ -247,26 +239,44 @@ impl Store {
     pub fn latest_whole_together(
         &self,
         share: Share,
-        mut exchange: impl FnMut(&[u8]) -> Result<Vec<Vec<u8>>>,
+        exchange: impl FnMut(&[u8]) -> Result<Vec<Vec<u8>>>,
     ) -> Result<Option<Found>> {
-        // Rank 0 says which there are, even where another rank sees the folder as it was a moment ago.
-        let steps: Vec<u64> = match share.rank {
-            0 => self.list()?.into_iter().map(|entry| entry.step).collect(),
+        let steps = match share.rank {
+            0 => self.list()?.into_iter().rev().map(|entry| entry.step).collect(),
             _ => Vec::new(),
         };
-        let told = exchange(&serde_json::to_vec(&steps)?)?;
+        let (found, damaged) = self.first_whole_together(&steps, share, exchange)?;
+        match found {
+            Some(checkpoint) => Ok(Some(Found { checkpoint, damaged })),
+            None => self.none_whole(&damaged),
+        }
+    }
+
+    /// Opens the first checkpoint that is whole of those of `steps`, for several ranks as [`Store::latest_whole_together`].
+    /// Returns also what is wrong with those before it, or with all. Rank 0 says which steps; what others give is not looked at.
+    ///
+    /// # Errors
+    /// When `exchange` fails.
+    pub fn first_whole_together(
+        &self,
+        steps: &[u64],
+        share: Share,
+        mut exchange: impl FnMut(&[u8]) -> Result<Vec<Vec<u8>>>,
+    ) -> Result<(Option<Checkpoint>, Vec<Error>)> {
+        // Another rank may see the folder as it was a moment ago.
+        let told = exchange(&serde_json::to_vec(steps)?)?;
         let first = told.first().context("rank 0 said nothing of its checkpoints")?;
         let steps: Vec<u64> =
             serde_json::from_slice(first).context("what rank 0 said of its checkpoints is garbled")?;
         let mut damaged = Vec::new();
-        for step in steps.into_iter().rev() {
+        for step in steps {
             let opened = Checkpoint::open_share(&self.root.join(directory(step)), share);
             match agree(opened, &mut exchange)? {
-                Ok(checkpoint) => return Ok(Some(Found { checkpoint, damaged })),
+                Ok(checkpoint) => return Ok((Some(checkpoint), damaged)),
                 Err(error) => damaged.push(error),
             }
         }
-        self.none_whole(&damaged)
+        Ok((None, damaged))
     }
 
     /// The end of a search that found only these.

@@ -3,14 +3,14 @@
 
 use super::run::{Trainer, described, view};
 use super::state;
-use crate::checkpoint::{Checkpoint, Entry, Event as Saving, Store};
+use crate::checkpoint::{Checkpoint, Event as Saving, Share, Store};
 use crate::loss_scale::LossScale;
 use crate::recovery::{Cause, Finding, GaveUp, Trouble, Verdict, find};
 use crate::telemetry::{Record, Skipped};
 use anyhow::{Context, Result};
 use ferropt_data::Batch;
 use ferropt_device::{Device, Element};
-use ferropt_mesh::{Label, Mesh};
+use ferropt_mesh::Label;
 use ferropt_model::Pass;
 use serde_json::{Value, json};
 use std::fmt::Write as _;
@@ -118,9 +118,7 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
     fn roll_back(&mut self, trouble: &Trouble) -> Result<()> {
         self.settle()?;
         let from = self.step;
-        let healthy = if self.telemetry.is_some() { self.healthy(trouble)? } else { None };
-        let healthy = found_by_first(&self.mesh, &self.resolved.config.run.dir, healthy)?;
-        let (to, then) = match healthy {
+        let (to, then) = match self.healthy(trouble)? {
             Some(checkpoint) => {
                 let (device, model) = (&self.device, &mut self.model);
                 let then = state::load(&checkpoint, &self.data.identity, device, model, &mut self.optimizer)
@@ -177,33 +175,39 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
         Ok(())
     }
 
-    /// The newest checkpoint from which this run has come that the trouble leaves trusted; else the oldest, which has least of
-    /// it. None where none was ever written.
+    /// The first of [`Trainer::ways_back`] that is whole, the same on all ranks, each of which verifies its share. None where no
+    /// checkpoint was ever written.
     ///
     /// # Errors
-    /// [`GaveUp`] where there are checkpoints, and this run has come from none of them that is whole: to begin again would be
-    /// to lose the run.
+    /// [`GaveUp`] where there are checkpoints and none will do: to begin again would be to lose the run.
     fn healthy(&self, trouble: &Trouble) -> Result<Option<Checkpoint>> {
         let store = Store::open(&self.resolved.config.run.dir)?;
-        let mine = |entry: &Entry| self.guard.went_through(entry.rollbacks, entry.step);
-        let trusted = store.latest_whole_of(|entry| mine(entry) && entry.step <= trouble.trusted);
-        if let Ok(Some(found)) = trusted {
-            return Ok(Some(found.checkpoint));
+        let steps = if self.telemetry.is_some() { self.ways_back(&store, trouble)? } else { Vec::new() };
+        let share = Share { rank: self.mesh.world.rank(), of: self.mesh.world.size() };
+        // Others may read their shares for longer than ranks wait for each other.
+        let exchange = |bytes: &[u8]| self.mesh.all.gather_bytes_whenever(Label::new("way-back"), bytes);
+        let (found, damaged) = store.first_whole_together(&steps, share, exchange)?;
+        for damage in &damaged {
+            self.warn(&format!("passed over a damaged checkpoint: {damage:#}"));
         }
+        if found.is_none() && !damaged.is_empty() {
+            return Err(no_way_back(&store, trouble).into());
+        }
+        Ok(found)
+    }
+
+    /// Steps of the checkpoints from which this run has come: those that the trouble leaves trusted, the newest first, then the
+    /// others, the oldest first, which has least of it.
+    fn ways_back(&self, store: &Store, trouble: &Trouble) -> Result<Vec<u64>> {
         let all = store.list()?;
-        if all.is_empty() {
-            return Ok(None);
+        let mine = all.iter().filter(|entry| self.guard.went_through(entry.rollbacks, entry.step));
+        let (trusted, others): (Vec<u64>, Vec<u64>) =
+            mine.map(|entry| entry.step).partition(|step| *step <= trouble.trusted);
+        let steps: Vec<u64> = trusted.into_iter().rev().chain(others).collect();
+        if steps.is_empty() && !all.is_empty() {
+            return Err(no_way_back(store, trouble).into());
         }
-        let oldest = all.into_iter().filter(mine).find_map(|entry| Checkpoint::open(&entry.path).ok());
-        let none = || {
-            GaveUp(format!(
-                "the run is to go back to before step {}, because of {}, but of the checkpoints in {} none is whole that it has come from. Restore one from a copy and give the same command again, or choose another run.dir to begin anew",
-                trouble.first,
-                trouble.cause,
-                store.path().display()
-            ))
-        };
-        oldest.ok_or_else(none).map(Some).map_err(Into::into)
+        Ok(steps)
     }
 
     fn give_up(&mut self, cause: &Cause) -> GaveUp {
@@ -253,13 +257,12 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
     }
 }
 
-/// The checkpoint that the first rank found, on all of them.
-fn found_by_first(mesh: &Mesh, run: &Path, found: Option<Checkpoint>) -> Result<Option<Checkpoint>> {
-    let step = found.as_ref().map(|found| found.manifest().run.step);
-    let told = mesh.all.gather_bytes(Label::new("resume"), &serde_json::to_vec(&step)?)?;
-    let first = told.first().context("the first rank said nothing of checkpoints")?;
-    match serde_json::from_slice::<Option<u64>>(first)? {
-        Some(step) if found.is_none() => Store::open(run)?.load(step).map(Some),
-        _ => Ok(found),
-    }
+fn no_way_back(store: &Store, trouble: &Trouble) -> GaveUp {
+    GaveUp(format!(
+        "the run is to go back to before step {}, because of {}, but of the checkpoints in {} none is whole that it has come \
+         from. Restore one from a copy and give the same command again, or choose another run.dir to begin anew",
+        trouble.first,
+        trouble.cause,
+        store.path().display()
+    ))
 }
