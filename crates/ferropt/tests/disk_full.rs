@@ -93,3 +93,38 @@ fn a_full_disk_costs_no_good_checkpoint() {
     assert!(text(&out).to_lowercase().contains("no space") || text(&out).contains("free"), "{}", text(&out));
     assert!(lab.tensors("kept", 30) == lab.tensors("whole", 30), "the resumed run has other bits");
 }
+
+/// A rate far too high, and a disk that what is kept of the batches fills up: neither a checkpoint nor what is rolled back can be
+/// kept, and the run goes back all the same, until it gives up.
+#[test]
+fn a_full_disk_does_not_end_a_roll_back() {
+    let lab = Lab::new();
+    if !can_mount() {
+        return;
+    }
+    let config = lab.config("small/run", 50);
+    std::fs::create_dir(lab.path("small")).unwrap();
+    let script = "set -e
+        mount -t tmpfs -o size=64k tmpfs \"$SMALL\"
+        $FERROPT train \"$CONFIG\" --set batch.tokens=2048 --set recovery.max_rollbacks=2 --set optimizer.kind=sgd \
+            --set optimizer.betas= --set optimizer.lr=1e30 --set optimizer.clip=0 || echo \"status $?\"
+        cp -r \"$SMALL/run\" \"$KEEP\"";
+    let out = Command::new("unshare")
+        .args(["-rm", "sh", "-c", script])
+        .env("FERROPT", env!("CARGO_BIN_EXE_ferropt"))
+        .env("SMALL", lab.path("small"))
+        .env("CONFIG", &config)
+        .env("KEEP", lab.path("kept"))
+        .output()
+        .unwrap();
+    let said = text(&out);
+    assert!(out.status.success(), "{said}");
+    for part in
+        ["the batch could not be kept", "was not saved", "warning: cannot", "2 roll-backs did not help"]
+    {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    assert!(said.contains("status 3"), "{said}");
+    let steps: Vec<u64> = lab.metric("kept", "loss").into_iter().map(|(step, _)| step).collect();
+    assert!(steps.iter().all(|step| *step == 1) && steps.len() <= 1, "{steps:?}: {said}");
+}

@@ -57,7 +57,7 @@ impl MetricLog {
         Ok(MetricLog { path: path.into(), file, length })
     }
 
-    /// Copies what comes after `step` in the log `path` to `aside`.
+    /// Copies what comes after `step` in the log `path` to `aside`, making the folder of that; whole or not at all.
     ///
     /// # Errors
     /// When a file cannot be read or written, or a line is no record.
@@ -66,7 +66,13 @@ impl MetricLog {
             parse(path)?.into_iter().find_map(|(start, record)| (record.step() > step).then_some(start));
         let later =
             start.map_or(String::new(), |start| content(path).unwrap_or_default()[start as usize..].into());
-        fs::write(aside, later).with_context(|| format!("cannot write {}", aside.display()))
+        let folder = aside.parent().map_or(Ok(()), fs::create_dir_all);
+        let written = folder.and_then(|()| fs::write(aside, later));
+        if written.is_err() {
+            // A part of it would be taken for all.
+            let _ = fs::remove_file(aside);
+        }
+        written.with_context(|| format!("cannot write {}", aside.display()))
     }
 
     /// Adds a record.

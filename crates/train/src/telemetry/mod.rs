@@ -24,7 +24,7 @@ pub use progress::Progress;
 pub use record::{Record, Skipped, Training, Validation};
 pub use tensorboard::EventFile;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 use std::path::{Path, PathBuf};
 
 /// All outputs of a run.
@@ -78,17 +78,18 @@ impl Telemetry {
     }
 
     /// Goes back to `step`, after which the run goes on: later records leave the log, to `aside` if they can be kept there,
-    /// and TensorBoard hides them.
+    /// and TensorBoard hides them. Returns what could not be done, as on a full disk; training may go on.
     ///
     /// # Errors
-    /// When a file cannot be read or written.
-    pub fn rewind(&mut self, step: u64, steps: u64, aside: &Path) -> Result<()> {
+    /// When the log cannot be read or shortened.
+    pub fn rewind(&mut self, step: u64, steps: u64, aside: &Path) -> Result<Vec<Error>> {
         let log = self.run.join("metrics.jsonl");
-        MetricLog::copy_later(&log, step, aside)?;
+        let kept = MetricLog::copy_later(&log, step, aside);
+        self.log = MetricLog::open(&log, Some(&Resumed { step, skipped: Vec::new() }))?;
+        let began = EventFile::create(&self.run, Some(step)).map(|events| self.events = events);
         self.progress.finish();
-        let resumed = Resumed { step, skipped: Vec::new() };
-        *self = Telemetry::open(&self.run, Some(&resumed), steps)?;
-        Ok(())
+        self.progress = Progress::start(step, steps);
+        Ok([kept, began].into_iter().filter_map(Result::err).collect())
     }
 
     /// The terminal, for messages and for steps that are not recorded.
@@ -156,6 +157,25 @@ mod tests {
         // TensorBoard's files are never rewritten: one for each start.
         let names = std::fs::read_dir(broken.path()).unwrap().map(|entry| entry.unwrap().file_name());
         assert_eq!(names.filter(|name| name.to_string_lossy().contains("tfevents")).count(), 2);
+    }
+
+    #[test]
+    fn a_roll_back_shortens_the_log_even_where_nothing_can_be_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        run(folder.path(), None, 1..=7);
+        let resumed = Resumed { step: 7, skipped: Vec::new() };
+        let mut telemetry = Telemetry::open(folder.path(), Some(&resumed), 10).unwrap();
+        // A file where a folder has to be.
+        let aside = folder.path().join("loss.svg/later.jsonl");
+        let failed = telemetry.rewind(5, 10, &aside).unwrap();
+        assert!(matches!(&failed[..], [one] if one.to_string().contains("loss.svg")), "{failed:?}");
+        let steps =
+            |path: &Path| -> Vec<u64> { MetricLog::read(path).unwrap().iter().map(Record::step).collect() };
+        let log = folder.path().join("metrics.jsonl");
+        assert_eq!(steps(&log), [1, 2, 3, 4, 5, 5]);
+        let aside = folder.path().join("trouble/later.jsonl");
+        assert!(telemetry.rewind(3, 10, &aside).unwrap().is_empty());
+        assert_eq!((steps(&log), steps(&aside)), (vec![1, 2, 3], vec![4, 5, 5]));
     }
 
     #[test]

@@ -158,11 +158,11 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
         self.save()?;
         self.settle()?;
         let Some(telemetry) = &mut self.telemetry else { return Ok(()) };
-        let run = &self.resolved.config.run.dir;
-        let aside = run.join(format!("trouble/roll-back-{number}-metrics.jsonl"));
-        fs::create_dir_all(run.join("trouble"))
-            .with_context(|| format!("cannot make {}/trouble", run.display()))?;
-        telemetry.rewind(to, self.resolved.steps, &aside)
+        let aside = self.resolved.config.run.dir.join(format!("trouble/roll-back-{number}-metrics.jsonl"));
+        for failed in telemetry.rewind(to, self.resolved.steps, &aside)? {
+            self.warn(&format!("{failed:#}"));
+        }
+        Ok(())
     }
 
     /// Waits for a checkpoint that is under way.
