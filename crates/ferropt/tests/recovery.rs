@@ -164,10 +164,15 @@ fn many_ranks_find_the_same_weight_and_go_back_together() {
     // What overflows in the first stage of a pipeline comes to the second before anything that that one computes.
     const FIRST: &str = "model.decoder.layers.0.fc1.weight";
     let large = "layer 0, relu, row ";
+    // Between blocks, the second of two tensor-parallel ranks has the second half of a sequence.
+    const POSITIONS: &str = "model.decoder.embed_positions.weight";
+    let (position, late) =
+        (42 * 32..43 * 32, "layer 0, normed1, row 40 of micro-batch 0 (sequence 0, position 40)");
     for (layout, ranks, tensor, which, value, report, on) in [
         ("parallel.shard=2", "2", BIAS, 0..32, f32::NAN, wrong, 0),
         ("parallel.tensor=2", "2", BIAS, 0..32, f32::NAN, wrong, 0),
         ("parallel.tensor=2", "4", BIAS, 0..32, f32::NAN, wrong, 0),
+        ("parallel.tensor=2", "2", POSITIONS, position, 3e38, late, 1),
         ("parallel.pipeline=2", "2", FIRST, 0..32, 3e38, large, 0),
     ] {
         let lab = Lab::new();

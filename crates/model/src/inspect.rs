@@ -1,9 +1,10 @@
 //! Looking into a training pass: tensors as soon as they are written, for whoever searches the first that is wrong.
 
 use crate::ends::Ends;
-use crate::layer::Layers;
+use crate::layer::{Layers, Sizes};
+use crate::part::Held;
 use crate::weights::{Layer, Linear, Norm, Weights};
-use ferropt_device::{Device, Element};
+use ferropt_device::{Buffer, Device, Element};
 
 /// What a tensor of a pass is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,7 +13,7 @@ pub enum Role {
     Activation,
     /// Gradient of an activation; a row is a token of the micro-batch.
     Gradient,
-    /// Gradient of a weight; a row is one of the weight's.
+    /// Gradient of a weight: of this process's tensor-parallel part of it.
     WeightGradient,
 }
 
@@ -20,11 +21,13 @@ pub enum Role {
 pub struct Written<'a, D: Device, E: Element> {
     /// What it is.
     pub role: Role,
-    /// The activation's name in the activation table, or the weight's in its layer. Gradients bear the name of what they
-    /// are the gradient of.
+    /// The activation's name in the activation table, or the end of the weight's first name; see [`Written::parameter`].
+    /// Gradients bear the name of what they are the gradient of.
     pub name: &'static str,
     /// Layer, where it belongs to one.
     pub layer: Option<usize>,
+    /// Number of its first row in the micro-batch: between blocks, a tensor-parallel part has some of the rows.
+    pub first_row: usize,
     /// Elements in a row.
     pub width: usize,
     /// Its values.
@@ -37,6 +40,25 @@ pub enum Values<'a, D: Device, E: Element> {
     Compute(&'a D::Buf<E>),
     /// f32.
     F32(&'a D::Buf<f32>),
+}
+
+impl<D: Device, E: Element> Written<'_, D, E> {
+    /// Of the gradient of a weight, the parameter that it belongs to.
+    pub fn parameter<'h>(&self, held: &'h [Held]) -> Option<&'h Held> {
+        let named = |held: &Held| held.parameter.names.first().is_some_and(|name| name.ends_with(self.name));
+        let mut of_layer = held.iter().filter(|held| held.parameter.layer() == self.layer);
+        of_layer.find(|held| self.role == Role::WeightGradient && named(held))
+    }
+
+    /// Of an activation or its gradient, with the number of its first row.
+    fn of_rows(self, sizes: &Sizes) -> Self {
+        let elements = match self.values {
+            Values::Compute(buffer) => buffer.len(),
+            Values::F32(buffer) => buffer.len(),
+        };
+        let some = self.role != Role::WeightGradient && elements < sizes.all_rows() * self.width;
+        Written { first_row: if some { sizes.first_row } else { 0 }, ..self }
+    }
 }
 
 /// Told of every tensor in the order in which they are computed, or nobody.
@@ -58,7 +80,7 @@ pub(crate) fn compute<'a, D: Device, E: Element>(
     width: usize,
     buffer: &'a D::Buf<E>,
 ) -> Written<'a, D, E> {
-    Written { role, name, layer: None, width, values: Values::Compute(buffer) }
+    Written { role, name, layer: None, first_row: 0, width, values: Values::Compute(buffer) }
 }
 
 pub(crate) fn wide<'a, D: Device, E: Element>(
@@ -67,7 +89,7 @@ pub(crate) fn wide<'a, D: Device, E: Element>(
     width: usize,
     buffer: &'a D::Buf<f32>,
 ) -> Written<'a, D, E> {
-    Written { role, name, layer: None, width, values: Values::F32(buffer) }
+    Written { role, name, layer: None, first_row: 0, width, values: Values::F32(buffer) }
 }
 
 fn linear<'a, D: Device, E: Element>(
@@ -93,7 +115,8 @@ impl<D: Device, E: Element> Ends<D, E> {
         let projected =
             self.projections.iter().map(|p| ("projected", self.config.embedding_width, &p.projected));
         let list = [("hidden", self.config.width, &layers.hidden)].into_iter().chain(projected);
-        list.map(|(name, width, values)| compute(Role::Activation, name, width, values)).collect()
+        let list = list.map(|(name, width, values)| compute(Role::Activation, name, width, values));
+        list.map(|written| written.of_rows(&layers.sizes)).collect()
     }
 
     /// What was written once the gradient has passed the LM head.
@@ -112,7 +135,7 @@ impl<D: Device, E: Element> Ends<D, E> {
             g.final_norm.iter().flat_map(|g| norm(["final_layer_norm.weight", "final_layer_norm.bias"], g)),
         );
         list.push(wide(Role::Gradient, "stream", width, &layers.gradients.d_stream));
-        list
+        list.into_iter().map(|written| written.of_rows(&layers.sizes)).collect()
     }
 
     /// What was written last.
@@ -130,7 +153,8 @@ impl<D: Device, E: Element> Ends<D, E> {
 impl<D: Device, E: Element> Layers<D, E> {
     /// What the first layer reads.
     pub(crate) fn written_first(&self) -> Vec<Written<'_, D, E>> {
-        vec![wide(Role::Activation, "stream", self.sizes.width, &self.stream[0])]
+        let stream = wide(Role::Activation, "stream", self.sizes.width, &self.stream[0]);
+        vec![stream.of_rows(&self.sizes)]
     }
 
     /// What layer `l` wrote on the way forward.
@@ -159,9 +183,8 @@ impl<D: Device, E: Element> Layers<D, E> {
                 });
             }
         }
-        list.into_iter()
-            .map(|written| Written { layer: Some(self.sizes.first_layer + l), ..written })
-            .collect()
+        let layer = Some(self.sizes.first_layer + l);
+        list.into_iter().map(|written| Written { layer, ..written.of_rows(&self.sizes) }).collect()
     }
 
     /// What layer `l` wrote on the way back, `g` being the gradients of its weights.
@@ -172,16 +195,15 @@ impl<D: Device, E: Element> Layers<D, E> {
         list.extend(linear(["fc2.weight", "fc2.bias"], s.fc2.k, &g.fc2));
         list.push(compute(role, "relu", s.fc1.n, &d.d_relu));
         list.extend(linear(["fc1.weight", "fc1.bias"], c, &g.fc1));
-        list.extend(norm(["norm2.weight", "norm2.bias"], &g.norm2));
+        list.extend(norm(["final_layer_norm.weight", "final_layer_norm.bias"], &g.norm2));
         list.extend(linear(["out_proj.weight", "out_proj.bias"], s.out.k, &g.out));
         list.push(compute(role, "attended", s.out.k, &d.d_attended));
         list.push(compute(role, "qkv", s.qkv.n, &d.d_qkv));
-        list.extend(linear(["qkv.weight", "qkv.bias"], c, &g.qkv));
+        list.extend(linear(["q_proj.weight", "q_proj.bias"], c, &g.qkv));
         list.push(compute(role, "normed1", c, &d.d_normed));
-        list.extend(norm(["norm1.weight", "norm1.bias"], &g.norm1));
+        list.extend(norm(["self_attn_layer_norm.weight", "self_attn_layer_norm.bias"], &g.norm1));
         list.push(wide(role, "stream", c, &d.d_stream));
-        list.into_iter()
-            .map(|written| Written { layer: Some(self.sizes.first_layer + l), ..written })
-            .collect()
+        let layer = Some(self.sizes.first_layer + l);
+        list.into_iter().map(|written| Written { layer, ..written.of_rows(&self.sizes) }).collect()
     }
 }

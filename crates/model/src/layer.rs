@@ -68,7 +68,7 @@ pub(crate) struct Sizes {
     /// Rows between blocks: of this part.
     rows: usize,
     /// Number of the first of them in the micro-batch.
-    first_row: usize,
+    pub(crate) first_row: usize,
     pub(crate) width: usize,
     attention: AttentionShape,
     recompute: Recompute,
@@ -112,6 +112,11 @@ impl Sizes {
             fc1: shape(f, c),
             fc2: shape(c, f),
         }
+    }
+
+    /// Rows of a micro-batch: within blocks.
+    pub(crate) fn all_rows(&self) -> usize {
+        self.attention.batch * self.attention.seq
     }
 
     /// Dropout of one place, while training.

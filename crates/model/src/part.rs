@@ -194,6 +194,11 @@ impl Held {
         self.place().pieces(0..self.shard.len())
     }
 
+    /// [`Held::pieces`] of the tensor-parallel part.
+    pub fn part_pieces(&self) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
+        self.part.pieces(0..self.part_elements)
+    }
+
     /// Whether all tensor-parallel parts have all of it, and the parts of its gradient are to be added up.
     pub fn is_whole(&self) -> bool {
         self.parameter.split == Split::Whole
@@ -233,6 +238,11 @@ mod tests {
                             let h = Held::new(parameter.clone(), index, Part { tensor, shard, stage });
                             let pieces: Vec<_> = h.pieces().collect();
                             assert_eq!(pieces.iter().map(|p| p.2).sum::<usize>(), h.shard.len());
+                            let elements = |pieces: &mut dyn Iterator<Item = (usize, usize, usize)>| {
+                                pieces.flat_map(|(_, start, len)| start..start + len).collect::<Vec<_>>()
+                            };
+                            let of_part = elements(&mut h.part_pieces());
+                            assert!(of_part[h.shard.clone()] == elements(&mut h.pieces()));
                             assert!(h.shard.len() <= h.shard_len);
                             if h.part_elements > 0 {
                                 lengths.push(h.shard_len);

@@ -33,6 +33,9 @@ fn first<E: Element>(
             }
         };
         assert!(values.len().is_multiple_of(written.width), "{}", written.name);
+        let parameter = written.parameter(model.held()).map(|held| held.parameter.elements());
+        let expected = (written.role == Role::WeightGradient).then_some(values.len());
+        assert_eq!(parameter, expected, "{} of layer {:?}", written.name, written.layer);
         if let (None, Some(place)) = (found.0, values.iter().position(|v| !v.is_finite())) {
             found.0 = Some((written.role, written.layer, written.name, place / written.width));
         }

@@ -4,7 +4,7 @@ use crate::trainer::view;
 use anyhow::Result;
 use ferropt_data::Batch;
 use ferropt_device::{Buffer, Device, Element};
-use ferropt_model::{Backprop, Model, Pass, Role, Tensor, Values, Written};
+use ferropt_model::{Backprop, Held, Model, Pass, Role, Tensor, Values, Written};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -22,9 +22,9 @@ pub struct Finding {
     pub layer: Option<usize>,
     /// Name of the activation, or of the weight.
     pub tensor: String,
-    /// Row and column in it.
+    /// Row in it: of an activation, in the micro-batch.
     pub row: usize,
-    /// See `row`.
+    /// Column in it; of an activation of which a rank has some columns, in those.
     pub column: usize,
     /// The value: `NaN`, `inf` or `-inf`.
     pub value: String,
@@ -97,7 +97,8 @@ pub fn find<D: Device, E: Element>(
             if found.is_none() {
                 let way = if written.role == Role::Activation { stage } else { 2 * stages - 1 - stage };
                 let order = [micro_batch + 1, way, count];
-                found = in_tensor(device, &written, micro_batch, seq).map(|found| Finding { order, ..found });
+                found = in_tensor(device, &written, model.held(), micro_batch, seq)
+                    .map(|found| Finding { order, ..found });
             }
         };
         backprop.inspect(device, model, view(&batch), pass, scale, &mut look)?;
@@ -112,20 +113,15 @@ fn in_weights<D: Device, E: Element>(device: &D, model: &Model<D, E>) -> Option<
             Tensor::Matrix(buffer) => first(device, *buffer)?,
             Tensor::Vector(buffer) => first(device, *buffer)?,
         };
-        // From the place in what is held here to the place in the whole.
-        let mut pieces = held.pieces();
-        let place =
-            pieces.find_map(|(at, start, len)| Some(start + place.checked_sub(at).filter(|n| *n < len)?))?;
-        let parameter = &held.parameter;
-        let width = if parameter.is_matrix() { parameter.shape[1] } else { 1 };
+        let (tensor, row, column) = in_parameter(held, held.pieces(), place)?;
         Some(Finding {
             rank: 0,
             order: [0; 3],
             place: Place::Weight,
             layer: None,
-            tensor: parameter.names.join(", "),
-            row: place / width,
-            column: place % width,
+            tensor,
+            row,
+            column,
             value: value.to_string(),
             micro_batch: None,
             token: None,
@@ -133,9 +129,23 @@ fn in_weights<D: Device, E: Element>(device: &D, model: &Model<D, E>) -> Option<
     })
 }
 
+/// The names of a parameter, and row and column in it of what is at `place` in the `pieces` that are here.
+fn in_parameter(
+    held: &Held,
+    mut pieces: impl Iterator<Item = (usize, usize, usize)>,
+    place: usize,
+) -> Option<(String, usize, usize)> {
+    let place =
+        pieces.find_map(|(at, start, len)| Some(start + place.checked_sub(at).filter(|n| *n < len)?))?;
+    let parameter = &held.parameter;
+    let width = if parameter.is_matrix() { parameter.shape[1] } else { 1 };
+    Some((parameter.names.join(", "), place / width, place % width))
+}
+
 fn in_tensor<D: Device, E: Element>(
     device: &D,
     written: &Written<'_, D, E>,
+    held: &[Held],
     micro_batch: usize,
     seq: usize,
 ) -> Option<Finding> {
@@ -143,14 +153,17 @@ fn in_tensor<D: Device, E: Element>(
         Values::Compute(buffer) => first(device, buffer)?,
         Values::F32(buffer) => first(device, buffer)?,
     };
-    let (row, column) = (place / written.width, place % written.width);
+    let (tensor, row, column) = match written.parameter(held) {
+        Some(held) => in_parameter(held, held.part_pieces(), place)?,
+        None => (written.name.into(), written.first_row + place / written.width, place % written.width),
+    };
     let token = (written.role != Role::WeightGradient).then_some((row / seq, row % seq));
     let place = match written.role {
         Role::Activation => Place::Forward,
         Role::Gradient => Place::Backward,
         Role::WeightGradient => Place::WeightGradient,
     };
-    let (layer, tensor, value) = (written.layer, written.name.into(), value.to_string());
+    let (layer, value) = (written.layer, value.to_string());
     let micro_batch = Some(micro_batch);
     Some(Finding { rank: 0, order: [0; 3], place, layer, tensor, row, column, value, micro_batch, token })
 }
