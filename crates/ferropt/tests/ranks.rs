@@ -34,6 +34,9 @@ fn two(lab: &Lab, run: &str, set: &[&str]) -> [Output; 2] {
 fn ranks_that_were_given_other_things_are_refused_with_their_names() {
     let lab = Lab::new();
     let less = format!("data.train={}", lab.path("texts/0.txt").display());
+    let held_out = fs::read_to_string(lab.path("held-out.txt")).unwrap();
+    fs::write(lab.path("other.txt"), held_out.replace('e', "a")).unwrap();
+    let as_long = format!("data.validation.held-out={}", lab.path("other.txt").display());
     for (set, words) in [
         (&["optimizer.lr=0.5"][..], "optimizer.lr is 0.5 on rank 1 and 0.005 on rank 0"),
         (&["run.seed=7"], "run.seed is 7 on rank 1 and 1 on rank 0"),
@@ -43,6 +46,7 @@ fn ranks_that_were_given_other_things_are_refused_with_their_names() {
         (&["checkpoint.every=3"], "checkpoint.every"),
         (&[&less], "data.train.documents is 1 on rank 1 and 4 on rank 0"),
         (&["data.validation="], "data.validation.held-out"),
+        (&[&as_long], "data.validation.held-out.checksum is "),
     ] {
         for end in two(&lab, "run", set) {
             let said = text(&end);

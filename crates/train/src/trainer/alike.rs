@@ -2,7 +2,7 @@
 //! nobody's, or wait for each other in vain.
 
 use super::compatible::{flat, shown};
-use super::data::Data;
+use super::data::{Data, HeldOut};
 use crate::config::Resolved;
 use anyhow::{Context, Result, bail};
 use ferropt_mesh::{Group, Label};
@@ -38,11 +38,12 @@ pub(super) fn configured(all: &Group, resolved: &Resolved) -> Result<()> {
 /// # Errors
 /// As [`configured`].
 pub(super) fn fed(all: &Group, data: &Data) -> Result<()> {
-    let sets = data.validation.iter().map(|(name, set)| {
-        let sizes = json!({
-            "tokens": set.tokens(), "documents": set.documents(), "text_bytes": set.text_bytes(),
+    let sets = data.validation.iter().map(|HeldOut { name, loader, checksum }| {
+        let content = json!({
+            "tokens": loader.tokens(), "documents": loader.documents(), "text_bytes": loader.text_bytes(),
+            "checksum": checksum,
         });
-        (name.clone(), sizes)
+        (name.clone(), content)
     });
     let sets: BTreeMap<String, Value> = sets.collect();
     let mine = flat(&json!({ "data": { "train": data.identity, "validation": sets } }));
@@ -50,7 +51,6 @@ pub(super) fn fed(all: &Group, data: &Data) -> Result<()> {
     compare(&told).context("give all ranks the same texts and the same tokenizer")
 }
 
-fn own(key: &str) -> bool {
 /// Refuses ranks that would go on from another checkpoint (roll-backs, step) than the first, or from none.
 ///
 /// # Errors
@@ -66,6 +66,7 @@ pub(super) fn resumed(all: &Group, from: Option<(u64, u64)>) -> Result<()> {
     )
 }
 
+fn own(key: &str) -> bool {
     OWN.iter().any(|own| key.strip_prefix(own).is_some_and(|rest| rest.is_empty() || rest.starts_with('.')))
 }
 
@@ -91,8 +92,8 @@ fn compare(told: &[Vec<u8>]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
     use ferropt_mesh::World;
+
     fn told(values: &[Value]) -> Vec<Vec<u8>> {
         values.iter().map(|value| serde_json::to_vec(&flat(value)).unwrap()).collect()
     }
@@ -113,7 +114,6 @@ mod tests {
         assert!(!message.contains("run.seed"), "{message}");
     }
 
-    #[test]
     #[test]
     fn ranks_that_would_go_on_from_different_checkpoints_are_refused_on_all() {
         let refused = |from: [Option<(u64, u64)>; 2]| -> Vec<String> {
@@ -139,6 +139,7 @@ mod tests {
         }
     }
 
+    #[test]
     fn only_what_is_a_ranks_own_is_left_out() {
         assert!(own("run.threads") && own("data.validation.books") && own("energy.watts"));
         assert!(!own("run.seed") && !own("data.train_more") && !own("recovery.enabled"));

@@ -14,11 +14,19 @@ pub(super) struct Data {
     pub(super) tokenizer: Tokenizer,
     pub(super) train: Loader,
     /// Held-out sets in the order of their names.
-    pub(super) validation: Vec<(String, Loader)>,
+    pub(super) validation: Vec<HeldOut>,
     /// What identifies the training data: content, not where it lies.
     pub(super) identity: Identity,
     /// What people should know of how it was found.
     pub(super) notes: Vec<String>,
+}
+
+/// A held-out set.
+pub(super) struct HeldOut {
+    pub(super) name: String,
+    pub(super) loader: Loader,
+    /// CRC-32C of its tokens.
+    pub(super) checksum: u32,
 }
 
 /// What must not change between two parts of a run, or its order of samples would.
@@ -71,8 +79,9 @@ impl Data {
             let wrong = || format!("data.validation.{name} cannot be used");
             let Some(held_out) = file(&paths.0, name).with_context(wrong)? else { return Ok(None) };
             let most = resolved.config.validation.max_tokens.map_or(u64::MAX, |most| most.0);
+            let checksum = held_out.checksum();
             let loader = Loader::sequential(vec![held_out], &tokenizer, seq, most).with_context(wrong)?;
-            validation.push((name.clone(), loader));
+            validation.push(HeldOut { name: name.clone(), loader, checksum });
         }
         let identity = Identity {
             tokenizer: tokenizer.fingerprint().iter().map(|b| format!("{b:02x}")).collect(),

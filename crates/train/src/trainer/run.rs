@@ -1,6 +1,6 @@
 //! The loop itself.
 
-use super::data::Data;
+use super::data::{Data, HeldOut};
 use super::folder::{self, Folder};
 use super::watch::Watch;
 use super::{Ending, Event, Hook, Outcome, compatible, state, write_whole};
@@ -370,7 +370,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         };
         let sets = self.data.validation.iter().enumerate();
         let left: Vec<usize> =
-            sets.filter(|(_, (name, _))| !scored.contains(name)).map(|(set, _)| set).collect();
+            sets.filter(|(_, held_out)| !scored.contains(&held_out.name)).map(|(set, _)| set).collect();
         let told = self.mesh.all.gather_bytes(Label::new("unscored"), &serde_json::to_vec(&left)?)?;
         let first = told.first().context("the first rank did not say what is to be scored")?;
         serde_json::from_slice(first).context("the first rank told something unknown")
@@ -395,7 +395,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
 
     /// The score of a held-out set, or why the run is to end without.
     fn score(&mut self, set: usize, limits: Limits<'_>) -> Result<ControlFlow<Ending, Validation>> {
-        let (r, (name, loader)) = (&self.resolved, &self.data.validation[set]);
+        let (r, HeldOut { name, loader, .. }) = (&self.resolved, &self.data.validation[set]);
         let (mut nats, mut targets, mut bytes) = (0.0, 0, 0);
         // Dealt to the ranks in turn, so that all make as many passes. Samples past the end are padding, so that every
         // pass has the size that memory is planned for.
