@@ -11,13 +11,14 @@ use std::time::SystemTime;
 #[command(after_help = "\
 A model that was opened once is kept as the device reads it, so that the next time nothing
 is computed, and processes have its memory in common. FERROPT_CACHE names the folder, or is
-`off`; FERROPT_CACHE_SIZE is the most that is kept (20 GB or a tenth of the free disk, if that
-is less). What was used longest ago goes first.
+`off`; FERROPT_CACHE_SIZE is the most that is kept. Without it, the largest model is kept if
+half of the free disk is left, and beside it 20 GB or a tenth of the free disk, if that is less.
+What was used longest ago goes first.
 
 Examples:
   ferropt checkpoint cache
   ferropt checkpoint cache --clear
-  FERROPT_CACHE_SIZE=60GB ferropt generate --model opt-13b \"The sea\"")]
+  FERROPT_CACHE_SIZE=90GB ferropt generate --model opt-30b \"The sea\"")]
 pub(crate) struct Args {
     /// Remove everything
     #[arg(long)]

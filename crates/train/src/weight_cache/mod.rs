@@ -24,9 +24,11 @@ use std::time::{Duration, SystemTime};
 
 /// Weights of which there are fewer bytes are made in a moment, and not kept.
 const LEAST: u64 = 32 << 20;
-/// Bytes that are kept at most unless more are asked for, and the share of the disk's free bytes.
+/// Bytes that are kept at most beside the largest model, and the share of the disk's free bytes.
 const MOST: u64 = 20_000_000_000;
 const SHARE: u64 = 10;
+/// Share of the disk's free bytes that is taken at most with the largest one.
+const SHARE_OF_ALL: u64 = 2;
 /// A file that nobody has written to for so long is not being written.
 const ABANDONED: Duration = Duration::from_secs(3600);
 
@@ -77,8 +79,8 @@ impl WeightCache {
         WeightCache { folder: folder.into(), limit: None, least: LEAST }
     }
 
-    /// The same, but with so many bytes at most. Without it, the limit is 20 GB or a tenth of what the disk has free,
-    /// whichever is less.
+    /// The same, but with so many bytes at most. Without it, the largest model takes what it needs, and the others 20 GB or a
+    /// tenth of what the disk has free, whichever is less; all together take no more than half of that.
     pub fn with_limit(self, bytes: u64) -> WeightCache {
         WeightCache { limit: Some(bytes), ..self }
     }
@@ -246,34 +248,44 @@ impl WeightCache {
             }
         }
         others.sort();
-        let mut kept: u64 = others.iter().map(|(_, bytes, _)| bytes).sum();
         let free = rustix::fs::statvfs(&self.folder)
             .map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize))
             .context("the disk does not tell its free bytes")?;
-        let limit = self.limit.unwrap_or(((free + kept) / SHARE).min(MOST));
-        ensure!(
-            needed <= limit,
-            "they have {} and the limit is {}; {SIZE_VARIABLE} raises it, {FOLDER_VARIABLE}=off keeps nothing",
-            human_bytes(needed),
-            human_bytes(limit)
-        );
-        let mut freed = 0;
-        for (_, bytes, other) in &others {
-            if kept + needed <= limit {
-                break;
-            }
+        let sizes: Vec<u64> = others.iter().map(|(_, bytes, _)| *bytes).collect();
+        for (_, _, other) in others.iter().take(must_go(self.limit, free, &sizes, needed)?) {
             fs::remove_file(other).with_context(|| format!("cannot remove {}", other.display()))?;
-            kept -= bytes;
-            freed += bytes;
         }
-        ensure!(
-            needed <= free + freed,
-            "they have {} and the disk has only {} free",
-            human_bytes(needed),
-            human_bytes(free + freed)
-        );
         Ok(())
     }
+}
+
+/// How many files must go so that one of `needed` bytes can be kept, out of those with the sizes `others`, where the one that was
+/// used longest ago is the first. `free` is what the disk has beside them.
+///
+/// # Errors
+/// When there is no room for it even if all go.
+fn must_go(limit: Option<u64>, free: u64, others: &[u64], needed: u64) -> Result<usize> {
+    let room = free + others.iter().sum::<u64>();
+    let most = limit.unwrap_or(room / SHARE_OF_ALL);
+    ensure!(
+        needed <= most,
+        "they have {} and the limit is {}; {SIZE_VARIABLE} raises it, {FOLDER_VARIABLE}=off keeps nothing",
+        human_bytes(needed),
+        human_bytes(most)
+    );
+    ensure!(
+        needed <= room,
+        "they have {} and the disk has only {} free",
+        human_bytes(needed),
+        human_bytes(room)
+    );
+    let fit = |left: &[u64]| {
+        let all = needed + left.iter().sum::<u64>();
+        let largest = left.iter().copied().fold(needed, u64::max);
+        let beside = all - largest;
+        all <= most.min(room) && (limit.is_some() || beside <= (room / SHARE).min(MOST))
+    };
+    Ok((0..others.len()).find(|gone| fit(&others[*gone..])).unwrap_or(others.len()))
 }
 
 /// Makes a new name in a folder durable.

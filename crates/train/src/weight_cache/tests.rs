@@ -255,6 +255,33 @@ fn what_was_used_longest_ago_makes_room() {
 }
 
 #[test]
+fn a_model_is_kept_that_leaves_half_of_the_disk() {
+    const GB: u64 = 1_000_000_000;
+    let gone = |limit: Option<u64>, free: u64, others: &[u64], needed: u64| {
+        must_go(limit, free, others, needed).map_err(|error| format!("{error:#}"))
+    };
+    // 2.7b and 13b in bf16, more than the others may have together.
+    assert_eq!(gone(None, 50 * GB, &[], 6 * GB), Ok(0));
+    assert_eq!(gone(None, 60 * GB, &[], 26 * GB), Ok(0));
+    let large = gone(None, 50 * GB, &[], 26 * GB).unwrap_err();
+    assert!(large.contains("24.21 GiB") && large.contains(SIZE_VARIABLE), "{large}");
+    // A small one does not remove the large one, whichever is opened last.
+    assert_eq!(gone(None, 400 * GB, &[26 * GB], GB), Ok(0));
+    assert_eq!(gone(None, 400 * GB, &[GB], 26 * GB), Ok(0));
+    // The others have a tenth, or 20 GB, and what was used longest ago goes.
+    assert_eq!(gone(None, 60 * GB, &[4 * GB, 3 * GB, 3 * GB], 26 * GB), Ok(1));
+    assert_eq!(gone(None, 1000 * GB, &[60 * GB, 15 * GB, 8 * GB], 7 * GB), Ok(1));
+    assert_eq!(gone(None, 1000 * GB, &[60 * GB], 26 * GB), Ok(1));
+    // All together leave half.
+    assert_eq!(gone(None, 30 * GB, &[26 * GB], 4 * GB), Ok(1));
+    // What was asked for is for all of them.
+    assert_eq!(gone(Some(60 * GB), 100 * GB, &[26 * GB, 26 * GB], 26 * GB), Ok(1));
+    assert!(gone(Some(20 * GB), 1000 * GB, &[], 26 * GB).is_err());
+    assert_eq!(gone(Some(60 * GB), 30 * GB, &[4 * GB], 34 * GB), Ok(1));
+    assert!(gone(Some(60 * GB), 30 * GB, &[3 * GB], 34 * GB).unwrap_err().contains("free"));
+}
+
+#[test]
 fn many_may_open_at_once() {
     let lab = Lab::new();
     let all: Vec<Vec<u32>> = std::thread::scope(|scope| {
