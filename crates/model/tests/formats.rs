@@ -337,7 +337,6 @@ fn configurations_that_are_not_computed_are_refused_by_key() {
         ("activation_function", "\"gelu\""),
         ("enable_bias", "false"),
         ("layer_norm_elementwise_affine", "false"),
-        ("tie_word_embeddings", "false"),
         ("_remove_final_layer_norm", "true"),
         ("layerdrop", "0.1"),
         ("model_type", "\"llama\""),
@@ -458,6 +457,12 @@ fn an_lm_head_of_its_own_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let folder = copy("pre/hf");
     let path = folder.path().join("model.safetensors");
+    // What counts is the head, not what is said of it.
+    let config = folder.path().join("config.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    json["tie_word_embeddings"] = false.into();
+    fs::write(&config, json.to_string()).unwrap();
+    assert_same(&open(fixture("pre/hf")), &open(folder.path()));
     let bytes = fs::read(&path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let mut tensors: BTreeMap<String, _> = file.tensors().into_iter().collect();
@@ -473,6 +478,14 @@ fn an_lm_head_of_its_own_is_refused() {
     fs::copy(folder.path().join("config.json"), dir.path().join("config.json")).unwrap();
     let message = refusal(dir.path());
     assert!(message.contains("lm_head.weight differs"), "{message}");
+    // The head alone, as safetensors.torch.save_model writes it.
+    let alone = tempfile::tempdir().unwrap();
+    let mut tied = tensors.clone();
+    tied.remove("model.decoder.embed_tokens.weight");
+    tied.insert("lm_head.weight".into(), embedding.clone());
+    safetensors::serialize_to_file(&tied, None, &alone.path().join("model.safetensors")).unwrap();
+    fs::copy(fixture("pre/hf/config.json"), alone.path().join("config.json")).unwrap();
+    assert_same(&open(fixture("pre/hf")), &open(alone.path()));
     // metaseq's head, which has rows of one part only, must be those of the embeddings too.
     let folder = copy("post/singleton");
     let path = folder.path().join("restored.pt");

@@ -165,7 +165,8 @@ pub(super) fn read_config(path: &Path) -> Result<Config> {
     if activation != "relu" {
         refuse("activation_function", &format!("{activation:?}"), "\"relu\"")?;
     }
-    for key in ["enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings"] {
+    // An LM head of its own is compared with the embeddings, whatever tie_word_embeddings says.
+    for key in ["enable_bias", "layer_norm_elementwise_affine"] {
         if !keys.bool(key, true)? {
             refuse(key, "false", "true")?;
         }

@@ -145,6 +145,12 @@ impl Source {
         let name = first.to_string_lossy();
         let format = if name.contains(".safetensors") { Format::Safetensors } else { Format::TorchBin };
         let config = opened.config;
+        // Of two names for one tensor, `safetensors.torch.save_model` keeps the first.
+        if !opened.tensors.contains_key(EMBEDDING)
+            && let Some(head) = opened.tensors.remove(HEAD)
+        {
+            opened.tensors.insert(EMBEDDING.into(), head);
+        }
         let mut tensors = BTreeMap::new();
         for full in config.parameters().iter().flat_map(|p| &p.names) {
             let flat = opened.tensors.remove(full);
@@ -222,8 +228,8 @@ impl Source {
             }
             ensure!(
                 whole || stale,
-                "{}: tensor {name} differs from {EMBEDDING}, but only models whose LM head is the embedding table \
-                 (tie_word_embeddings) can be computed here",
+                "{}: tensor {name} differs from {EMBEDDING}, but only models whose LM head is the embedding table can \
+                 be computed here",
                 head.file()
             );
         }
