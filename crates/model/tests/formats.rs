@@ -331,6 +331,34 @@ fn tokenizers_are_completed_for_transformers_where_nothing_says_what_comes_befor
     assert_eq!(to_folder(folder.path(), "other"), (other.into_bytes(), None));
 }
 
+/// metaseq's pair says nothing of what comes before a text, and the defaults of `transformers` are GPT-2's.
+#[test]
+fn vocabularies_are_completed_for_transformers_where_they_are_opts() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = copy("pre/singleton");
+    let (vocabulary, merges) = (folder.path().join("gpt2-vocab.json"), folder.path().join("gpt2-merges.txt"));
+    fs::write(&merges, "#version: 0.2\n").unwrap();
+    let config = |vocab: &str, name: &str| {
+        fs::write(&vocabulary, vocab).unwrap();
+        write(&open(folder.path()), &dir.path().join(name), &to(Target::Safetensors));
+        assert_eq!(fs::read_to_string(dir.path().join(name).join("vocab.json")).unwrap(), vocab);
+        let config = fs::read(dir.path().join(name).join("tokenizer_config.json")).ok()?;
+        Some(serde_json::from_slice::<serde_json::Value>(&config).unwrap())
+    };
+    let opt = r#"{"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4}"#;
+    let completed = config(opt, "completed").unwrap();
+    for (key, value) in [("tokenizer_class", "GPT2Tokenizer"), ("bos_token", "</s>"), ("pad_token", "<pad>")]
+    {
+        assert_eq!(completed[key], value);
+    }
+    assert_eq!(completed["add_bos_token"], true);
+    assert_eq!(config(r#"{"a": 0, "<|endoftext|>": 1}"#, "other"), None);
+    // What says it itself stays as it is.
+    let own = r#"{"tokenizer_class": "Own"}"#;
+    fs::write(folder.path().join("tokenizer_config.json"), own).unwrap();
+    assert_eq!(config(opt, "own").unwrap()["tokenizer_class"], "Own");
+}
+
 #[test]
 fn configurations_that_are_not_computed_are_refused_by_key() {
     for (key, value) in [

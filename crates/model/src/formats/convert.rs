@@ -80,18 +80,30 @@ pub fn convert(
             Target::Metaseq { parts } => metaseq::write(source, options, parts, folder)?,
         }
         let metaseq = matches!(options.target, Target::Metaseq { .. });
-        let configured = files.iter().any(|(name, _)| *name == tokenizer::CONFIG);
+        let has = |file: &str| files.iter().any(|(name, _)| *name == file);
+        let (configured, unified) = (has(tokenizer::CONFIG), has(tokenizer::FILE));
         for (ours, file) in files {
             let theirs =
                 TOKENIZER_FILES.iter().find(|(name, _)| *name == ours).map_or(ours, |(_, name)| name);
             let content = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
-            let ready = (ours == tokenizer::FILE && !metaseq && !configured).then_some(&content);
-            match ready.and_then(|content| tokenizer::for_transformers(content)) {
-                Some(files) => {
-                    folder.small(ours, &files.tokenizer)?;
-                    folder.small(tokenizer::CONFIG, &files.config)?;
+            if metaseq || configured {
+                folder.small(if metaseq { theirs } else { ours }, &content)?;
+                continue;
+            }
+            let (content, config) = match ours {
+                tokenizer::FILE => match tokenizer::for_transformers(&content) {
+                    Some(files) => (files.tokenizer, Some(files.config)),
+                    None => (content, None),
+                },
+                tokenizer::VOCABULARY if !unified => {
+                    let config = tokenizer::of_vocabulary(&content);
+                    (content, config)
                 }
-                None => folder.small(if metaseq { theirs } else { ours }, &content)?,
+                _ => (content, None),
+            };
+            folder.small(ours, &content)?;
+            if let Some(config) = config {
+                folder.small(tokenizer::CONFIG, &config)?;
             }
         }
         Ok(())

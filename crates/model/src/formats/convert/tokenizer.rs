@@ -1,8 +1,9 @@
 //! Tokenizer files for Hugging Face's libraries.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 pub(super) const FILE: &str = "tokenizer.json";
+pub(super) const VOCABULARY: &str = "vocab.json";
 pub(super) const CONFIG: &str = "tokenizer_config.json";
 
 /// What [`for_transformers`] makes.
@@ -41,4 +42,21 @@ pub(super) fn for_transformers(content: &[u8]) -> Option<Files> {
         tokenizer: serde_json::to_vec_pretty(&file).ok()?,
         config: serde_json::to_vec_pretty(&config).ok()?,
     })
+}
+
+/// A `tokenizer_config.json` with which `transformers` reads OPT's `vocab.json` as we do. Without it the special tokens are
+/// GPT-2's, of which `<|endoftext|>` is a word among others in OPT, and nothing comes before a text. None where `</s>` and
+/// `<pad>` are other tokens than OPT's.
+pub(super) fn of_vocabulary(content: &[u8]) -> Option<Vec<u8>> {
+    let vocabulary: Map<String, Value> = serde_json::from_slice(content).ok()?;
+    let opt = [("<pad>", 1), ("</s>", 2)].iter().all(|(name, id)| vocabulary.get(*name) == Some(&json!(id)));
+    let config = json!({
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_bos_token": true,
+        "bos_token": "</s>",
+        "eos_token": "</s>",
+        "unk_token": "</s>",
+        "pad_token": "<pad>",
+    });
+    opt.then(|| serde_json::to_vec_pretty(&config).ok())?
 }
