@@ -61,7 +61,7 @@ pub(crate) struct Args {
     /// drafted, accepted
     #[arg(long)]
     json: bool,
-    /// Text to continue; standard input is read when it is absent
+    /// Text to continue; standard input without its last line end when it is absent
     prompt: Option<String>,
 }
 
@@ -280,5 +280,12 @@ fn read_prompt() -> Result<String> {
     );
     let mut prompt = String::new();
     input.read_to_string(&mut prompt).context("the prompt on standard input cannot be read as UTF-8 text")?;
+    // Files and `echo` end with a line end that no one means to be continued behind.
+    if prompt.ends_with('\n') {
+        prompt.pop();
+        if prompt.ends_with('\r') {
+            prompt.pop();
+        }
+    }
     Ok(prompt)
 }

@@ -59,8 +59,12 @@ fn generates_what_it_learnt() {
     assert_eq!(sampled("1"), sampled("1"));
     assert_ne!(sampled("1"), sampled("2"));
     assert_eq!(generate(&["--top-k", "1", "--max-tokens", "40", "The cat "]), greedy, "top-k 1 is greedy");
-    let piped = with_input("generate", &run, &["--greedy", "--max-tokens", "40"], "The cat ");
-    assert_eq!(printed(&piped), greedy, "from standard input");
+    for input in ["The cat ", "The cat \n", "The cat \r\n"] {
+        let piped = with_input("generate", &run, &["--greedy", "--max-tokens", "40"], input);
+        assert_eq!(printed(&piped), greedy, "{input:?} from standard input");
+    }
+    let piped = with_input("generate", &run, &["--json", "--max-tokens", "0"], "The cat\n\n");
+    assert_eq!(objects(&piped)[0]["prompt"], "The cat\n", "one line end is no part of the text");
     for weights in ["f32", "bf16", "int8", "int4", "int3"] {
         let made = generate(&["--weights", weights, "--greedy", "--max-tokens", "20", "The cat "]);
         assert!(made.starts_with("The cat ") && made.len() > 20, "{weights}: {made}");
