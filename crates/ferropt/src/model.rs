@@ -29,7 +29,7 @@ pub(crate) struct OpeningArgs {
     /// Of metaseq files that do not say how many heads there are: the model that they are
     #[arg(long, value_name = "NAME")]
     preset: Option<String>,
-    /// Tokenizer: a folder, or a tokenizer.json; what lies beside the weights unless given
+    /// Tokenizer: a folder, a tokenizer.json, or the name of a downloaded model; what lies beside the weights unless given
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
     /// How weights are stored in memory: f32, bf16, int8, int4 or int3; as the run computed with them, or as on the disk, unless given

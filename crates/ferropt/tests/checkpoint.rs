@@ -57,6 +57,25 @@ fn a_downloaded_model_is_found_by_its_name() {
         let named = generate("someone/opt-tiny", variable, folder);
         assert!(named.status.success() && named.stdout == whole.stdout, "{}", text(&named));
     }
+    // What names a model names its tokenizer too.
+    let (run, hub) = (lab.path("run").display().to_string(), lab.path("hub"));
+    let beside = |args: &[&str]| {
+        let out = ferropt().args(args).env("HF_HUB_CACHE", &hub).output().unwrap();
+        assert!(out.status.success(), "{args:?}: {}", text(&out));
+        out.stdout
+    };
+    let name = "someone/opt-tiny";
+    let args = ["generate", "--model", &run, "--tokenizer", name, "--greedy", "--max-tokens", "8", "x"];
+    assert_eq!(beside(&args), whole.stdout);
+    let small = lab.path("int8").display().to_string();
+    beside(&["checkpoint", "quantize", &run, &small, "--weights", "int8", "--tokenizer", name]);
+    let config = lab.config("again", 1).display().to_string();
+    let set = format!("data.tokenizer=\"{name}\"");
+    let dry = ["train", &config, "--set", &set, "--dry-run"];
+    let said = ferropt().args(dry).env("HF_HUB_CACHE", &hub).output().unwrap();
+    assert!(said.status.success() && !text(&said).contains("data.tokenizer is not there"), "{}", text(&said));
+    beside(&["train", &config, "--set", &set]);
+
     let missing = generate("someone/opt-large", "HF_HUB_CACHE", "hub");
     assert!(!missing.status.success() && text(&missing).contains("hf download someone/opt-large"));
 }

@@ -178,7 +178,7 @@ fn named(path: &Path, step: Option<u64>, opening: &Opening) -> Result<Named> {
 /// The tokenizer that was asked for, or the one beside the weights.
 fn tokenizer_of(source: &Source, opening: &Opening) -> Result<Tokenizer> {
     match &opening.tokenizer {
-        Some(path) => Tokenizer::load(path),
+        Some(path) => models::tokenizer(path),
         None => beside_weights(source),
     }
 }

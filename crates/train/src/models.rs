@@ -4,6 +4,7 @@
 use crate::checkpoint::{Checkpoint, Store, group_files, verify_group};
 use crate::hub;
 use anyhow::{Context, Error, Result, ensure};
+use ferropt_data::Tokenizer;
 use ferropt_model::formats::{self, Source};
 use std::path::{Path, PathBuf};
 
@@ -86,6 +87,14 @@ pub fn open(
     let which = step.map_or("whole checkpoint".into(), |step| format!("whole checkpoint of step {step}"));
     Err(damaged.into_iter().next().unwrap_or_else(|| anyhow::anyhow!("nothing is there")))
         .with_context(|| format!("there is no {which} in {}", store.path().display()))
+}
+
+/// The tokenizer that `path` names: a file, a folder, or a model that Hugging Face's tools have downloaded.
+///
+/// # Errors
+/// As [`Tokenizer::load`], and when that model has not been downloaded.
+pub fn tokenizer(path: &Path) -> Result<Tokenizer> {
+    Tokenizer::load(&hub::resolve(path)?)
 }
 
 impl Named {

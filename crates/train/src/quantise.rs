@@ -1,6 +1,6 @@
 //! Quantised models: rounds the weights of any model, by text if there is some, and writes them.
 
-use crate::models::Named;
+use crate::models::{self, Named};
 use crate::trainer::open_device;
 use anyhow::{Context, Result, ensure};
 use ferropt_data::{Corpus, EOS, Tokenizer};
@@ -54,7 +54,7 @@ pub fn quantise(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Quantised> {
     let source = &named.source;
-    let tokenizer = options.tokenizer.as_deref().map(Tokenizer::load).transpose()?;
+    let tokenizer = options.tokenizer.as_deref().map(models::tokenizer).transpose()?;
     let device = open_device(Which::Cpu, options.threads)?;
     let threads = device.threads();
     let table = source.config().parameters();

@@ -41,7 +41,7 @@ pub(super) struct Quantize {
     /// How codes are chosen; gptq with --calibrate, nearest without, unless given
     #[arg(long, value_enum)]
     method: Option<Method>,
-    /// Tokenizer: a folder, or a tokenizer.json; what lies beside the weights unless given
+    /// Tokenizer: a folder, a tokenizer.json, or the name of a downloaded model; what lies beside the weights unless given
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
     /// Start another file before one is larger; bytes, or with KB, MB, GB, KiB, MiB, GiB

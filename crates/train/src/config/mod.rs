@@ -12,6 +12,7 @@ pub(crate) use resolve::micro_batch;
 pub use resolve::{Published, Resolved, published};
 pub use span::{Count, Span};
 
+use crate::hub;
 use crate::schedule;
 use crate::telemetry::DEFAULT_WATTS_PER_CORE;
 use anyhow::{Context, ensure};
@@ -105,7 +106,7 @@ section! {
         train: Paths = Paths::default(),
         /// Held-out sets by name, each a path or a list of paths.
         validation: BTreeMap<String, Paths> = BTreeMap::new(),
-        /// Tokenizer: a tokenizer.json, or a folder with it or with GPT-2's vocab.json and merges.txt.
+        /// Tokenizer: a tokenizer.json, a folder with it or with GPT-2's vocab.json and merges.txt, or the name of a downloaded model.
         tokenizer: Option<PathBuf> = None,
         /// Field of a JSON line that holds the text.
         text_field: String = "text".into(),
@@ -124,9 +125,10 @@ impl DataSection {
         let sets = self.validation.iter().map(|(name, paths)| (format!("data.validation.{name}"), paths));
         let texts = [("data.train".to_string(), &self.train)].into_iter().chain(sets);
         let texts = texts.flat_map(|(key, paths)| paths.0.iter().map(move |path| (key.clone(), path)));
+        let texts = texts.filter(|(_, path)| !path.exists());
         let tokenizer = self.tokenizer.iter().map(|path| ("data.tokenizer".to_string(), path));
-        let all = texts.chain(tokenizer).map(|(key, path)| (key, path.as_path()));
-        all.filter(|(_, path)| !path.exists()).collect()
+        let tokenizer = tokenizer.filter(|(_, path)| !hub::resolve(path).is_ok_and(|path| path.exists()));
+        texts.chain(tokenizer).map(|(key, path)| (key, path.as_path())).collect()
     }
 }
 

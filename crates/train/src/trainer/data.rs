@@ -1,6 +1,7 @@
 //! What a run reads: its tokenizer, its training data and its held-out sets.
 
 use crate::config::Resolved;
+use crate::models;
 use crate::signals::Stop;
 use anyhow::{Context, Result, ensure};
 use ferropt_data::{Corpus, Loader, TokenFile, Tokenizer, tokenise_unless};
@@ -50,7 +51,7 @@ impl Data {
     pub(super) fn open(resolved: &Resolved, stop: &Stop) -> Result<Option<Data>> {
         let data = &resolved.config.data;
         let path = data.tokenizer.as_deref().unwrap_or(Path::new(""));
-        let tokenizer = Tokenizer::load(path)
+        let tokenizer = models::tokenizer(path)
             .with_context(|| format!("data.tokenizer = \"{}\" cannot be used", path.display()))?;
         ensure!(
             tokenizer.vocab_size() <= resolved.model.vocab,
