@@ -32,7 +32,7 @@ pub(crate) struct OpeningArgs {
     /// Tokenizer: a folder, a tokenizer.json, or the name of a downloaded model; what lies beside the weights unless given
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
-    /// How weights are stored in memory: f32, bf16, int8, int4 or int3; as the run computed with them, or as on the disk, unless given
+    /// How weights are stored in memory: f32, bf16, int8, int4 or int3; unless given as the run computed with them, or as on the disk, but f16 as bf16
     #[arg(long, value_name = "FORMAT", value_parser = weights)]
     weights: Option<WeightFormat>,
     /// What computes: cpu, cuda or cuda:N (the N-th GPU)
@@ -91,6 +91,12 @@ impl ModelArgs {
             tell!(
                 "warning: passed over a damaged checkpoint, using the one of step {}: {damage:#}",
                 model.step
+            );
+        }
+        if model.rounded {
+            tell!(
+                "note: the weights are f16 and become bf16, which has 3 bits less of each; `--weights f32` keeps all, in twice \
+                 the memory, and `--weights bf16` says that this is meant"
             );
         }
         match &model.kept {

@@ -107,6 +107,8 @@ pub struct Model {
     pub damaged: Vec<Error>,
     /// What came of the weights, if they were to be kept.
     pub kept: Option<Outcome>,
+    /// Whether they are IEEE halves that became bf16, which nobody asked for.
+    pub rounded: bool,
     /// Seconds that opening took.
     pub load_seconds: f64,
 }
@@ -147,8 +149,17 @@ impl Model {
             Ok(Model { kept, ..start(device, decoder, draft, tokenizer, opening, format)? })
         };
         let model = load().with_context(|| format!("cannot use {}", source.path().display()))?;
+        let rounded = opening.weights.is_none()
+            && source.dtype() == Some(Dtype::F16)
+            && model.weights == WeightFormat::Bf16;
         let step = named.checkpoint.map_or(0, |(_, step)| step);
-        Ok(Model { step, damaged: named.damaged, load_seconds: began.elapsed().as_secs_f64(), ..model })
+        Ok(Model {
+            step,
+            rounded,
+            damaged: named.damaged,
+            load_seconds: began.elapsed().as_secs_f64(),
+            ..model
+        })
     }
 
     /// The model that a run with this seed begins with, before its first step.
@@ -311,8 +322,8 @@ fn start(
         WeightFormat::F32 => Handle::start::<Chip, f32>(device, decoder, draft, tokenizer, options),
         _ => Handle::start::<Chip, bf16>(device, decoder, draft, tokenizer, options),
     }?;
-    let (damaged, kept) = (Vec::new(), None);
-    Ok(Model { engine, config, weights, weight_bytes, step: 0, damaged, kept, load_seconds: 0.0 })
+    let (step, damaged, kept, rounded) = (0, Vec::new(), None, false);
+    Ok(Model { engine, config, weights, weight_bytes, step, damaged, kept, rounded, load_seconds: 0.0 })
 }
 
 #[cfg(test)]
