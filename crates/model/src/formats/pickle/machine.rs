@@ -347,13 +347,36 @@ fn allowed(module: &str, name: &str) -> Result<()> {
         "torch",
         "typing",
     ];
-    const PLAIN: [&str; 10] =
-        ["bool", "bytearray", "complex", "dict", "float", "frozenset", "int", "list", "set", "tuple"];
+    /// Types that settings name or are of; protocol 2 has the names of Python 2 for `int`, `str` and `range`.
+    const PLAIN: [&str; 19] = [
+        "bool",
+        "bytearray",
+        "bytes",
+        "complex",
+        "dict",
+        "float",
+        "frozenset",
+        "int",
+        "list",
+        "long",
+        "object",
+        "range",
+        "set",
+        "slice",
+        "str",
+        "tuple",
+        "type",
+        "unicode",
+        "xrange",
+    ];
+    const PATHS: [&str; 3] = ["Path", "PosixPath", "PurePosixPath"];
     let package = module.split('.').next().unwrap_or_default();
     let known = match package {
         "builtins" | "__builtin__" => PLAIN.contains(&name),
         "_codecs" => name == "encode", // bytes in protocol 2
         "copyreg" | "copy_reg" => name == "_reconstructor", // objects in protocols 0 and 1, which some classes keep to
+        "_operator" => name == "getitem",                   // makes Optional[str] out of its parts
+        "pathlib" => ["pathlib", "pathlib._local"].contains(&module) && PATHS.contains(&name),
         _ => PACKAGES.contains(&package),
     };
     ensure!(

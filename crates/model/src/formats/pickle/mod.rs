@@ -274,6 +274,32 @@ mod tests {
         }
     }
 
+    /// `Namespace(heads=12, save=PosixPath("/a/b"), types=[str, int, type(None), bytes, Optional[str], Dict[str, int], Any],
+    /// span=range(3), part=slice(1, 2))` of Python 3.11 in protocols 2 and 4, and `[PosixPath("/a"), int]` of 3.13.
+    #[test]
+    fn settings_may_have_types_and_paths() {
+        let two: &[u8] = b"\x80\x02cargparse\nNamespace\nq\x00)\x81q\x01}q\x02(X\x05\x00\x00\x00headsq\x03K\x0cX\x04\x00\x00\x00saveq\x04cpathlib\nPosixPath\nq\x05X\x01\x00\x00\x00/q\x06X\x01\x00\x00\x00aq\x07X\x01\x00\x00\x00bq\x08\x87q\x09Rq\nX\x05\x00\x00\x00typesq\x0b]q\x0c(c__builtin__\nunicode\nq\x0dc__builtin__\nlong\nq\x0ec__builtin__\ntype\nq\x0fN\x85q\x10Rq\x11c__builtin__\nbytes\nq\x12c_operator\ngetitem\nq\x13ctyping\nUnion\nq\x14h\x0dh\x11\x86q\x15\x86q\x16Rq\x17h\x13ctyping\nDict\nq\x18h\x0dh\x0e\x86q\x19\x86q\x1aRq\x1bctyping\nAny\nq\x1ceX\x04\x00\x00\x00spanq\x1dc__builtin__\nxrange\nq\x1eK\x00K\x03K\x01\x87q\x1fRq X\x04\x00\x00\x00partq!c__builtin__\nslice\nq\"K\x01K\x02N\x87q#Rq$ub.";
+        let four: &[u8] = b"\x80\x04\x95/\x01\x00\x00\x00\x00\x00\x00\x8c\x08argparse\x94\x8c\x09Namespace\x94\x93\x94)\x81\x94}\x94(\x8c\x05heads\x94K\x0c\x8c\x04save\x94\x8c\x07pathlib\x94\x8c\x09PosixPath\x94\x93\x94\x8c\x01/\x94\x8c\x01a\x94\x8c\x01b\x94\x87\x94R\x94\x8c\x05types\x94]\x94(\x8c\x08builtins\x94\x8c\x03str\x94\x93\x94h\x11\x8c\x03int\x94\x93\x94h\x11\x8c\x04type\x94\x93\x94N\x85\x94R\x94h\x11\x8c\x05bytes\x94\x93\x94\x8c\x09_operator\x94\x8c\x07getitem\x94\x93\x94\x8c\x06typing\x94\x8c\x05Union\x94\x93\x94h\x13h\x19\x86\x94\x86\x94R\x94h\x1eh\x1f\x8c\x04Dict\x94\x93\x94h\x13h\x15\x86\x94\x86\x94R\x94h\x1f\x8c\x03Any\x94\x93\x94e\x8c\x04span\x94h\x11\x8c\x05range\x94\x93\x94K\x00K\x03K\x01\x87\x94R\x94\x8c\x04part\x94h\x11\x8c\x05slice\x94\x93\x94K\x01K\x02N\x87\x94R\x94ub.";
+        for bytes in [two, four] {
+            let p = Pickle::read(bytes).unwrap();
+            assert_eq!(p.get(p.root(), "heads").and_then(|id| p.size(id)), Some(12));
+            let save = p.get(p.root(), "save").unwrap();
+            assert_eq!(p.describe(save), "made by pathlib.PosixPath");
+        }
+        let local: &[u8] = b"\x80\x02]q\x00(cpathlib._local\nPosixPath\nq\x01X\x02\x00\x00\x00/aq\x02\x85q\x03Rq\x04c__builtin__\nlong\nq\x05e.";
+        let p = Pickle::read(local).unwrap();
+        assert_eq!(p.items(p.root()).unwrap().len(), 2);
+        for (bytes, name) in [
+            (&b"\x80\x02c_operator\nattrgetter\n."[..], "_operator.attrgetter"),
+            (b"\x80\x02cpathlib\nos\n.", "pathlib.os"),
+            (b"\x80\x02cpathlib.os\nPath\n.", "pathlib.os.Path"),
+            (b"\x80\x02c__builtin__\ncompile\n.", "__builtin__.compile"),
+        ] {
+            let message = message(bytes);
+            assert!(message.contains(name) && message.contains("Nothing of it was executed"), "{message}");
+        }
+    }
+
     #[test]
     fn broken_programs_are_refused() {
         for (bytes, part) in [
