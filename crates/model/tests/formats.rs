@@ -366,7 +366,6 @@ fn configurations_that_are_not_computed_are_refused_by_key() {
         ("enable_bias", "false"),
         ("layer_norm_elementwise_affine", "false"),
         ("_remove_final_layer_norm", "true"),
-        ("layerdrop", "0.1"),
         ("model_type", "\"llama\""),
         ("hidden_size", "-8"),
         ("num_attention_heads", "3"),
@@ -458,6 +457,18 @@ fn cut_files_are_refused() {
             assert!(message.contains(name.to_str().unwrap()), "{end}: {message}");
         }
     }
+}
+
+/// What is done in training alone keeps nobody from using a model.
+#[test]
+fn dropout_of_layers_and_activations_is_passed_over() {
+    let folder = copy("pre/hf");
+    let path = folder.path().join("config.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    json["layerdrop"] = 0.1.into();
+    json["activation_dropout"] = 0.1.into();
+    fs::write(&path, json.to_string()).unwrap();
+    assert_same(&open(fixture("pre/hf")), &open(folder.path()));
 }
 
 /// Opening a pipe would wait for a writer that never comes.

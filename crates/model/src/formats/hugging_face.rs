@@ -171,12 +171,6 @@ pub(super) fn read_config(path: &Path) -> Result<Config> {
             refuse(key, "false", "true")?;
         }
     }
-    for key in ["layerdrop", "activation_dropout"] {
-        let value = keys.number(key, 0.0)?;
-        if value != 0.0 {
-            refuse(key, &value.to_string(), "0.0")?;
-        }
-    }
     let pre_norm = keys.bool("do_layer_norm_before", true)?;
     // Without do_layer_norm_before there is no final norm to be removed.
     if pre_norm && keys.bool("_remove_final_layer_norm", false)? {
