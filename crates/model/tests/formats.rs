@@ -459,6 +459,21 @@ fn cut_files_are_refused() {
     }
 }
 
+#[test]
+fn pointers_of_git_lfs_are_recognised() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:6c0d\nsize 250540281\n";
+    for (folder, name) in [
+        ("pre/hf", "model.safetensors"),
+        ("pre/bin", "pytorch_model.bin"),
+        ("pre/mp2", "reshard-model_part-1.pt"),
+    ] {
+        let folder = copy(folder);
+        fs::write(folder.path().join(name), pointer).unwrap();
+        let message = refusal(folder.path());
+        assert!(message.contains(name) && message.contains("git lfs pull"), "{message}");
+    }
+}
+
 /// What is done in training alone keeps nobody from using a model.
 #[test]
 fn dropout_of_layers_and_activations_is_passed_over() {

@@ -8,6 +8,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+/// How a file begins that stands for one that Git LFS has not fetched.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
+
 /// A file mapped for reading. Its pages are shared with every process that maps it.
 #[derive(Debug)]
 pub(super) struct Mapped {
@@ -22,6 +25,11 @@ impl Mapped {
         check_kind(path)?;
         let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
         let map = map(&file).with_context(|| format!("cannot map {}", path.display()))?;
+        ensure!(
+            !map.starts_with(LFS_POINTER),
+            "{} only says where Git LFS keeps the file; `git lfs pull` in its folder fetches it",
+            path.display()
+        );
         Ok(Arc::new(Mapped { path: path.into(), file, map }))
     }
 
