@@ -8,8 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context as _, Result};
 use bytemuck::NoUninit;
 
+use super::cubin::kernels_in;
 use super::driver::{Gpu, Handle, KernelNode};
-use super::nvrtc::{Compiler, Source, kernels_in};
+use super::nvrtc::{Compiler, Source};
 
 /// Names and texts of files in `kernels/`.
 macro_rules! sources {
@@ -258,6 +259,7 @@ pub(super) use args;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cuda::cubin::frames_in;
     use crate::cuda::driver::CUDA_13;
     use crate::cuda::{CudaDevice, CudaOptions};
     use crate::{Device, Store};
@@ -288,6 +290,11 @@ mod tests {
                 assert_eq!(&code[..4], b"\x7fELF", "{}", source.0);
                 let kernels = kernels_in(&code);
                 assert!(!kernels.is_empty(), "no kernels are seen in what became of {}", source.0);
+                // An array that is not in registers, or registers that are short, make a kernel many times slower.
+                let frames = frames_in(&code).unwrap();
+                assert!(kernels.iter().all(|name| frames.iter().any(|frame| frame.0 == *name)), "{frames:?}");
+                let local: Vec<_> = frames.iter().filter(|(_, bytes)| *bytes > 0).collect();
+                assert!(local.is_empty(), "local memory for {capability:?} in {}: {local:?}", source.0);
                 names.extend(kernels.into_iter().map(|name| (name.into_string().unwrap(), capability)));
             }
         }

@@ -11,6 +11,7 @@
 mod attention;
 mod blas;
 mod buffer;
+mod cubin;
 mod draw;
 mod driver;
 mod event;

@@ -158,37 +158,6 @@ impl Compiler {
     }
 }
 
-/// Names of the kernels in machine code: what its table of symbols (ELF of 64 bits, little-endian) has of global functions.
-/// None where it is something else.
-pub(super) fn kernels_in(code: &[u8]) -> Vec<CString> {
-    global_functions(code).unwrap_or_default()
-}
-
-fn global_functions(code: &[u8]) -> Option<Vec<CString>> {
-    /// SHT_SYMTAB, and STB_GLOBAL with STT_FUNC.
-    const SYMBOLS: usize = 2;
-    const GLOBAL_FUNCTION: u8 = 1 << 4 | 2;
-    fn number(bytes: &[u8], at: usize, size: usize) -> Option<usize> {
-        let mut word = [0; 8];
-        word[..size].copy_from_slice(bytes.get(at..at + size)?);
-        usize::try_from(u64::from_le_bytes(word)).ok()
-    }
-    if !code.starts_with(b"\x7fELF") {
-        return None;
-    }
-    let (table, size, count) = (number(code, 40, 8)?, number(code, 58, 2)?, number(code, 60, 2)?);
-    let sections: Vec<&[u8]> = code.get(table..)?.chunks_exact(size.max(1)).take(count).collect();
-    let content = |section: &[u8]| code.get(number(section, 24, 8)?..)?.get(..number(section, 32, 8)?);
-    let symbols = *sections.iter().find(|section| number(section, 4, 4) == Some(SYMBOLS))?;
-    let texts = content(sections.get(number(symbols, 40, 4)?)?)?;
-    let functions = content(symbols)?.chunks_exact(24).filter(|symbol| symbol[4] == GLOBAL_FUNCTION);
-    functions
-        .map(|symbol| {
-            CStr::from_bytes_until_nul(texts.get(number(symbol, 0, 4)?..)?).ok().map(CStr::to_owned)
-        })
-        .collect()
-}
-
 /// What every program is compiled with. Hopper has instructions of its own in code that runs on nothing else. Products and
 /// sums are not contracted: where that is wanted it is written down.
 fn options((major, minor): (c_int, c_int)) -> Vec<String> {
@@ -237,12 +206,5 @@ mod tests {
         assert!(NVRTC_12.install.ends_with("`pip install nvidia-cuda-nvrtc-cu12`"), "{}", NVRTC_12.install);
         assert_eq!(NVRTC.files, ["libnvrtc.so.13", "libnvrtc.so.12"], "the newer one first");
         assert!(NVRTC.install.ends_with("`pip install nvidia-cuda-nvrtc`"), "{}", NVRTC.install);
-    }
-
-    #[test]
-    fn what_is_no_machine_code_has_no_kernels() {
-        for code in [&b"emulated"[..], b"", b"\x7fELF", &[b"\x7fELF", &[0xff; 200][..]].concat()] {
-            assert!(kernels_in(code).is_empty());
-        }
     }
 }

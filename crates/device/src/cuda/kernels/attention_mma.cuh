@@ -34,10 +34,10 @@ __device__ __forceinline__ u32 first_key(const u32* doc_start, u32 count) {
 /// Factors of dropout for a row of sums over 64 keys: element (j, e) of the row is key 64*block + 8j + 2t + e.
 __device__ __forceinline__ void mask_row(const Dropout& d, u64 row, u32 block, float factors[8][2]) {
     u32 t = threadIdx.x % 4;
-    for (int half = 0; half < 2; half++) {
-        for (int e = 0; e < 2; e++) {
+    UNROLL for (int half = 0; half < 2; half++) {
+        UNROLL for (int e = 0; e < 2; e++) {
             Words words = d.stream.words(row, block, 8 * half + 2 * t + e);
-            for (int w = 0; w < 4; w++) factors[2 * w + half][e] = d.factor(words.w[w]);
+            UNROLL for (int w = 0; w < 4; w++) factors[2 * w + half][e] = d.factor(words.w[w]);
         }
     }
 }
@@ -51,10 +51,10 @@ template <class E> __device__ __forceinline__ void as_left(u32* left, const floa
 /// sums += tile * rows: what is summed over are the tile's columns, and `16 * STEPS` rows of a head in shared memory.
 template <int D, int STEPS, class E>
 __device__ __forceinline__ void add_rows(float (*sums)[4], const float (*tile)[4], const E* rows) {
-    for (int i = 0; i < STEPS; i++) {
+    UNROLL for (int i = 0; i < STEPS; i++) {
         u32 left[4], right[2];
         as_left<E>(left, tile, i);
-        for (int n = 0; n < D / 8; n++) {
+        UNROLL for (int n = 0; n < D / 8; n++) {
             load_right_turned(right, rows + 16 * i * Row<D>::LD + 8 * n, Row<D>::LD);
             mma<E>(sums[n], left, right);
         }

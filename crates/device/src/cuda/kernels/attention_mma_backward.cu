@@ -17,21 +17,21 @@ __device__ void attention_mma_dq(const E* qkv, const u32* doc_start, Heads s, Dr
     stage16<D>(dout, s.out(b, h, first), ld / 3, TILE, count, v);
     __syncthreads();
     u32 q[D / 16][4], go[D / 16][4];
-    for (int i = 0; i < D / 16; i++) {
+    UNROLL for (int i = 0; i < D / 16; i++) {
         load_left(q[i], k + 16 * warp * LD + 16 * i, LD);
         load_left(go[i], v + 16 * warp * LD + 16 * i, LD);
     }
     u32 start = doc_start ? first_key(doc_start + b * s.seq + first, count) : 0;
     u32 query[2], from[2];
     float log_sum[2], own_delta[2], sums[D / 8][4];
-    for (int r = 0; r < 2; r++) {
+    UNROLL for (int r = 0; r < 2; r++) {
         query[r] = first + 16 * warp + g + 8 * r;
         bool there = query[r] < s.seq;
         u64 at = u64(blockIdx.y) * s.seq + query[r];
         from[r] = !there ? 0xffffffffu : doc_start ? doc_start[b * s.seq + query[r]] : 0;
         log_sum[r] = there ? lse[at] * LOG2E : 0.0f, own_delta[r] = there ? delta[at] : 0.0f;
     }
-    for (int n = 0; n < D / 8; n++) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
+    UNROLL for (int n = 0; n < D / 8; n++) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
     const float scale = s.scale * LOG2E;
     for (u32 key = start / TILE * TILE; key < first + count; key += TILE) {
         u32 keys = min(TILE, s.seq - key);
@@ -40,9 +40,9 @@ __device__ void attention_mma_dq(const E* qkv, const u32* doc_start, Heads s, Dr
         stage16<D>(qkv, s.at(b, h, 2, key), ld, TILE, keys, v);
         __syncthreads();
         float p[8][4], dp[8][4];
-        for (int j = 0; j < 8; j++) {
-            for (int c = 0; c < 4; c++) p[j][c] = dp[j][c] = 0.0f;
-            for (int i = 0; i < D / 16; i++) {
+        UNROLL for (int j = 0; j < 8; j++) {
+            UNROLL for (int c = 0; c < 4; c++) p[j][c] = dp[j][c] = 0.0f;
+            UNROLL for (int i = 0; i < D / 16; i++) {
                 u32 right[2];
                 load_right(right, k + 8 * j * LD + 16 * i, LD);
                 mma<E>(p[j], q[i], right);
@@ -50,14 +50,14 @@ __device__ void attention_mma_dq(const E* qkv, const u32* doc_start, Heads s, Dr
                 mma<E>(dp[j], go[i], right);
             }
         }
-        for (int r = 0; r < 2; r++) {
+        UNROLL for (int r = 0; r < 2; r++) {
             if (dropout.on()) {
                 float factors[8][2];
                 mask_row(dropout, s.mask_row(dropout, b, h, query[r]), key / TILE, factors);
-                for (int j = 0; j < 8; j++) dp[j][2 * r] *= factors[j][0], dp[j][2 * r + 1] *= factors[j][1];
+                UNROLL for (int j = 0; j < 8; j++) dp[j][2 * r] *= factors[j][0], dp[j][2 * r + 1] *= factors[j][1];
             }
-            for (int j = 0; j < 8; j++) {
-                for (int e = 0; e < 2; e++) {
+            UNROLL for (int j = 0; j < 8; j++) {
+                UNROLL for (int e = 0; e < 2; e++) {
                     u32 own = key + 8 * j + 2 * t + e;
                     // Not above 1, whatever the rounding of large scores.
                     float x = exp2f(fminf(p[j][2 * r + e] * scale - log_sum[r], 0.0f));
@@ -68,10 +68,10 @@ __device__ void attention_mma_dq(const E* qkv, const u32* doc_start, Heads s, Dr
         }
         add_rows<D, TILE / 16>(sums, p, k);
     }
-    for (int r = 0; r < 2; r++) {
+    UNROLL for (int r = 0; r < 2; r++) {
         if (query[r] < s.seq) {
             E* row = dqkv + s.at(b, h, 0, query[r]) + 2 * t;
-            for (int n = 0; n < D / 8; n++) put_two(row + 8 * n, sums[n][2 * r], sums[n][2 * r + 1]);
+            UNROLL for (int n = 0; n < D / 8; n++) put_two(row + 8 * n, sums[n][2 * r], sums[n][2 * r + 1]);
         }
     }
 }
@@ -99,8 +99,8 @@ __device__ void attention_mma_dkv(const E* qkv, const u32* doc_start, Heads s, D
     stage16<D>(qkv, s.at(b, h, 1, key), ld, TILE, keys, k);
     stage16<D>(qkv, s.at(b, h, 2, key), ld, TILE, keys, v);
     float dk[D / 8][4], dv[D / 8][4];
-    for (int n = 0; n < D / 8; n++) {
-        for (int c = 0; c < 4; c++) dk[n][c] = dv[n][c] = 0.0f;
+    UNROLL for (int n = 0; n < D / 8; n++) {
+        UNROLL for (int c = 0; c < 4; c++) dk[n][c] = dv[n][c] = 0.0f;
     }
     const float scale = s.scale * LOG2E;
     for (u32 first = key; first < s.seq; first += FEW) {
@@ -120,30 +120,30 @@ __device__ void attention_mma_dkv(const E* qkv, const u32* doc_start, Heads s, D
             for (u32 i = threadIdx.x; i < FEW * 16; i += blockDim.x) {
                 Words words = dropout.stream.words(s.mask_row(dropout, b, h, first + i / 16), key / TILE, i % 16);
                 u32 bits = 0;
-                for (u32 w = 0; w < 4; w++) bits |= u32(dropout.keeps(words.w[w])) << w;
+                UNROLL for (u32 w = 0; w < 4; w++) bits |= u32(dropout.keeps(words.w[w])) << w;
                 kept[i / 16][i % 16] = u8(bits);
             }
         }
         __syncthreads();
         float p[FEW / 8][4], dp[FEW / 8][4];
-        for (u32 j = 0; j < FEW / 8; j++) {
-            for (int c = 0; c < 4; c++) p[j][c] = dp[j][c] = 0.0f;
+        UNROLL for (u32 j = 0; j < FEW / 8; j++) {
+            UNROLL for (int c = 0; c < 4; c++) p[j][c] = dp[j][c] = 0.0f;
         }
-        for (int i = 0; i < D / 16; i++) {
+        UNROLL for (int i = 0; i < D / 16; i++) {
             u32 left_k[4], left_v[4], right[2];
             load_left(left_k, k + 16 * warp * LD + 16 * i, LD);
             load_left(left_v, v + 16 * warp * LD + 16 * i, LD);
-            for (u32 j = 0; j < FEW / 8; j++) {
+            UNROLL for (u32 j = 0; j < FEW / 8; j++) {
                 load_right(right, q + 8 * j * LD + 16 * i, LD);
                 mma<E>(p[j], left_k, right);
                 load_right(right, go + 8 * j * LD + 16 * i, LD);
                 mma<E>(dp[j], left_v, right);
             }
         }
-        for (u32 j = 0; j < FEW / 8; j++) {
-            for (int e = 0; e < 2; e++) {
+        UNROLL for (u32 j = 0; j < FEW / 8; j++) {
+            UNROLL for (int e = 0; e < 2; e++) {
                 u32 column = 8 * j + 2 * t + e, query = first + column;
-                for (int r = 0; r < 2; r++) {
+                UNROLL for (int r = 0; r < 2; r++) {
                     u32 own = key + 16 * warp + g + 8 * r;
                     bool sees = own <= query && own >= froms[column];
                     float x = sees ? exp2f(fminf(p[j][2 * r + e] * scale - log_sums[column], 0.0f)) : 0.0f, factor = 1.0f;
@@ -158,12 +158,12 @@ __device__ void attention_mma_dkv(const E* qkv, const u32* doc_start, Heads s, D
         add_rows<D, FEW / 16>(dv, p, go);
         add_rows<D, FEW / 16>(dk, dp, q);
     }
-    for (int r = 0; r < 2; r++) {
+    UNROLL for (int r = 0; r < 2; r++) {
         u32 own = key + 16 * warp + g + 8 * r;
         if (own < s.seq) {
             E* to_k = dqkv + s.at(b, h, 1, own) + 2 * t;
             E* to_v = dqkv + s.at(b, h, 2, own) + 2 * t;
-            for (int n = 0; n < D / 8; n++) {
+            UNROLL for (int n = 0; n < D / 8; n++) {
                 put_two(to_k + 8 * n, dk[n][2 * r], dk[n][2 * r + 1]);
                 put_two(to_v + 8 * n, dv[n][2 * r], dv[n][2 * r + 1]);
             }

@@ -155,6 +155,12 @@ __device__ __forceinline__ u64 grid_size() { return u64(gridDim.x) * blockDim.x;
 
 struct Words {
     u32 w[4];
+
+    /// The word of a column: an array indexed by a variable would lie in memory.
+    __device__ __forceinline__ u32 of(u32 column) const {
+        u32 which = column % 64 / 16;
+        return which == 0 ? w[0] : which == 1 ? w[1] : which == 2 ? w[2] : w[3];
+    }
 };
 
 __device__ __forceinline__ Words philox(u32 c0, u32 c1, u32 c2, u32 c3, u32 k0, u32 k1) {
@@ -179,10 +185,7 @@ struct Stream {
         return philox((block << 4) + lane, u32(row), what, step ^ (high << 20 | high >> 12), u32(seed), u32(seed >> 32));
     }
     __device__ __forceinline__ u32 word(u64 row, u32 column) const {
-        Words words = this->words(row, column / 64, column % 16);
-        u32 which = column % 64 / 16;
-        // An array indexed by a variable would lie in memory.
-        return which == 0 ? words.w[0] : which == 1 ? words.w[1] : which == 2 ? words.w[2] : words.w[3];
+        return words(row, column / 64, column % 16).of(column);
     }
 };
 

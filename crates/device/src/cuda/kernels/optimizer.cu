@@ -41,7 +41,7 @@ template <> __device__ __forceinline__ void Master<bf16>::write(u64 i, float val
         low[i] = i16(u16(bits));
     } else if (random) {
         u64 element = place.element(i);
-        u32 up = bits + (stream.words(0, u32(element / 64), u32(element % 16)).w[element % 64 / 16] & 0xffffu);
+        u32 up = bits + (stream.words(0, u32(element / 64), u32(element % 16)).of(u32(element)) & 0xffffu);
         // A carry must not make a number of a NaN.
         w[i].bits = u16((value != value ? bits | 0x400000u : up) >> 16);
     } else {
