@@ -74,9 +74,9 @@ impl Kernels {
     /// waits for another rank, two ranks could so wait for each other.
     ///
     /// # Errors
-    /// When there is no compiler, or the GPU does not take what it made.
+    /// When there is no compiler for what is not kept on the disk, or the GPU does not take what was made.
     pub(super) fn load(gpu: &Arc<Gpu>) -> Result<Kernels> {
-        let compiler = Compiler::load(gpu.version)?;
+        let compiler = Compiler::new(gpu.version);
         let codes: Vec<Result<Vec<u8>>> = std::thread::scope(|scope| {
             let compiler = &compiler;
             let compile =
@@ -282,7 +282,7 @@ mod tests {
     #[ignore = "needs NVRTC, no GPU; scripts/check-cuda-kernels runs it"]
     fn every_kernel_compiles_for_ampere_and_hopper() {
         // One after the other: NVRTC compiles one program at a time, whatever the threads.
-        let compiler = Compiler::load(CUDA_13).unwrap();
+        let compiler = Compiler::new(CUDA_13);
         let mut names = Vec::new();
         for source in PROGRAMS {
             for capability in [(8, 0), (9, 0)] {

@@ -3,6 +3,7 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::PathBuf;
 use std::ptr::null_mut;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Result, bail};
 
@@ -11,8 +12,8 @@ use super::library::{Library, Wanted, functions};
 
 functions! {
     /// Functions of libnvrtc (nvrtc.h). All that return a number return 0 or that of an error.
+    #[derive(Clone, Copy)]
     Functions {
-        fn nvrtcVersion(*mut c_int, *mut c_int) -> c_int;
         fn nvrtcGetErrorString(c_int) -> *const c_char;
         fn nvrtcCreateProgram(
             *mut *mut c_void, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char
@@ -46,28 +47,28 @@ const NVRTC_12: Wanted = Wanted {
 /// A file of kernels: its name and text.
 pub(super) type Source = (&'static str, &'static str);
 
-/// The compiler, loaded when the first program is not on the disk.
+/// Where machine code comes from: from the disk, or from the compiler, which is loaded when the first program is not there.
 pub(super) struct Compiler {
-    functions: Functions,
-    version: (c_int, c_int),
+    wanted: &'static Wanted,
+    folder: Option<PathBuf>,
+    functions: Mutex<Option<Functions>>,
 }
 
 impl Compiler {
-    /// One whose code a driver of this version takes.
-    pub(super) fn load(driver: c_int) -> Result<Compiler> {
+    /// One whose code a driver of this version takes, and which keeps it in the user's folder of caches.
+    pub(super) fn new(driver: c_int) -> Compiler {
+        Compiler::keeping(driver, folder())
+    }
+
+    fn keeping(driver: c_int, folder: Option<PathBuf>) -> Compiler {
         let wanted = if driver < CUDA_13 { &NVRTC_12 } else { &NVRTC };
-        let functions = Functions::of(&Library::load(wanted)?)?;
-        let mut version = (0, 0);
-        // SAFETY: results go to variables that outlive the call.
-        let code = unsafe { (functions.nvrtcVersion)(&mut version.0, &mut version.1) };
-        anyhow::ensure!(code == 0, "NVIDIA's run-time compiler does not say its version (error {code})");
-        Ok(Compiler { functions, version })
+        Compiler { wanted, folder, functions: Mutex::default() }
     }
 
     /// Machine code of a program for a GPU of this compute capability, from the disk where it is there.
     ///
     /// # Errors
-    /// When it does not compile; the compiler's words are in the message.
+    /// When it is not there and there is no compiler, or it does not compile; the compiler's words are in the message.
     pub(super) fn machine_code(
         &self,
         source: Source,
@@ -75,11 +76,11 @@ impl Compiler {
         capability: (c_int, c_int),
     ) -> Result<Vec<u8>> {
         let options = options(capability);
-        let kept = folder().map(|folder| folder.join(self.file_name(source, headers, &options)));
+        let kept = self.folder.as_ref().map(|folder| folder.join(self.file_name(source, headers, &options)));
         if let Some(code) = kept.as_ref().and_then(|path| std::fs::read(path).ok()) {
             return Ok(code);
         }
-        let code = self.compile(source, headers, &options)?;
+        let code = compile(&self.functions()?, source, headers, &options)?;
         // Only a saving of time: a folder that cannot be written to changes nothing else.
         if let Some(path) = kept {
             let _ = keep(&path, &code);
@@ -87,9 +88,18 @@ impl Compiler {
         Ok(code)
     }
 
-    /// A name that is another one when anything changes that the code depends on.
+    fn functions(&self) -> Result<Functions> {
+        let mut loaded = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(functions) = *loaded {
+            return Ok(functions);
+        }
+        Ok(*loaded.insert(Functions::of(&Library::load(self.wanted)?)?))
+    }
+
+    /// A name that is another one when anything changes that the code depends on, but the compiler's version: what one made, all
+    /// drivers take that take its library, so that code which came from elsewhere is as good.
     fn file_name(&self, source: Source, headers: &[Source], options: &[String]) -> String {
-        let mut text = format!("{:?} {options:?}", self.version);
+        let mut text = format!("{:?} {options:?}", self.wanted.files);
         for (name, content) in headers.iter().chain([&source]) {
             text.push_str(name);
             text.push_str(content);
@@ -101,61 +111,59 @@ impl Compiler {
         }
         format!("{}-{hash:032x}.cubin", source.0.trim_end_matches(".cu"))
     }
+}
 
-    fn compile(&self, source: Source, headers: &[Source], options: &[String]) -> Result<Vec<u8>> {
-        let f = &self.functions;
-        let text = |text: &str| CString::new(text).map_err(anyhow::Error::from);
-        let texts = |list: Vec<&str>| list.into_iter().map(text).collect::<Result<Vec<CString>>>();
-        let (name, program_text) = (text(source.0)?, text(source.1)?);
-        let names = texts(headers.iter().map(|h| h.0).collect())?;
-        let contents = texts(headers.iter().map(|h| h.1).collect())?;
-        let options = texts(options.iter().map(String::as_str).collect())?;
-        let pointers = |list: &[CString]| list.iter().map(|text| text.as_ptr()).collect::<Vec<_>>();
-        let mut program = null_mut();
-        // SAFETY: all texts end with 0 and outlive the calls; sizes are those that the compiler says.
-        unsafe {
-            let (count, contents, names) = (headers.len() as c_int, pointers(&contents), pointers(&names));
-            let code = (f.nvrtcCreateProgram)(
-                &mut program,
-                program_text.as_ptr(),
-                name.as_ptr(),
-                count,
-                contents.as_ptr(),
-                names.as_ptr(),
-            );
-            self.check(code)?;
-            let compiled =
-                (f.nvrtcCompileProgram)(program, options.len() as c_int, pointers(&options).as_ptr());
-            let result = if compiled == 0 {
-                let mut size = 0;
-                self.check((f.nvrtcGetCUBINSize)(program, &mut size)).and_then(|()| {
-                    let mut code = vec![0u8; size];
-                    self.check((f.nvrtcGetCUBIN)(program, code.as_mut_ptr().cast()))?;
-                    Ok(code)
-                })
-            } else {
-                let mut size = 0;
-                (f.nvrtcGetProgramLogSize)(program, &mut size);
-                let mut log = vec![0u8; size];
-                (f.nvrtcGetProgramLog)(program, log.as_mut_ptr().cast());
-                let log = String::from_utf8_lossy(&log).trim_end_matches(['\0', '\n']).to_string();
-                self.check(compiled).and_then(|()| bail!("no reason")).map_err(|error| {
-                    error.context(format!("the kernels in {} do not compile:\n{log}", source.0))
-                })
-            };
-            (f.nvrtcDestroyProgram)(&mut program);
-            result
-        }
+fn compile(f: &Functions, source: Source, headers: &[Source], options: &[String]) -> Result<Vec<u8>> {
+    let text = |text: &str| CString::new(text).map_err(anyhow::Error::from);
+    let texts = |list: Vec<&str>| list.into_iter().map(text).collect::<Result<Vec<CString>>>();
+    let (name, program_text) = (text(source.0)?, text(source.1)?);
+    let names = texts(headers.iter().map(|h| h.0).collect())?;
+    let contents = texts(headers.iter().map(|h| h.1).collect())?;
+    let options = texts(options.iter().map(String::as_str).collect())?;
+    let pointers = |list: &[CString]| list.iter().map(|text| text.as_ptr()).collect::<Vec<_>>();
+    let mut program = null_mut();
+    // SAFETY: all texts end with 0 and outlive the calls; sizes are those that the compiler says.
+    unsafe {
+        let (count, contents, names) = (headers.len() as c_int, pointers(&contents), pointers(&names));
+        let code = (f.nvrtcCreateProgram)(
+            &mut program,
+            program_text.as_ptr(),
+            name.as_ptr(),
+            count,
+            contents.as_ptr(),
+            names.as_ptr(),
+        );
+        check(f, code)?;
+        let compiled = (f.nvrtcCompileProgram)(program, options.len() as c_int, pointers(&options).as_ptr());
+        let result = if compiled == 0 {
+            let mut size = 0;
+            check(f, (f.nvrtcGetCUBINSize)(program, &mut size)).and_then(|()| {
+                let mut code = vec![0u8; size];
+                check(f, (f.nvrtcGetCUBIN)(program, code.as_mut_ptr().cast()))?;
+                Ok(code)
+            })
+        } else {
+            let mut size = 0;
+            (f.nvrtcGetProgramLogSize)(program, &mut size);
+            let mut log = vec![0u8; size];
+            (f.nvrtcGetProgramLog)(program, log.as_mut_ptr().cast());
+            let log = String::from_utf8_lossy(&log).trim_end_matches(['\0', '\n']).to_string();
+            check(f, compiled)
+                .and_then(|()| bail!("no reason"))
+                .map_err(|error| error.context(format!("the kernels in {} do not compile:\n{log}", source.0)))
+        };
+        (f.nvrtcDestroyProgram)(&mut program);
+        result
     }
+}
 
-    fn check(&self, code: c_int) -> Result<()> {
-        if code == 0 {
-            return Ok(());
-        }
-        // SAFETY: the compiler answers with a text of its own that stays.
-        let words = unsafe { CStr::from_ptr((self.functions.nvrtcGetErrorString)(code)) };
-        bail!("NVIDIA's run-time compiler: {}", words.to_string_lossy())
+fn check(f: &Functions, code: c_int) -> Result<()> {
+    if code == 0 {
+        return Ok(());
     }
+    // SAFETY: the compiler answers with a text of its own that stays.
+    let words = unsafe { CStr::from_ptr((f.nvrtcGetErrorString)(code)) };
+    bail!("NVIDIA's run-time compiler: {}", words.to_string_lossy())
 }
 
 /// What every program is compiled with. Hopper has instructions of its own in code that runs on nothing else. Products and
@@ -206,5 +214,23 @@ mod tests {
         assert!(NVRTC_12.install.ends_with("`pip install nvidia-cuda-nvrtc-cu12`"), "{}", NVRTC_12.install);
         assert_eq!(NVRTC.files, ["libnvrtc.so.13", "libnvrtc.so.12"], "the newer one first");
         assert!(NVRTC.install.ends_with("`pip install nvidia-cuda-nvrtc`"), "{}", NVRTC.install);
+    }
+
+    #[test]
+    fn what_is_on_the_disk_needs_no_compiler() {
+        let folder = tempfile::tempdir().unwrap();
+        let (source, headers) = (("some.cu", "a program"), [("some.cuh", "a header")]);
+        let kept = || Compiler::keeping(CUDA_13, Some(folder.path().to_path_buf()));
+        let name = kept().file_name(source, &headers, &options((8, 0)));
+        std::fs::write(folder.path().join(name), "code").unwrap();
+        let compiler = kept();
+        assert_eq!(compiler.machine_code(source, &headers, (8, 0)).unwrap(), b"code");
+        assert!(compiler.functions.lock().unwrap().is_none(), "a compiler was looked for");
+        // Of another program there is none.
+        let of =
+            |source, driver| Compiler::keeping(driver, None).file_name(source, &headers, &options((8, 0)));
+        assert_ne!(of(source, CUDA_13), of(("some.cu", "another"), CUDA_13));
+        // A driver before CUDA 13 refuses what later compilers make.
+        assert_ne!(of(source, CUDA_13), of(source, CUDA_13 - 1));
     }
 }

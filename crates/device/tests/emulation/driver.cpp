@@ -458,7 +458,6 @@ int cuLaunchKernel(void* function, unsigned bx, unsigned by, unsigned bz, unsign
 
 // ---- NVRTC
 
-int nvrtcVersion(int* major, int* minor) { return *major = 0, *minor = 0, OK; }
 const char* nvrtcGetErrorString(int) { return "an error that the emulation does not make"; }
 int nvrtcCreateProgram(void** program, const char*, const char*, int, const char**, const char**) {
     static int the_one;
