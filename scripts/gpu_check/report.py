@@ -37,9 +37,10 @@ def decoding_rows(rows):
             yield f"| {row['preset']}, {row['weights']} | {graphs} | failed: {last(row['error'])[:80]} | | |"
             continue
         for line in ours["tests"]:
+            part = "unknown" if line["share"] is None else f"{100 * line['share']:.1f} %"
             yield (
                 f"| {row['preset']}, {row['weights']} | {graphs} | {line['test']} | {line['tokens_per_second']:.0f} | "
-                f"{100 * line['share']:.1f} % of {line['limit']} |"
+                f"{part} of {line['limit']} |"
             )
 
 
@@ -51,7 +52,7 @@ def table(results):
     if measured:
         lines += ["", f"Ceiling of products: {measured[0]['measured_peak_flops'] * 1e-12:.0f} TFLOP/s, measured."]
     decoded = [row["ferropt"] for row in results["decoding"] if row["ferropt"]]
-    if decoded:
+    if decoded and decoded[0]["bandwidth"] is not None:
         lines += [f"Ceiling of memory: {decoded[0]['bandwidth'] * 1e-12:.2f} TB/s, measured by a copy, read and written."]
     if results["training"]:
         lines += ["", "Training, T = 2048, bf16. Shares are of the measured ceiling, with attention counted as its causal half and as all of it.", ""]

@@ -46,6 +46,9 @@ struct InferenceArgs {
     /// Texts to generate together; several numbers with commas
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [8, 32])]
     batch: Vec<usize>,
+    /// Texts of 512 tokens to score together; 0 scores none
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    score: usize,
     /// What computes: cpu, cuda or cuda:N (the N-th GPU)
     #[arg(long, value_name = "DEVICE", default_value_t)]
     device: Which,
@@ -102,7 +105,7 @@ struct TrainArgs {
     /// Threads; all available unless given
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
-    /// Steps to measure, after one to warm up
+    /// Steps to measure, after one to warm up and before one that times its operations
     #[arg(long, value_name = "N", default_value_t = 3)]
     steps: usize,
     /// Print JSON
@@ -155,6 +158,7 @@ fn infer(args: InferenceArgs) -> anyhow::Result<()> {
         tokens: args.tokens,
         prompt: args.prompt,
         batches: args.batch,
+        scored: args.score,
         device: args.device,
         threads: args.threads,
         runs: args.runs,

@@ -41,6 +41,8 @@ pub struct Opening {
     /// Tokens of the longest text, what is generated included, for which the cache has room; as many as the model has
     /// positions when absent.
     pub longest: Option<usize>,
+    /// Tokens for which the cache has room, in all texts together; `sequences` of the longest texts when absent.
+    pub cache_tokens: Option<usize>,
     /// Whether what was computed for the beginning of a text is kept for others that begin alike. Without it only the texts
     /// under way take memory.
     pub reuse: bool,
@@ -69,6 +71,7 @@ impl Default for Opening {
             threads: None,
             sequences: 1,
             longest: None,
+            cache_tokens: None,
             reuse: true,
             cache: None,
             draft: None,
@@ -317,6 +320,7 @@ fn start(
     let mut options =
         Options { draft_tokens, pause, reserve, ..Options::new(opening.sequences.max(1), longest) };
     options.limits.reuse = opening.reuse;
+    options.cache_tokens = opening.cache_tokens.unwrap_or(options.cache_tokens);
     let tokenizer = Arc::new(tokenizer);
     let engine = match weights {
         WeightFormat::F32 => Handle::start::<Chip, f32>(device, decoder, draft, tokenizer, options),

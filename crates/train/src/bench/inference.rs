@@ -8,7 +8,7 @@ use crate::weight_cache::WeightCache;
 use anyhow::{Result, ensure};
 use ferropt_data::Tokenizer;
 use ferropt_device::{Device, WeightFormat, Which, bf16};
-use ferropt_engine::{Parameters, Request};
+use ferropt_engine::{Options, Parameters, Request};
 use ferropt_model::Config;
 use serde::Serialize;
 use std::fmt;
@@ -17,9 +17,7 @@ use std::time::Instant;
 
 /// Tokens of a short prompt, before what is generated.
 const SHORT: usize = 32;
-/// Texts that are scored together.
-const SCORED: usize = 8;
-/// Tokens of each.
+/// Tokens of each text that is scored.
 const SCORED_TOKENS: usize = 512;
 
 /// What to measure.
@@ -35,6 +33,8 @@ pub struct Inference {
     pub prompt: usize,
     /// Numbers of texts to generate together, beside one alone.
     pub batches: Vec<usize>,
+    /// Texts to score together; none where it is 0.
+    pub scored: usize,
     /// What computes.
     pub device: Which,
     /// Threads; all available unless given.
@@ -65,8 +65,8 @@ pub struct Line {
     pub tokens_per_second: f64,
     /// What limits it, and its share of that.
     pub limit: Limit,
-    /// Share of the limit.
-    pub share: f64,
+    /// Share of the limit, where that is known.
+    pub share: Option<f64>,
 }
 
 /// What a test is limited by.
@@ -94,10 +94,10 @@ pub struct Report {
     pub weight_bytes: u64,
     /// Seconds from nothing to a model that takes requests.
     pub load_seconds: f64,
-    /// Bytes per second of reading memory.
-    pub bandwidth: f64,
-    /// FLOP/s of the compute type's products.
-    pub peak_flops: f64,
+    /// Bytes per second of reading memory; unknown where it could not be measured.
+    pub bandwidth: Option<f64>,
+    /// FLOP/s of the compute type's products; unknown where they could not be measured.
+    pub peak_flops: Option<f64>,
     /// The tests.
     pub tests: Vec<Line>,
     /// Most memory that the process had resident before the bandwidth was measured, bytes.
@@ -112,13 +112,17 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
     ensure!(wanted.runs > 0, "--runs 0 measures nothing; use 1 or more");
     ensure!(wanted.tokens > 1, "--tokens {} is too short to measure; use 2 or more", wanted.tokens);
     ensure!(!wanted.batches.contains(&0), "--batch 0 is no batch; use 1 text or more");
-    let sequences = wanted.batches.iter().copied().max().unwrap_or(1).max(SCORED);
+    let most = wanted.batches.iter().copied().max().unwrap_or(1);
+    let generated = SHORT + wanted.tokens;
+    let tests = [(most, generated), (1, wanted.prompt + 1), (wanted.scored, SCORED_TOKENS)];
     let opening = Opening {
         weights: wanted.weights,
         device: wanted.device,
         threads: wanted.threads,
-        sequences,
-        longest: Some(wanted.prompt.max(SHORT + wanted.tokens).max(SCORED_TOKENS)),
+        sequences: most.max(wanted.scored),
+        longest: tests.iter().map(|(_, tokens)| *tokens).max(),
+        // What the largest test takes: many short texts or one long prompt, never many of that length.
+        cache_tokens: tests.iter().map(|(texts, tokens)| Options::new(*texts, *tokens).cache_tokens).max(),
         // No prompt comes twice.
         reuse: false,
         cache: wanted.cache.clone(),
@@ -134,7 +138,7 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
         WeightsOf::Path(path) => (path.display().to_string(), Model::open(path, &opening)?),
     };
     let positions = model.config.positions;
-    for (option, tokens) in [("--prompt", wanted.prompt), ("--tokens", SHORT + wanted.tokens)] {
+    for (option, tokens) in [("--prompt", wanted.prompt), ("--tokens", generated)] {
         ensure!(
             (1..=positions).contains(&tokens),
             "{option} needs texts of {tokens} tokens, but the model has {positions} positions"
@@ -163,33 +167,42 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
     let seconds = tests.generate(1, 1, wanted.prompt)?;
     let flops = prompt_flops(wanted.prompt) + head / wanted.prompt as f64;
     lines.push((format!("prompt of {}", wanted.prompt), seconds, wanted.prompt, Limit::Arithmetic, flops));
-    let scored = SCORED_TOKENS.min(positions);
-    let seconds = tests.score(scored)?;
-    let flops = prompt_flops(scored) + head;
-    lines.push((format!("score of {SCORED} x {scored}"), seconds, SCORED * scored, Limit::Arithmetic, flops));
+    if wanted.scored > 0 {
+        let tokens = SCORED_TOKENS.min(positions);
+        let seconds = tests.score(wanted.scored, tokens)?;
+        let (test, flops) = (format!("score of {} x {tokens}", wanted.scored), prompt_flops(tokens) + head);
+        lines.push((test, seconds, wanted.scored * tokens, Limit::Arithmetic, flops));
+    }
 
     let peak_rss_bytes = peak_resident_bytes();
+    let (parameters, weights, load_seconds) =
+        (model.config.parameter_count(), model.weights, model.load_seconds);
+    let bytes = model.weight_bytes;
+    // The limits are measured where it was, for which there may be no room beside it.
+    drop(model);
     let device = open_device(wanted.device, wanted.threads)?;
-    let bandwidth = device.measured_bandwidth()?;
-    let peak_flops = match model.weights {
+    let bandwidth = device.measured_bandwidth().ok();
+    let peak_flops = match weights {
         WeightFormat::F32 => device.measured_peak::<f32>(),
         _ => device.measured_peak::<bf16>(),
     };
+    let peak_flops = Some(peak_flops).filter(|peak| peak.is_finite());
     let tests = lines
         .into_iter()
         .map(|(test, seconds, tokens, limit, work)| {
             let tokens_per_second = tokens as f64 / median(&seconds);
             let most = if limit == Limit::Bandwidth { bandwidth } else { peak_flops };
-            Line { test, seconds, tokens_per_second, limit, share: tokens_per_second * work / most }
+            let share = most.map(|most| tokens_per_second * work / most);
+            Line { test, seconds, tokens_per_second, limit, share }
         })
         .collect();
     Ok(Report {
         model: name,
-        parameters: model.config.parameter_count(),
+        parameters,
         device: device.describe(),
-        weights: model.weights.name(),
-        weight_bytes: model.weight_bytes,
-        load_seconds: model.load_seconds,
+        weights: weights.name(),
+        weight_bytes: bytes,
+        load_seconds,
         bandwidth,
         peak_flops,
         tests,
@@ -215,10 +228,10 @@ impl Tests<'_> {
         )
     }
 
-    /// Seconds to score texts of so many tokens, run by run.
-    fn score(&mut self, tokens: usize) -> Result<Vec<f64>> {
+    /// Seconds to score so many texts of so many tokens, run by run.
+    fn score(&mut self, texts: usize, tokens: usize) -> Result<Vec<f64>> {
         let (max_tokens, echo, log_probs) = (Some(0), Some(0), Some(0));
-        self.run(SCORED, tokens, &Parameters { max_tokens, echo, log_probs, ..Parameters::default() })
+        self.run(texts, tokens, &Parameters { max_tokens, echo, log_probs, ..Parameters::default() })
     }
 
     fn run(&mut self, batch: usize, prompt: usize, parameters: &Parameters) -> Result<Vec<f64>> {
@@ -256,9 +269,9 @@ impl fmt::Display for Report {
         writeln!(f, "device          {}", self.device)?;
         writeln!(
             f,
-            "limits          {:.1} GB/s read, {:.0} GFLOP/s; {} of weights for each token",
-            self.bandwidth * 1e-9,
-            self.peak_flops * 1e-9,
+            "limits          {} GB/s read, {} GFLOP/s; {} of weights for each token",
+            self.bandwidth.map_or("unknown".into(), |rate| format!("{:.1}", rate * 1e-9)),
+            self.peak_flops.map_or("unknown".into(), |rate| format!("{:.0}", rate * 1e-9)),
             human_bytes(self.weight_bytes)
         )?;
         let peak = self.peak_rss_bytes.map_or("unknown".into(), human_bytes);
@@ -271,11 +284,11 @@ impl fmt::Display for Report {
             };
             write!(
                 f,
-                "\n{:<18} {:>10.1}  {:>9.3}  {:>5.1} % of {limit}",
+                "\n{:<18} {:>10.1}  {:>9.3}  {} of {limit}",
                 line.test,
                 line.tokens_per_second,
                 median(&line.seconds),
-                100.0 * line.share
+                line.share.map_or("unknown".into(), |share| format!("{:>5.1} %", 100.0 * share))
             )?;
         }
         Ok(())
@@ -293,6 +306,7 @@ mod tests {
             tokens: 4,
             prompt: 70,
             batches: vec![2, 3],
+            scored: 1,
             device: Which::Cpu,
             threads: Some(1),
             runs: 2,
@@ -304,9 +318,12 @@ mod tests {
     fn every_test_has_its_runs_and_speeds() {
         let report = inference(&wanted()).unwrap();
         let names: Vec<&str> = report.tests.iter().map(|t| t.test.as_str()).collect();
-        assert_eq!(names[..4], ["decode", "batch of 2", "batch of 3", "prompt of 70"]);
+        assert_eq!(names, ["decode", "batch of 2", "batch of 3", "prompt of 70", "score of 1 x 512"]);
         for line in &report.tests {
-            assert!(line.seconds.len() == 2 && line.tokens_per_second > 0.0 && line.share > 0.0, "{line:?}");
+            assert!(
+                line.seconds.len() == 2 && line.tokens_per_second > 0.0 && line.share > Some(0.0),
+                "{line:?}"
+            );
         }
         assert!(report.to_string().contains("% of bandwidth"), "{report}");
         let matrices = report.weight_bytes as f64 / report.parameters as f64;
