@@ -184,3 +184,31 @@ fn gradients_match_the_definition() {
         check_backward::<f16>(shape);
     }
 }
+
+/// On a GPU products wait for their epilogue a piece after the other, of 1,024 rows of the larger width, for which one that is
+/// emulated is too slow.
+#[test]
+fn rows_behind_a_piece_are_those_of_a_product_alone() {
+    let device = one_device();
+    let n = if gpu().is_some() && !emulated() { 8192 } else { 64 };
+    let (m, first) = (1030, 1024);
+    // Whole numbers, whose products and sums are exact in any order.
+    let small = |which, len| whole(which, len, 9).into_iter().map(|x| bf16::from_f32(x as f32 - 4.0));
+    let (x, w): (Vec<bf16>, Vec<bf16>) = (small(1, m * 3).collect(), small(2, n * 3).collect());
+    let (w, bias) = (put(device, &w), put(device, &numbers::<f32>(3, n, 1.0)));
+    let residual: Vec<f32> = numbers(4, m * n, 1.0);
+    let rows = |first: usize| {
+        let s = LinearShape { m: m - first, n, k: 3 };
+        let x = put(device, &x[first * 3..]);
+        let mut y = poisoned::<bf16>(device, s.m * n);
+        device.linear(s, &x, &w, Some(&bias), Activation::Relu, &mut y);
+        let stream = Stream::new(4, Purpose::DropoutFeedForward, 5, 6);
+        let dropout = Some(Dropout { p: 0.4, stream, first_row: 1000 + first as u64 });
+        let (residual, mut out) = (put(device, &residual[first * n..]), poisoned(device, s.m * n));
+        device.linear_residual(s, &x, &w, Some(&bias), dropout, &residual, &mut out);
+        [get(device, &y), get(device, &out)]
+    };
+    for (all, last) in rows(0).iter().zip(rows(first)) {
+        assert!(same_bits(&all[first * n..], &last));
+    }
+}
