@@ -55,6 +55,11 @@ impl Heads {
     }
 }
 
+/// Blocks for tiles of so many rows: all in x, of which a GPU takes 2^31; of the others 65,535.
+fn blocks(s: AttentionShape, tile: usize) -> (usize, usize) {
+    (s.seq.div_ceil(tile) * s.batch * s.heads, 1)
+}
+
 /// A kernel's name for elements `E` and heads of this width.
 fn named<E: Element>(kernel: &str, width: usize) -> String {
     assert!(width <= WIDEST, "heads of width {width}; on a GPU they may be at most {WIDEST} wide");
@@ -103,13 +108,17 @@ pub(super) fn forward<E: Element>(
         lse.at(0, tokens * s.heads)
     ];
     if on_tensor_cores::<E>(s.width) {
-        let (kernel, blocks) =
-            (format!("attention_mma_{}_{}", name::<E>(), s.width), (s.seq.div_ceil(TILE), s.batch * s.heads));
-        return d.kernels.launch(&kernel, blocks, (THREADS, 1), staged(2 * TILE, s.width), arguments);
+        let kernel = format!("attention_mma_{}_{}", name::<E>(), s.width);
+        return d.kernels.launch(
+            &kernel,
+            blocks(s, TILE),
+            (THREADS, 1),
+            staged(2 * TILE, s.width),
+            arguments,
+        );
     }
     let shared = 4 * (QUERIES * s.width + KEYS * (2 * s.width + 1) + QUERIES * KEYS);
-    let blocks = (s.seq.div_ceil(QUERIES), s.batch * s.heads);
-    d.kernels.launch(&named::<E>("attention", s.width), blocks, (THREADS, 1), shared, arguments);
+    d.kernels.launch(&named::<E>("attention", s.width), blocks(s, QUERIES), (THREADS, 1), shared, arguments);
 }
 
 pub(super) fn backward<E: Element>(
@@ -153,8 +162,7 @@ pub(super) fn backward<E: Element>(
             dout.at(0, tokens * all),
             dqkv.at(0, tokens * 3 * all)
         ];
-        let blocks = (s.seq.div_ceil(tile), s.batch * s.heads);
-        d.kernels.launch(&kernel, blocks, (THREADS, 1), shared, arguments);
+        d.kernels.launch(&kernel, blocks(s, tile), (THREADS, 1), shared, arguments);
     }
 }
 

@@ -31,6 +31,9 @@ const int MOST_GPUS = 16;
 // variables.
 const size_t MOST_SHARED = 227 << 10, SHARED = 48 << 10, OWN_SHARED = 512;
 
+// Blocks in the second and third direction: of a GPU 65,535, for which a test would take too long.
+const unsigned MOST_BLOCKS = 4095;
+
 bool reads_late() {
     const char* text = std::getenv("FERROPT_EMULATED_LATE");
     return text != nullptr && std::atoi(text) != 0;
@@ -447,7 +450,7 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
 }
 int cuLaunchKernel(void* function, unsigned bx, unsigned by, unsigned bz, unsigned tx, unsigned ty, unsigned tz,
                    unsigned shared, void* stream, void** arguments, void**) {
-    if (bx == 0 || by == 0 || bz == 0 || by > 65535 || bz > 65535 || !may_have(function, shared)) return INVALID;
+    if (bx == 0 || by == 0 || bz == 0 || by > MOST_BLOCKS || bz > MOST_BLOCKS || !may_have(function, shared)) return INVALID;
     auto s = static_cast<Stream*>(stream);
     // What is captured does not run yet.
     if (s->graph == nullptr ? fails() : failed.load()) return ILLEGAL;

@@ -482,3 +482,16 @@ fn dropout_of_one_head_is_that_of_the_global_batch() {
         assert!(same_bits(&got[0], &got[1]), "{isa:?}");
     }
 }
+
+#[test]
+fn sequences_and_heads_may_be_very_many() {
+    // Together more than a GPU, or one that is emulated, has blocks in its second and third direction. Of one token, attention is
+    // its value.
+    let (device, batch) = (one_device(), if emulated() { 1_050 } else { 16_400 });
+    let s = shape(batch, 1, 4, 1);
+    let qkv: Vec<f32> = numbers(1, s.batch * 12, 1.0);
+    let (mut out, mut lse) = (poisoned(device, s.batch * 4), poisoned(device, s.batch * 4));
+    device.attention(s, &put(device, &qkv), None, None, &mut out, &mut lse);
+    let values: Vec<f32> = qkv.chunks(12).flat_map(|token| &token[8..]).copied().collect();
+    assert!(same_bits(&get(device, &out), &values));
+}

@@ -10,9 +10,10 @@ __device__ void attention(const E* qkv, const u32* doc_start, Heads s, Dropout d
     float* k = q + QUERIES * width;    // [KEYS][stride]
     float* v = k + KEYS * stride;      // [KEYS][width]
     float* p = v + KEYS * width;       // [QUERIES][KEYS]
-    u32 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Part part = s.part(QUERIES);
+    u32 b = part.b, h = part.h, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // The last queries have the most keys, so they come first.
-    u32 first = (gridDim.x - 1 - blockIdx.x) * QUERIES, count = min(QUERIES, s.seq - first);
+    u32 first = (part.tiles - 1 - part.tile) * QUERIES, count = min(QUERIES, s.seq - first);
     u64 ld = 3 * u64(s.heads) * width;
     stage(qkv, s.at(b, h, 0, first), ld, QUERIES, count, width, width, q);
     u32 start = 0;
@@ -64,7 +65,7 @@ __device__ void attention(const E* qkv, const u32* doc_start, Heads s, Dropout d
             u32 column = lane + 32 * c;
             if (column < width) out[s.out(b, h, t) + column] = Of<E>::f32(sums[i][c] * factor);
         }
-        if (lane == 0) lse[u64(blockIdx.y) * s.seq + t] = most[i] + logf(total);
+        if (lane == 0) lse[u64(part.pair) * s.seq + t] = most[i] + logf(total);
     }
 }
 

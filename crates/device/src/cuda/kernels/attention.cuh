@@ -6,6 +6,12 @@
 /// Queries of a tile, keys of a tile, warps of a block, queries of each warp.
 const u32 QUERIES = 16, KEYS = 32, WARPS = 4, EACH = QUERIES / WARPS;
 
+/// What a block works on: one of the tiles of head h of sequence b, which are pair b*H + h. Blocks have one number, since of the
+/// others a GPU has too few, and the tiles of a pair come one after the other, since they read the same rows.
+struct Part {
+    u32 tile, tiles, pair, b, h;
+};
+
 /// Where heads lie in rows of q, k and v [B*T, 3*H*D], and what each position attends to.
 struct Heads {
     u32 seq, heads, width;
@@ -20,6 +26,11 @@ struct Heads {
     /// First element of a position's output.
     __device__ __forceinline__ u64 out(u32 b, u32 h, u32 t) const {
         return (u64(b) * seq + t) * heads * width + h * width;
+    }
+    /// The part of a block whose tiles have so many rows.
+    __device__ __forceinline__ Part part(u32 rows) const {
+        u32 tiles = (seq + rows - 1) / rows, pair = blockIdx.x / tiles;
+        return {blockIdx.x % tiles, tiles, pair, pair / heads, pair % heads};
     }
     /// Row of the dropout mask.
     __device__ __forceinline__ u64 mask_row(const Dropout& d, u32 b, u32 h, u32 t) const {

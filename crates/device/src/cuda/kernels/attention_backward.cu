@@ -67,8 +67,9 @@ __device__ void attention_dq(const E* qkv, const u32* doc_start, Heads s, Dropou
     float* k = g + QUERIES * width;        // [KEYS][stride]
     float* v = k + KEYS * stride;          // [KEYS][stride]
     float* ds = v + KEYS * stride;         // [QUERIES][KEYS]
-    u32 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    u32 first = (gridDim.x - 1 - blockIdx.x) * QUERIES, count = min(QUERIES, s.seq - first);
+    Part part = s.part(QUERIES);
+    u32 b = part.b, h = part.h, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32 first = (part.tiles - 1 - part.tile) * QUERIES, count = min(QUERIES, s.seq - first);
     u64 ld = 3 * u64(s.heads) * width;
     stage(qkv, s.at(b, h, 0, first), ld, QUERIES, count, width, width, q);
     stage(dout, s.out(b, h, first), ld / 3, QUERIES, count, width, width, g);
@@ -80,7 +81,7 @@ __device__ void attention_dq(const E* qkv, const u32* doc_start, Heads s, Dropou
     Query queries[EACH];
     float sums[EACH][C];
     for (u32 i = 0; i < EACH; i++) {
-        queries[i] = query_of(s, dropout, doc_start, lse, delta, blockIdx.y, first + warp * EACH + i);
+        queries[i] = query_of(s, dropout, doc_start, lse, delta, part.pair, first + warp * EACH + i);
         for (int c = 0; c < C; c++) sums[i][c] = 0.0f;
     }
     for (u32 key = start / KEYS * KEYS; key < first + count; key += KEYS) {
@@ -127,9 +128,10 @@ __device__ void attention_dkv(const E* qkv, const u32* doc_start, Heads s, Dropo
     float* g = q + QUERIES * width;        // [QUERIES][width], rows of dout
     float* p = g + QUERIES * width;        // [QUERIES][KEYS]
     float* ds = p + QUERIES * KEYS;        // [QUERIES][KEYS]
-    u32 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Part part = s.part(KEYS);
+    u32 b = part.b, h = part.h, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // The first keys have the most queries.
-    u32 key = blockIdx.x * KEYS, keys = min(KEYS, s.seq - key);
+    u32 key = part.tile * KEYS, keys = min(KEYS, s.seq - key);
     u64 ld = 3 * u64(s.heads) * width;
     stage(qkv, s.at(b, h, 1, key), ld, KEYS, keys, width, stride, k);
     stage(qkv, s.at(b, h, 2, key), ld, KEYS, keys, width, stride, v);
@@ -145,7 +147,7 @@ __device__ void attention_dkv(const E* qkv, const u32* doc_start, Heads s, Dropo
         __syncthreads();
         for (u32 i = 0; i < EACH; i++) {
             u32 row = warp * EACH + i;
-            Query query = query_of(s, dropout, doc_start, lse, delta, blockIdx.y, first + row);
+            Query query = query_of(s, dropout, doc_start, lse, delta, part.pair, first + row);
             float2 both = gradients(s, dropout, query, key + lane, q + row * width, k + lane * stride, g + row * width, v + lane * stride);
             p[row * KEYS + lane] = both.x, ds[row * KEYS + lane] = both.y;
         }

@@ -8,10 +8,11 @@ __device__ void attention_mma(const E* qkv, const u32* doc_start, Heads s, Dropo
     const u32 LD = Row<D>::LD;
     E* k = shared;          // [64][LD], at first the queries
     E* v = k + TILE * LD;   // [64][LD]
-    u32 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Part part = s.part(TILE);
+    u32 b = part.b, h = part.h, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 g = lane / 4, t = lane % 4;
     // The last queries have the most keys, so they come first.
-    u32 first = (gridDim.x - 1 - blockIdx.x) * TILE, count = min(TILE, s.seq - first);
+    u32 first = (part.tiles - 1 - part.tile) * TILE, count = min(TILE, s.seq - first);
     u64 ld = 3 * u64(s.heads) * D;
     stage16<D>(qkv, s.at(b, h, 0, first), ld, TILE, count, k);
     __syncthreads();
@@ -78,7 +79,7 @@ __device__ void attention_mma(const E* qkv, const u32* doc_start, Heads s, Dropo
             float factor = 1.0f / total;
             E* row = out + s.out(b, h, query[r]) + 2 * t;
             UNROLL for (int n = 0; n < D / 8; n++) put_two(row + 8 * n, sums[n][2 * r] * factor, sums[n][2 * r + 1] * factor);
-            if (t == 0) lse[u64(blockIdx.y) * s.seq + query[r]] = (most[r] + log2f(total)) * LN2;
+            if (t == 0) lse[u64(part.pair) * s.seq + query[r]] = (most[r] + log2f(total)) * LN2;
         }
     }
 }

@@ -9,9 +9,10 @@ __device__ void attention_mma_dq(const E* qkv, const u32* doc_start, Heads s, Dr
     const u32 LD = Row<D>::LD;
     E* k = shared;          // [64][LD], at first the queries
     E* v = k + TILE * LD;   // [64][LD], at first rows of dout
-    u32 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Part part = s.part(TILE);
+    u32 b = part.b, h = part.h, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     u32 g = lane / 4, t = lane % 4;
-    u32 first = (gridDim.x - 1 - blockIdx.x) * TILE, count = min(TILE, s.seq - first);
+    u32 first = (part.tiles - 1 - part.tile) * TILE, count = min(TILE, s.seq - first);
     u64 ld = 3 * u64(s.heads) * D;
     stage16<D>(qkv, s.at(b, h, 0, first), ld, TILE, count, k);
     stage16<D>(dout, s.out(b, h, first), ld / 3, TILE, count, v);
@@ -27,7 +28,7 @@ __device__ void attention_mma_dq(const E* qkv, const u32* doc_start, Heads s, Dr
     UNROLL for (int r = 0; r < 2; r++) {
         query[r] = first + 16 * warp + g + 8 * r;
         bool there = query[r] < s.seq;
-        u64 at = u64(blockIdx.y) * s.seq + query[r];
+        u64 at = u64(part.pair) * s.seq + query[r];
         from[r] = !there ? 0xffffffffu : doc_start ? doc_start[b * s.seq + query[r]] : 0;
         log_sum[r] = there ? lse[at] * LOG2E : 0.0f, own_delta[r] = there ? delta[at] : 0.0f;
     }
@@ -93,8 +94,9 @@ __device__ void attention_mma_dkv(const E* qkv, const u32* doc_start, Heads s, D
     E* v = k + TILE * LD;    // [64][LD]
     E* q = v + TILE * LD;    // [32][LD]
     E* go = q + FEW * LD;    // [32][LD], rows of dout
-    u32 b = blockIdx.y / s.heads, h = blockIdx.y % s.heads, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    u32 g = lane / 4, t = lane % 4, key = blockIdx.x * TILE, keys = min(TILE, s.seq - key);
+    Part part = s.part(TILE);
+    u32 b = part.b, h = part.h, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32 g = lane / 4, t = lane % 4, key = part.tile * TILE, keys = min(TILE, s.seq - key);
     u64 ld = 3 * u64(s.heads) * D;
     stage16<D>(qkv, s.at(b, h, 1, key), ld, TILE, keys, k);
     stage16<D>(qkv, s.at(b, h, 2, key), ld, TILE, keys, v);
@@ -111,7 +113,7 @@ __device__ void attention_mma_dkv(const E* qkv, const u32* doc_start, Heads s, D
         if (threadIdx.x < FEW) {
             u32 query = first + threadIdx.x;
             bool there = query < s.seq;
-            u64 at = u64(blockIdx.y) * s.seq + query;
+            u64 at = u64(part.pair) * s.seq + query;
             log_sums[threadIdx.x] = there ? lse[at] * LOG2E : 0.0f;
             deltas[threadIdx.x] = there ? delta[at] : 0.0f;
             froms[threadIdx.x] = !there ? 0xffffffffu : doc_start ? doc_start[b * s.seq + query] : 0;
