@@ -310,7 +310,7 @@ fn optimizers(b: &Bench) {
     b.line("adamw, stochastic rounding", moved::<bf16>(|_| len * 24), |d| {
         d.adamw(hyper, Param { w: &mut high, low: None, rounding }, &g, &mut m, &mut v);
     });
-    b.line("sum_of_squares", moved::<f32>(|_| len * 4), |d| {
-        std::hint::black_box(d.sum_of_squares(&g));
+    b.line("sums_of_squares", moved::<f32>(|_| len * 4), |d| {
+        std::hint::black_box(d.sums_of_squares(vec![&g]));
     });
 }

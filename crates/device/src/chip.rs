@@ -179,6 +179,9 @@ macro_rules! side {
                 let ChipBuf::$variant(x) = x else { panic!("{OTHER}") };
                 x
             }
+            fn bufs<T: Element>(xs: Vec<&ChipBuf<T>>) -> Vec<&$buf<T>> {
+                xs.into_iter().map(Self::buf).collect()
+            }
             fn out<T: Element>(x: &mut ChipBuf<T>) -> &mut $buf<T> {
                 let ChipBuf::$variant(x) = x else { panic!("{OTHER}") };
                 x
@@ -316,7 +319,7 @@ chip! {
         targets: &ChipBuf<u32> => buf, combine: Option<&mut Combine<'_>> => value, scale: f32 => value,
         losses: &mut ChipBuf<f32> => out, dh: &mut ChipBuf<E> => out, dw: &mut ChipBuf<f32> => out, store: Store => value)
         -> ();
-    fn sum_of_squares(x: &ChipBuf<f32> => buf) -> f64;
+    fn sums_of_squares(xs: Vec<&ChipBuf<f32>> => bufs) -> Vec<f64>;
     fn adamw<E>(hyper: AdamW => value, param: Param<'_, Self, E> => param, grad: &ChipBuf<f32> => buf,
         m: &mut ChipBuf<f32> => out, v: &mut ChipBuf<f32> => out) -> ();
     fn sgd<E>(hyper: Sgd => value, param: Param<'_, Self, E> => param, grad: &ChipBuf<f32> => buf,

@@ -617,8 +617,8 @@ pub trait Device: Send + Sync + Sized + 'static {
         store: Store,
     );
 
-    /// Sum of squares, in f64, by a fixed tree.
-    fn sum_of_squares(&self, x: &Self::Buf<f32>) -> f64;
+    /// Sum of squares of each buffer, in f64, by a fixed tree; all are waited for once.
+    fn sums_of_squares(&self, xs: Vec<&Self::Buf<f32>>) -> Vec<f64>;
     /// One fused AdamW pass over a parameter.
     fn adamw<E: Element>(
         &self,

@@ -1,20 +1,29 @@
 //! Where the time of a step goes: a device that notes how long each operation of another takes.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
 use crate::*;
 
-/// Delegates every operation to an inner device, waits until it is done, and adds up wall-clock time by operation.
+/// Delegates every operation to an inner device. While it is told to, it waits until each is done and adds up wall-clock time by
+/// operation: then operations neither overlap nor are started many at once, so that together they take longer than otherwise.
 pub struct Timed<D> {
     inner: D,
+    measures: AtomicBool,
     nanoseconds: [AtomicU64; NAMES.len()],
 }
 
 impl<D: Device> Timed<D> {
-    /// A clock around `inner`, at 0.
+    /// A clock around `inner`, at 0, that stands still: operations are those of `inner` and nothing else.
     pub fn new(inner: D) -> Self {
-        Timed { inner, nanoseconds: [const { AtomicU64::new(0) }; NAMES.len()] }
+        let nanoseconds = [const { AtomicU64::new(0) }; NAMES.len()];
+        Timed { inner, measures: AtomicBool::new(false), nanoseconds }
+    }
+
+    /// Lets the clock go from now on, or stand still, once what was asked for before is done.
+    pub fn measure(&self, on: bool) {
+        self.inner.wait();
+        self.measures.store(on, Relaxed);
     }
 
     /// The device that does the work.
@@ -32,6 +41,9 @@ impl<D: Device> Timed<D> {
     }
 
     fn time<R>(&self, operation: Operation, run: impl FnOnce(&D) -> R) -> R {
+        if !self.measures.load(Relaxed) {
+            return run(&self.inner);
+        }
         let start = Instant::now();
         let result = run(&self.inner);
         self.inner.wait();
@@ -74,6 +86,13 @@ macro_rules! timed {
             }
             fn wait(&self) {
                 self.inner.wait();
+            }
+            fn network(&self) -> Option<anyhow::Result<Box<dyn Network>>> {
+                self.inner.network()
+            }
+            fn repeated(&self, work: &mut dyn FnMut()) {
+                // What starts at once cannot be told apart.
+                if self.measures.load(Relaxed) { work() } else { self.inner.repeated(work) }
             }
             fn alloc<T: Element>(&self, len: usize) -> anyhow::Result<Self::Buf<T>> {
                 self.inner.alloc(len)
@@ -196,7 +215,7 @@ timed! {
         combine: Option<&mut Combine<'_>>, losses: &mut Self::Buf<f32>);
     fn lm_loss_backward<E>(s: LossShape, h: &Self::Buf<E>, w: &Self::Buf<E>, targets: &Self::Buf<u32>,
         combine: Option<&mut Combine<'_>>, scale: f32, losses: &mut Self::Buf<f32>, dh: &mut Self::Buf<E>, dw: &mut Self::Buf<f32>, store: Store);
-    fn sum_of_squares(x: &Self::Buf<f32>) -> f64;
+    fn sums_of_squares(xs: Vec<&Self::Buf<f32>>) -> Vec<f64>;
     fn adamw<E>(hyper: AdamW, param: Param<'_, Self, E> => inner(param), grad: &Self::Buf<f32>,
         m: &mut Self::Buf<f32>, v: &mut Self::Buf<f32>);
     fn sgd<E>(hyper: Sgd, param: Param<'_, Self, E> => inner(param), grad: &Self::Buf<f32>,
@@ -233,7 +252,7 @@ mod tests {
         d.cast(&w, &mut low);
         let mut values = vec![bf16::ZERO; 4];
         d.download(&low, 0, &mut values);
-        (values.into_iter().map(bf16::to_f32).collect(), d.sum_of_squares(&y))
+        (values.into_iter().map(bf16::to_f32).collect(), d.sums_of_squares(vec![&y])[0])
     }
 
     #[test]
@@ -241,7 +260,10 @@ mod tests {
         let inner = CpuDevice::new(CpuOptions::default()).expect("a device");
         let want = work(&inner);
         let timed = Timed::new(inner);
-        assert_eq!(work(&timed), want);
+        for measured in [false, true] {
+            timed.measure(measured);
+            assert_eq!(work(&timed), want);
+        }
         assert_eq!(timed.describe(), timed.inner().describe());
     }
 
@@ -249,18 +271,21 @@ mod tests {
     fn times_of_what_ran_add_up_and_start_anew() {
         let timed = Timed::new(CpuDevice::new(CpuOptions::default()).expect("a device"));
         let mut x = timed.alloc::<f32>(1 << 20).expect("memory");
+        timed.fill(&mut x, 1.0);
+        assert!(timed.take().iter().all(|(_, seconds)| *seconds == 0.0), "nobody has asked for it yet");
+        timed.measure(true);
         let start = Instant::now();
         for i in 0..20 {
             timed.fill(&mut x, i as f32);
         }
-        timed.sum_of_squares(&x);
+        timed.sums_of_squares(vec![&x]);
         let wall = start.elapsed().as_secs_f64();
         let times = timed.take();
         let total: f64 = times.iter().map(|(_, seconds)| seconds).sum();
         // Nothing but the operations happened between the two looks at the clock.
         assert!(total <= wall && total > 0.5 * wall, "{total} of {wall} s");
         for (name, seconds) in &times {
-            assert_eq!(*seconds > 0.0, ["fill", "sum_of_squares"].contains(name), "{name}: {seconds} s");
+            assert_eq!(*seconds > 0.0, ["fill", "sums_of_squares"].contains(name), "{name}: {seconds} s");
         }
         let names = |times: &[(&'static str, f64)]| times.iter().map(|t| t.0).collect::<Vec<_>>();
         let again = timed.take();

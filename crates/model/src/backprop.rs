@@ -242,7 +242,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
         sum_over(device, &self.mesh.replicate, &mut self.gradients, held, |_| true)?;
 
         let spoken = held.iter().zip(self.gradients.tensors()).filter(|(held, _)| held.speaks);
-        let mut squares = spoken.map(|(_, g)| device.sum_of_squares(g.flat())).sum::<f64>();
+        let mut squares: f64 = device.sums_of_squares(spoken.map(|(_, g)| g.flat()).collect()).iter().sum();
         for group in [&self.mesh.tensor, &self.mesh.shard, &self.mesh.pipeline] {
             squares = group.gather_f64(Label::new("norm"), &[squares])?.concat().iter().sum();
         }

@@ -30,7 +30,7 @@ const PARTS: [(&str, &[&str]); 9] = [
     ("layer norm", &["layer_norm", "layer_norm_backward"]),
     ("embedding", &["embed", "embed_backward"]),
     ("dropout, casts, copies", &["residual_backward", "cast", "fill", "upload", "download"]),
-    ("gradient norm, AdamW", &["sum_of_squares", "adamw"]),
+    ("gradient norm, AdamW", &["sums_of_squares", "adamw"]),
 ];
 
 /// What to measure.
@@ -56,7 +56,7 @@ pub struct Training {
     pub offload: Offload,
     /// Threads; all available unless given.
     pub threads: Option<usize>,
-    /// Steps to measure; one more goes before them.
+    /// Steps to measure; one more goes before them, and one comes after them, for the parts.
     pub steps: usize,
 }
 
@@ -81,7 +81,9 @@ pub struct Report {
     pub dropout: f64,
     /// Seconds of each step.
     pub step_s: Vec<f64>,
-    /// Mean seconds of a step by part. Together they are the whole step.
+    /// Seconds of one step more, in which every operation is waited for. On a GPU it takes longer than others.
+    pub timed_step_s: f64,
+    /// Seconds of that step by part. Together they are the whole of it.
     pub parts: BTreeMap<String, f64>,
     /// Tokens per second of the median step.
     pub tokens_per_second: f64,
@@ -173,14 +175,18 @@ fn measure<E: Element>(
         Ok(sum / tokens)
     };
     one_step(1)?;
-    device.take();
     let (mut step_s, mut loss) = (Vec::new(), 0.0);
     for step in 0..wanted.steps {
         let started = Instant::now();
         loss = one_step(step as u64 + 2)?;
         step_s.push(started.elapsed().as_secs_f64());
     }
-    let parts = parts(&device.take(), &step_s);
+    device.measure(true);
+    let started = Instant::now();
+    one_step(wanted.steps as u64 + 2)?;
+    let timed_step_s = started.elapsed().as_secs_f64();
+    device.measure(false);
+    let parts = parts(&device.take(), timed_step_s);
     let peak_rss_bytes = peak_resident_bytes();
     peak = peak.max(device.measured_peak::<E>());
 
@@ -197,6 +203,7 @@ fn measure<E: Element>(
         micro_batch: options.batch,
         dropout: wanted.dropout,
         step_s,
+        timed_step_s,
         parts,
         tokens_per_second,
         flops_per_token: flops,
@@ -208,18 +215,16 @@ fn measure<E: Element>(
     })
 }
 
-/// Mean seconds of a step by part, out of the seconds of each operation in all steps.
-fn parts(operations: &[(&'static str, f64)], step_s: &[f64]) -> BTreeMap<String, f64> {
-    let steps = step_s.len() as f64;
+/// Seconds of a step by part, out of those of each operation in it.
+fn parts(operations: &[(&'static str, f64)], step_s: f64) -> BTreeMap<String, f64> {
     let mut parts = BTreeMap::new();
     let mut known = 0.0;
     for &(name, seconds) in operations.iter().filter(|(_, seconds)| *seconds > 0.0) {
         let part = PARTS.iter().find(|(_, names)| names.contains(&name)).map_or(name, |part| part.0);
-        *parts.entry(part.to_string()).or_insert(0.0) += seconds / steps;
-        known += seconds / steps;
+        *parts.entry(part.to_string()).or_insert(0.0) += seconds;
+        known += seconds;
     }
-    let mean = step_s.iter().sum::<f64>() / steps;
-    parts.insert("between operations".into(), (mean - known).max(0.0));
+    parts.insert("between operations".into(), (step_s - known).max(0.0));
     parts
 }
 
@@ -260,11 +265,12 @@ impl fmt::Display for Report {
         let mut parts: Vec<_> = self.parts.iter().collect();
         parts.sort_by(|a, b| b.1.total_cmp(a.1));
         let whole: f64 = self.parts.values().sum();
-        writeln!(f, "{:<26} {:>9}  {:>6}", "part of a step", "seconds", "share")?;
+        writeln!(f, "{:<26} {:>9}  {:>6}", "part of one step more", "seconds", "share")?;
         for (name, seconds) in parts {
             writeln!(f, "{name:<26} {seconds:>9.4}  {:>5.1} %", 100.0 * seconds / whole)?;
         }
-        write!(f, "{:<26} {whole:>9.4}  100.0 %", "whole step (mean)")
+        writeln!(f, "{:<26} {whole:>9.4}  100.0 %", "whole step")?;
+        write!(f, "(one step more, in which every operation is waited for)")
     }
 }
 
@@ -292,8 +298,8 @@ mod tests {
     fn parts_are_the_whole_step_and_all_have_names_for_people() {
         let report = training(&wanted()).unwrap();
         assert_eq!(report.step_s.len(), 2);
-        let mean = report.step_s.iter().sum::<f64>() / 2.0;
-        assert!((report.parts.values().sum::<f64>() / mean - 1.0).abs() < 1e-6, "{report:?}");
+        let whole = report.parts.values().sum::<f64>();
+        assert!((whole / report.timed_step_s - 1.0).abs() < 1e-6, "{report:?}");
         let known = |name: &String| name == "between operations" || PARTS.iter().any(|part| part.0 == name);
         assert!(report.parts.keys().all(known), "{:?}", report.parts);
         assert!(report.parts.len() == PARTS.len() + 1, "{:?}", report.parts);

@@ -527,8 +527,8 @@ impl Device for CpuDevice {
             combine: Option<&mut Combine<'_>>, scale: f32, losses: &mut [f32], dh: &mut [E], dw: &mut [f32], store: Store);
     }
 
-    fn sum_of_squares(&self, x: &CpuBuf<f32>) -> f64 {
-        optimizer::sum_of_squares(self, x)
+    fn sums_of_squares(&self, xs: Vec<&CpuBuf<f32>>) -> Vec<f64> {
+        xs.into_iter().map(|x| optimizer::sum_of_squares(self, x)).collect()
     }
 
     fn adamw<E: Element>(

@@ -591,8 +591,8 @@ impl Device for CudaDevice {
         loss::lm_loss(self, s, h, w, targets, combine, losses, Some(gradients));
     }
 
-    fn sum_of_squares(&self, x: &CudaBuf<f32>) -> f64 {
-        optimizer::sum_of_squares(self, x)
+    fn sums_of_squares(&self, xs: Vec<&CudaBuf<f32>>) -> Vec<f64> {
+        xs.chunks(optimizer::AT_ONCE).flat_map(|xs| optimizer::sums_of_squares(self, xs)).collect()
     }
 
     fn adamw<E: Element>(

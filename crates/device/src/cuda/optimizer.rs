@@ -13,6 +13,9 @@ const EACH: usize = 1 << 14;
 /// Threads of such a block.
 const THREADS: usize = 256;
 
+/// Buffers whose sums of squares are waited for at once: more than models have parameters, but the very largest.
+pub(super) const AT_ONCE: usize = 1024;
+
 /// Masters that are copied in f32 at a time.
 pub(super) const ON_THE_WAY: usize = 1 << 22;
 
@@ -126,20 +129,26 @@ pub(super) fn get_master<E: Element>(
     }
 }
 
-/// Bytes of workspace of [`sum_of_squares`].
+/// Bytes of workspace of [`sums_of_squares`], where the largest buffer has so many elements: its parts, since one buffer's are
+/// added before the next one's are made, and the sums.
 pub(super) fn squares_bytes(len: usize) -> usize {
-    8 * (len.div_ceil(EACH) + 1)
+    8 * (len.div_ceil(EACH) + AT_ONCE)
 }
 
-pub(super) fn sum_of_squares(d: &CudaDevice, x: &CudaBuf<f32>) -> f64 {
-    let (len, blocks) = (x.len(), x.len().div_ceil(EACH));
+/// Of at most [`AT_ONCE`] buffers.
+pub(super) fn sums_of_squares(d: &CudaDevice, xs: &[&CudaBuf<f32>]) -> Vec<f64> {
+    let largest = xs.iter().map(|x| x.len()).max().unwrap_or_default();
     let mut workspace = d.workspace();
-    let parts = workspace.take(Scratch::Parts, squares_bytes(len));
-    let sum = parts + 8 * blocks as u64;
-    let arguments = args![x.at(0, len), len as u64, EACH as u32, parts];
-    d.kernels.launch("squares", (blocks, 1), (THREADS, 1), 0, arguments);
-    d.kernels.launch("sum_parts", (1, 1), (THREADS, 1), 0, args![parts, blocks as u32, sum]);
-    let mut total = [0.0f64];
-    d.read(sum, &mut total);
-    total[0]
+    let sums = workspace.take(Scratch::Parts, squares_bytes(largest));
+    let parts = sums + 8 * AT_ONCE as u64;
+    for (i, x) in xs.iter().enumerate() {
+        let (len, blocks) = (x.len(), x.len().div_ceil(EACH));
+        let arguments = args![x.at(0, len), len as u64, EACH as u32, parts];
+        d.kernels.launch("squares", (blocks, 1), (THREADS, 1), 0, arguments);
+        let arguments = args![parts, blocks as u32, sums + 8 * i as u64];
+        d.kernels.launch("sum_parts", (1, 1), (THREADS, 1), 0, arguments);
+    }
+    let mut totals = vec![0.0f64; xs.len()];
+    d.read(sums, &mut totals);
+    totals
 }

@@ -34,7 +34,7 @@ fn memory_of_the_host_is_zero_and_is_copied_from_and_to() {
     let seen: Vec<f32> = sum.host().expect("memory of the host").to_vec();
     assert_eq!(seen, a.iter().zip(&b).map(|(x, y)| x + y).collect::<Vec<_>>());
     sum.host_mut().expect("memory of the host").fill(2.0);
-    assert_eq!(device.sum_of_squares(&sum), 4000.0);
+    assert_eq!(device.sums_of_squares(vec![&sum]), [4000.0]);
 }
 
 #[test]
@@ -67,7 +67,7 @@ fn updates_of_the_hosts_memory_have_the_same_bits() {
         }
         let mut master = vec![f32::NAN; len];
         device.get_master(&w, Some(&low), &mut master);
-        (vec![master, get(device, &m), get(device, &v)], device.sum_of_squares(&g).to_bits())
+        (vec![master, get(device, &m), get(device, &v)], device.sums_of_squares(vec![&g])[0].to_bits())
     };
     let (here, there) = (stepped(false), stepped(true));
     assert!(here.0.iter().zip(&there.0).all(|(a, b)| same_bits(a, b)));

@@ -217,22 +217,33 @@ fn sgd_is_pytorchs() {
 
 #[test]
 fn sums_of_squares_are_those_of_f64() {
-    for len in [0, 1, 7, 1000, 100_003] {
-        let x: Vec<f32> = numbers(3, len, 3.0);
-        let want: f64 = x.iter().map(|x| *x as f64 * *x as f64).sum();
-        let mut sums: Vec<f64> = Vec::new();
-        on_every_device(|device| {
-            let sum = device.sum_of_squares(&put(device, &x));
-            // As two halves of 32 bits, which are compared.
-            let bits = sum.to_bits();
-            vec![vec![f32::from_bits(bits as u32), f32::from_bits((bits >> 32) as u32)]]
-        })
-        .iter()
-        .for_each(|(_, got)| {
-            let [low, high] = [0, 1].map(|i| got[0][i].to_bits() as u64);
-            sums.push(f64::from_bits(high << 32 | low));
-        });
-        assert!((sums[0] - want).abs() <= 1e-13 * want, "{len}: {} is not {want}", sums[0]);
-        assert!(sums.iter().all(|s| s.to_bits() == sums[0].to_bits()), "{len}: {sums:?}");
+    // Of several buffers together, a smaller one behind a larger one among them, and of each alone.
+    let xs = [1000, 0, 100_003, 1, 7].map(|len| numbers::<f32>(3, len, 3.0));
+    let outputs = on_every_device(|device| {
+        let bufs: Vec<_> = xs.iter().map(|x| put(device, x)).collect();
+        let sums = device.sums_of_squares(bufs.iter().collect());
+        let alone: Vec<f64> = bufs.iter().flat_map(|x| device.sums_of_squares(vec![x])).collect();
+        assert_eq!(sums, alone);
+        assert!(device.sums_of_squares(vec![]).is_empty());
+        // As two halves of 32 bits, which are compared.
+        let halves = |sum: &f64| [sum.to_bits() as u32, (sum.to_bits() >> 32) as u32].map(f32::from_bits);
+        vec![sums.iter().flat_map(halves).collect()]
+    });
+    for (isa, got) in &outputs {
+        assert!(same_bits(&got[0], &outputs[0].1[0]), "{isa}: {got:?}");
+        for (x, halves) in xs.iter().zip(got[0].chunks(2)) {
+            let want: f64 = x.iter().map(|x| *x as f64 * *x as f64).sum();
+            let [low, high] = [halves[0], halves[1]].map(|half| half.to_bits() as u64);
+            let sum = f64::from_bits(high << 32 | low);
+            assert!((sum - want).abs() <= 1e-13 * want, "{isa}, {}: {sum} is not {want}", x.len());
+        }
     }
+}
+
+#[test]
+fn sums_of_squares_of_very_many_buffers_are_in_their_order() {
+    let device = one_device();
+    let bufs: Vec<_> = (0..1030).map(|i| put(device, &[i as f32])).collect();
+    let want: Vec<f64> = (0..1030).map(|i| (i * i) as f64).collect();
+    assert_eq!(device.sums_of_squares(bufs.iter().collect()), want);
 }

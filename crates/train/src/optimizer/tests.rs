@@ -42,7 +42,8 @@ fn gradients(device: &CpuDevice, step: u64) -> Weights<CpuDevice, f32> {
 
 /// L2 norm of all gradients together.
 fn gradient_norm(device: &CpuDevice, gradients: &Weights<CpuDevice, f32>) -> f64 {
-    gradients.tensors().into_iter().map(|g| device.sum_of_squares(g.flat())).sum::<f64>().sqrt()
+    let gradients = gradients.tensors().into_iter().map(|g| g.flat()).collect();
+    device.sums_of_squares(gradients).iter().sum::<f64>().sqrt()
 }
 
 /// What a checkpoint holds of a model and its optimiser.
