@@ -4,6 +4,7 @@
 //! once for each thread that meets the word ([`cache`]). Decoding is a table of bytes ([`bytes`]), so that what a token
 //! stands for is exact to the byte. The `tokenizers` crate trains vocabularies ([`train`]) and judges the rest in tests.
 
+mod added;
 mod bytes;
 mod cache;
 mod classes;
@@ -15,6 +16,7 @@ mod words;
 
 use crate::{EOS, PAD, SPECIALS};
 use anyhow::{Context, Result, bail};
+use added::{Added, Finder, Part};
 use bytes::Bytes;
 use cache::{Cache, Key};
 use files::Vocabulary;
@@ -31,8 +33,9 @@ use words::Words;
 /// Least text that is worth a thread of its own, bytes.
 const SHARE: usize = 1 << 17;
 
-/// Special tokens that [`Marks::in_text`] reads: those that Hugging Face's OPT tokenizer knows as special.
-const READ: [(&str, u32); 2] = [(SPECIALS[EOS as usize], EOS), (SPECIALS[PAD as usize], PAD)];
+/// Special tokens that [`Marks::in_text`] reads beside those that a file adds: the ones that Hugging Face's OPT tokenizer
+/// knows as special.
+const READ: [u32; 2] = [EOS, PAD];
 
 /// Byte-level BPE with OPT's four special ids first.
 pub struct Tokenizer {
@@ -40,6 +43,7 @@ pub struct Tokenizer {
     words: Words,
     merges: Merges,
     bytes: Bytes,
+    finder: Finder,
     fingerprint: [u8; 32],
     /// Tells this tokenizer's words from those of others in a thread's cache.
     number: u64,
@@ -48,13 +52,14 @@ pub struct Tokenizer {
 /// Special tokens around a text and in it. By default there are none: that is training text.
 ///
 /// OPT was trained on documents end to end, each closed by `</s>`, so a text that it shall continue begins behind one.
-/// Hugging Face's tokenizer of OPT also takes `</s>` and `<pad>` in a text for these tokens, which lets whoever writes
-/// the text end it; metaseq's does not, and neither does this one unless it is asked to.
+/// Hugging Face's tokenizer of OPT also takes `</s>` and `<pad>` in a text for these tokens, and what a fine-tuned model's
+/// files add, which lets whoever writes the text end it; metaseq's does not, and neither does this one unless it is asked to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Marks {
     /// Puts `</s>` in front, as for every prompt.
     pub in_front: bool,
-    /// Takes `</s>` and `<pad>` in the text for the tokens of these names, not for characters.
+    /// Takes `</s>`, `<pad>` and the tokens that the tokenizer's files add for these tokens where they are in the text, not
+    /// for characters.
     pub in_text: bool,
 }
 
@@ -77,8 +82,11 @@ impl Tokenizer {
     /// Loads a `tokenizer.json`, or a folder that holds one, or a folder that holds GPT-2's pair of files (any names
     /// that end in `vocab.json` and `merges.txt`).
     ///
-    /// What a `tokenizer.json` says about tokens in front of a text (its post-processor), about its length, and about
-    /// special tokens in the text is not used: [`Marks`] says it for all files alike.
+    /// Tokens that are added to the vocabulary are those of the `tokenizer.json`, and beside it or the pair those of
+    /// `tokenizer_config.json`, or else of `added_tokens.json` beside a pair.
+    ///
+    /// What a `tokenizer.json` says about tokens in front of a text (its post-processor) and about its length is not used,
+    /// nor what files say about OPT's four special tokens: [`Marks`] says it for all files alike.
     ///
     /// # Errors
     /// Names the file, the entry in it, and what is missing or differs from OPT's byte-level BPE.
@@ -102,12 +110,17 @@ impl Tokenizer {
                 ),
             }
         }
-        let bytes = Bytes::new(&vocabulary.tokens)?;
+        let bytes = Bytes::new(&vocabulary)?;
         let merges = Merges::new(&vocabulary.merges);
-        let fingerprint = Sha256::digest(serde_json::to_vec(&vocabulary.model())?).into();
+        let finder = Finder::new(vocabulary.added.iter().cloned().chain(READ.map(Added::own)))?;
+        let mut fingerprint = Sha256::new_with_prefix(serde_json::to_vec(&vocabulary.model())?);
+        if !vocabulary.added.is_empty() {
+            fingerprint.update(serde_json::to_vec(&vocabulary.added)?);
+        }
+        let fingerprint = fingerprint.finalize().into();
         static NUMBER: AtomicU64 = AtomicU64::new(1);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        Ok(Tokenizer { vocabulary, words: Words::new()?, merges, bytes, fingerprint, number })
+        Ok(Tokenizer { vocabulary, words: Words::new()?, merges, bytes, finder, fingerprint, number })
     }
 
     /// Content of a `tokenizer.json`, which the `tokenizers` and `transformers` libraries read too.
@@ -138,7 +151,7 @@ impl Tokenizer {
         self.bytes.count()
     }
 
-    /// SHA-256 of vocabulary and merges.
+    /// SHA-256 of vocabulary and merges, and of the tokens that are added to them.
     pub fn fingerprint(&self) -> [u8; 32] {
         self.fingerprint
     }
@@ -180,15 +193,16 @@ impl Tokenizer {
     /// As [`Tokenizer::encode`].
     pub fn encode_as(&self, text: &str, marks: Marks) -> Result<Vec<u32>> {
         let mut ids = if marks.in_front { vec![EOS] } else { Vec::new() };
-        let mut done = 0;
-        for (at, _) in text.match_indices('<').filter(|_| marks.in_text) {
-            if let Some((name, id)) = READ.iter().find(|(name, _)| text[at..].starts_with(name)) {
-                ids.extend(self.encode(&text[done..at])?);
-                ids.push(*id);
-                done = at + name.len();
+        if !marks.in_text {
+            ids.extend(self.encode(text)?);
+            return Ok(ids);
+        }
+        for part in self.finder.parts(text) {
+            match part {
+                Part::Text(range) => ids.extend(self.encode(&text[range])?),
+                Part::Token(id) => ids.push(id),
             }
         }
-        ids.extend(self.encode(&text[done..])?);
         Ok(ids)
     }
 
@@ -233,6 +247,14 @@ impl Tokenizer {
     /// A decoder for text that is shown as it is made.
     pub fn stream(&self) -> StreamDecoder<'_> {
         StreamDecoder::new(self)
+    }
+
+    /// Name of a special token, which has no text; nothing for other ids.
+    pub fn special(&self, id: u32) -> Option<&str> {
+        let added = &self.vocabulary.added;
+        let own = SPECIALS.get(id as usize).copied();
+        let added = || Some(added.get(added.binary_search_by_key(&id, |added| added.id).ok()?)?.content.as_str());
+        own.or_else(added).filter(|_| self.token_bytes(id).is_empty())
     }
 
     /// Bytes of text that a token stands for; none for the special tokens and for ids beyond the vocabulary.

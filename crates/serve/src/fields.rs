@@ -75,8 +75,8 @@ pub(crate) static FIELDS: &[Field] = &[
         "Which hidden states are the embedding: the mean of all tokens' (`mean`, the default; without the \
          `</s>` in front), or the `last` token's."),
     field("prompt", TOKENIZE, Text(|a, v| a.prompts.push(crate::asked::Prompt::Text(v.into()))),
-        "The text. Other than in prompts, `</s>` and `<pad>` in it are these tokens, as Hugging Face's \
-         tokenizer reads them."),
+        "The text. Other than in prompts, `</s>`, `<pad>` and the tokens that the tokenizer's files add are \
+         these tokens in it, as Hugging Face's tokenizer reads them."),
     field("messages", CHAT, Shaped(shapes::MESSAGES, shapes::messages),
         "The conversation. OPT knows no turns, so it is written as a text, with `Person:` and `Assistant:` \
          in front of what was said."),

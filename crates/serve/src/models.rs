@@ -5,7 +5,7 @@ use crate::error::ApiError;
 use crate::metrics::ModelMetrics;
 use crate::turn::Turnstile;
 use anyhow::{Result, ensure};
-use ferropt_data::{SPECIALS, Tokenizer};
+use ferropt_data::Tokenizer;
 use ferropt_engine::Handle;
 use ferropt_train::inference::Model;
 use serde_json::json;
@@ -58,7 +58,8 @@ impl Live {
         let gate = Turnstile::new(sequences + sequences / 8 + 1, waiting);
         let tokenizer = engine.tokenizer();
         let ids = || 0..tokenizer.vocab_size() as u32;
-        let longest_token = ids().map(|id| tokenizer.byte_len(id)).max().unwrap_or(1).max(1);
+        let longest = |id| tokenizer.byte_len(id).max(tokenizer.special(id).map_or(0, str::len));
+        let longest_token = ids().map(longest).max().unwrap_or(1).max(1);
         let ends = |id: &u32| [&b"."[..], b"?", b"!"].contains(&tokenizer.token_bytes(*id));
         let sentence_ends = ids().filter(ends).collect();
         Live { name, engine, gate, metrics, created: unix_seconds(), longest_token, sentence_ends }
@@ -102,7 +103,7 @@ pub(crate) fn open(app: &App, source: ModelSource) {
 pub(crate) fn token_name(tokenizer: &Tokenizer, id: u32) -> Cow<'_, str> {
     let bytes = tokenizer.token_bytes(id);
     match std::str::from_utf8(bytes) {
-        Ok("") => SPECIALS.get(id as usize).map_or_else(|| format!("<{id}>").into(), |name| (*name).into()),
+        Ok("") => tokenizer.special(id).map_or_else(|| format!("<{id}>").into(), Cow::from),
         Ok(text) => text.into(),
         Err(_) => {
             bytes.iter().fold(String::from("bytes:"), |name, byte| name + &format!("\\x{byte:02x}")).into()

@@ -13,7 +13,7 @@ use crate::prepare;
 use crate::routes::Call;
 use axum::body::Body;
 use axum::http::{Response, StatusCode};
-use ferropt_data::{Marks, SPECIALS};
+use ferropt_data::Marks;
 use serde_json::json;
 use std::sync::Arc;
 
@@ -175,11 +175,11 @@ pub(crate) async fn detokenize(mut call: Call) -> Result<Response<Body>, ApiErro
         return Err(ApiError::field("tokens", message));
     }
     let mut text = String::new();
-    let is_special = |id: &u32| (*id as usize) < SPECIALS.len();
+    let special = |id: &u32| live.tokenizer().special(*id);
     // Special tokens have no bytes, so their names are put between the texts of the others.
-    for run in asked.tokens.chunk_by(|a, b| !is_special(a) && !is_special(b)) {
-        match run {
-            [id] if is_special(id) && !asked.skip_special => text += SPECIALS[*id as usize],
+    for run in asked.tokens.chunk_by(|a, b| special(a).is_none() && special(b).is_none()) {
+        match run.first().and_then(special) {
+            Some(name) if !asked.skip_special => text += name,
             _ => text += &live.tokenizer().decode(run),
         }
     }

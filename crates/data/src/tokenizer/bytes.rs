@@ -1,8 +1,9 @@
 //! What tokens stand for: bytes, which GPT-2's vocabulary writes as visible characters.
 
-use super::files::quoted;
+use super::files::{Vocabulary, quoted};
 use crate::SPECIALS;
 use anyhow::{Context, Result, bail};
+use std::collections::HashSet;
 
 /// The bytes of every token, and the token of every byte.
 pub(super) struct Bytes {
@@ -15,20 +16,26 @@ pub(super) struct Bytes {
 }
 
 impl Bytes {
-    /// From the tokens as they are written, by id.
+    /// From the tokens as they are written, by id. Added tokens that the vocabulary does not have stand for their content.
     ///
     /// # Errors
     /// Names a token that is written with other characters, or a byte without a token.
-    pub fn new(tokens: &[Option<String>]) -> Result<Bytes> {
+    pub fn new(vocabulary: &Vocabulary) -> Result<Bytes> {
+        let Vocabulary { tokens, merges, added, .. } = vocabulary;
         let mut byte_of = [None; 512];
         for (byte, letter) in (0..=255).zip(letters()) {
             byte_of[letter as usize] = Some(byte);
         }
         let (mut bytes, mut starts) = (Vec::new(), vec![0]);
         let mut ids = [None; 256];
-        for (id, token) in tokens.iter().enumerate() {
+        // What text is made of keeps its bytes, special or not: text must come back.
+        let made: HashSet<u32> = merges.iter().map(|merge| merge[2]).filter(|_| !added.is_empty()).collect();
+        let count = added.last().map_or(0, |last| last.id as usize + 1).max(tokens.len());
+        let mut added = added.iter().peekable();
+        for id in 0..count {
             let before = bytes.len();
-            let text = token.as_deref().filter(|_| id >= SPECIALS.len()).unwrap_or_default();
+            let token = tokens.get(id).and_then(Option::as_deref);
+            let text = token.filter(|_| id >= SPECIALS.len()).unwrap_or_default();
             for c in text.chars() {
                 bytes.push(byte_of.get(c as usize).copied().flatten().with_context(|| {
                     format!(
@@ -39,6 +46,15 @@ impl Bytes {
             }
             if let [byte] = bytes[before..] {
                 ids[byte as usize] = Some(id as u32);
+            }
+            if let Some(added) = added.next_if(|added| added.id as usize == id) {
+                match (added.special, token) {
+                    (false, None) => bytes.extend(added.content.as_bytes()),
+                    (true, Some(_)) if bytes.len() > before + 1 && !made.contains(&added.id) => {
+                        bytes.truncate(before)
+                    }
+                    _ => {}
+                }
             }
             starts.push(bytes.len());
         }

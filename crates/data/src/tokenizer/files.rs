@@ -1,15 +1,23 @@
 //! A vocabulary and its merges in files: `vocab.json` with `merges.txt`, or the library's `tokenizer.json`.
 
-use crate::SPECIALS;
+use super::added::{self, Added};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Longest value that a message shows, bytes.
 const LONGEST_SHOWN: usize = 200;
+
+/// Longest added token, bytes. It bounds what its search takes.
+const LONGEST_ADDED: usize = 4096;
+
+/// Files beside a vocabulary that tell of more tokens.
+const CONFIG: &str = "tokenizer_config.json";
+const ADDED: &str = "added_tokens.json";
+const SPECIAL: &str = "special_tokens_map.json";
 
 /// What the files say, checked.
 pub(super) struct Vocabulary {
@@ -17,6 +25,8 @@ pub(super) struct Vocabulary {
     pub tokens: Vec<Option<String>>,
     /// Left token, right token, and what they make, the first of lowest rank.
     pub merges: Vec<[u32; 3]>,
+    /// Tokens that text is searched for, by id, which may be in the vocabulary or not; without the four of OPT.
+    pub added: Vec<Added>,
     settings: Settings,
 }
 
@@ -61,7 +71,12 @@ impl Vocabulary {
             .context("expected a tokenizer.json, or a folder with one or with vocab.json and merges.txt")?;
         let json = if meta.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
         if json.exists() {
-            return Ok((from_file(&json, Self::from_json)?, json));
+            let mut vocabulary = from_file(&json, Self::from_json)?;
+            let config = json.with_file_name(CONFIG);
+            let more = if_there(&config, added::from_config)?.flatten().unwrap_or_default();
+            let more = more.into_iter().filter(|token| !vocabulary.lists(token)).collect();
+            vocabulary.add(more).with_context(|| unusable(&config))?;
+            return Ok((vocabulary, json));
         }
         let (vocab, merges) = (the_one(path, "vocab.json")?, the_one(path, "merges.txt")?);
         let tokens = from_file(&vocab, |bytes| match parse(bytes)? {
@@ -75,7 +90,10 @@ impl Vocabulary {
             lines(text, &tokens)
         })
         .with_context(|| format!("the merges do not go with {}", vocab.display()))?;
-        Ok((Self::new(tokens, merges, Settings::default())?, vocab))
+        let mut vocabulary = Self::new(tokens, merges, Settings::default())?;
+        let (added, from) = added_beside(path)?;
+        vocabulary.add(added).with_context(|| unusable(&from))?;
+        Ok((vocabulary, vocab))
     }
 
     /// From the content of a `tokenizer.json`.
@@ -108,21 +126,10 @@ impl Vocabulary {
                 brief(pre_tokenizer)
             );
         }
-        let added = json.remove("added_tokens").unwrap_or_default();
-        let vocabulary = Self::from_model(json.remove("model").unwrap_or_default()).context("in `model`")?;
-        for (i, token) in added.as_array().into_iter().flatten().enumerate() {
-            let (id, content) = (&token["id"], &token["content"]);
-            let known =
-                id.as_u64().and_then(|id| vocabulary.tokens.get(usize::try_from(id).ok()?)?.as_deref());
-            if known.is_none() || known != content.as_str() {
-                bail!(
-                    "`added_tokens[{i}]` is {} with id {}, which `model.vocab` does not have; OPT's vocabularies hold \
-                     all their tokens: put it there, or take it out here",
-                    brief(content),
-                    brief(id)
-                );
-            }
-        }
+        let added = added::from_list(&json.remove("added_tokens").unwrap_or_default())?;
+        let mut vocabulary =
+            Self::from_model(json.remove("model").unwrap_or_default()).context("in `model`")?;
+        vocabulary.add(added).context("in `added_tokens`")?;
         Ok(vocabulary)
     }
 
@@ -196,7 +203,66 @@ impl Vocabulary {
         let last: HashMap<[u32; 2], usize> =
             merges.iter().enumerate().map(|(rank, m)| ([m[0], m[1]], rank)).collect();
         let merges = merges.iter().enumerate().filter(|(rank, m)| last[&[m[0], m[1]]] == *rank);
-        Ok(Vocabulary { merges: merges.map(|(_, m)| *m).collect(), tokens: tokens.by_id(), settings })
+        let merges = merges.map(|(_, m)| *m).collect();
+        Ok(Vocabulary { merges, tokens: tokens.by_id(), added: Vec::new(), settings })
+    }
+
+    /// Whether a token was added already, or is one of OPT's own.
+    fn lists(&self, token: &Added) -> bool {
+        let listed = self.added.binary_search_by_key(&token.id, |listed| listed.id);
+        let listed = listed.ok().and_then(|at| self.added.get(at));
+        token.is_own() || listed.is_some_and(|listed| listed.content == token.content)
+    }
+
+    /// Adds tokens. One that the vocabulary has must have its id, and any other an id that is free.
+    fn add(&mut self, mut added: Vec<Added>) -> Result<()> {
+        added.retain(|token| !token.content.is_empty() && !token.is_own());
+        if added.is_empty() {
+            return Ok(());
+        }
+        added.append(&mut self.added);
+        added.sort_by(|a, b| (a.id, &a.content).cmp(&(b.id, &b.content)));
+        let tokens = self.tokens.iter().zip(0..);
+        let known: HashMap<&str, u32> =
+            tokens.filter_map(|(token, id)| Some((token.as_deref()?, id))).collect();
+        let largest = 2 * (known.len() + added.len()) + 1024;
+        let mut seen = HashSet::new();
+        for (i, Added { id, content, .. }) in added.iter().enumerate() {
+            let name = quoted(content);
+            if content.len() > LONGEST_ADDED {
+                bail!("the added token {name} has {} bytes; {LONGEST_ADDED} are allowed", content.len());
+            }
+            if let Some(other) = i.checked_sub(1).and_then(|i| added.get(i)).filter(|other| other.id == *id) {
+                bail!(
+                    "the added tokens {} and {name} share the id {id}; give each its own",
+                    quoted(&other.content)
+                );
+            }
+            if !seen.insert(content) {
+                bail!("the added token {name} is there twice; take out one of the two");
+            }
+            match known.get(content.as_str()) {
+                Some(known) if known == id => continue,
+                Some(known) => {
+                    bail!("the added token {name} has the id {id}, but in the vocabulary it has {known}")
+                }
+                None => {}
+            }
+            if let Some(other) = self.tokens.get(*id as usize).and_then(Option::as_deref) {
+                bail!(
+                    "the added token {name} has the id {id}, which is that of {}; ids must differ",
+                    quoted(other)
+                );
+            }
+            if *id as usize > largest {
+                bail!(
+                    "the added token {name} has the id {id}, but there are only {} tokens; ids count from 0",
+                    known.len() + added.len()
+                );
+            }
+        }
+        self.added = added;
+        Ok(())
     }
 
     /// As the library writes it.
@@ -228,21 +294,11 @@ impl Vocabulary {
             use_regex: bool,
         }
         #[derive(Serialize)]
-        struct Added {
-            id: usize,
-            content: &'static str,
-            single_word: bool,
-            lstrip: bool,
-            rstrip: bool,
-            normalized: bool,
-            special: bool,
-        }
-        #[derive(Serialize)]
         struct File<'a> {
             version: &'static str,
             truncation: (),
             padding: (),
-            added_tokens: Vec<Added>,
+            added_tokens: Vec<&'a Added>,
             normalizer: (),
             pre_tokenizer: Level,
             post_processor: (),
@@ -251,21 +307,13 @@ impl Vocabulary {
         }
         let level =
             || Level { kind: "ByteLevel", add_prefix_space: false, trim_offsets: true, use_regex: true };
-        let added = |(id, content): (usize, &&'static str)| Added {
-            id,
-            content,
-            single_word: false,
-            lstrip: false,
-            rstrip: false,
-            normalized: false,
-            special: true,
-        };
+        let own = [0, 1, 2, 3].map(Added::own);
         serde_json::to_string_pretty(&File {
             version: "1.0",
             truncation: (),
             padding: (),
             // Readers elsewhere look for the special tokens here.
-            added_tokens: SPECIALS.iter().enumerate().map(added).collect(),
+            added_tokens: own.iter().chain(&self.added).collect(),
             normalizer: (),
             pre_tokenizer: level(),
             post_processor: (),
@@ -363,11 +411,37 @@ fn from_file<T>(path: &Path, read: impl FnOnce(&[u8]) -> Result<T>) -> Result<T>
     // To open a pipe would be to wait for whoever writes to it.
     ensure!(path.metadata().with_context(reading)?.is_file(), "{} is not a file", path.display());
     let bytes = fs::read(path).with_context(reading)?;
-    read(&bytes).with_context(|| format!("{} cannot be used", path.display()))
+    read(&bytes).with_context(|| unusable(path))
+}
+
+fn unusable(path: &Path) -> String {
+    format!("{} cannot be used", path.display())
+}
+
+/// What a JSON file says, if there is one.
+fn if_there<T>(path: &Path, read: impl FnOnce(&Value) -> Result<T>) -> Result<Option<T>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    from_file(path, |bytes| read(&parse(bytes)?)).map(Some)
+}
+
+/// What the files in a folder add to a pair of files there, and which of them does.
+fn added_beside(folder: &Path) -> Result<(Vec<Added>, PathBuf)> {
+    let [config, ids, roles] = [CONFIG, ADDED, SPECIAL].map(|name| folder.join(name));
+    if let Some(added) = if_there(&config, added::from_config)?.flatten() {
+        return Ok((added, config));
+    }
+    let special = |file: &Value| Ok(added::special_in(file).collect::<HashSet<String>>());
+    let added = if_there(&ids, |file| {
+        let roles = [if_there(&config, special)?, if_there(&roles, special)?];
+        added::from_ids(file, &roles.into_iter().flatten().flatten().collect())
+    })?;
+    Ok((added.unwrap_or_default(), ids))
 }
 
 /// A value of a file, cut short for a message.
-fn brief(value: &Value) -> String {
+pub(super) fn brief(value: &Value) -> String {
     cut(value.to_string())
 }
 

@@ -2,6 +2,7 @@ use super::*;
 use crate::UNK;
 use ferropt_device::rng::{Purpose, Stream};
 
+mod added;
 mod files;
 mod fixtures;
 mod fuzz;

@@ -1,7 +1,7 @@
 //! Damaged files: an error or a tokenizer that works, never anything else. `FERROPT_FUZZ` sets the number of files.
 
 use super::*;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::PathBuf;
 
 const DEFAULT: u64 = 400;
@@ -135,6 +135,11 @@ fn works(t: &Tokenizer, file_bytes: usize) {
     let ids = t.encode(text).unwrap();
     assert_eq!(t.decode(&ids), text);
     assert!(ids.iter().all(|&id| id > UNK && (id as usize) < t.vocab_size()));
+    let mut marked =
+        t.vocabulary.added.iter().fold(text.to_owned(), |text, added| text + &added.content + " ");
+    marked.truncate(marked.floor_char_boundary(10_000));
+    let marked = t.encode_as(&marked, Marks::HUGGING_FACE).unwrap();
+    assert!(marked.iter().all(|&id| (id as usize) < t.vocab_size()));
     let again = Tokenizer::new(Vocabulary::from_json(t.to_json().unwrap().as_bytes()).unwrap()).unwrap();
     assert_eq!(again.fingerprint(), t.fingerprint());
 }
@@ -144,32 +149,44 @@ fn damaged_files_give_an_error_or_a_tokenizer_that_works() {
     let count = std::env::var("FERROPT_FUZZ").ok().and_then(|n| n.parse().ok()).unwrap_or(DEFAULT);
     let from = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer");
     let read = |name: &str| fs::read(from.join(name)).unwrap();
-    let files = [read("small/vocab.json"), read("small/merges.txt"), read("huggingface.json")];
+    let added = json!({ "702": { "content": "<|a|>" }, "700": { "content": "<|b|>", "rstrip": true, "special": true } });
+    let mut whole: Value = serde_json::from_slice(&read("huggingface.json")).unwrap();
+    whole["added_tokens"]
+        .as_array_mut()
+        .unwrap()
+        .push(json!({ "id": 701, "content": "<|c|>", "lstrip": true }));
+    let files = [
+        ("vocab.json", read("small/vocab.json")),
+        ("merges.txt", read("small/merges.txt")),
+        ("tokenizer.json", whole.to_string().into_bytes()),
+        ("added_tokens.json", br#"{"<|a|>": 700, "<|b|>": 701, "ab": 702}"#.to_vec()),
+        ("tokenizer_config.json", json!({ "added_tokens_decoder": added }).to_string().into_bytes()),
+    ];
     let dir = tempfile::tempdir().unwrap();
     let (mut refused, mut taken) = (0, 0);
     for row in 0..count {
         let mut dice = Dice { stream: Stream::new(6, Purpose::Sampling, 0, 0), row, next: 0 };
         let which = dice.below(files.len());
         let mut files = files.clone();
+        let damaged = &mut files[which].1;
         if which != 1 && dice.below(2) == 0 {
-            let mut json = serde_json::from_slice(&files[which]).unwrap();
+            let mut json = serde_json::from_slice(damaged).unwrap();
             distort(&mut json, &mut dice);
-            files[which] = json.to_string().into_bytes();
+            *damaged = json.to_string().into_bytes();
         } else {
-            damage(&mut files[which], &mut dice);
+            damage(damaged, &mut dice);
         }
-        let [vocab, merges, json] = &files;
-        let (path, name) = if which == 2 {
-            fs::write(dir.path().join("huggingface.json"), json).unwrap();
-            (dir.path().join("huggingface.json"), "huggingface.json")
-        } else {
-            fs::write(dir.path().join("vocab.json"), vocab).unwrap();
-            fs::write(dir.path().join("merges.txt"), merges).unwrap();
-            (dir.path().to_owned(), ["vocab.json", "merges.txt"][which])
-        };
+        // One file, or a pair with a third that adds tokens.
+        let together = [&[0, 1, 3][..], &[0, 1, 3], &[2], &[0, 1, 3], &[0, 1, 4]][which];
+        let path = dir.path().join(which.to_string());
+        fs::create_dir_all(&path).unwrap();
+        for (name, content) in together.iter().map(|i| &files[*i]) {
+            fs::write(path.join(name), content).unwrap();
+        }
+        let name = files[which].0;
         match Tokenizer::load(&path) {
             Ok(t) => {
-                works(&t, files.iter().map(Vec::len).sum());
+                works(&t, files.iter().map(|(_, content)| content.len()).sum());
                 taken += 1;
             }
             Err(e) => {
