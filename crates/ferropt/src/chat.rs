@@ -1,6 +1,6 @@
 //! `ferropt chat`: a conversation in the terminal.
 
-use crate::model::{DraftArgs, ModelArgs, SamplingArgs, refused, unescaped};
+use crate::model::{DraftArgs, MarksArgs, ModelArgs, SamplingArgs, refused, unescaped};
 use anyhow::{Result, ensure};
 use ferropt_engine::{Conversation, Event, Handle, Parameters, Request, Speaker};
 use ferropt_train::signals::Interrupt;
@@ -16,6 +16,8 @@ pub(crate) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     draft: DraftArgs,
+    #[command(flatten)]
+    marks: MarksArgs,
     #[command(flatten)]
     sampling: SamplingArgs,
     /// Tokens of a reply at most
@@ -82,7 +84,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         if line.trim().is_empty() {
             continue;
         }
-        let prompt = match fit(&conversation, &turns, line, engine, args.max_tokens) {
+        let prompt = match fit(&conversation, &turns, line, engine, &args.marks, args.max_tokens) {
             Ok((with, prompt)) => {
                 turns = with;
                 prompt
@@ -134,6 +136,7 @@ fn fit(
     before: &[Turn],
     line: String,
     engine: &Handle,
+    marks: &MarksArgs,
     max_tokens: usize,
 ) -> Result<(Vec<Turn>, Vec<u32>)> {
     let positions = engine.capacity().positions;
@@ -141,7 +144,7 @@ fn fit(
     turns.push((Speaker::User, line));
     loop {
         let text = conversation.prompt(turns.iter().map(|(speaker, said)| (*speaker, said.as_str())));
-        let prompt = engine.tokenizer().encode_prompt(&text)?;
+        let prompt = marks.tokens(engine.tokenizer(), &text)?;
         // A short model should not lose everything for the sake of a long reply.
         if prompt.len() + max_tokens.min(positions / 2) <= positions {
             return Ok((turns, prompt));

@@ -1,7 +1,8 @@
 //! `ferropt generate`: continues texts with a trained model.
 
 use crate::model::{
-    DraftArgs, ModelArgs, SamplingArgs, each_line, is_jsonl, refused, text_field, tokens_at_most, unescaped,
+    DraftArgs, MarksArgs, ModelArgs, SamplingArgs, each_line, is_jsonl, refused, text_field, tokens_at_most,
+    unescaped,
 };
 use anyhow::{Context, Result, ensure};
 use ferropt_engine::{Completion, Event, Handle, Parameters, Request, Text, Token};
@@ -19,6 +20,8 @@ pub(crate) struct Args {
     model: ModelArgs,
     #[command(flatten)]
     draft: DraftArgs,
+    #[command(flatten)]
+    marks: MarksArgs,
     /// Tokens to generate at most; ends earlier at the end of a document
     #[arg(long, value_name = "N", default_value_t = 100)]
     max_tokens: usize,
@@ -113,7 +116,7 @@ fn run_prompt(args: &Args, parameters: Parameters) -> Result<()> {
     let model = args.model.open_with(&args.draft, together, Some(longest))?;
     let engine = &model.engine;
     let started = Instant::now();
-    let request = Request { prompt: engine.tokenizer().encode_prompt(&prompt)?, parameters };
+    let request = Request { prompt: args.marks.tokens(engine.tokenizer(), &prompt)?, parameters };
     if args.json || args.n > 1 {
         let completion = engine.submit(request).map_err(refused)?.complete()?;
         let time = started.elapsed();
@@ -133,7 +136,7 @@ fn run_file(args: &Args, file: &Path, parameters: &Parameters) -> Result<()> {
     let engine = &model.engine;
     let request = |(line, prompt): &(usize, String)| -> Result<Request> {
         let named = || format!("line {line} of {}", file.display());
-        let prompt = engine.tokenizer().encode_prompt(prompt).with_context(named)?;
+        let prompt = args.marks.tokens(engine.tokenizer(), prompt).with_context(named)?;
         let request = Request { prompt, parameters: parameters.clone() };
         request.check(&engine.capacity()).map_err(refused).with_context(named)?;
         Ok(request)

@@ -2,12 +2,14 @@
 
 use anyhow::{Context, Error, Result};
 use clap::builder::RangedU64ValueParser;
+use ferropt_data::{Marks, Tokenizer};
 use ferropt_device::{WeightFormat, Which};
 use ferropt_engine::{DRAFT_TOKENS, Parameters, Refusal};
 use ferropt_train::checkpoint::human_bytes;
 use ferropt_train::inference::{Model, Opening};
 use ferropt_train::weight_cache::{Outcome, WeightCache};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 /// Which model, and how it is computed.
 #[derive(clap::Args)]
@@ -138,6 +140,41 @@ const WORTH_A_WORD: u64 = 1 << 30;
 /// Where weights are kept that are ready, unless the user does not want that.
 pub(crate) fn weight_cache(off: bool) -> Result<Option<WeightCache>> {
     if off { Ok(None) } else { WeightCache::from_environment() }
+}
+
+/// How texts become tokens.
+#[derive(clap::Args)]
+pub(crate) struct MarksArgs {
+    /// Put no </s> in front of a text. OPT was trained to begin behind one; some models made from it are not
+    #[arg(long)]
+    no_end_in_front: bool,
+    /// Read </s>, <pad> and the tokens that the tokenizer's files add as these tokens where a text has them, not as
+    /// characters
+    #[arg(long)]
+    special_tokens: bool,
+    /// Whether the user was told about added tokens.
+    #[arg(skip)]
+    told: AtomicBool,
+}
+
+impl MarksArgs {
+    /// As the library takes them.
+    pub(crate) fn marks(&self) -> Marks {
+        Marks { in_front: !self.no_end_in_front, in_text: self.special_tokens }
+    }
+
+    /// Tokens of a text. When it has added tokens that are not read as such, that is told once.
+    pub(crate) fn tokens(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
+        if !self.special_tokens
+            && let Some(name) = tokenizer.added_in(text)
+            && !self.told.swap(true, Relaxed)
+        {
+            tell!(
+                "note: {name:?} in the text is read as characters; with --special-tokens it is the token of this name"
+            );
+        }
+        tokenizer.encode_as(text, self.marks())
+    }
 }
 
 /// How tokens are chosen.

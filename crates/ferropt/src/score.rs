@@ -1,6 +1,6 @@
 //! `ferropt score`: how likely a model finds texts.
 
-use crate::model::{ModelArgs, each_line, is_jsonl, refused, text_field, tokens_at_most};
+use crate::model::{MarksArgs, ModelArgs, each_line, is_jsonl, refused, text_field, tokens_at_most};
 use anyhow::{Context, Result, ensure};
 use ferropt_engine::{Handle, Request, Score, scoring};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -14,6 +14,8 @@ use std::path::PathBuf;
 pub(crate) struct Args {
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    marks: MarksArgs,
     /// Texts that are computed together. Results do not depend on it
     #[arg(long, value_name = "N", default_value_t = 16)]
     batch: usize,
@@ -32,7 +34,8 @@ Examples:
   echo \"The sea is blue.\" | ferropt score --model runs/a
 
 For each text one JSON object: log_prob (sum, in nats), tokens, greedy (whether each token is the likeliest at its place),
-and log_probs of the tokens. A text is scored behind </s>, a continuation behind </s> and its context. The last line, on
+and log_probs of the tokens. A text is scored behind </s>, a continuation behind </s> and its context; with
+--no-end-in-front the first token of all follows nothing, and is not scored. The last line, on
 standard error, has the perplexity of all tokens: exp(-mean log-probability), and bits per byte of text.";
 
 /// What to score: a line's number; what comes before, and the text.
@@ -54,7 +57,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let engine = &args.model.open(args.batch, longest)?.engine;
     let request = |(line, (context, text)): &Item| -> Result<Request> {
         let named = || format!("line {line} of {name}");
-        let request = scoring(engine.tokenizer(), context, text).with_context(named)?;
+        let request = scoring(engine.tokenizer(), context, text, args.marks.marks()).with_context(named)?;
         request.check(&engine.capacity()).map_err(refused).with_context(named)?;
         Ok(request)
     };
@@ -66,11 +69,10 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let mut scored = items.iter();
     engine.complete_all(requests.into_iter().map(Ok), 2 * args.batch, |completion| {
         let score = Score::from(completion);
-        let Some((line, (context, text))) = scored.next() else { return Ok(()) };
+        let Some((line, _)) = scored.next() else { return Ok(()) };
         log_prob += score.log_prob;
         tokens += score.tokens.len();
-        // Spaces at the end of a context are scored with what follows.
-        bytes += context.len() - context.trim_end_matches(' ').len() + text.len();
+        bytes += score.tokens.iter().map(|token| engine.tokenizer().byte_len(token.id)).sum::<usize>();
         writeln!(out, "{}", object(engine, *line, &score, args.summary))?;
         bar.inc(1);
         Ok(())

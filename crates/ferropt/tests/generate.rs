@@ -183,6 +183,71 @@ fn checksums_are_looked_at_until_weights_are_kept() {
     assert!(refused.contains("model.safetensors is damaged: its CRC-32C"), "{refused}");
 }
 
+/// A fine-tuned model's own tokens, in all the files that tell of them.
+#[test]
+fn added_tokens_are_read_where_they_are_asked_for_and_generated() {
+    let lab = Lab::new();
+    let mut tokenizer: Value =
+        serde_json::from_slice(&std::fs::read(lab.path("tokenizer.json")).unwrap()).unwrap();
+    let mut added = tokenizer["added_tokens"][0].clone();
+    (added["id"], added["content"]) = (260.into(), "[PAD]".into());
+    tokenizer["added_tokens"].as_array_mut().unwrap().push(added);
+    std::fs::write(lab.path("tokenizer.json"), tokenizer.to_string()).unwrap();
+    lab.train(&lab.config("run", 5), &["model.vocab=264"]);
+    let run = lab.path("run").display().to_string();
+    let folder = |name: &str| {
+        let folder = lab.path(name);
+        let out = ferropt().args(["checkpoint", "convert", "--to", "hf", &run]).arg(&folder).output().unwrap();
+        assert!(out.status.success(), "{}", text(&out));
+        let write = |name: &str, content: &str| std::fs::write(folder.join(name), content).unwrap();
+        if name != "whole" {
+            std::fs::remove_file(folder.join("tokenizer.json")).unwrap();
+            write("vocab.json", &tokenizer["model"]["vocab"].to_string());
+            write("merges.txt", "#version: 0.2\n");
+            write("tokenizer_config.json", r#"{"added_tokens_decoder": {"260": {"content": "[PAD]", "special": true}}}"#);
+        }
+        if name == "old" {
+            write("tokenizer_config.json", r#"{"pad_token": "[PAD]"}"#);
+            write("added_tokens.json", r#"{"[PAD]": 260}"#);
+        }
+        folder.display().to_string()
+    };
+    let characters = b"[PAD]".map(|byte| u64::from(byte) + 4);
+    for model in [run.clone(), folder("whole"), folder("pair"), folder("old")] {
+        let read = |args: &[&str], text: &str| -> (Vec<u64>, String) {
+            let echo = ["--json", "--max-tokens", "0", "--log-probs", "0", "--echo", text];
+            let out = with_input("generate", &model, &[args, &echo].concat(), "");
+            let tokens = objects(&out)[0]["prompt_log_probs"].as_array().unwrap().clone();
+            (tokens.iter().map(|token| token["id"].as_u64().unwrap()).collect(), text_of_errors(&out))
+        };
+        let (ids, said) = read(&[], "[PAD]a");
+        assert_eq!(ids, [&[2][..], &characters, &[101]].concat());
+        assert!(said.contains("[PAD]") && said.contains("--special-tokens"), "{said}");
+        let (ids, said) = read(&["--special-tokens"], "[PAD]a</s>");
+        assert_eq!((ids, said.contains("note")), (vec![2, 260, 101, 2], false));
+        assert_eq!(read(&["--special-tokens", "--no-end-in-front"], "[PAD]a").0, [260, 101]);
+        assert_eq!(read(&["--no-end-in-front"], "ab").0, [101, 102]);
+        assert!(!read(&[], "[PA D]").1.contains("note"));
+
+        let args = ["--json", "--max-tokens", "2", "--log-probs", "0", "--greedy", "--logit-bias", "260=100", "a"];
+        let made = &objects(&with_input("generate", &model, &args, ""))[0];
+        assert_eq!((&made["log_probs"][1]["id"], &made["text"]), (&260.into(), &"".into()));
+    }
+
+    let score = |args: &[&str]| objects(&with_input("score", &run, args, "ab</s>\n"))[0].clone();
+    let ids = |score: &Value| -> Vec<u64> {
+        score["log_probs"].as_array().unwrap().iter().map(|token| token["id"].as_u64().unwrap()).collect()
+    };
+    assert_eq!(ids(&score(&["--special-tokens"])), [101, 102, 2]);
+    assert_eq!(ids(&score(&["--special-tokens", "--no-end-in-front"])), [102, 2]);
+    let talk = with_input("chat", &run, &["--max-tokens", "3", "--user", "[PAD]"], "hello\nyou\n");
+    assert_eq!(text_of_errors(&talk).matches("note").count(), 1);
+}
+
+fn text_of_errors(out: &Output) -> String {
+    String::from_utf8_lossy(&out.stderr).into_owned()
+}
+
 #[test]
 fn serves_what_it_learnt() {
     let (lab, run) = trained();

@@ -5,7 +5,7 @@ use ferropt_engine::{Parameters, Pooling};
 /// A text to continue, as it was given.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Prompt {
-    /// `</s>` is put in front.
+    /// `</s>` is put in front, unless it is asked not to.
     Text(String),
     /// Taken as they are.
     Ids(Vec<u32>),
@@ -41,8 +41,10 @@ pub(crate) struct Asked {
     pub(crate) chat_log_probs: bool,
     /// The newer name of `max_tokens`.
     pub(crate) max_completion_tokens: Option<usize>,
-    /// `</s>` in front of what is tokenised, and the tokens' names.
+    /// `</s>` in front of a text, and special tokens read in a prompt.
     pub(crate) special: bool,
+    pub(crate) special_in_text: bool,
+    /// Whether the names of tokens are wanted.
     pub(crate) token_names: bool,
     pub(crate) tokens: Vec<u32>,
     /// Whether special tokens are left out of a text.
@@ -70,6 +72,7 @@ impl Default for Asked {
             chat_log_probs: false,
             max_completion_tokens: None,
             special: true,
+            special_in_text: false,
             token_names: false,
             tokens: Vec::new(),
             skip_special: false,

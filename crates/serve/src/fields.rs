@@ -153,6 +153,11 @@ pub(crate) static FIELDS: &[Field] = &[
     field("stream", ALL_TEXTS, Flag(|a, v| a.stream = v), "Send text as it is made, as server-sent events."),
     field("stream_options", OPENAI | METASEQ, Shaped(shapes::STREAM_OPTIONS, shapes::stream_options),
         "With `stream`: `include_usage` adds an event with the tokens that were used."),
+    field("add_special_tokens", TEXTS, Flag(|a, v| a.special = v),
+        "Put `</s>` in front of prompts that are texts; true unless given."),
+    field("special_tokens", TEXTS, Flag(|a, v| a.special_in_text = v),
+        "Read `</s>`, `<pad>` and the tokens that the tokenizer's files add as these tokens where a prompt's \
+         text has them, not as characters."),
     field("add_special_tokens", TOKENIZE, Flag(|a, v| a.special = v),
         "Put `</s>` in front, as for prompts; true unless given."),
     field("return_token_strs", TOKENIZE, Flag(|a, v| a.token_names = v), "Give the tokens' texts too."),

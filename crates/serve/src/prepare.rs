@@ -76,9 +76,10 @@ fn check_lists(requests: &[Request], positions: usize) -> Result<(), ApiError> {
 }
 
 fn one(live: &Live, asked: &Asked, prompt: &Prompt, seed: u64) -> Result<Request, ApiError> {
+    let marks = Marks { in_front: asked.special, in_text: asked.special_in_text };
     // A text's `</s>` is not what was asked for, so it is not given back.
     let (ids, from) = match prompt {
-        Prompt::Text(text) => (tokens(live, text, Marks { in_front: true, in_text: false })?, 1),
+        Prompt::Text(text) => (tokens(live, text, marks)?, usize::from(marks.in_front)),
         Prompt::Ids(ids) => (ids.clone(), 0),
     };
     let echo = (asked.echo && from < ids.len()).then_some(from);

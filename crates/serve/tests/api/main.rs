@@ -30,9 +30,13 @@ fn tokenizer() -> Tokenizer {
 
 /// The model that all servers of these tests have; `sequences` texts at a time.
 fn model(sequences: usize) -> Model {
+    model_with(sequences, tokenizer())
+}
+
+fn model_with(sequences: usize, tokenizer: Tokenizer) -> Model {
     let config = Config { vocab: 300, positions: POSITIONS, ..Config::preset("tiny").unwrap() };
     let opening = Opening { threads: Some(1), sequences, ..Opening::default() };
-    Model::untrained(&config, tokenizer(), &opening, 1).unwrap()
+    Model::untrained(&config, tokenizer, &opening, 1).unwrap()
 }
 
 fn source(name: &str, sequences: usize) -> ModelSource {

@@ -1,7 +1,9 @@
 //! What the routes that generate and tokenise answer.
 
-use crate::{model, options, serve, stop};
+use crate::{model, model_with, options, serve, stop};
+use ferropt_data::{Marks, Tokenizer};
 use ferropt_engine::{Completion, Decay, Parameters, Request};
+use ferropt_serve::{ModelSource, Options};
 use serde_json::{Value, json};
 
 /// What the engine gives when it is asked directly.
@@ -316,5 +318,56 @@ fn generate_and_tokenise_tell_what_the_engine_knows() {
     assert_eq!(bare["prompt"], format!("{text}{text}"));
     let back = json!({ "prompt": kept, "add_special_tokens": false });
     assert_eq!(client.post("/tokenize", &back)["tokens"], json!(twice));
+    stop(server);
+}
+
+#[test]
+fn special_tokens_of_a_prompt_are_those_that_were_asked_for() {
+    // A fine-tuned model's tokenizer.
+    let folder = tempfile::tempdir().unwrap();
+    let mut tokenizer: Value = serde_json::from_str(&crate::tokenizer().to_json().unwrap()).unwrap();
+    let added = [("<|user|>", false), ("[PAD]", true)].into_iter().zip(280..);
+    let added =
+        added.map(|((content, special), id)| json!({ "id": id, "content": content, "special": special }));
+    tokenizer["added_tokens"].as_array_mut().unwrap().extend(added);
+    std::fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let open = || Tokenizer::load(folder.path()).unwrap();
+    let (tokenizer, used) = (open(), open());
+    let open = Box::new(move || Ok(model_with(4, used)));
+    let (server, client) =
+        serve(Options { models: vec![ModelSource { name: "opt".into(), open }], ..options() });
+
+    let text = "<|user|>the cat[PAD]</s>";
+    for (fields, marks) in [
+        (json!({}), Marks { in_front: true, in_text: false }),
+        (json!({ "special_tokens": true }), Marks::HUGGING_FACE),
+        (json!({ "add_special_tokens": false }), Marks::default()),
+        (
+            json!({ "add_special_tokens": false, "special_tokens": true }),
+            Marks { in_front: false, in_text: true },
+        ),
+    ] {
+        let ids = tokenizer.encode_as(text, marks).unwrap();
+        let texts = [json!(text), json!(ids)].map(|prompt| {
+            let answer = client.post("/v1/completions", &with(asked(prompt), fields.clone()));
+            assert_eq!(answer["usage"]["prompt_tokens"], ids.len(), "{fields}");
+            answer["choices"][0]["text"].clone()
+        });
+        assert_eq!(texts[0], texts[1], "{fields}");
+    }
+    // What was given is echoed, and its first token follows nothing.
+    let fields = json!({ "add_special_tokens": false, "echo": true, "logprobs": 0, "max_tokens": 0 });
+    let echoed = client.post("/v1/completions", &with(asked(json!("the cat")), fields));
+    assert_eq!(echoed["choices"][0]["text"], "the cat");
+    assert_eq!(echoed["choices"][0]["logprobs"]["token_logprobs"][0], Value::Null);
+
+    let asked = json!({ "prompt": text, "add_special_tokens": false, "return_token_strs": true });
+    let tokens = client.post("/tokenize", &asked);
+    let names: Vec<&str> =
+        tokens["token_strs"].as_array().unwrap().iter().map(|t| t.as_str().unwrap()).collect();
+    assert_eq!((names[0], names.concat().as_str()), ("<|user|>", text));
+    assert_eq!(client.post("/detokenize", &json!({ "tokens": tokens["tokens"] }))["prompt"], text);
+    let bare = json!({ "tokens": tokens["tokens"], "skip_special_tokens": true });
+    assert_eq!(client.post("/detokenize", &bare)["prompt"], "<|user|>the cat");
     stop(server);
 }
