@@ -3,7 +3,6 @@
 
 use crate::parameters::Parameters;
 use crate::sampler::Place;
-use ferropt_data::EOS;
 use std::collections::HashMap;
 
 /// Whether logits are as the model gives them, but for the end's.
@@ -56,7 +55,7 @@ pub(crate) fn adjust(p: &Parameters, place: Place<'_>, logits: &mut [f32]) {
         }
     }
     if !end_allowed(p, place.written()) {
-        logits[EOS as usize] = f32::NEG_INFINITY;
+        place.ends.rule_out(logits);
     }
 }
 
@@ -73,12 +72,18 @@ pub(crate) fn nucleus(p: &Parameters, place: Place<'_>) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ends::Ends;
     use crate::parameters::Decay;
+    use ferropt_data::EOS;
 
     fn adjusted(p: Parameters) -> Vec<f32> {
-        let place = Place { prompt: &[0, 1, 1, 3], generated: &[4, 4], guessed: &[3], choice: 0 };
+        adjusted_with(Ends::default(), p)
+    }
+
+    fn adjusted_with(ends: Ends, p: Parameters) -> Vec<f32> {
+        let (prompt, generated, guessed) = (&[0, 1, 1, 3], &[4, 4], &[3]);
         let mut logits = vec![2.0, -2.0, 1.0, 3.0, 4.0];
-        adjust(&p, place, &mut logits);
+        adjust(&p, Place { prompt, generated, guessed, choice: 0, ends: &ends }, &mut logits);
         logits
     }
 
@@ -94,6 +99,14 @@ mod tests {
         assert_eq!(end(Parameters { min_tokens: 4, ..plain() }), f32::NEG_INFINITY);
         assert_eq!(end(Parameters { min_tokens: 3, ..plain() }), 1.0);
         assert_eq!(end(Parameters { ignore_end: true, ..plain() }), f32::NEG_INFINITY);
+        // All that end a text, of which one has no row here.
+        let several = Ends::new(&[EOS, 4, 9]).unwrap();
+        let none = f32::NEG_INFINITY;
+        assert_eq!(
+            adjusted_with(several, Parameters { ignore_end: true, ..plain() }),
+            [2.0, -2.0, none, 3.0, none]
+        );
+        assert_eq!(adjusted_with(several, plain()), [2.0, -2.0, 1.0, 3.0, 4.0]);
     }
 
     #[test]
@@ -125,7 +138,10 @@ mod tests {
         let p = Parameters { top_p: 0.8, decay: Some(decay), ..Parameters::default() };
         let at = |generated: &[u32], guessed: &[u32]| {
             // Ends of sentences in the prompt do not count.
-            nucleus(&p, Place { prompt: &[2, 4, 7, 7], generated, guessed, choice: 0 })
+            nucleus(
+                &p,
+                Place { prompt: &[2, 4, 7, 7], generated, guessed, choice: 0, ends: &Ends::default() },
+            )
         };
         let sizes: Vec<f32> = (0..6).map(|len| at(&[7; 6][..len], &[])).collect();
         assert_eq!(sizes, [0.8, 0.8, 0.4, 0.2, 0.15, 0.15]);
@@ -134,6 +150,10 @@ mod tests {
             [0.8, 0.4, 0.2]
         );
         let plain = Parameters { decay: None, ..p.clone() };
-        assert_eq!(nucleus(&plain, Place { prompt: &[2], generated: &[7; 9], guessed: &[], choice: 0 }), 0.8);
+        let ends = &Ends::default();
+        assert_eq!(
+            nucleus(&plain, Place { prompt: &[2], generated: &[7; 9], guessed: &[], choice: 0, ends }),
+            0.8
+        );
     }
 }

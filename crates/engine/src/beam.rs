@@ -1,14 +1,14 @@
 //! Beam search: the likeliest texts, as far as keeping a few at a time finds them.
 
+use crate::ends::Ends;
 use crate::text::Token;
-use ferropt_data::EOS;
 
 /// A text and the sum of its tokens' log-probabilities.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Text {
-    /// Tokens, without the `</s>` that may have ended it.
+    /// Tokens, without the one that may have ended it.
     pub tokens: Vec<Token>,
-    /// Sum of log-probabilities, that of `</s>` included.
+    /// Sum of log-probabilities, that of the end included.
     pub sum: f64,
 }
 
@@ -17,9 +17,9 @@ pub struct Text {
 pub struct Ended {
     /// The text.
     pub text: Text,
-    /// Sum over length^penalty, where `</s>` counts as a token.
+    /// Sum over length^penalty, where the end counts as a token.
     pub score: f64,
-    /// Whether `</s>` ended it; else the limit did.
+    /// Whether a token ended it; else the limit did.
     pub complete: bool,
 }
 
@@ -29,6 +29,7 @@ pub struct Search {
     wanted: usize,
     limit: usize,
     penalty: f64,
+    ends: Ends,
     /// Texts that go on, best first, all of one length.
     live: Vec<Text>,
     /// Best first.
@@ -37,14 +38,14 @@ pub struct Search {
 
 impl Search {
     /// Starts with one empty text. `limit` is at least 1.
-    pub fn new(width: usize, wanted: usize, limit: usize, penalty: f64) -> Search {
+    pub fn new(width: usize, wanted: usize, limit: usize, penalty: f64, ends: Ends) -> Search {
         let live = vec![Text { tokens: Vec::new(), sum: 0.0 }];
-        Search { width, wanted, limit, penalty, live, ended: Vec::new() }
+        Search { width, wanted, limit, penalty, ends, live, ended: Vec::new() }
     }
 
-    /// How many of the likeliest tokens it has to know behind each text: one of them may be `</s>`.
+    /// How many of the likeliest tokens it has to know behind each text: some of them may be ends.
     pub fn candidates(&self) -> usize {
-        self.width + 1
+        self.width + self.ends.ids().len()
     }
 
     /// Texts that go on.
@@ -66,7 +67,7 @@ impl Search {
                 break;
             }
             let mut tokens = self.live[parent].tokens.clone();
-            if token.id == EOS {
+            if self.ends.contains(token.id) {
                 self.end(Text { tokens, sum }, true);
             } else {
                 tokens.push(token.clone());
@@ -113,6 +114,7 @@ impl Search {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ferropt_data::EOS;
     use ferropt_device::rng::{Purpose, Stream};
 
     const VOCAB: u32 = 5;
@@ -128,7 +130,7 @@ mod tests {
     }
 
     fn search(seed: u64, width: usize, wanted: usize, limit: usize, penalty: f64) -> Vec<Ended> {
-        let mut search = Search::new(width, wanted, limit, penalty);
+        let mut search = Search::new(width, wanted, limit, penalty, Ends::default());
         while !search.live().is_empty() {
             let likeliest: Vec<Vec<Token>> = search
                 .live()

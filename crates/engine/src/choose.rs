@@ -2,10 +2,10 @@
 //! threads.
 
 use crate::adjust::{end_allowed, unchanged};
+use crate::ends::Ends;
 use crate::parameters::Parameters;
 use crate::sampler::{Place, Sampler, draw, top};
 use crate::text::Token;
-use ferropt_data::EOS;
 use ferropt_device::Device;
 use ferropt_model::Logits;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -67,7 +67,9 @@ impl<D: Device> Chooser<'_, D> {
         let mut ids = vec![0; asked.len()];
         let (mut drawn, mut draws, mut others) = (Vec::new(), Vec::new(), Vec::new());
         for (i, Asked { row, parameters: p, place }) in asked.iter().enumerate() {
-            if !unchanged(p) {
+            // A device leaves out one token when it draws.
+            let several = place.ends.single().is_none() && !end_allowed(p, place.written());
+            if !unchanged(p) || several {
                 others.push(i);
             } else if let Some(draw) = draw(p, *place) {
                 drawn.push(i);
@@ -115,12 +117,12 @@ impl<D: Device> Chooser<'_, D> {
         })
     }
 
-    /// The likeliest tokens that may be chosen.
+    /// The likeliest tokens that may be chosen, which `without` may not.
     pub(crate) fn likeliest(
         &self,
         row: usize,
         count: usize,
-        end_allowed: bool,
+        without: Option<&Ends>,
         log_probs: Option<usize>,
     ) -> Vec<Token> {
         let beside = self.top(row, log_probs.unwrap_or(0));
@@ -128,8 +130,8 @@ impl<D: Device> Chooser<'_, D> {
         let likeliest = self.scratches.with(|Scratch { logits, .. }| {
             self.logits.read(row, logits);
             let known = &mut logits[..self.known];
-            if !end_allowed {
-                known[EOS as usize] = f32::NEG_INFINITY;
+            if let Some(ends) = without {
+                ends.rule_out(known);
             }
             top(known, count)
         });

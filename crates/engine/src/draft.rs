@@ -13,7 +13,6 @@ use crate::choose::{Asked, Chooser, Scratches};
 use crate::parameters::Parameters;
 use crate::sampler::Place;
 use anyhow::Result;
-use ferropt_data::EOS;
 use ferropt_device::{Device, Element, PAGE, Segment};
 use ferropt_model::{Cache, Decoder, Memory};
 use std::collections::BTreeSet;
@@ -173,7 +172,8 @@ impl<D: Device, E: Element> Draft<D, E> {
             for ((_, number, past), id) in complete.into_iter().zip(guessed) {
                 let (text, guesses) = (&texts[number], &mut guesses[number]);
                 guesses.push(id);
-                if guesses.len() < text.ahead && (id != EOS || text.parameters.ignore_end) {
+                if guesses.len() < text.ahead && (!text.place.ends.contains(id) || text.parameters.ignore_end)
+                {
                     reads.push(Read { text: number, past, tokens: vec![id] });
                 }
             }

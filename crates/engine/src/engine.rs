@@ -3,6 +3,7 @@
 use crate::choose::{Asked, Chooser, Scratches, on_all_threads};
 use crate::draft::{self, Draft};
 use crate::embed::Pool;
+use crate::ends::Ends;
 use crate::event::Event;
 use crate::pace::Pace;
 use crate::parameters::{Capacity, Refusal, Request};
@@ -30,6 +31,8 @@ pub struct Options {
     pub pause: Option<Duration>,
     /// Whether the cache's memory is taken from the system at once, rather than page by page as texts need it.
     pub reserve: bool,
+    /// What ends a text.
+    pub ends: Ends,
 }
 
 impl Options {
@@ -38,7 +41,8 @@ impl Options {
         let limits = Limits { tokens: TOKENS.max(sequences), sequences, reuse: true };
         // A page more for each: while it is copied, a page that two texts have in common is there twice.
         let cache_tokens = sequences * (longest.next_multiple_of(PAGE) + PAGE);
-        Options { limits, cache_tokens, draft_tokens: DRAFT_TOKENS, pause: None, reserve: false }
+        let ends = Ends::default();
+        Options { limits, cache_tokens, draft_tokens: DRAFT_TOKENS, pause: None, reserve: false, ends }
     }
 }
 
@@ -69,6 +73,7 @@ pub struct Engine<'t, D: Device, E: Element> {
     count: u64,
     /// Ids that may be chosen: a model may have more rows than the tokenizer has tokens.
     known: usize,
+    ends: Ends,
     scratches: Scratches,
     /// Tokens that the draft guessed so far, and how many of them were right.
     drafted: u64,
@@ -144,6 +149,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             requests: BTreeMap::new(),
             count: 0,
             known,
+            ends: options.ends,
             scratches: Scratches::default(),
             drafted: 0,
             accepted: 0,
@@ -180,7 +186,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
         request.check(&self.capacity)?;
         let number = self.count;
         self.count += 1;
-        let mut running = Running::new(request, self.capacity.positions, self.tokenizer);
+        let mut running = Running::new(request, self.capacity.positions, self.tokenizer, self.ends);
         // Tokens behind which something is wanted are computed, even if an earlier text has them.
         let pooled = running.pool.as_ref().and_then(Pool::next);
         let reusable = match running.next_echo().map(|at| at.saturating_sub(1)).or(pooled) {
@@ -421,7 +427,7 @@ fn find<D: Device>(
     match (what, &running.texts) {
         (What::Echo(at), _) => vec![chooser.token(row, running.request.prompt[*at], true, p.log_probs)],
         (_, Texts::Beams(beams)) => {
-            chooser.likeliest(row, beams.search.candidates(), running.end_allowed(), p.log_probs)
+            chooser.likeliest(row, beams.search.candidates(), running.left_out(), p.log_probs)
         }
         (What::Next { .. }, _) => {
             picked.map(|id| chooser.token(row, id, running.compares(), p.log_probs)).into_iter().collect()

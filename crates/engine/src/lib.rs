@@ -15,6 +15,7 @@ mod choose;
 mod conversation;
 mod draft;
 mod embed;
+mod ends;
 mod engine;
 mod event;
 mod handle;
@@ -30,6 +31,7 @@ pub mod text;
 
 pub use conversation::{Conversation, Speaker};
 pub use embed::Pooling;
+pub use ends::Ends;
 pub use engine::{DRAFT_TOKENS, Engine, Options};
 pub use event::{Event, Finish, Usage};
 pub use handle::{Completion, Events, Handle, Text};

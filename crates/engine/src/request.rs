@@ -4,16 +4,18 @@ use crate::adjust::end_allowed;
 use crate::beam::{Ended, Search};
 use crate::draft::ACCEPTANCE;
 use crate::embed::Pool;
+use crate::ends::Ends;
 use crate::event::{Event, Finish, Usage};
 use crate::parameters::{Parameters, Request};
 use crate::sampler::Place;
 use crate::text::{Output, Piece, Token};
-use ferropt_data::{EOS, Tokenizer};
+use ferropt_data::Tokenizer;
 
 /// A request in work.
 pub(crate) struct Running<'t> {
     pub(crate) request: Request,
     tokenizer: &'t Tokenizer,
+    ends: Ends,
     /// Tokens at most, and why a text ends there.
     pub(crate) limit: usize,
     full: Finish,
@@ -41,7 +43,7 @@ pub(crate) struct Choice<'t> {
     output: Output<'t>,
     /// Its tokens.
     pub(crate) generated: Vec<u32>,
-    /// Sum of log-probabilities and how many, `</s>` included; if they decide what is given back.
+    /// Sum of log-probabilities and how many, that of the end included; if they decide what is given back.
     sum: (f64, usize),
     /// Share of guesses of its tokens that were right of late.
     acceptance: f32,
@@ -72,7 +74,7 @@ pub(crate) struct Moves {
 }
 
 impl<'t> Running<'t> {
-    pub(crate) fn new(request: Request, positions: usize, tokenizer: &'t Tokenizer) -> Self {
+    pub(crate) fn new(request: Request, positions: usize, tokenizer: &'t Tokenizer, ends: Ends) -> Self {
         // The last token needs no position: nothing is computed from it.
         let room = positions + 1 - request.prompt.len();
         let (limit, full) = match request.parameters.max_tokens {
@@ -84,6 +86,7 @@ impl<'t> Running<'t> {
         let mut running = Running {
             request,
             tokenizer,
+            ends,
             limit,
             full,
             echoed: Vec::new(),
@@ -161,7 +164,7 @@ impl<'t> Running<'t> {
     pub(crate) fn place<'a>(&'a self, number: u64, guessed: &'a [u32]) -> Option<Place<'a>> {
         let Texts::Sampled(choices) = &self.texts else { return None };
         let (prompt, choice) = (&self.request.prompt, number as usize);
-        Some(Place { prompt, generated: &choices.get(choice)?.generated, guessed, choice })
+        Some(Place { prompt, generated: &choices.get(choice)?.generated, guessed, choice, ends: &self.ends })
     }
 
     /// Makes the texts that follow the prompt.
@@ -169,7 +172,7 @@ impl<'t> Running<'t> {
         let p = self.parameters();
         self.texts = match p.beams.filter(|_| self.limit > 0) {
             Some(width) => {
-                let search = Search::new(width, p.n, self.limit, p.length_penalty as f64);
+                let search = Search::new(width, p.n, self.limit, p.length_penalty as f64, self.ends);
                 Texts::Beams(Beams { search, parts: vec![0], likeliest: vec![None], next_part: 1 })
             }
             None => {
@@ -223,7 +226,7 @@ impl<'t> Running<'t> {
     /// Appends a token to a sampled text; returns whether it goes on.
     pub(crate) fn push(&mut self, number: usize, token: Token, events: &mut Vec<Event>) -> bool {
         let compares = self.compares();
-        let (limit, full) = (self.limit, self.full);
+        let (limit, full, ends) = (self.limit, self.full, self.ends);
         let p = &self.request.parameters;
         let (min, log_probs, ignore_end) = (p.min_tokens, p.log_probs.is_some(), p.ignore_end);
         let Texts::Sampled(choices) = &mut self.texts else { return false };
@@ -233,7 +236,7 @@ impl<'t> Running<'t> {
         let id = token.id;
         let token = Token { log_prob: token.log_prob.filter(|_| log_probs), ..token };
         let mut pieces = Vec::new();
-        if id == EOS && !ignore_end {
+        if ends.contains(id) && !ignore_end {
             choice.finish = Some(Finish::EndOfText);
         } else {
             choice.generated.push(id);
@@ -291,10 +294,11 @@ impl<'t> Running<'t> {
         Some(moves)
     }
 
-    /// Whether `</s>` may come next behind texts of a search.
-    pub(crate) fn end_allowed(&self) -> bool {
-        let Texts::Beams(beams) = &self.texts else { return true };
-        end_allowed(self.parameters(), beams.search.live().first().map_or(0, |text| text.tokens.len()))
+    /// Ends that must not come next behind texts of a search.
+    pub(crate) fn left_out(&self) -> Option<&Ends> {
+        let Texts::Beams(beams) = &self.texts else { return None };
+        let written = beams.search.live().first().map_or(0, |text| text.tokens.len());
+        (!end_allowed(self.parameters(), written)).then_some(&self.ends)
     }
 
     /// The last events, once all is complete.

@@ -1,8 +1,8 @@
 //! Choosing a token from logits.
 
 use crate::adjust::{adjust, end_allowed, nucleus};
+use crate::ends::Ends;
 use crate::parameters::Parameters;
-use ferropt_data::EOS;
 use ferropt_device::{Draw, Drawer};
 
 /// Where in which text a token is chosen.
@@ -16,6 +16,8 @@ pub struct Place<'a> {
     pub guessed: &'a [u32],
     /// Number of the text in its request.
     pub choice: usize,
+    /// What ends it.
+    pub ends: &'a Ends,
 }
 
 impl Place<'_> {
@@ -30,14 +32,15 @@ impl Place<'_> {
     }
 }
 
-/// How a token is drawn where logits are as they are to be; none if the likeliest one is taken.
+/// How a token is drawn where logits are as they are to be, which of several ends that must not come they are already; none
+/// if the likeliest one is taken.
 pub(crate) fn draw(p: &Parameters, place: Place<'_>) -> Option<Draw> {
     (p.temperature > 0.0).then(|| Draw {
         temperature: p.temperature,
         top_k: p.top_k,
         top_p: nucleus(p, place),
         min_p: p.min_p,
-        without: (!end_allowed(p, place.written())).then_some(EOS),
+        without: place.ends.single().filter(|_| !end_allowed(p, place.written())),
         seed: p.seed,
         choice: place.choice,
         place: place.position(),
@@ -92,7 +95,11 @@ mod tests {
         let mut sampler = Sampler::default();
         let mut pick = |seed, choice, prompt: &[u32], generated: &[u32]| {
             let p = Parameters { seed, ..Parameters::default() };
-            sampler.pick(&p, Place { prompt, generated, guessed: &[], choice }, &mut logits.clone())
+            sampler.pick(
+                &p,
+                Place { prompt, generated, guessed: &[], choice, ends: &Ends::default() },
+                &mut logits.clone(),
+            )
         };
         let one = pick(1, 0, &[7; 5], &[]);
         assert_eq!(one, pick(1, 0, &[9; 2], &[8; 3]));
@@ -103,7 +110,7 @@ mod tests {
 
     #[test]
     fn without_a_temperature_the_likeliest_that_is_allowed_is_taken() {
-        let place = Place { prompt: &[5], generated: &[], guessed: &[], choice: 0 };
+        let place = Place { prompt: &[5], generated: &[], guessed: &[], choice: 0, ends: &Ends::default() };
         let pick = |p: Parameters, logits: [f32; 4]| Sampler::default().pick(&p, place, &mut logits.clone());
         let greedy = || Parameters { temperature: 0.0, ..Parameters::default() };
         assert_eq!(pick(greedy(), [1.0, 2.0, 3.0, 3.0]), 2);

@@ -197,14 +197,18 @@ fn added_tokens_are_read_where_they_are_asked_for_and_generated() {
     let run = lab.path("run").display().to_string();
     let folder = |name: &str| {
         let folder = lab.path(name);
-        let out = ferropt().args(["checkpoint", "convert", "--to", "hf", &run]).arg(&folder).output().unwrap();
+        let out =
+            ferropt().args(["checkpoint", "convert", "--to", "hf", &run]).arg(&folder).output().unwrap();
         assert!(out.status.success(), "{}", text(&out));
         let write = |name: &str, content: &str| std::fs::write(folder.join(name), content).unwrap();
         if name != "whole" {
             std::fs::remove_file(folder.join("tokenizer.json")).unwrap();
             write("vocab.json", &tokenizer["model"]["vocab"].to_string());
             write("merges.txt", "#version: 0.2\n");
-            write("tokenizer_config.json", r#"{"added_tokens_decoder": {"260": {"content": "[PAD]", "special": true}}}"#);
+            write(
+                "tokenizer_config.json",
+                r#"{"added_tokens_decoder": {"260": {"content": "[PAD]", "special": true}}}"#,
+            );
         }
         if name == "old" {
             write("tokenizer_config.json", r#"{"pad_token": "[PAD]"}"#);
@@ -229,7 +233,8 @@ fn added_tokens_are_read_where_they_are_asked_for_and_generated() {
         assert_eq!(read(&["--no-end-in-front"], "ab").0, [101, 102]);
         assert!(!read(&[], "[PA D]").1.contains("note"));
 
-        let args = ["--json", "--max-tokens", "2", "--log-probs", "0", "--greedy", "--logit-bias", "260=100", "a"];
+        let args =
+            ["--json", "--max-tokens", "2", "--log-probs", "0", "--greedy", "--logit-bias", "260=100", "a"];
         let made = &objects(&with_input("generate", &model, &args, ""))[0];
         assert_eq!((&made["log_probs"][1]["id"], &made["text"]), (&260.into(), &"".into()));
     }
@@ -242,6 +247,64 @@ fn added_tokens_are_read_where_they_are_asked_for_and_generated() {
     assert_eq!(ids(&score(&["--special-tokens", "--no-end-in-front"])), [102, 2]);
     let talk = with_input("chat", &run, &["--max-tokens", "3", "--user", "[PAD]"], "hello\nyou\n");
     assert_eq!(text_of_errors(&talk).matches("note").count(), 1);
+}
+
+/// What ends the texts of a fine-tuned model is what its files say.
+#[test]
+fn texts_end_with_the_tokens_that_a_models_files_name() {
+    let lab = Lab::new();
+    lab.train(&lab.config("run", 5), &[]);
+    let run = lab.path("run").display().to_string();
+    let convert = |from: &str, to: &str| {
+        let out =
+            ferropt().args(["checkpoint", "convert", "--to", "hf", from]).arg(lab.path(to)).output().unwrap();
+        assert!(out.status.success(), "{}", text(&out));
+        lab.path(to).display().to_string()
+    };
+    let generate = |model: &str, more: &[&str]| {
+        let args = ["--json", "--greedy", "--max-tokens", "4", "--logit-bias", "101=100", "x"];
+        let made = objects(&with_input("generate", model, &[more, &args].concat(), "")).remove(0);
+        (made["text"].as_str().unwrap().to_owned(), made["finish_reason"].as_str().unwrap().to_owned())
+    };
+    let never = ("aaaa".to_owned(), "max-tokens".to_owned());
+    let at_once = (String::new(), "end-of-text".to_owned());
+    assert_eq!(generate(&run, &[]), never);
+
+    let model = convert(&run, "model");
+    let config = lab.path("model/config.json");
+    let set = |ends: Value| {
+        let mut json: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+        json["eos_token_id"] = ends;
+        std::fs::write(&config, json.to_string()).unwrap();
+    };
+    set(101.into());
+    assert_eq!(generate(&model, &[]), at_once);
+    set(vec![2, 101].into());
+    assert_eq!(generate(&model, &[]), at_once);
+    let (text, finish) = generate(&model, &["--ignore-end"]);
+    assert!(finish == "max-tokens" && !text.contains('a'), "{text}");
+    let (text, finish) = generate(&model, &["--min-tokens", "2"]);
+    assert!(finish == "end-of-text" && !text.is_empty() && !text.contains('a'), "{text}");
+    // It stays so when the model is written anew.
+    assert_eq!(generate(&convert(&model, "again"), &[]), at_once);
+
+    // What is meant for generation comes first.
+    let generation = lab.path("model/generation_config.json");
+    for (content, expected) in [(r#"{"eos_token_id": [2]}"#, &never), ("{}", &at_once)] {
+        std::fs::write(&generation, content).unwrap();
+        assert_eq!(generate(&model, &[]), *expected);
+    }
+    for (content, part) in [
+        (r#"{"eos_token_id": "</s>"}"#, "\"</s>\""),
+        (r#"{"eos_token_id": []}"#, "0 tokens"),
+        (r#"{"eos_token_id": [1, 2, 3, 4, 5, 6, 7, 8, 9]}"#, "9 tokens"),
+        ("{", "generation_config.json"),
+    ] {
+        std::fs::write(&generation, content).unwrap();
+        let out = ferropt().args(["generate", "--model", &model, "x"]).output().unwrap();
+        let said = text_of_errors(&out);
+        assert!(!out.status.success() && said.contains(part), "{content}: {said}");
+    }
 }
 
 fn text_of_errors(out: &Output) -> String {

@@ -10,7 +10,7 @@ use anyhow::{Context, Error, Result, ensure};
 use ferropt_data::Tokenizer;
 use ferropt_device::quantise::Codes;
 use ferropt_device::{Chip, WeightFormat, Which, bf16};
-use ferropt_engine::{DRAFT_TOKENS, Handle, Options};
+use ferropt_engine::{DRAFT_TOKENS, Ends, Handle, Options};
 use ferropt_model::formats::{Dtype, Source};
 use ferropt_model::{Config, Decoder, Matrices, initial_rows};
 use serde::Deserialize;
@@ -141,6 +141,10 @@ impl Model {
         let source = &named.source;
         let load = || -> Result<Model> {
             let format = weights(&named, opening.weights)?;
+            let ends = match source.ends()? {
+                Some(ids) => Ends::new(&ids).context("its eos_token_id cannot be used")?,
+                None => Ends::default(),
+            };
             let device = open_device(opening.device, opening.threads)?;
             let (tokenizer, (decoder, kept)) = tokenizer_and(source, opening, |wanted| {
                 decoder_of(&device, &named, format, opening.cache.as_ref(), wanted)
@@ -149,7 +153,7 @@ impl Model {
                 Some(path) => Some(draft(&device, path, opening, &tokenizer)?),
                 None => None,
             };
-            Ok(Model { kept, ..start(device, decoder, draft, tokenizer, opening, format)? })
+            Ok(Model { kept, ..start(device, decoder, draft, tokenizer, (opening, ends), format)? })
         };
         let model = load().with_context(|| format!("cannot use {}", source.path().display()))?;
         let rounded = opening.weights.is_none()
@@ -178,7 +182,7 @@ impl Model {
         let weights = opening.weights.unwrap_or(WeightFormat::F32);
         let device = open_device(opening.device, opening.threads)?;
         let decoder = Decoder::new(&device, config, weights, &read, Matrices::Rows)?;
-        let model = start(device, decoder, None, tokenizer, opening, weights)?;
+        let model = start(device, decoder, None, tokenizer, (opening, Ends::default()), weights)?;
         Ok(Model { load_seconds: began.elapsed().as_secs_f64(), ..model })
     }
 }
@@ -311,14 +315,14 @@ fn start(
     decoder: Decoder<Chip>,
     draft: Option<Decoder<Chip>>,
     tokenizer: Tokenizer,
-    opening: &Opening,
+    (opening, ends): (&Opening, Ends),
     weights: WeightFormat,
 ) -> Result<Model> {
     let (config, weight_bytes) = (decoder.config().clone(), decoder.bytes(&device) as u64);
     let longest = opening.longest.unwrap_or(config.positions).clamp(1, config.positions);
     let Opening { draft_tokens, pause, reserve, .. } = *opening;
     let mut options =
-        Options { draft_tokens, pause, reserve, ..Options::new(opening.sequences.max(1), longest) };
+        Options { draft_tokens, pause, reserve, ends, ..Options::new(opening.sequences.max(1), longest) };
     options.limits.reuse = opening.reuse;
     options.cache_tokens = opening.cache_tokens.unwrap_or(options.cache_tokens);
     let tokenizer = Arc::new(tokenizer);

@@ -228,3 +228,38 @@ fn requests_fail_where_the_model_has_no_numbers() {
         }
     }
 }
+
+/// As a model has them that was made for conversations.
+#[test]
+fn every_token_that_ends_texts_ends_them_and_is_left_out_where_none_may() {
+    let tokenizer = tokenizer();
+    let prompt = tokenizer.encode_prompt("the cat sat").unwrap();
+    let made = |ends: &Ends, parameters: &Parameters| -> Text {
+        let mut engine = engine::<f32>(&tokenizer, WeightFormat::F32, Options { ends: *ends, ..roomy() });
+        let request = Request { prompt: prompt.clone(), parameters: parameters.clone() };
+        let number = engine.submit(request).unwrap();
+        run(&mut engine, |_, _| {}).remove(&number).unwrap().choices.remove(0)
+    };
+    for temperature in [0.0, 1.0] {
+        let p = Parameters { temperature, seed: 6, max_tokens: Some(40), ..Parameters::default() };
+        let free = ids(&made(&Ends::default(), &p));
+        let end = free[3];
+        let until = free.iter().position(|id| *id == end).unwrap();
+        for ends in [&[end][..], &[2, end], &[u32::MAX, end, 2]] {
+            let ends = Ends::new(ends).unwrap();
+            let text = made(&ends, &p);
+            assert_eq!((ids(&text), text.finish), (free[..until].to_vec(), Some(Finish::EndOfText)));
+            let whole = ids(&made(&ends, &Parameters { ignore_end: true, ..p.clone() }));
+            assert!(whole.len() == 40 && whole.iter().all(|id| !ends.contains(*id)), "{whole:?}");
+            let long = ids(&made(&ends, &Parameters { min_tokens: 20, ..p.clone() }));
+            assert_eq!(long[..20], whole[..20]);
+            let p = Parameters { beams: Some(3), temperature: 0.0, max_tokens: Some(8), ..p.clone() };
+            for ignore_end in [false, true] {
+                let searched = made(&ends, &Parameters { ignore_end, ..p.clone() });
+                assert!(ids(&searched).iter().all(|id| !ends.contains(*id)), "{searched:?}");
+                assert!(!ignore_end || searched.tokens.len() == 8);
+            }
+        }
+    }
+    assert!(Ends::new(&[]).is_err() && Ends::new(&[2; 9]).is_err() && Ends::new(&[7; 8]).is_ok());
+}

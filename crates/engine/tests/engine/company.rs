@@ -93,6 +93,7 @@ fn check<E: Element>(format: WeightFormat) {
         draft_tokens: 8,
         pause: reuse.then_some(Duration::ZERO),
         reserve: reuse,
+        ends: Ends::default(),
     };
     let (mut reused, mut preemptions) = (0, 0);
     for (round, options) in [

@@ -80,6 +80,7 @@ fn check<E: Element>(format: WeightFormat) {
         draft_tokens,
         pause: None,
         reserve: false,
+        ends: Ends::default(),
     };
     let (mut drafted, mut accepted, mut reused, mut preemptions) = (0, 0, 0, 0);
     for (round, (options, draft)) in [
@@ -182,6 +183,7 @@ fn cancelled_requests_leave_nothing_of_their_guesses() {
         draft_tokens: 6,
         pause: None,
         reserve: false,
+        ends: Ends::default(),
     };
     let mut engine = engine::<f32>(&tokenizer, WeightFormat::F32, (few, 0.1), Some(small()));
     let numbers: Vec<u64> = requests.iter().map(|r| engine.submit(r.clone()).unwrap()).collect();

@@ -42,6 +42,7 @@ fn check<E: Element>(format: WeightFormat) {
         draft_tokens: 8,
         pause: None,
         reserve: false,
+        ends: Ends::default(),
     };
     let mut engine = engine::<E>(&tokenizer, format, few);
     for pooling in [Pooling::Mean, Pooling::Last] {

@@ -16,6 +16,7 @@ fn written<E: Element>(graphs: bool, drafted: bool) -> (BTreeMap<u64, Completion
         draft_tokens: 3,
         pause: None,
         reserve: false,
+        ends: Ends::default(),
     };
     let mut engine = Engine::<_, E>::new(device, ours, draft, &tokenizer, options).unwrap();
     // One begins every third step: from one text to as many as there may be, with the borders of pages among them.

@@ -12,7 +12,7 @@ use ferropt_data::Tokenizer;
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
 use ferropt_device::rng::{Purpose, Stream};
 use ferropt_device::{Device, Element, PAGE, Segment, WeightFormat};
-use ferropt_engine::{Completion, Engine, Limits, Options, Parameters, Request};
+use ferropt_engine::{Completion, Ends, Engine, Limits, Options, Parameters, Request};
 use ferropt_model::{Cache, Config, Decoder, Matrices, Memory};
 use std::collections::BTreeMap;
 
@@ -68,6 +68,7 @@ fn roomy() -> Options {
         draft_tokens: 8,
         pause: None,
         reserve: false,
+        ends: Ends::default(),
     }
 }
 

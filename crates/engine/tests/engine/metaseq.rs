@@ -133,7 +133,7 @@ fn tokens_come_as_often_as_metaseqs_formulas_say() {
         let p = fields.parameters(sampled(1, 5));
         let mut got = vec![0.0; want.len()];
         for choice in 0..DRAWS {
-            let place = Place { prompt: &prompt, generated, guessed: &[], choice };
+            let place = Place { prompt: &prompt, generated, guessed: &[], choice, ends: &Ends::default() };
             got[sampler.pick(&p, place, &mut logits.clone()) as usize] += 1.0 / DRAWS as f64;
         }
         // Three standard deviations.
@@ -167,6 +167,7 @@ fn every_text_of_a_batch_follows_its_own_fields() {
         draft_tokens: 8,
         pause: None,
         reserve: false,
+        ends: Ends::default(),
     };
     let mut engine = engine::<f32>(&tokenizer, WeightFormat::F32, few);
     let requests = asked.iter().map(|(fields, prompt, more)| Request {

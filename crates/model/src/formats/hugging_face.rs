@@ -85,6 +85,25 @@ pub(super) fn read_json(path: &Path) -> Result<Map<String, Value>> {
     serde_json::from_slice(&text).with_context(|| format!("{} is not a JSON object", path.display()))
 }
 
+/// What a file says of the ids that end texts.
+pub(super) fn ends(path: &Path) -> Result<Option<Vec<u32>>> {
+    let json = read_json(path)?;
+    let ids = match json.get("eos_token_id") {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::Array(ids)) => ids.as_slice(),
+        Some(one) => std::slice::from_ref(one),
+    };
+    let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
+    let ends: Option<Vec<u32>> = ids.iter().map(id).collect();
+    ends.map(Some).with_context(|| {
+        format!(
+            "{}: eos_token_id = {}, but it must be an id or a list of ids",
+            path.display(),
+            json["eos_token_id"]
+        )
+    })
+}
+
 /// The files with weights: `first`, or those that it lists if it is an index.
 pub(super) fn files(folder: &Path, first: &Path) -> Result<Vec<PathBuf>> {
     if first.extension().is_some_and(|e| e == "json") {

@@ -12,6 +12,7 @@ use crate::parameters::Parameter;
 use anyhow::{Context, Result, bail, ensure};
 use ferropt_device::WeightFormat;
 use ferropt_device::quantise::{Codes, GROUP};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -239,6 +240,33 @@ impl Source {
     /// What was opened.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Ids that end its texts: `eos_token_id` of generation_config.json, or else of config.json; none if neither says it.
+    ///
+    /// # Errors
+    /// When one of the files is damaged, or the value is no id or list of ids.
+    pub fn ends(&self) -> Result<Option<Vec<u32>>> {
+        for name in ["generation_config.json", hugging_face::CONFIG] {
+            let path = self.folder.join(name);
+            if path.is_file()
+                && let Some(ends) = hugging_face::ends(&path)?
+            {
+                return Ok(Some(ends));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Its `config.json` in a Hugging Face folder.
+    pub(super) fn hugging_face_config(&self) -> Result<Value> {
+        let mut config = self.config.hugging_face();
+        match self.ends()?.as_deref() {
+            Some([one]) => config["eos_token_id"] = (*one).into(),
+            Some(several) => config["eos_token_id"] = several.into(),
+            None => {}
+        }
+        Ok(config)
     }
 
     /// The folder of its files.

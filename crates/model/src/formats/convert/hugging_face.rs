@@ -21,7 +21,7 @@ pub(super) fn write(source: &Source, options: &Options, folder: &mut Folder) -> 
     tensors.sort_by_key(|tensor| std::cmp::Reverse(tensor.dtype.size()));
     folder.total = tensors.iter().map(Outgoing::bytes).sum();
 
-    let mut config = source.config().hugging_face();
+    let mut config = source.hugging_face_config()?;
     if let Some(dtype) = options.dtype.or(source.dtype()) {
         config["torch_dtype"] = dtype.torch_name().into();
     }

@@ -66,7 +66,7 @@ pub fn quantise(
             sums.insert(name.clone(), file(folder, &name, shard, format, round)?);
         }
         index(folder, "model", "safetensors", &map)?;
-        let mut config = source.config().hugging_face();
+        let mut config = source.hugging_face_config()?;
         config[KEY] = serde_json::to_value(quantisation.with_files(sums))?;
         if let Some(dtype) = source.dtype() {
             config["torch_dtype"] = dtype.torch_name().into();
