@@ -37,6 +37,7 @@ fn source(name: &str, draft: bool) -> ModelSource {
             step: 0,
             damaged: vec![],
             kept: None,
+            rounded: false,
             load_seconds: 0.0,
         })
     };
