@@ -118,6 +118,21 @@ fn time_that_is_over_within_the_last_validation_is_no_end_of_the_run() {
 }
 
 #[test]
+fn time_that_is_too_short_for_a_validation_is_no_standstill() {
+    let lab = Lab::new();
+    let sentences = fs::read_to_string(lab.path("held-out.txt")).unwrap();
+    fs::write(lab.path("held-out.txt"), sentences.repeat(1 << 8)).unwrap();
+    let config = lab.config("run", 3);
+    let set = ["validation.every=1", "validation.max_tokens=", "run.max_minutes=0.01"];
+    for lines in 1..=3 {
+        let out = lab.train(&config, &set);
+        assert!(text(&out).contains("run.max_minutes are over after step"), "{}", text(&out));
+        assert_eq!(told(&lab, "run").len(), lines, "a step, its score, and the next step");
+    }
+    lab.tensors("run", 2);
+}
+
+#[test]
 fn sighup_is_a_stop_unless_nohup_started_the_run() {
     let lab = Lab::new();
     let set = ["checkpoint.every=100000"];

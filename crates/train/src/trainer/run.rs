@@ -217,8 +217,10 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let until = minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(minutes * 60.0));
         let (limits, first) = (Limits { stop, until }, self.step);
         self.unscored = self.left_unscored()?;
+        // What an earlier start had no time for: if time could cut it off again, no start might ever come further.
+        let made_up_for = Limits { stop, until: None };
         let ending = loop {
-            if let Some(ending) = self.validate(limits)? {
+            if let Some(ending) = self.validate(if self.step == first { made_up_for } else { limits })? {
                 break ending;
             }
             if self.step >= self.resolved.steps {
