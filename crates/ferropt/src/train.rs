@@ -86,6 +86,7 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<u8> {
     let named = || format!("the configuration {} cannot be used", args.config.display());
     if args.dry_run {
         let (resolved, plan) = trainer::plan(config, args.ranks.unwrap_or(1)).with_context(named)?;
+        let short = trainer::short_of_memory(&resolved, &plan);
         let plan = match args.json {
             true => serde_json::to_string_pretty(&plan)?,
             false => format!("{}\n{plan}", resolved.config.to_toml()?),
@@ -94,6 +95,9 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<u8> {
         // No error: runs are planned on other machines than they are started on.
         for (key, path) in resolved.config.data.missing() {
             tell!("note: {key} is not there, and a run needs it: {}", path.display());
+        }
+        if let Some(why) = short {
+            tell!("note: on this machine a rank would be refused: {why}");
         }
         return Ok(0);
     }

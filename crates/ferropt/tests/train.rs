@@ -7,6 +7,24 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 #[test]
+fn what_does_not_fit_in_memory_is_refused_before_it_is_taken() {
+    let lab = Lab::new();
+    let config = lab.config("run", 2);
+    let set = ["model.layers=", "model.heads=", "model.width=", "model.preset=175b"];
+    let out = train(&config, &set).output().unwrap();
+    assert_eq!(out.status.code(), Some(1), "{}", text(&out));
+    for part in
+        [" of memory, and ", "available", "largest part is its", "run.recompute", "run.check_memory = false"]
+    {
+        assert!(text(&out).contains(part), "{part}: {}", text(&out));
+    }
+    assert!(!lab.path("run").exists() && !lab.path("cache").exists(), "refused before anything is made");
+    let plan = train(&config, &set).arg("--dry-run").output().unwrap();
+    assert!(plan.status.success() && text(&plan).contains("note: on this machine"), "{}", text(&plan));
+    lab.train(&config, &["run.check_memory=false"]);
+}
+
+#[test]
 fn learns_validates_and_reports() {
     let lab = Lab::new();
     let out = lab.train(&lab.config("run", 60), &[]);

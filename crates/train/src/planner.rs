@@ -306,6 +306,11 @@ impl Memory {
         parts.into_iter().filter(here).map(|(name, bytes, _)| (name, bytes))
     }
 
+    /// What takes most of the host's memory, and its bytes.
+    pub(crate) fn largest_on_host(&self) -> (&'static str, u64) {
+        self.parts(true).max_by_key(|(_, bytes)| *bytes).unwrap_or_default()
+    }
+
     /// One of the two memories as a table.
     fn write(&self, f: &mut fmt::Formatter<'_>, title: &str, total: u64, on_host: bool) -> fmt::Result {
         writeln!(f, "{title:<16} {}", human_bytes(total))?;

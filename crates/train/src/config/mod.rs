@@ -201,6 +201,8 @@ section! {
         recompute: Recompute = Recompute::None,
         /// Threads; all available unless given. Same bits for any number.
         threads: Option<usize> = None,
+        /// Whether a run that takes more memory than there is now is refused.
+        check_memory: bool = true,
         /// What computes: "cpu", "cuda" or "cuda:N".
         device: String = "cpu".into(),
         /// What a GPU keeps in the host's memory: "none", "optimizer" (moments and low halves) or "all" (weights and gradients

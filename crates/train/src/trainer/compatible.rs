@@ -5,12 +5,13 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 
 /// Keys and sections that may change between two parts of a run. Data is compared by content, not by path.
-const FREE: [&str; 21] = [
+const FREE: [&str; 22] = [
     "run.dir",
     "run.steps",
     "run.tokens",
     "run.max_minutes",
     "run.threads",
+    "run.check_memory",
     "run.device",
     "run.offload",
     "run.recompute",

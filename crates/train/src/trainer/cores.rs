@@ -51,7 +51,7 @@ pub(super) fn device(all: &Group, wanted: Which) -> Result<Which> {
 }
 
 /// What names this machine, as it runs now.
-fn machine() -> String {
+pub(super) fn machine() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_string()
 }
 
@@ -63,7 +63,7 @@ fn place() -> String {
 }
 
 /// This machine, and the group whose limits this process is under: a namespace of its own in most containers.
-fn container() -> String {
+pub(super) fn container() -> String {
     let namespace = std::fs::read_link("/proc/self/ns/cgroup").unwrap_or_default();
     let group = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     format!("{} {} {group}", machine(), namespace.display())

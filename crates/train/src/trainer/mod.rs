@@ -12,6 +12,7 @@ mod data;
 mod folder;
 mod history;
 mod recover;
+mod room;
 mod run;
 mod state;
 mod watch;
@@ -131,6 +132,7 @@ fn train_on(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Result
     if mesh.all.rank() == 0 {
         hook(Event::Planned { resolved: &resolved, plan: &plan });
     }
+    room::check(&mesh.all, &resolved, &plan)?;
     stop.on_signals_of_a_job()?;
     let Some(data) = open_data(&mesh, &resolved, stop)? else {
         return Ok(stopped_early(&resolved, mesh.world.rank()));
@@ -176,6 +178,11 @@ pub fn plan(config: Config, ranks: usize) -> Result<(Resolved, Plan)> {
     let resolved = config.resolve_for(ranks)?;
     let plan = Plan::new(&resolved, &open_device(resolved.device, resolved.config.run.threads)?);
     Ok((resolved, plan))
+}
+
+/// Why this machine's memory, as it is used now, is too little for one rank of such a run; none where it is not.
+pub fn short_of_memory(resolved: &Resolved, plan: &Plan) -> Option<String> {
+    room::short_of(resolved, plan)
 }
 
 /// The device to work on alone, with so many threads of the processor.
