@@ -189,6 +189,30 @@ fn other_training_data_of_the_same_size_is_refused_and_changes_nothing() {
 }
 
 #[test]
+fn a_schedule_can_be_made_longer_while_its_rates_are_those_of_the_longer_one() {
+    let lab = Lab::new();
+    let schedule = |kind, total| [format!("schedule.kind={kind}"), format!("schedule.total={total}")];
+    let start = |run: &str, steps, kind, total| {
+        let set = schedule(kind, total);
+        let decay = if kind == "wsd" { "schedule.decay=4" } else { "schedule.decay=" };
+        train(&lab.config(run, steps), &[&set[0], &set[1], "schedule.warmup=2", decay]).output().unwrap()
+    };
+    for (run, steps, total) in [("run", 5, 10), ("run", 10, 14), ("whole", 10, 14)] {
+        let out = start(run, steps, "wsd", total);
+        assert!(out.status.success(), "{run}: {}", text(&out));
+    }
+    assert!(lab.tensors("run", 10) == lab.tensors("whole", 10), "the same bits as with that schedule from the start");
+    // From here on it falls, as a straight line does from the warm-up on.
+    let late = start("run", 12, "wsd", 14);
+    assert!(late.status.success(), "{}", text(&late));
+    assert!(start("line", 5, "linear", 10).status.success());
+    for refused in [start("run", 20, "wsd", 20), start("line", 10, "linear", 14)] {
+        assert_eq!(refused.status.code(), Some(1), "{}", text(&refused));
+        assert!(text(&refused).contains("schedule.total was 1"), "{}", text(&refused));
+    }
+}
+
+#[test]
 fn damaged_tokens_are_made_anew_and_named() {
     let lab = Lab::new();
     lab.train(&lab.config("whole", 5), &[]);

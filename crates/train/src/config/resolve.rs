@@ -399,6 +399,16 @@ impl Config {
         Ok(steps)
     }
 
+    /// The learning rate of a configuration without gaps, wherever it was to run.
+    ///
+    /// # Errors
+    /// When it has gaps.
+    pub(crate) fn schedule(mut self) -> anyhow::Result<Schedule> {
+        let batch_tokens = self.batch.tokens.context("batch.tokens is missing")?.0;
+        let steps = self.resolve_length(batch_tokens)?;
+        self.resolve_schedule(steps, batch_tokens)
+    }
+
     fn resolve_schedule(&mut self, steps: u64, batch_tokens: u64) -> anyhow::Result<Schedule> {
         let published = self.published().map(|p| p.lr);
         let peak = *self.optimizer.lr.get_or_insert(published.unwrap_or(SMALL_LR));

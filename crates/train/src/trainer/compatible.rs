@@ -1,5 +1,6 @@
 //! Which changes of the configuration a run survives: those after which it still computes what it would have.
 
+use crate::config::Config;
 use anyhow::{Result, ensure};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -30,13 +31,16 @@ const FREE: [&str; 22] = [
     "energy",
 ];
 
-/// Refuses to resume a run whose resolved configuration was `then` with one that would compute something else.
-pub(super) fn check(then: &Value, now: &Value) -> Result<()> {
+/// Refuses to resume a run after `step` steps, whose resolved configuration was `then`, with one that would have computed
+/// something else up to there.
+pub(super) fn check(then: &Value, now: &Value, step: u64) -> Result<()> {
+    let same_rates = same_rates(then, now, step);
     let (then, now) = (flat(then), flat(now));
     let keys: std::collections::BTreeSet<&String> = then.keys().chain(now.keys()).collect();
     let changed: Vec<String> = keys
         .into_iter()
         .filter(|key| then.get(*key) != now.get(*key) && !free(key))
+        .filter(|key| !(same_rates && key.starts_with("schedule.")))
         .map(|key| format!("{key} was {} and is {} now", shown(then.get(key)), shown(now.get(key))))
         .collect();
     ensure!(
@@ -47,6 +51,15 @@ pub(super) fn check(then: &Value, now: &Value) -> Result<()> {
         changed.join("\n")
     );
     Ok(())
+}
+
+/// Whether all steps so far had the learning rates, to the bit, that they would have now. So a schedule that is still at its
+/// height can be made longer.
+fn same_rates(then: &Value, now: &Value, step: u64) -> bool {
+    // A configuration that another version wrote may be none to this one.
+    let schedule = |value: &Value| serde_json::from_value::<Config>(value.clone()).ok()?.schedule().ok();
+    let (Some(then), Some(now)) = (schedule(then), schedule(now)) else { return false };
+    (1..=step).all(|step| then.lr(step).to_bits() == now.lr(step).to_bits())
 }
 
 fn free(key: &str) -> bool {
@@ -87,11 +100,11 @@ mod tests {
         now["run"]["steps"] = json!(20);
         now["log"]["every"] = json!(7);
         now["data"] = json!({"validation": {"books": ["x"]}});
-        check(&then, &now).unwrap();
+        check(&then, &now, 5).unwrap();
         now["optimizer"]["lr"] = json!(2.0);
         now["run"]["seed"] = json!(3);
         now["schedule"] = json!({"total": 20});
-        let message = check(&then, &now).unwrap_err().to_string();
+        let message = check(&then, &now, 5).unwrap_err().to_string();
         for part in [
             "optimizer.lr was 1.0 and is 2.0 now",
             "run.seed was 1 and is 3 now",
@@ -100,6 +113,31 @@ mod tests {
             assert!(message.contains(part), "{message}");
         }
         assert!(!message.contains("run.steps was"), "{message}");
+    }
+
+    #[test]
+    fn schedules_are_compared_by_the_rates_of_the_steps_so_far() {
+        let config = |kind: &str, total: u64, warmup: u64| {
+            json!({
+                "batch": {"tokens": 512}, "optimizer": {"lr": 1e-3}, "run": {"steps": total},
+                "schedule": {"kind": kind, "warmup": warmup, "total": total, "min_lr": 0.1},
+            })
+        };
+        let wsd = |total: u64, decay: u64| {
+            let mut config = config("wsd", total, 5);
+            config["schedule"]["decay"] = json!(decay);
+            config
+        };
+        check(&wsd(100, 20), &wsd(200, 40), 80).unwrap();
+        for (then, now, step) in [
+            (wsd(100, 20), wsd(200, 40), 81),
+            (config("linear", 100, 5), config("linear", 200, 5), 6),
+            (config("linear", 100, 5), config("linear", 100, 6), 4),
+        ] {
+            let message = check(&then, &now, step).unwrap_err().to_string();
+            assert!(message.contains("schedule."), "{message}");
+        }
+        check(&config("linear", 100, 5), &config("cosine", 200, 5), 5).unwrap();
     }
 
     #[test]

@@ -97,7 +97,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         let Folder { store, team, found, mut notes } = folder::open(&mesh, run, mirror, timeout)?;
         notes.append(&mut data.notes);
         if let Some(found) = &found {
-            compatible::check(&found.manifest().run.config, &serde_json::to_value(&resolved.config)?)
+            let (then, now) = (&found.manifest().run, serde_json::to_value(&resolved.config)?);
+            compatible::check(&then.config, &now, then.step)
                 .with_context(|| format!("the run in {}", run.display()))?;
         }
 
