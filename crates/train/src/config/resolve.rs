@@ -396,6 +396,13 @@ impl Config {
             ),
         };
         ensure!(steps > 0, "a run of 0 steps trains nothing; give run.steps or run.tokens above 0");
+        // TOML's integers, which a configuration is written with, end there too.
+        ensure!(
+            i64::try_from(u128::from(steps) * u128::from(batch_tokens)).is_ok(),
+            "{steps} steps of batch.tokens = {batch_tokens} are more tokens than the {} that can be counted; lower run.steps or \
+             run.tokens",
+            i64::MAX
+        );
         Ok(steps)
     }
 

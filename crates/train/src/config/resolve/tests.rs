@@ -147,6 +147,11 @@ fn refusals_name_the_key_the_value_and_the_fix() {
         (EXPLICIT, &["run.tokens=1M"], &["run.steps = 100", "run.tokens = 1000000", "remove one"]),
         (EXPLICIT, &["run.steps="], &["length of the run is missing", "run.steps"]),
         (EXPLICIT, &["run.steps=0"], &["0 steps"]),
+        (
+            EXPLICIT,
+            &["run.steps=9000000T"],
+            &["9000000000000000000 steps", "batch.tokens = 512", "lower run.steps"],
+        ),
         (EXPLICIT, &["run.max_minutes=0"], &["run.max_minutes = 0"]),
         (EXPLICIT, &["run.max_minutes=nan"], &["run.max_minutes = NaN"]),
         (EXPLICIT, &["run.max_minutes=inf"], &["run.max_minutes = inf"]),
