@@ -119,10 +119,10 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<u8> {
     if outcome.rank > 0 {
         return Ok(status);
     }
-    let Some(curves) = outcome.curves else {
+    if !outcome.went_on {
         say!("stopped before training went on; the same command continues");
         return Ok(status);
-    };
+    }
     match outcome.ending {
         Ending::Complete => say!("complete: {step} steps, {} tokens", grouped(outcome.tokens)),
         Ending::AlreadyComplete => {
@@ -133,7 +133,10 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<u8> {
             say!("run.max_minutes are over after step {step}, which is saved; the same command continues");
         }
     }
-    say!("run folder: {run}\nloss curves: {}", curves.display());
+    say!("run folder: {run}");
+    if let Some(curves) = outcome.curves {
+        say!("loss curves: {}", curves.display());
+    }
     Ok(status)
 }
 

@@ -213,6 +213,21 @@ fn a_schedule_can_be_made_longer_while_its_rates_are_those_of_the_longer_one() {
 }
 
 #[test]
+fn curves_that_cannot_be_drawn_are_no_failure() {
+    let lab = Lab::new();
+    let config = lab.config("run", 2);
+    fs::create_dir_all(lab.path("run/loss.svg")).unwrap();
+    let out = lab.train(&config, &[]);
+    for part in ["complete: 2 steps", "warning: the loss curves are not drawn", "loss.svg"] {
+        assert!(text(&out).contains(part), "{part}: {}", text(&out));
+    }
+    assert!(!lab.path("run/loss.tmp").exists(), "whole or not at all");
+    fs::remove_dir(lab.path("run/loss.svg")).unwrap();
+    lab.train(&config, &[]);
+    assert!(fs::read_to_string(lab.path("run/loss.svg")).unwrap().trim_end().ends_with("</svg>"));
+}
+
+#[test]
 fn damaged_tokens_are_made_anew_and_named() {
     let lab = Lab::new();
     lab.train(&lab.config("whole", 5), &[]);

@@ -24,7 +24,8 @@ pub use progress::Progress;
 pub use record::{Record, Skipped, Training, Validation};
 pub use tensorboard::EventFile;
 
-use anyhow::{Context, Error, Result};
+use crate::trainer::write_whole;
+use anyhow::{Error, Result};
 use std::path::{Path, PathBuf};
 
 /// All outputs of a run.
@@ -112,8 +113,7 @@ impl Telemetry {
     pub fn draw(&self, title: &str) -> Result<PathBuf> {
         let records = MetricLog::read(&self.run.join("metrics.jsonl"))?;
         let path = self.run.join("loss.svg");
-        std::fs::write(&path, loss_curves(&records, title).to_svg())
-            .with_context(|| format!("cannot write {}", path.display()))?;
+        write_whole(&path, &loss_curves(&records, title).to_svg())?;
         Ok(path)
     }
 }

@@ -69,13 +69,15 @@ pub enum Ending {
 pub struct Outcome {
     /// Why.
     pub ending: Ending,
+    /// Whether training went on, and was not stopped before.
+    pub went_on: bool,
     /// Optimiser steps done.
     pub step: u64,
     /// Training tokens consumed.
     pub tokens: u64,
     /// The run folder.
     pub run: PathBuf,
-    /// Picture of the loss curves; none if the run was stopped before training went on, nor on ranks other than the first.
+    /// Picture of the loss curves; none if training did not go on, or it could not be drawn, nor on ranks other than the first.
     pub curves: Option<PathBuf>,
     /// Which of the run's ranks this is. The first one tells people.
     pub rank: usize,
@@ -167,7 +169,7 @@ fn stopped_early(resolved: &Resolved, rank: usize) -> Outcome {
     let last = Store::open(&run).and_then(|store| store.list()).ok().and_then(|mut list| list.pop());
     let step = last.map_or(0, |entry| entry.step);
     let tokens = step * resolved.batch_tokens();
-    Outcome { ending: Ending::Stopped, step, tokens, run, curves: None, rank }
+    Outcome { ending: Ending::Stopped, went_on: false, step, tokens, run, curves: None, rank }
 }
 
 /// What `config` would take on so many ranks like this one, without allocating anything.
@@ -194,9 +196,12 @@ pub fn open_device(which: Which, threads: Option<usize>) -> Result<Chip> {
 }
 
 /// Writes a small file beside its place, then renames it, so that readers find the old or the new one.
-fn write_whole(path: &Path, text: &str) -> Result<()> {
+pub(crate) fn write_whole(path: &Path, text: &str) -> Result<()> {
     let temporary = path.with_extension("tmp");
-    std::fs::write(&temporary, text)
-        .and_then(|()| std::fs::rename(&temporary, path))
-        .with_context(|| format!("cannot write {}", path.display()))
+    let written = std::fs::write(&temporary, text).and_then(|()| std::fs::rename(&temporary, path));
+    if written.is_err() {
+        // What of it was written takes room on what may be a full disk.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    written.with_context(|| format!("cannot write {}", path.display()))
 }

@@ -199,12 +199,18 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             super::history::close(book, self.step, ending.as_ref().copied());
         }
         let ending = ending?;
-        let curves = match &self.telemetry {
-            Some(telemetry) => Some(telemetry.draw(&self.resolved.model_name())?),
-            None => None,
+        let curves = self.telemetry.as_ref().map(|telemetry| telemetry.draw(&self.resolved.model_name()));
+        // Everything is saved, and the picture follows from it.
+        let curves = match curves.transpose() {
+            Ok(curves) => curves,
+            Err(error) => {
+                self.say(&format!("warning: the loss curves are not drawn: {error:#}"));
+                None
+            }
         };
         Ok(Outcome {
             ending,
+            went_on: true,
             step: self.step,
             tokens: self.step * self.resolved.batch_tokens(),
             curves,
