@@ -3,11 +3,11 @@
 use anyhow::Context;
 use ferropt_device::Which;
 use ferropt_mesh::World;
-use ferropt_train::config::{Config, Resolved};
+use ferropt_train::config::{Config, Count, Resolved, ScheduleSection};
 use ferropt_train::launch::{self, AGAIN, Group, Supervision};
 use ferropt_train::planner::grouped;
 use ferropt_train::signals::Stop;
-use ferropt_train::trainer::{self, Ending, Event};
+use ferropt_train::trainer::{self, Ending, Event, Outcome};
 use std::ffi::OsString;
 use std::io::Write;
 use std::path::PathBuf;
@@ -106,8 +106,10 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<u8> {
         return launch(&args, &config, &resolved);
     }
     let stop = Stop::default();
+    let (given, mut planned) = (config.schedule.clone(), None);
     let outcome = trainer::train(config, &stop, &mut |event| {
         if let Event::Planned { resolved, plan } = event {
+            planned = Some(resolved.clone());
             // A configuration that does not turn into TOML is refused when the run folder is made.
             tell!("{}\n{plan}\n", resolved.config.to_toml().unwrap_or_default());
         }
@@ -126,7 +128,12 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<u8> {
     match outcome.ending {
         Ending::Complete => say!("complete: {step} steps, {} tokens", grouped(outcome.tokens)),
         Ending::AlreadyComplete => {
-            say!("{run} has made its {step} steps already; raise run.steps to go on")
+            let longer =
+                planned.map(|resolved| twice_as_long(&given, &resolved, &outcome)).unwrap_or_default();
+            say!(
+                "{run} has made its {step} steps already. With these settings behind it the same command makes twice as many: \
+                 {longer}"
+            );
         }
         Ending::Stopped => say!("stopped after step {step}, which is saved; the same command continues"),
         Ending::OutOfTime => {
@@ -138,6 +145,25 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<u8> {
         say!("loss curves: {}", curves.display());
     }
     Ok(status)
+}
+
+/// Settings that make a run which is complete twice as long. What follows from the length unless it is `given` stays as it was:
+/// the steps so far were made with it.
+fn twice_as_long(given: &ScheduleSection, resolved: &Resolved, outcome: &Outcome) -> String {
+    let length = match resolved.config.run.tokens {
+        Some(_) => format!("run.tokens={}", Count(outcome.tokens.saturating_mul(2))),
+        None => format!("run.steps={}", outcome.step.saturating_mul(2)),
+    };
+    let now = &resolved.config.schedule;
+    let derived = [
+        ("total", given.total, now.total),
+        ("warmup", given.warmup, now.warmup),
+        ("decay", given.decay, now.decay),
+    ];
+    let derived = derived.into_iter().filter(|(_, given, _)| given.is_none());
+    let kept = derived
+        .filter_map(|(key, _, now)| Some(format!("schedule.{key}={}", now?.steps(resolved.batch_tokens()))));
+    std::iter::once(length).chain(kept).map(|set| format!("--set {set}")).collect::<Vec<_>>().join(" ")
 }
 
 /// Trains in processes of their own.

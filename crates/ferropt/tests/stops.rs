@@ -7,7 +7,7 @@ use lab::{Lab, ferropt, text, train};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 /// What a run has told, but for what is measured.
@@ -201,7 +201,10 @@ fn a_schedule_can_be_made_longer_while_its_rates_are_those_of_the_longer_one() {
         let out = start(run, steps, "wsd", total);
         assert!(out.status.success(), "{run}: {}", text(&out));
     }
-    assert!(lab.tensors("run", 10) == lab.tensors("whole", 10), "the same bits as with that schedule from the start");
+    assert!(
+        lab.tensors("run", 10) == lab.tensors("whole", 10),
+        "the same bits as with that schedule from the start"
+    );
     // From here on it falls, as a straight line does from the warm-up on.
     let late = start("run", 12, "wsd", 14);
     assert!(late.status.success(), "{}", text(&late));
@@ -225,6 +228,38 @@ fn curves_that_cannot_be_drawn_are_no_failure() {
     fs::remove_dir(lab.path("run/loss.svg")).unwrap();
     lab.train(&config, &[]);
     assert!(fs::read_to_string(lab.path("run/loss.svg")).unwrap().trim_end().ends_with("</svg>"));
+}
+
+#[test]
+fn a_complete_run_goes_on_with_the_settings_that_it_names() {
+    let lab = Lab::new();
+    let named = |out: &Output| -> Vec<String> {
+        let said = text(out);
+        let behind = said.split("--set ").skip(1);
+        behind.map(|set| set.split_whitespace().next().unwrap().to_string()).collect()
+    };
+    for (kind, length, longer) in
+        [("linear", "run.tokens=5000", "run.tokens=20480"), ("wsd", "run.steps=10", "run.steps=40")]
+    {
+        let config = lab.config(kind, 10);
+        let kind = format!("schedule.kind={kind}");
+        let command = |more: &[String]| {
+            let more: Vec<&str> = more.iter().map(|set| &**set).collect();
+            train(&config, &[&["run.steps=", length, &kind][..], &more].concat()).output().unwrap()
+        };
+        assert!(command(&[]).status.success());
+        let complete = command(&[]);
+        assert!(text(&complete).contains("has made its 10 steps already"), "{}", text(&complete));
+        let settings = named(&complete);
+        assert!(settings.contains(&"schedule.total=10".into()), "{settings:?}");
+        let on = command(&settings);
+        assert!(text(&on).contains("complete: 20 steps"), "{settings:?}: {}", text(&on));
+        // Who makes up the length alone is told the rest.
+        let refused = command(&[longer.into()]);
+        assert_eq!(refused.status.code(), Some(1), "{}", text(&refused));
+        let on = command(&[&[longer.to_string()][..], &named(&refused)].concat());
+        assert!(text(&on).contains("complete: 40 steps"), "{}\n{}", text(&refused), text(&on));
+    }
 }
 
 #[test]

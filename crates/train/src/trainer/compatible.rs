@@ -37,18 +37,22 @@ pub(super) fn check(then: &Value, now: &Value, step: u64) -> Result<()> {
     let same_rates = same_rates(then, now, step);
     let (then, now) = (flat(then), flat(now));
     let keys: std::collections::BTreeSet<&String> = then.keys().chain(now.keys()).collect();
-    let changed: Vec<String> = keys
+    let changed: Vec<&String> = keys
         .into_iter()
         .filter(|key| then.get(*key) != now.get(*key) && !free(key))
         .filter(|key| !(same_rates && key.starts_with("schedule.")))
-        .map(|key| format!("{key} was {} and is {} now", shown(then.get(key)), shown(now.get(key))))
         .collect();
+    let lines = |line: &dyn Fn(&String) -> String, between| {
+        changed.iter().map(|key| line(key)).collect::<Vec<_>>().join(between)
+    };
     ensure!(
         changed.is_empty(),
-        "this run cannot be resumed with a configuration that would have trained another model:\n{}\nSet the old values \
-         to go on with this run (some follow from run.steps unless they are set), or choose another run.dir to start \
-         anew",
-        changed.join("\n")
+        "this run cannot be resumed with a configuration that would have trained another model:\n{}\nGo on with this run by \
+         the old values (some follow from the length of the run unless they are set), with this behind the same command: {}\n\
+         Or choose another run.dir to start anew",
+        lines(&|key| format!("{key} was {} and is {} now", shown(then.get(key)), shown(now.get(key))), "\n"),
+        // Nothing behind `=` removes a key.
+        lines(&|key| format!("--set {key}={}", then.get(key).map(Value::to_string).unwrap_or_default()), " ")
     );
     Ok(())
 }
@@ -109,6 +113,7 @@ mod tests {
             "optimizer.lr was 1.0 and is 2.0 now",
             "run.seed was 1 and is 3 now",
             "schedule.total was not set and is 20 now",
+            "--set optimizer.lr=1.0 --set run.seed=1 --set schedule.total=\n",
         ] {
             assert!(message.contains(part), "{message}");
         }
