@@ -210,7 +210,7 @@ impl Iterator for Pieces<'_> {
 struct Reader {
     input: Box<dyn BufRead + Send>,
     format: Format,
-    /// Lines read so far (JSON lines), or bytes given out so far (text).
+    /// Lines read so far (JSON lines), or bytes given out or passed over so far (text).
     position: u64,
     /// Text that was read but not given out, or the current line.
     buffer: Vec<u8>,
@@ -238,6 +238,11 @@ impl Reader {
             format!("cannot read on after {read} bytes of text; the file may be cut short or damaged")
         })?;
         self.ended = (got as u64) < wanted;
+        // Programs for Windows put a mark in front of UTF-8.
+        if self.position == 0 && self.buffer.starts_with(BYTE_ORDER_MARK) {
+            self.buffer.drain(..BYTE_ORDER_MARK.len());
+            self.position += BYTE_ORDER_MARK.len() as u64;
+        }
         let text = match std::str::from_utf8(&self.buffer) {
             Ok(text) => text,
             // The end of the buffer may cut a character in two.
@@ -282,7 +287,6 @@ impl Reader {
             if read as u64 == LONGEST_LINE {
                 bail!("line {line} is longer than {} MiB; split the document", LONGEST_LINE >> 20);
             }
-            // Programs for Windows put a mark in front of UTF-8.
             let mark = if line == 1 { BYTE_ORDER_MARK } else { &[] };
             let content = self.buffer.strip_prefix(mark).unwrap_or(&self.buffer);
             if !content.trim_ascii().is_empty() {
@@ -485,6 +489,7 @@ mod tests {
             ("l.jsonl", b"{\"text\":\"a \\ud800 b\"}", &["line 1", "column", "in pairs"]),
             ("m.jsonl", b"{\"text\":\"a \\ud800\\u0041\"}", &["line 1", "column", "in pairs"]),
             ("f.txt", b"caf\xE9 au lait", &["UTF-8", "0xe9", "byte 3"]),
+            ("n.txt", b"\xEF\xBB\xBFcaf\xE9", &["UTF-8", "0xe9", "byte 6"]),
             ("g.txt", &late, &["UTF-8", "0xe9", "byte 262154"]),
             ("h.txt.gz", b"not gzip", &["cannot read"]),
             ("i.txt.xz", b"not xz at all", &["cannot read"]),
@@ -502,8 +507,16 @@ mod tests {
     }
 
     #[test]
-    fn a_byte_order_mark_in_front_of_json_is_passed_over() {
+    fn a_byte_order_mark_in_front_of_a_file_is_passed_over() {
         let dir = tempfile::tempdir().unwrap();
+        for ending in ["", "gz", "xz", "zst"] {
+            let path = dir.path().join(format!("a.txt.{ending}").trim_end_matches('.'));
+            let texts = ["one", "\u{FEFF}a mark of its own \u{FEFF}", ""];
+            for text in texts.map(String::from).into_iter().chain([long_text()]) {
+                fs::write(&path, pack(ending, format!("\u{FEFF}{text}").as_bytes())).unwrap();
+                assert_eq!(read(&Corpus::find(&[&path], "text").unwrap()).unwrap(), [text], "{ending}");
+            }
+        }
         let path = dir.path().join("a.jsonl");
         fs::write(&path, "\u{FEFF}{\"text\":\"one\"}\n{\"text\":\"\u{FEFF}two\"}\n").unwrap();
         assert_eq!(read(&Corpus::find(&[path], "text").unwrap()).unwrap(), ["one", "\u{FEFF}two"]);

@@ -91,7 +91,7 @@ fn fingerprint(corpus: &Corpus, tokenizer: &Tokenizer) -> Result<[u8; 32]> {
         hash.update((bytes.len() as u64).to_le_bytes());
         hash.update(bytes);
     };
-    field(b"tokens 2");
+    field(b"tokens 3");
     field(&tokenizer.fingerprint());
     field(corpus.text_field.as_bytes());
     for file in &corpus.files {
