@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 use std::collections::VecDeque;
 use std::fs;
-use std::io::{BufRead, Read};
+use std::io::{self, BufRead, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -233,9 +233,8 @@ impl Reader {
         }
         let wanted = (PIECE - self.buffer.len()) as u64;
         let got = self.input.by_ref().take(wanted).read_to_end(&mut self.buffer);
-        let got = got.with_context(|| {
-            let read = self.position + self.buffer.len() as u64;
-            format!("cannot read on after {read} bytes of text; the file may be cut short or damaged")
+        let got = got.map_err(|error| {
+            unreadable(error, &format!("{} bytes of text", self.position + self.buffer.len() as u64))
         })?;
         self.ended = (got as u64) < wanted;
         // Programs for Windows put a mark in front of UTF-8.
@@ -270,15 +269,8 @@ impl Reader {
                 return Ok(Some(piece));
             }
             self.buffer.clear();
-            let read =
-                self.input.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut self.buffer).with_context(
-                    || {
-                        format!(
-                            "cannot read on after line {}; the file may be cut short or damaged",
-                            self.position
-                        )
-                    },
-                )?;
+            let read = self.input.by_ref().take(LONGEST_LINE).read_until(b'\n', &mut self.buffer);
+            let read = read.map_err(|error| unreadable(error, &format!("line {}", self.position)))?;
             if read == 0 {
                 return Ok(None);
             }
@@ -296,6 +288,16 @@ impl Reader {
             }
         }
     }
+}
+
+/// The error of a read that failed after so much.
+fn unreadable(error: io::Error, read: &str) -> anyhow::Error {
+    // What is unsupported says itself what to do.
+    let why = match error.kind() {
+        io::ErrorKind::Unsupported => "",
+        _ => "; the file may be cut short or damaged",
+    };
+    anyhow::Error::new(error).context(format!("cannot read on after {read}{why}"))
 }
 
 /// The text in one line of a JSON-lines file.
@@ -493,7 +495,13 @@ mod tests {
             ("g.txt", &late, &["UTF-8", "0xe9", "byte 262154"]),
             ("h.txt.gz", b"not gzip", &["cannot read"]),
             ("i.txt.xz", b"not xz at all", &["cannot read"]),
-            ("j.jsonl.zst", b"not zstd", &["cannot read"]),
+            ("j.jsonl.zst", b"not zstd", &["cannot read", "damaged"]),
+            // A window of 4 GiB.
+            (
+                "o.jsonl.zst",
+                b"\x28\xB5\x2F\xFD\0\xB0\x01\0\0",
+                &["after line 0: it was compressed", "4096 MiB"],
+            ),
         ] {
             let path = dir.path().join(name);
             fs::write(&path, bytes).unwrap();

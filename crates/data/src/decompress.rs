@@ -22,10 +22,14 @@ pub(crate) enum Compression {
 /// Buffer in front of the file and behind the decoder, bytes.
 const BUFFER: usize = 1 << 18;
 
+/// Largest window of a zstd frame, bytes: that of `zstd --long=31`, the program's largest. So much of the text is held in memory.
+const LARGEST_WINDOW: u64 = 1 << 31;
+
 /// Opens a file for reading its decompressed content. Bytes taken from the file itself are added to `consumed`.
 ///
 /// # Errors
-/// When the file cannot be opened. Damaged data shows as an error of a later read.
+/// When the file cannot be opened. Damaged data shows as an error of a later read, and what is whole but cannot be
+/// decompressed here as one of the kind [`io::ErrorKind::Unsupported`].
 pub(crate) fn open(
     path: &Path,
     compression: Compression,
@@ -100,14 +104,23 @@ struct ZstdReader<R> {
     in_frame: bool,
 }
 
+/// A decoder of one frame.
+fn decoder() -> FrameDecoder {
+    let mut decoder = FrameDecoder::new();
+    decoder.set_max_window_size(LARGEST_WINDOW);
+    decoder
+}
+
 impl<R: BufRead> ZstdReader<R> {
     fn new(source: R) -> Self {
-        ZstdReader { source, decoder: FrameDecoder::new(), in_frame: false }
+        ZstdReader { source, decoder: decoder(), in_frame: false }
     }
 
     /// Enters the next frame; false at the end of the file.
     fn enter(&mut self) -> io::Result<bool> {
         while !self.source.fill_buf()?.is_empty() {
+            // One that is used again would set aside the whole window at once, be the frame ever so short.
+            self.decoder = decoder();
             match self.decoder.reset(&mut self.source) {
                 Ok(()) => return Ok(true),
                 Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame {
@@ -118,6 +131,16 @@ impl<R: BufRead> ZstdReader<R> {
                     if skipped < length.into() {
                         return Err(io::ErrorKind::UnexpectedEof.into());
                     }
+                }
+                Err(FrameDecoderError::WindowSizeTooBig { requested, max }) => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::Unsupported,
+                        format!(
+                            "it was compressed with a window of {} MiB, and {} MiB are read at most; decompress the file first",
+                            requested.div_ceil(1 << 20),
+                            max >> 20,
+                        ),
+                    ));
                 }
                 Err(e) => return Err(io::Error::other(e)),
             }
@@ -200,6 +223,21 @@ mod tests {
         file.extend(compress_to_vec(&b"second"[..], CompressionLevel::Fastest));
         assert_eq!(zstd(&file).unwrap(), b"first, second");
         assert_eq!(zstd(b"").unwrap(), b"");
+    }
+
+    #[test]
+    fn zstd_reads_windows_up_to_the_largest_of_its_program() {
+        // A frame of one block of plain bytes, whose header has the logarithm of the window's size.
+        let frame = |log: u8| {
+            [&[0x28, 0xB5, 0x2F, 0xFD, 0, (log - 10) << 3, 5 << 3 | 1, 0, 0], &b"words"[..]].concat()
+        };
+        for log in [27, 28, 31] {
+            assert_eq!(zstd(&frame(log).repeat(3)).unwrap(), b"words".repeat(3), "{log}");
+        }
+        let e = zstd(&frame(32)).unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::Unsupported);
+        let e = e.to_string();
+        assert!(e.contains("4096 MiB") && e.contains("2048 MiB") && e.contains("decompress"), "{e}");
     }
 
     #[test]
