@@ -74,8 +74,9 @@ impl Telemetry {
     /// When a file cannot be written (a full disk); the files stay readable and training may go on.
     pub fn record(&mut self, record: &Record) -> Result<()> {
         self.progress.show(record);
-        self.log.append(record)?;
-        self.events.scalars(record.step(), &record.scalars())
+        let logged = self.log.append(record);
+        let plotted = self.events.scalars(record.step(), &record.scalars());
+        logged.and(plotted)
     }
 
     /// Goes back to `step`, after which the run goes on: later records leave the log, to `aside` if they can be kept there,

@@ -10,7 +10,7 @@
 //! ```
 
 use anyhow::{Context, Result};
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -20,6 +20,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 pub struct EventFile {
     path: PathBuf,
     file: File,
+    /// Bytes of whole records.
+    length: u64,
 }
 
 impl EventFile {
@@ -33,8 +35,9 @@ impl EventFile {
         // TensorBoard reads the files of a folder in the order of their names, so the time comes first.
         let name = format!("events.out.tfevents.{:010}.{:09}.ferropt", now.as_secs(), now.subsec_nanos());
         let path = folder.join(name);
-        let file = File::create_new(&path).with_context(|| format!("cannot create {}", path.display()))?;
-        let mut events = EventFile { path, file };
+        let file = OpenOptions::new().create_new(true).append(true).open(&path);
+        let file = file.with_context(|| format!("cannot create {}", path.display()))?;
+        let mut events = EventFile { path, file, length: 0 };
         let mut version = Message::default();
         version.bytes(3, b"brain.Event:2");
         events.write(0, version)?;
@@ -49,7 +52,7 @@ impl EventFile {
     /// Adds scalars (tag, value) of one step.
     ///
     /// # Errors
-    /// When the file cannot be written.
+    /// When the file cannot be written; it then ends with the record before.
     pub fn scalars(&mut self, step: u64, scalars: &[(String, f64)]) -> Result<()> {
         let mut summary = Message::default();
         for (tag, value) in scalars {
@@ -69,8 +72,14 @@ impl EventFile {
         event.double(1, now.as_secs_f64());
         event.int(2, step);
         event.0.extend_from_slice(&content.0);
-        let path = &self.path;
-        self.file.write_all(&frame(&event.0)).with_context(|| format!("cannot write to {}", path.display()))
+        let record = frame(&event.0);
+        if let Err(error) = self.file.write_all(&record) {
+            // A full disk may have taken a part; TensorBoard reads nothing behind it.
+            let _ = self.file.set_len(self.length);
+            return Err(error).with_context(|| format!("cannot write to {}", self.path.display()));
+        }
+        self.length += record.len() as u64;
+        Ok(())
     }
 }
 
@@ -134,6 +143,7 @@ fn frame(payload: &[u8]) -> Vec<u8> {
 mod tests {
     use super::*;
     use std::collections::BTreeMap;
+    use std::process::Command;
 
     /// A field's value as it is on the wire.
     #[derive(Debug, PartialEq)]
@@ -236,6 +246,29 @@ mod tests {
         }
         assert_eq!(values["train/loss"], 2.5);
         assert!(values["validation/é/loss"].is_nan());
+    }
+
+    #[test]
+    fn a_record_that_does_not_fit_leaves_no_part() {
+        const INSIDE: &str = "FERROPT_TEST_LIMITED";
+        if std::env::var_os(INSIDE).is_none() {
+            // Limits hold for whole processes: this test again, in one that may write little to a file.
+            let this = "telemetry::tensorboard::tests::a_record_that_does_not_fit_leaves_no_part";
+            let mut limited = Command::new("sh");
+            limited.args(["-c", "trap '' XFSZ; ulimit -f 1; exec \"$0\" --exact \"$1\""]);
+            let out =
+                limited.arg(std::env::current_exe().unwrap()).arg(this).env(INSIDE, "1").output().unwrap();
+            let said = String::from_utf8_lossy(&out.stdout);
+            assert!(out.status.success() && said.contains("1 passed"), "{said}");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let mut file = EventFile::create(folder.path(), None).unwrap();
+        assert!(file.scalars(1, &[("long".repeat(1000), 1.0)]).is_err());
+        file.scalars(2, &[("short".into(), 2.0)]).unwrap();
+        let events = records(&std::fs::read(&file.path).unwrap());
+        assert_eq!(events.len(), 3);
+        assert_eq!(fields(&events[2])[1], (2, Field::Int(2)));
     }
 
     #[test]
