@@ -31,11 +31,11 @@ const SUFFIXES: [(char, u64); 4] =
 
 fn parse_count(text: &str) -> Result<u64, String> {
     let plain: String = text.trim().chars().filter(|c| *c != '_' && *c != ',').collect();
-    let (digits, factor) =
-        match SUFFIXES.iter().find(|(c, _)| plain.to_lowercase().ends_with(c.to_ascii_lowercase())) {
-            Some((c, factor)) => (plain[..plain.len() - c.len_utf8()].trim(), *factor),
-            None => (plain.as_str(), 1),
-        };
+    let suffixed = SUFFIXES.iter().find_map(|(suffix, factor)| {
+        let digits = plain.strip_suffix(|c: char| c.eq_ignore_ascii_case(suffix))?;
+        Some((digits.trim(), *factor))
+    });
+    let (digits, factor) = suffixed.unwrap_or((&plain, 1));
     let wrong = || format!("\"{text}\" is not a count; expected for example 2000, \"0.5M\" or \"300B\"");
     if let Ok(whole) = digits.parse::<u64>() {
         return whole.checked_mul(factor).ok_or_else(wrong);
@@ -170,7 +170,9 @@ mod tests {
             assert_eq!(parse_span(text), Ok(span));
             assert_eq!(parse_span(&span.to_string()), Ok(span));
         }
-        for wrong in ["", "-3", "1.5", "many", "3 tonnes", "99999999999999999999B"] {
+        assert_eq!(parse_count("4K"), Ok(4000));
+        // The last is a Kelvin sign, which is a k in lower case.
+        for wrong in ["", "-3", "1.5", "many", "3 tonnes", "99999999999999999999B", "2\u{212A}"] {
             assert!(parse_span(wrong).is_err(), "{wrong}");
         }
     }
