@@ -12,6 +12,10 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// Time between two readings by [`Meter::tick`] at least.
+const TICK: Duration = Duration::from_secs(1);
 
 /// Watts of a busy core, with its share of caches and memory: server processors of 2020 to 2024 have a design power
 /// of 3.5 to 7 W per core (EPYC 9654: 360 W / 96; Xeon 8480+: 350 W / 56), laptops are within it.
@@ -32,6 +36,7 @@ pub struct Meter {
     joules: f64,
     estimated: bool,
     source: Source,
+    last_read: Instant,
 }
 
 #[derive(Debug)]
@@ -65,12 +70,13 @@ impl Meter {
         let measured = matches!(source, Source::Rapl(_));
         // A sum with an estimated part is an estimate.
         let estimated = !measured || (already.estimated && already.joules > 0.0);
-        Meter { joules: already.joules, estimated, source }
+        Meter { joules: already.joules, estimated, source, last_read: Instant::now() }
     }
 
-    /// Energy up to now. Call it at least every few minutes: a counter that wraps around twice in between loses one
-    /// turn (262 kJ on many processors, 10 minutes at 440 W).
+    /// Energy up to now. Call it or [`Meter::tick`] at least every minute: a counter that wraps around twice in between
+    /// loses one turn (262 kJ on many processors, 10 minutes at 440 W; some count 65 kJ).
     pub fn read(&mut self) -> Energy {
+        self.last_read = Instant::now();
         self.joules += match &mut self.source {
             Source::Rapl(zones) => zones.iter_mut().map(Zone::advance).sum::<u64>() as f64 * 1e-6,
             Source::Estimate { watts, cpu_seconds: last, .. } => {
@@ -80,6 +86,14 @@ impl Meter {
             }
         };
         Energy { joules: self.joules, estimated: self.estimated }
+    }
+
+    /// Follows the counters in the middle of long work, so that none wraps around twice unseen. Call it as often as is
+    /// convenient: it reads them once a second at most.
+    pub fn tick(&mut self) {
+        if self.last_read.elapsed() >= TICK {
+            self.read();
+        }
     }
 
     /// Where the figures come from, for the start of a run.
@@ -181,6 +195,27 @@ mod tests {
         assert_eq!(meter.read(), energy);
         zone(root, "intel-rapl:0", "package-0", 7_000_000);
         assert!((meter.read().joules - energy.joules - 5.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn ticks_see_every_turn_of_a_counter() {
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        zone(root, "intel-rapl:0", "package-0", 262_143_000_000);
+        let mut meter = Meter::start_at(root, Energy::default(), 5.0);
+        for turn in 0..3 {
+            let joules = f64::from(turn) * 262_143.328_850;
+            for (microjoules, more) in [(262_143_000_000, 0.0), (2_000_000, 2.328_850)] {
+                let before = meter.joules;
+                zone(root, "intel-rapl:0", "package-0", microjoules);
+                meter.last_read = Instant::now() + 100 * TICK;
+                meter.tick();
+                assert_eq!(meter.joules, before, "a second has not passed");
+                meter.last_read = Instant::now() - TICK;
+                meter.tick();
+                assert!((meter.joules - joules - more).abs() < 1e-3, "{turn}: {}", meter.joules);
+            }
+        }
     }
 
     #[test]

@@ -296,6 +296,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
                     sum += self.backprop.backward_pass(device, model, part, scale, store)?;
                 }
             }
+            self.meter.tick();
         }
         let (loss_scale, told_scale) = (self.loss_scale.factor(), self.loss_scale.told());
         let grad_norm = self.backprop.sum(&self.device)? / loss_scale;
@@ -416,6 +417,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             let first = first + (self.mesh.data.rank() * r.micro_batch) as u64;
             loader.batch(first, r.micro_batch, &mut self.batch)?;
             nats += self.backprop.score(&self.device, &self.model, view(&self.batch))?;
+            self.meter.tick();
             // The last stage has the losses.
             if self.mesh.pipeline.rank() + 1 == self.mesh.pipeline.size() {
                 targets += self.batch.target_count;
