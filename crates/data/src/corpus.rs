@@ -331,7 +331,8 @@ fn text_of_line(line: &[u8], field: &str) -> Result<String> {
         None => {
             let names: Vec<&str> = object.keys().map(String::as_str).collect();
             bail!(
-                "there is no field `{field}`; the fields are: {}; name the one that holds the text (data.text_field)",
+                "there is no field `{field}`; the fields are: {}; name the one that holds the text (data.text_field in a \
+                 configuration, --text-field of `ferropt quickstart`)",
                 names.join(", ")
             )
         }

@@ -20,6 +20,9 @@ pub(crate) struct Args {
     /// documentation of the crates that Ferropt is built from
     #[arg(long, value_name = "PATH", action = clap::ArgAction::Append)]
     text: Vec<PathBuf>,
+    /// Field of JSON lines that holds the text
+    #[arg(long, value_name = "NAME", default_value = "text", requires = "text")]
+    text_field: String,
     /// How long it should take; the number of steps follows from the measured speed
     #[arg(long, value_name = "N", default_value_t = 4.0, allow_negative_numbers = true)]
     minutes: f64,
@@ -52,6 +55,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let options = Options {
         dir: args.dir,
         texts: args.text,
+        text_field: args.text_field,
         lock,
         minutes: args.minutes,
         threads: args.threads,

@@ -123,6 +123,12 @@ fn refusals_say_what_to_do() {
     assert!(said.contains("--minutes -2"), "{said}");
     let said = refused(dir().arg("--text").arg(lab.path("held-out.txt")));
     assert!(said.contains("held-out.txt") && said.contains("too little"), "{said}");
+    let bodies = lab.path("bodies.jsonl");
+    std::fs::write(&bodies, "{\"body\": \"words\"}\n").unwrap();
+    let said = refused(dir().arg("--text").arg(&bodies));
+    assert!(said.contains("body") && said.contains("--text-field"), "{said}");
+    let said = refused(dir().arg("--text").arg(&bodies).args(["--text-field", "body"]));
+    assert!(said.contains("too little"), "{said}");
     // A machine where cargo never downloaded anything.
     let said = refused(dir().env("CARGO_HOME", lab.path("texts")));
     assert!(said.contains("cargo fetch") && said.contains("--text"), "{said}");

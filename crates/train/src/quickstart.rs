@@ -46,6 +46,8 @@ pub struct Options {
     pub dir: PathBuf,
     /// Files or folders of text; the documentation of crates if there are none.
     pub texts: Vec<PathBuf>,
+    /// Field of JSON lines that holds the text.
+    pub text_field: String,
     /// Content of the `Cargo.lock` whose crates to take.
     pub lock: String,
     /// How long all of it should take, for which the number of steps is chosen.

@@ -55,7 +55,7 @@ fn documentation(lock: &str) -> Result<Text> {
 }
 
 fn own(options: &Options) -> Result<Text> {
-    let split = Split::tail(&Corpus::find(&options.texts, "text")?, MOST, HELD_OUT)?;
+    let split = Split::tail(&Corpus::find(&options.texts, &options.text_field)?, MOST, HELD_OUT)?;
     let names: Vec<String> = options.texts.iter().map(|path| path.display().to_string()).collect();
     let names = names.join(", ");
     let bytes = split.bytes().0 + split.bytes().1;
@@ -152,6 +152,25 @@ mod tests {
     }
 
     #[test]
+    fn the_field_that_holds_the_text_can_be_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("bodies.jsonl");
+        std::fs::write(&path, "{\"body\": \"a few words\"}\n".repeat(5000)).unwrap();
+        let options = |text_field: &str| Options {
+            dir: folder.path().join("run"),
+            texts: vec![path.clone()],
+            text_field: text_field.into(),
+            lock: String::new(),
+            minutes: 1.0,
+            threads: None,
+            seed: 1,
+        };
+        let message = format!("{:#}", collect(&options("text")).err().unwrap());
+        assert!(message.contains("body") && message.contains("--text-field"), "{message}");
+        assert_eq!(collect(&options("body")).unwrap().split.bytes().0, 11 * 5000 * 19 / 20);
+    }
+
+    #[test]
     fn too_little_text_is_refused_with_the_numbers() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("short.txt");
@@ -159,6 +178,7 @@ mod tests {
         let options = Options {
             dir: folder.path().join("run"),
             texts: vec![path],
+            text_field: "text".into(),
             lock: String::new(),
             minutes: 1.0,
             threads: None,
