@@ -3,15 +3,15 @@
 use crate::token_file::{TokenFile, TokenWriter};
 use crate::{Corpus, Piece, Tokenizer};
 use anyhow::{Context, Result, bail};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File, TryLockError};
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Text that is tokenised in one go, bytes: enough work to share among threads.
 const BATCH: usize = 8 << 20;
@@ -19,12 +19,15 @@ const BATCH: usize = 8 << 20;
 /// Time between two looks at whether another process has finished a token file.
 const TURN: Duration = Duration::from_millis(50);
 
+/// Time between two lines on the progress where there is no terminal for a bar.
+const BETWEEN_LINES: Duration = Duration::from_secs(60);
+
 /// Largest token file that is compared with all its checksums when it is opened, bytes: a second's reading. Of larger ones a
 /// block is, before it is used.
 const AT_ONCE: u64 = 1 << 30;
 
 /// Opens the token file of a corpus in the folder `cache`, or makes it first, with a progress bar when standard error
-/// is a terminal. `name` starts the file's name, for people; the rest of it is the fingerprint of the tokenizer and of
+/// is a terminal, and a line every minute when it is none. `name` starts the file's name, for people; the rest of it is the fingerprint of the tokenizer and of
 /// paths, sizes and times of the sources, so a changed source or tokenizer makes another file. One that is found damaged is
 /// made anew, and [`TokenFile::replaces`] says why.
 ///
@@ -172,6 +175,7 @@ fn write(
     let style = "  tokenising {msg} [{bar:30}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} to go";
     bar.set_style(ProgressStyle::with_template(style)?.progress_chars("=> "));
     bar.set_message(name.to_owned());
+    let mut told = Instant::now();
 
     let pieces = corpus.pieces();
     let consumed = pieces.consumed();
@@ -197,6 +201,12 @@ fn write(
                 }
             }
             bar.set_position(consumed.load(Ordering::Relaxed));
+            if bar.is_hidden() && told.elapsed() >= BETWEEN_LINES {
+                told = Instant::now();
+                // A closed standard error is no reason to stop.
+                let _ =
+                    writeln!(std::io::stderr(), "{}", progress_line(name, bar.position(), corpus.bytes()));
+            }
         }
         Ok(true)
     })?;
@@ -209,6 +219,11 @@ fn write(
     }
     writer.finish().context(failed)?;
     Ok(true)
+}
+
+/// How far it is, where there is no terminal for a bar.
+fn progress_line(name: &str, done: u64, all: u64) -> String {
+    format!("tokenising {name}: {} of {}", HumanBytes(done), HumanBytes(all))
 }
 
 /// Sends pieces in batches until the end, an error, or the receiver's end.
@@ -274,6 +289,11 @@ mod tests {
         assert_eq!(file.documents(), 6);
         assert_eq!(file.text_bytes(), documents.iter().map(|d| d.len() as u64).sum::<u64>());
         assert!(file.path().file_name().unwrap().to_str().unwrap().starts_with("a_b-"));
+    }
+
+    #[test]
+    fn a_line_of_progress_tells_what_and_how_far() {
+        assert_eq!(progress_line("books", 3 << 29, 1 << 31), "tokenising books: 1.50 GiB of 2.00 GiB");
     }
 
     #[test]
