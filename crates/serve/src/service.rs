@@ -1,6 +1,6 @@
 //! From an HTTP request to a handler and back: who asks, which route, what is logged.
 
-use crate::app::App;
+use crate::app::{App, Phase};
 use crate::cors;
 use crate::error::ApiError;
 use crate::record::Record;
@@ -76,6 +76,10 @@ async fn answer(app: Arc<App>, path: Option<&'static str>, request: Request<Body
     }
     if let Some(origin) = &origin {
         cors::permit(response.headers_mut(), origin);
+    }
+    // Clients that keep connections would ask on them again, and be refused until the server is gone.
+    if *app.phase.borrow() > Phase::Serving {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     if let Ok(id) = HeaderValue::from_str(&record.id) {
         response.headers_mut().insert("x-request-id", id);

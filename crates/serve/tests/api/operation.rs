@@ -4,6 +4,8 @@ use crate::client::{Client, until};
 use crate::{Lines, model, options, serve, source, stop};
 use ferropt_serve::{Keys, Limits, Log, ModelSource, Options, Server, new_key};
 use serde_json::{Value, json};
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -237,8 +239,19 @@ fn the_drain_completes_what_was_taken_and_takes_nothing_new() {
         let done = client.metric_if_any(done).unwrap_or(0.0);
         client.metric("ferropt_requests_in_flight") + done >= 8.0
     });
+    // A connection that is kept for further requests.
+    let health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let mut kept = TcpStream::connect(client.address).unwrap();
+    kept.write_all(health).unwrap();
+    let mut first = [0; 15];
+    kept.read_exact(&mut first).unwrap();
+    assert_eq!(&first, b"HTTP/1.1 200 OK");
     let stopping = std::thread::spawn(move || server.stop(Duration::from_secs(60)));
     until("it stops", || client.get("/ready").json()["status"] == "stopping");
+    kept.write_all(health).unwrap();
+    let mut answers = String::new();
+    kept.read_to_string(&mut answers).unwrap();
+    assert!(answers.contains("\r\nconnection: close\r\n"), "a client would ask on it again: {answers}");
     let late = client.try_post("/v1/completions", &words(1).to_string());
     assert_eq!((late.status, late.json()["error"]["code"].as_str()), (503, Some("server_stopping")));
     for stream in streams {
