@@ -214,10 +214,14 @@ pub(crate) fn read(object: &Map<String, Value>, body: u8, required: &[&str]) -> 
     Ok(asked)
 }
 
+/// Bytes of a name that may be a misspelt field's. A name may be as long as a body, and comparing takes time and memory for each.
+const LONGEST_SLIP: usize = 64;
+
 fn unknown(name: &str, body: u8) -> ApiError {
     // A slip for every four letters; what is farther away is another word.
     let slips = (name.chars().count() / 4).clamp(1, 3);
-    let near = of(body).map(|field| (strsim::damerau_levenshtein(field.name, name), field.name));
+    let near = of(body).filter(|_| name.len() <= LONGEST_SLIP);
+    let near = near.map(|field| (strsim::damerau_levenshtein(field.name, name), field.name));
     let near = near.filter(|(distance, _)| *distance <= slips).min();
     let hint = near.map_or_else(|| "leave it out".into(), |(_, near)| format!("did you mean {near}?"));
     let name: String = name.chars().take(100).collect();
@@ -430,5 +434,15 @@ mod tests {
         }
         let missing = read(&Map::new(), COMPLETION, &["prompt"]).unwrap_err();
         assert_eq!((missing.code, missing.param.as_deref()), ("missing_field", Some("prompt")));
+    }
+
+    #[test]
+    fn a_long_name_is_refused_as_fast_as_a_short_one() {
+        let body = json!({ "max_token".repeat(100_000): 1 }).to_string();
+        let start = std::time::Instant::now();
+        let message = read_text(&body, COMPLETION).unwrap_err().message;
+        let took = start.elapsed();
+        assert!(message.contains("leave it out") && message.len() < 300, "{message}");
+        assert!(took < std::time::Duration::from_secs(1), "{took:?}");
     }
 }
