@@ -125,7 +125,7 @@ pub(crate) static FIELDS: &[Field] = &[
     field("omega_bound", METASEQ, Number(0.0, 1.0, |a, v| a.omega_bound = v as f32),
         "With `lambda_decay`: `top_p` does not become smaller than this; 0.3 unless given."),
     field("logit_bias", ALL_TEXTS, Shaped(shapes::LOGIT_BIAS, shapes::logit_bias),
-        "Added to the logits of these token ids, from -100 to 100."),
+        "Added to the logits of these token ids, from -100 to 100; of 1,024 ids at most, written without zeros in front."),
     field("seed", ALL_TEXTS, Shaped(shapes::SEED, shapes::seed),
         "The same seed gives the same texts, whatever else is being computed; random unless given."),
     field("stop", ALL_TEXTS, Shaped(shapes::STOP, shapes::stop),
@@ -402,6 +402,7 @@ mod tests {
             (COMPLETION, r#"{"prompt": [[]]}"#, "prompt", "empty"),
             (COMPLETION, r#"{"logit_bias": {"x": 1}}"#, "logit_bias", "\"x\""),
             (COMPLETION, r#"{"logit_bias": {"5": 101}}"#, "logit_bias", "101"),
+            (COMPLETION, r#"{"logit_bias": {"5": 1, "05": 2}}"#, "logit_bias", "\"05\""),
             (COMPLETION, r#"{"stop": ["a", ""]}"#, "stop", "empty"),
             (COMPLETION, r#"{"stop": 5}"#, "stop", "list"),
             (COMPLETION, r#"{"suffix": "x"}"#, "suffix", "cannot look"),
@@ -432,6 +433,9 @@ mod tests {
             assert_eq!((error.status.as_u16(), error.param.as_deref()), (400, Some(param)), "{text}");
             assert!(error.message.contains(part), "{text}: {}", error.message);
         }
+        let many: Map<String, Value> = (0..1025).map(|id| (id.to_string(), json!(1))).collect();
+        let many = read_text(&json!({ "logit_bias": many }).to_string(), COMPLETION).unwrap_err();
+        assert!(many.message.contains("1025") && many.message.contains("1024"), "{}", many.message);
         let missing = read(&Map::new(), COMPLETION, &["prompt"]).unwrap_err();
         assert_eq!((missing.code, missing.param.as_deref()), ("missing_field", Some("prompt")));
     }

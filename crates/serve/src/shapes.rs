@@ -44,8 +44,12 @@ const STOPS: usize = 60;
 /// Characters of the longest: how much of each a text's end could be is looked at for every byte of the text.
 const STOP_LENGTH: usize = 500;
 
-pub(crate) const LOGIT_BIAS: &str = r#"{"type": ["object", "null"], "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+pub(crate) const LOGIT_BIAS: &str = r#"{"type": ["object", "null"], "maxProperties": 1024,
+    "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,8})$"},
     "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}"#;
+
+/// Most tokens with a bias: each prompt of a request has all of them, and each token that is generated takes time for them.
+const BIASES: usize = 1024;
 
 pub(crate) const STREAM_OPTIONS: &str = r#"{"type": ["object", "null"], "additionalProperties": false, "properties": {
     "include_usage": {"type": ["boolean", "null"]},
@@ -203,8 +207,12 @@ pub(crate) fn stop(asked: &mut Asked, value: &Value) -> Result<(), String> {
 /// Biases by token id.
 pub(crate) fn logit_bias(asked: &mut Asked, value: &Value) -> Result<(), String> {
     let object = value.as_object().ok_or("expected an object of token ids and numbers")?;
+    if object.len() > BIASES {
+        return Err(format!("{} tokens are more than {BIASES}, which is the limit", object.len()));
+    }
     for (id, bias) in object {
-        let number = id.parse().ok().filter(|_| id.bytes().all(|b| b.is_ascii_digit()));
+        // One way to write each, so that none is there twice.
+        let number = id.parse().ok().filter(|number: &u32| number.to_string() == *id);
         let number = number.ok_or_else(|| format!("{} is no token id", short(&id.as_str().into())))?;
         let bias = bias.as_f64().filter(|bias| (-100.0..=100.0).contains(bias));
         let bias = bias.ok_or_else(|| {
@@ -273,6 +281,7 @@ mod tests {
     #[test]
     fn schemas_have_the_bounds_of_what_reads() {
         assert!(LOG_PROBS.contains(&format!("\"maximum\": {MOST_LOG_PROBS},")));
+        assert!(LOGIT_BIAS.contains(&format!("\"maxProperties\": {BIASES},")));
         assert!(SEED.contains(&i64::MIN.to_string()) && SEED.contains(&u64::MAX.to_string()));
         let refused = |text: &str| {
             let message = serde_json::from_str(text).unwrap();

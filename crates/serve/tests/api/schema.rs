@@ -34,7 +34,7 @@ fn operation<'a>(description: &'a Value, path: &str) -> Option<&'a Value> {
     description["paths"].as_object()?.iter().find(|(pattern, _)| same(pattern)).map(|(_, item)| item)
 }
 
-const WORDS: [&str; 16] = [
+const WORDS: [&str; 17] = [
     "$ref",
     "type",
     "enum",
@@ -43,6 +43,7 @@ const WORDS: [&str; 16] = [
     "required",
     "additionalProperties",
     "propertyNames",
+    "maxProperties",
     "items",
     "minItems",
     "maxItems",
@@ -107,6 +108,9 @@ pub fn fits(description: &Value, schema: &Value, value: &Value) -> Result<(), St
         Value::Array(list) => list
             .iter()
             .try_for_each(|item| fits(description, schema.get("items").unwrap_or(&Value::Null), item)),
+        Value::Object(object) if length("minProperties", "maxProperties", object.len()) => {
+            fail("of such a length")
+        }
         Value::Object(object) => {
             for name in schema["required"].as_array().into_iter().flatten() {
                 if !object.contains_key(name.as_str().unwrap()) {
