@@ -55,6 +55,11 @@ pub(crate) struct Args {
     /// Let web pages of this origin use the API, such as `https://example.org`; may be repeated
     #[arg(long, value_name = "ORIGIN")]
     cors: Vec<String>,
+    /// A name of this machine by which its own clients may call the server without keys, such as that of a proxy on it that passes
+    /// on `Host`; may be repeated. `localhost` and addresses always may, and others not: a web page could make its name mean
+    /// this machine
+    #[arg(long = "allow-host", value_name = "NAME")]
+    allowed_hosts: Vec<String>,
     /// Give out `/metrics` without a key, for a Prometheus that has none. They have no texts, but names of models and figures
     /// of use
     #[arg(long)]
@@ -222,6 +227,7 @@ impl Args {
             keys,
             tls,
             cors: self.cors.clone(),
+            allowed_hosts: self.allowed_hosts.clone(),
             open_metrics: self.open_metrics,
             limits: Limits {
                 queue: self.queue,

@@ -1,5 +1,6 @@
 //! What all requests share.
 
+use crate::Options;
 use crate::keys::Keys;
 use crate::log::Log;
 use crate::metrics::Metrics;
@@ -78,6 +79,8 @@ pub(crate) struct App {
     pub(crate) tls: Option<Tls>,
     /// Origins of web pages that may use the API.
     pub(crate) cors: Vec<String>,
+    /// Names by which clients on the same machine may call it.
+    pub(crate) allowed_hosts: Vec<String>,
     /// Whether `/metrics` needs no key.
     pub(crate) open_metrics: bool,
     pub(crate) limits: Limits,
@@ -93,22 +96,17 @@ pub(crate) struct App {
 pub(crate) struct Busy(Arc<AtomicUsize>);
 
 impl App {
-    pub(crate) fn new(
-        models: Models,
-        keys: Keys,
-        tls: Option<Tls>,
-        cors: Vec<String>,
-        open_metrics: bool,
-        limits: Limits,
-        log: Log,
-    ) -> App {
+    /// With `models` in place of those that the options have.
+    pub(crate) fn new(models: Models, options: Options) -> App {
+        let Options { keys, tls, cors, allowed_hosts, open_metrics, limits, log, .. } = options;
         App {
             models,
             keys,
             tls,
             cors,
+            allowed_hosts,
             open_metrics,
-            limits,
+            limits: limits.possible(),
             metrics: Metrics::new(),
             log,
             phase: watch::Sender::new(Phase::Serving),

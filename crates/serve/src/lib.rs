@@ -15,6 +15,7 @@ mod cors;
 mod embeddings;
 mod error;
 mod fields;
+mod host;
 mod job;
 mod keys;
 mod layout;
@@ -67,6 +68,8 @@ pub struct Options {
     pub tls: Option<Tls>,
     /// Origins of web pages that may use it.
     pub cors: Vec<String>,
+    /// Names, besides `localhost`, by which clients on the same machine may call a server without keys.
+    pub allowed_hosts: Vec<String>,
     /// Whether `/metrics` needs no key.
     pub open_metrics: bool,
     /// What a request, a client and the server may take.
@@ -91,11 +94,11 @@ impl Server {
     ///
     /// # Errors
     /// When the address cannot be listened on, or names of models contradict each other.
-    pub fn start(options: Options) -> Result<Server> {
-        let Options { address, models, aliases, keys, tls, cors, open_metrics, limits, log } = options;
+    pub fn start(mut options: Options) -> Result<Server> {
+        let (address, models) = (options.address, std::mem::take(&mut options.models));
         let names = models.iter().map(|model| model.name.clone()).collect();
-        let models_by_name = Models::new(names, aliases)?;
-        let app = Arc::new(App::new(models_by_name, keys, tls, cors, open_metrics, limits.possible(), log));
+        let models_by_name = Models::new(names, std::mem::take(&mut options.aliases))?;
+        let app = Arc::new(App::new(models_by_name, options));
         let runtime =
             Builder::new_multi_thread().worker_threads(THREADS).thread_name("http").enable_all().build();
         let runtime = runtime.context("cannot start the threads for connections")?;

@@ -118,7 +118,8 @@ async fn connection_and_place(
         place = places.clone().acquire_owned() => (place, false),
         place = spare.clone().acquire_owned() => (place, true),
     };
-    Ok((stream, Peer { address, spare }, place.map_err(io::Error::other)?))
+    let local = stream.local_addr().is_ok_and(|own| own.ip().to_canonical().is_loopback());
+    Ok((stream, Peer { address, local, spare }, place.map_err(io::Error::other)?))
 }
 
 async fn connection(

@@ -19,9 +19,10 @@ const BODIES: [(u8, &str); 7] = [
 ];
 
 /// Statuses of errors, and whether only routes that take a turn have them.
-const ERRORS: [(&str, &str, Needs); 11] = [
+const ERRORS: [(&str, &str, Needs); 12] = [
     ("400", "The request makes no sense; the message says what, and what was expected.", Needs::Body),
     ("401", "The API key is missing or unknown.", Needs::Key),
+    ("403", "The name in the header Host is not known.", Needs::Nothing),
     ("404", "There is no such model or route.", Needs::Name),
     ("408", "The body came too slowly.", Needs::Body),
     ("413", "The body is too large.", Needs::Body),

@@ -3,6 +3,7 @@
 use crate::app::{App, Phase};
 use crate::cors;
 use crate::error::ApiError;
+use crate::host;
 use crate::record::Record;
 use crate::routes::{Call, ROUTES, Route};
 use axum::Router;
@@ -18,6 +19,8 @@ use std::time::Instant;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Peer {
     pub(crate) address: SocketAddr,
+    /// Whether it came by an address that only this machine can reach.
+    pub(crate) local: bool,
     /// Whether it is one of the connections beyond the limit, which are there for probes.
     pub(crate) spare: bool,
 }
@@ -105,6 +108,20 @@ async fn find(
             app.limits.connections
         );
         return Err(ApiError::unavailable("too_many_connections", 1, message));
+    }
+    // A key keeps out what no name would.
+    if app.keys.is_empty()
+        && parts.extensions.get::<Peer>().is_some_and(|peer| peer.local)
+        && let Some(host) = host::strange(&parts.headers, &app.allowed_hosts)
+    {
+        let host: String = String::from_utf8_lossy(host.as_bytes()).chars().take(100).collect();
+        return Err(ApiError::forbidden(
+            "unknown_host",
+            format!(
+                "this server has no keys and does not know the name {host:?} in the header Host; use http://localhost or an \
+                 address, or start the server with --allow-host NAME"
+            ),
+        ));
     }
     let is_open = |route: &Route| route.open || (app.open_metrics && route.path == "/metrics");
     let key = if app.keys.is_empty() || there().any(is_open) {

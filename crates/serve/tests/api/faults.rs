@@ -181,8 +181,7 @@ fn malformed_http_and_json_are_never_the_servers_fault() {
     }
     fails(&[&b"GET /"[..], &vec![b'a'; 100_000]].concat());
     fails(&[&b"GET / HTTP/1.1\r\nx: "[..], &vec![b'a'; 200_000], b"\r\n\r\n"].concat());
-    let head =
-        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n";
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n";
     // Slow headers, a slow body, and too much of it, announced or not.
     fails(head.as_bytes());
     let slow = fails(format!("{head}Content-Length: 50\r\n\r\n{{").as_bytes());
@@ -255,7 +254,7 @@ fn clients_that_vanish_leave_nothing_behind() {
 fn a_client_that_left_is_noticed_behind_what_it_sent_last() {
     let (server, client) = serve(options());
     let body = json!({ "prompt": "the cat", "max_tokens": 1000, "n": 64, "ignore_eos": true }).to_string();
-    let head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n";
     let request = format!("{head}Content-Length: {}\r\n\r\n{body}", body.len());
     for more in ["\r\n", &request] {
         let before = client.metric_if_any("ferropt_cancelled_total").unwrap_or(0.0);
@@ -270,7 +269,7 @@ fn a_client_that_left_is_noticed_behind_what_it_sent_last() {
     }
     // Whoever only says that there is no more to come gets what was asked for before.
     let mut stream = TcpStream::connect(client.address).unwrap();
-    stream.write_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    stream.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
     stream.shutdown(Shutdown::Write).unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();

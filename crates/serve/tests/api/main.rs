@@ -72,6 +72,7 @@ fn options() -> Options {
         keys: Keys::default(),
         tls: None,
         cors: vec![],
+        allowed_hosts: vec![],
         open_metrics: false,
         limits: Limits { client_time: Duration::from_secs(5), ..Limits::default() },
         log: Log::off(),

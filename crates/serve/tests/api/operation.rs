@@ -161,6 +161,32 @@ fn keys_open_what_is_closed_and_nothing_more() {
 }
 
 #[test]
+fn a_name_that_is_not_this_machines_is_refused_where_there_are_no_keys() {
+    let status = |client: &Client, host: &str| {
+        let raw =
+            client.raw(format!("GET /v1/models HTTP/1.1\r\n{host}Connection: close\r\n\r\n").as_bytes());
+        let text = String::from_utf8(raw).unwrap();
+        assert!(!text.starts_with("HTTP/1.1 403") || text.contains("\"code\":\"unknown_host\""), "{text}");
+        text[9..12].to_string()
+    };
+    let evil = "Host: evil.example:8000\r\n";
+    let (server, client) = serve(Options { allowed_hosts: vec!["proxy.test".into()], ..options() });
+    for host in
+        ["", "Host: 127.0.0.1:8000\r\n", "Host: [::1]\r\n", "Host: localhost:1\r\n", "Host: proxy.test\r\n"]
+    {
+        assert_eq!(status(&client, host), "200", "{host}");
+    }
+    assert_eq!(status(&client, evil), "403");
+    stop(server);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys");
+    std::fs::write(&file, new_key("alice").unwrap().1).unwrap();
+    let (server, client) = serve(Options { keys: Keys::read(&file).unwrap(), ..options() });
+    assert_eq!(status(&client, evil), "401", "a key is what counts");
+    stop(server);
+}
+
+#[test]
 fn a_client_with_many_requests_does_not_starve_another() {
     let folder = tempfile::tempdir().unwrap();
     let (greedy, line) = new_key("greedy").unwrap();
