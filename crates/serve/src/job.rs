@@ -154,8 +154,8 @@ impl Feeder {
                 // If nobody is there, nobody has to be told.
                 let _ = self.sender.send(Err(error));
                 return;
-            } else {
-                self.live.metrics.queued.observe(self.record.note_time("queue_seconds").as_secs_f64());
+            } else if let Some(seconds) = self.record.note_time("queue_seconds") {
+                self.live.metrics.queued.observe(seconds);
             }
             self.submit(index, request, turn);
         }
@@ -195,6 +195,9 @@ struct Meter {
     tokens: Arc<Tokens>,
     /// Texts that are not complete, each of which takes a place.
     texts: usize,
+    /// Whether the texts are chosen among others, so that none is given out before all are complete: then the first token says
+    /// nothing of how soon one comes.
+    compared: bool,
     /// When each text had its last token.
     last: Vec<Option<Instant>>,
     charged: usize,
@@ -211,6 +214,8 @@ impl Meter {
             record: Arc::downgrade(record),
             tokens: record.tokens.clone(),
             texts: texts(request),
+            compared: request.parameters.beams.is_some()
+                || request.parameters.computed() > request.parameters.n,
             last: vec![None; request.parameters.n],
             charged: 0,
         }
@@ -224,10 +229,13 @@ impl Meter {
                     Some(last) => (0..tokens).for_each(|_| {
                         self.metrics.between_tokens.observe((now - last).as_secs_f64() / tokens as f64);
                     }),
+                    None if self.compared => {}
                     None => {
-                        if let Some(record) = self.record.upgrade() {
-                            let time = record.note_time("first_token_seconds");
-                            self.metrics.first_token.observe(time.as_secs_f64());
+                        let record = self.record.upgrade();
+                        if let Some(seconds) =
+                            record.and_then(|record| record.note_time("first_token_seconds"))
+                        {
+                            self.metrics.first_token.observe(seconds);
                         }
                     }
                 }

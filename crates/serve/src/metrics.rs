@@ -62,7 +62,7 @@ pub(crate) struct Metrics {
 /// Those of one model, to be counted without looking anything up.
 #[derive(Clone)]
 pub(crate) struct ModelMetrics {
-    /// Seconds from a request's arrival to its first token.
+    /// Seconds from a request's arrival to the first token of all its texts, of which none is compared with others.
     pub(crate) first_token: Histogram,
     /// Seconds from one token of a text to the next.
     pub(crate) between_tokens: Histogram,
@@ -100,7 +100,12 @@ impl Metrics {
             requests: counters(r, "requests", "Answers, by route and status"),
             refusals: counters(r, "refusals", "Requests that were refused or failed, by the error's code"),
             seconds: histograms(r, "request", "From a request to the end of its answer, by route", WAITS),
-            first_token: histograms(r, "time_to_first_token", "From a request to its first token", WAITS),
+            first_token: histograms(
+                r,
+                "time_to_first_token",
+                "From a request to its first token, unless texts are compared first",
+                WAITS,
+            ),
             between_tokens: histograms(r, "inter_token", "From one token of a text to the next", STEPS),
             queued: histograms(r, "queue", "Waiting for a turn", WAITS),
             prompt_tokens: counters(r, "prompt_tokens", "Tokens of prompts"),

@@ -3,10 +3,11 @@
 use crate::app::{App, Busy};
 use crate::error::ApiError;
 use crate::keys::Use;
+use serde_json::map::Entry;
 use serde_json::{Map, Value, json};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Routes whose requests are logged when they are refused only.
 const ASKED_OFTEN: [&str; 5] = ["/health", "/ready", "/metrics", "/", "/page/{*file}"];
@@ -61,13 +62,16 @@ impl Record {
         self.with(|notes| notes.more.insert(name.into(), value.into()));
     }
 
-    /// Adds the time since the request came, unless it is there.
-    pub(crate) fn note_time(&self, name: &str) -> Duration {
-        let time = self.started.elapsed();
-        self.with(|notes| {
-            notes.more.entry(name).or_insert_with(|| time.as_secs_f64().into());
-        });
-        time
+    /// Adds the time since the request came, in seconds, and returns it; nothing if it was there.
+    pub(crate) fn note_time(&self, name: &str) -> Option<f64> {
+        self.with(|notes| match notes.more.entry(name) {
+            Entry::Occupied(_) => None,
+            Entry::Vacant(place) => {
+                let seconds = self.started.elapsed().as_secs_f64();
+                place.insert(seconds.into());
+                Some(seconds)
+            }
+        })
     }
 
     /// Counts it under a key's limits until its answer was made in full, or it is over.

@@ -366,3 +366,19 @@ fn metrics_count_and_the_log_has_no_texts_unless_it_shall() {
         (&json!(["the cat"]), &json!([answer["choices"][0]["text"]]))
     );
 }
+
+#[test]
+fn the_time_to_the_first_token_is_counted_once_for_a_request_that_streams_tokens() {
+    let (server, client) = serve(options());
+    client.post(
+        "/v1/completions",
+        &json!({ "prompt": ["the", "cat"], "n": 2, "max_tokens": 3, "ignore_eos": true }),
+    );
+    // Nothing of these is there before all of it is.
+    let compared = json!({ "prompt": "the", "best_of": 3, "max_tokens": 3, "ignore_eos": true });
+    client.post("/v1/completions", &compared);
+    client.post("/v1/completions", &json!({ "prompt": "the", "beams": 2, "max_tokens": 3 }));
+    until("all is counted", || client.metric("ferropt_running{model=\"opt\"}") == 0.0);
+    assert_eq!(client.metric("ferropt_time_to_first_token_seconds_count"), 1.0);
+    stop(server);
+}
