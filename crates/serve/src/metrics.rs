@@ -164,7 +164,9 @@ impl Metrics {
         for (name, state) in models.states() {
             let labels = model(name);
             let State::Ready(live) = state else {
-                self.ready.get_or_create(&labels).set(0);
+                for gauge in [&self.ready, &self.waiting, &self.running, &self.pages, &self.total_pages] {
+                    gauge.get_or_create(&labels).set(0);
+                }
                 continue;
             };
             let load = live.engine.load();
@@ -216,7 +218,23 @@ pub(crate) fn older(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{model, older};
+    use super::{Metrics, model, older};
+    use crate::models::{Models, State};
+
+    #[test]
+    fn a_model_that_failed_has_nothing_to_do_any_more() {
+        let (metrics, labels) = (Metrics::new(), model("a"));
+        let gauges = [&metrics.waiting, &metrics.running, &metrics.pages, &metrics.total_pages];
+        gauges.iter().for_each(|gauge| {
+            gauge.get_or_create(&labels).set(7);
+        });
+        let models = Models::new(vec!["a".into()], vec![]).unwrap();
+        models.set("a", State::Failed("its engine has ended".into()));
+        let text = metrics.text(&models, 0);
+        for name in ["model_ready", "queue_length", "running", "cache_pages_used", "cache_pages"] {
+            assert!(text.contains(&format!("ferropt_{name}{{model=\"a\"}} 0\n")), "{name}: {text}");
+        }
+    }
 
     #[test]
     fn names_are_written_so_that_they_end_where_they_end() {
