@@ -32,6 +32,9 @@ pub(crate) struct Answer {
 /// A comment is sent when nothing else was for so long, which keeps proxies from closing the connection.
 const SILENCE: Duration = Duration::from_secs(15);
 
+/// Tokens, and likely ones beside them, from which writing an answer down would make others wait.
+const LONG: usize = 1 << 12;
+
 impl Answer {
     /// Waits for all texts.
     pub(crate) async fn whole(mut self) -> Result<Response<Body>, ApiError> {
@@ -59,7 +62,11 @@ impl Answer {
         if self.log_texts {
             self.record.note("texts", texts.iter().map(|text| text.text.as_str()).collect::<Vec<_>>());
         }
-        Ok(text_response(StatusCode::OK, self.layout.whole(texts, used)))
+        let tokens = texts.iter().flat_map(|text| &text.tokens);
+        let entries: usize = tokens.map(|token| 1 + token.top.len()).sum();
+        let write = || self.layout.whole(texts, used);
+        let json = if entries > LONG { tokio::task::block_in_place(write) } else { write() };
+        Ok(text_response(StatusCode::OK, json))
     }
 
     /// Waits for the first event, so that what goes wrong before has a status of its own, and sends the rest as it comes.
