@@ -71,13 +71,15 @@ impl Keys {
     pub(crate) fn refresh(&self) -> Result<Option<usize>> {
         let Some(file) = &self.file else { return Ok(None) };
         let version = version(file);
-        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
-        if version == known.version {
+        if version == self.known.read().unwrap_or_else(PoisonError::into_inner).version {
             return Ok(None);
         }
+        // However long the file takes to be read, nobody who sends a key waits for it.
+        let keys = parse(file);
+        let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);
         // A wrong file is told of once.
         known.version = version;
-        let mut keys = parse(file)?;
+        let mut keys = keys?;
         for key in &mut keys {
             if let Some(old) = known.keys.iter().find(|old| old.is_like(key)) {
                 *key = old.clone();

@@ -52,7 +52,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Runtime};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, block_in_place};
 
 /// What is served, where, and to whom.
 pub struct Options {
@@ -161,12 +161,13 @@ impl Server {
 async fn watch_files(app: Arc<App>) {
     loop {
         tokio::time::sleep(Duration::from_secs(2)).await;
-        match app.keys.refresh() {
+        // A disk may be slow, and connections have few threads.
+        match block_in_place(|| app.keys.refresh()) {
             Ok(None) => {}
             Ok(Some(count)) => app.log.line("keys_read", json!({ "keys": count })),
             Err(error) => app.log.line("keys_failed", json!({ "error": format!("{error:#}") })),
         }
-        match app.tls.as_ref().map(Tls::refresh) {
+        match block_in_place(|| app.tls.as_ref().map(Tls::refresh)) {
             None | Some(Ok(false)) => {}
             Some(Ok(true)) => app.log.line("certificate_read", json!({})),
             Some(Err(error)) => app.log.line("certificate_failed", json!({ "error": format!("{error:#}") })),

@@ -42,13 +42,15 @@ impl Tls {
     /// As [`Tls::read`]; all stays as it was.
     pub(crate) fn refresh(&self) -> Result<bool> {
         let versions = [version(&self.certificate), version(&self.key)];
-        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
-        if versions == current.versions {
+        if versions == self.current.read().unwrap_or_else(PoisonError::into_inner).versions {
             return Ok(false);
         }
+        // However long the files take to be read, no connection waits for it.
+        let config = config(&self.certificate, &self.key);
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         // What is wrong is told of once. A new certificate whose key is not there yet is wrong for a moment.
         current.versions = versions;
-        current.config = Arc::new(config(&self.certificate, &self.key)?);
+        current.config = Arc::new(config?);
         Ok(true)
     }
 
