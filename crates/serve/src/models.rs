@@ -184,6 +184,7 @@ impl Models {
         let found = self.states().find(|(own, _)| *own == name);
         let Some((_, state)) = found else {
             let names: Vec<&str> = self.entries.iter().map(|(name, _)| name.as_str()).collect();
+            let name: String = name.chars().take(100).collect();
             let message = format!("there is no model {name:?}; there is {}", names.join(", "));
             let error = ApiError::not_found("model_not_found", message);
             return Err(ApiError { param: Some("model".into()), ..error });

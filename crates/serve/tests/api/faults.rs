@@ -19,6 +19,7 @@ fn refusals_name_the_field_the_value_and_the_limit() {
     let input = json!({ "input": "word ".repeat(2000) }).to_string();
     let lists = json!({ "prompt": "x", "n": 128, "logprobs": 100, "max_tokens": 1000 }).to_string();
     let many = json!({ "prompt": vec!["x"; 100], "n": 11 }).to_string();
+    let model = json!({ "prompt": "x", "model": "m".repeat(1_000_000) }).to_string();
     for (path, body, status, code, param, part) in [
         ("/v1/completions", "{", 400, "invalid_json", None, "line 1"),
         ("/v1/completions", "[]", 400, "invalid_json", None, "object"),
@@ -82,6 +83,7 @@ fn refusals_name_the_field_the_value_and_the_limit() {
         ),
         ("/v1/completions", &long, 400, "context_length_exceeded", Some("prompt"), "1024"),
         ("/v1/completions", &longer, 400, "context_length_exceeded", Some("prompt"), "1000000"),
+        ("/v1/completions", &model, 404, "model_not_found", Some("model"), "mmm"),
         ("/v1/completions", &many, 400, "invalid_value", Some("prompt"), "1024"),
         ("/v1/completions", &more, 400, "invalid_value", Some("prompt"), "257"),
         (
@@ -127,7 +129,8 @@ fn refusals_name_the_field_the_value_and_the_limit() {
         let error = &answer.json()["error"];
         assert_eq!(answer.status, status, "{error}");
         assert_eq!((error["code"].as_str(), error["param"].as_str()), (Some(code), param), "{error}");
-        assert!(error["message"].as_str().unwrap().contains(part), "{part}: {error}");
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains(part) && message.len() < 1000, "{part}: {error}");
         assert_eq!(error["type"], "invalid_request_error");
     }
     let body = br#"{"prompt": "x"}"#;
