@@ -101,14 +101,14 @@ pub(crate) static FIELDS: &[Field] = &[
         Number(0.01, 100.0, |a, v| a.parameters.repetition_penalty = v as f32),
         "Divides positive logits of tokens that prompt or text have, multiplies negative ones; 1 does \
          nothing."),
-    field("presence_penalty", ALL_TEXTS, Number(-2.0, 2.0, |a, v| a.parameters.presence_penalty = v as f32),
+    field("presence_penalty", ALL_TEXTS, Number(-2.0, 2.0, shapes::presence_penalty),
         "Taken off the logits of tokens that were generated."),
-    field("frequency_penalty", ALL_TEXTS, Number(-2.0, 2.0, |a, v| a.parameters.frequency_penalty = v as f32),
+    field("frequency_penalty", ALL_TEXTS, Number(-2.0, 2.0, shapes::frequency_penalty),
         "Taken off the logits of tokens as often as they were generated."),
-    field("alpha_presence", METASEQ, Number(-2.0, 2.0, |a, v| a.parameters.presence_penalty = v as f32),
-        "metaseq's name of `presence_penalty`."),
-    field("alpha_frequency", METASEQ, Number(-2.0, 2.0, |a, v| a.parameters.frequency_penalty = v as f32),
-        "metaseq's name of `frequency_penalty`."),
+    field("alpha_presence", METASEQ, Number(-2.0, 2.0, shapes::presence_penalty),
+        "metaseq's name of `presence_penalty`, which counts if both are given and neither is 0."),
+    field("alpha_frequency", METASEQ, Number(-2.0, 2.0, shapes::frequency_penalty),
+        "metaseq's name of `frequency_penalty`, which counts if both are given and neither is 0."),
     field("alpha_presence_src", METASEQ,
         Number(-2.0, 2.0, |a, v| a.parameters.prompt_presence_penalty = v as f32),
         "Taken off the scores of tokens that the prompt has."),
@@ -448,5 +448,16 @@ mod tests {
         let took = start.elapsed();
         assert!(message.contains("leave it out") && message.len() < 300, "{message}");
         assert!(took < std::time::Duration::from_secs(1), "{took:?}");
+    }
+
+    #[test]
+    fn a_penalty_of_zero_does_not_undo_the_one_of_the_other_name() {
+        for text in [
+            r#"{"alpha_presence": 0.5, "presence_penalty": 0, "alpha_frequency": 1, "frequency_penalty": 0}"#,
+            r#"{"alpha_presence": 0, "presence_penalty": 0.5, "alpha_frequency": 0, "frequency_penalty": 1}"#,
+        ] {
+            let p = read_text(text, METASEQ).unwrap().parameters;
+            assert_eq!((p.presence_penalty, p.frequency_penalty), (0.5, 1.0), "{text}");
+        }
     }
 }

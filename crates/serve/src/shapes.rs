@@ -268,6 +268,20 @@ pub(crate) fn top_p(asked: &mut Asked, value: f64) {
     }
 }
 
+/// 0 is what is there anyway, so it does not undo what the field's other name has set.
+pub(crate) fn presence_penalty(asked: &mut Asked, value: f64) {
+    if value != 0.0 {
+        asked.parameters.presence_penalty = value as f32;
+    }
+}
+
+/// The same.
+pub(crate) fn frequency_penalty(asked: &mut Asked, value: f64) {
+    if value != 0.0 {
+        asked.parameters.frequency_penalty = value as f32;
+    }
+}
+
 /// A value in an error message.
 fn short(value: &Value) -> String {
     let text = value.to_string();
