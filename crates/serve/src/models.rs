@@ -8,6 +8,7 @@ use anyhow::{Result, ensure};
 use ferropt_data::Tokenizer;
 use ferropt_engine::Handle;
 use ferropt_train::inference::Model;
+use ferropt_train::weight_cache::Outcome;
 use serde_json::json;
 use std::borrow::Cow;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -78,6 +79,14 @@ pub(crate) fn open(app: &App, source: ModelSource) {
             for damage in &model.damaged {
                 let damage = format!("{damage:#}");
                 app.log.line("damaged_checkpoint", json!({ "model": name, "passed_over": damage }));
+            }
+            if model.rounded {
+                let what = "f16 became bf16, which has 3 bits less of each; --weights f32 keeps all, in twice the memory";
+                app.log.line("weights_rounded", json!({ "model": name, "what": what }));
+            }
+            if let Some(Outcome::Failed(error)) = &model.kept {
+                let error = format!("{error:#}");
+                app.log.line("weights_not_kept", json!({ "model": name, "error": error }));
             }
             let capacity = model.engine.capacity();
             let line = json!({

@@ -3,6 +3,8 @@
 use crate::client::{Client, until};
 use crate::{Lines, model, options, serve, source, stop};
 use ferropt_serve::{Keys, Limits, Log, ModelSource, Options, Server, new_key};
+use ferropt_train::inference::Model;
+use ferropt_train::weight_cache::Outcome;
 use serde_json::{Value, json};
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -381,4 +383,18 @@ fn the_time_to_the_first_token_is_counted_once_for_a_request_that_streams_tokens
     until("all is counted", || client.metric("ferropt_running{model=\"opt\"}") == 0.0);
     assert_eq!(client.metric("ferropt_time_to_first_token_seconds_count"), 1.0);
     stop(server);
+}
+
+#[test]
+fn the_log_says_what_became_of_weights_that_were_opened() {
+    let lines = Lines::default();
+    let open = || {
+        let kept = Some(Outcome::Failed(anyhow::anyhow!("no room on the disk")));
+        Ok(Model { kept, rounded: true, ..model(1) })
+    };
+    let models = vec![ModelSource { name: "opt".into(), open: Box::new(open) }];
+    let (server, _) = serve(Options { models, log: Log::new(lines.clone(), false).unwrap(), ..options() });
+    stop(server);
+    let text = lines.text();
+    assert!(text.contains("no room on the disk") && text.contains("weights_rounded"), "{text}");
 }
