@@ -255,6 +255,7 @@ fn unhex(text: &str) -> Option<[u8; 32]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
 
     fn read(text: &str) -> Result<Keys> {
         let folder = tempfile::tempdir().unwrap();
@@ -322,6 +323,28 @@ mod tests {
         fs::write(&file, other).unwrap();
         assert_eq!(keys.refresh().unwrap(), Some(1));
         assert!(find(&alice).is_err() && find(&bob).is_ok());
+    }
+
+    #[test]
+    fn nobody_waits_for_a_file_that_takes_long_to_be_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("keys");
+        let ((alice, line), (_, other)) = (new_key("alice").unwrap(), new_key("bob").unwrap());
+        fs::write(&file, &line).unwrap();
+        let keys = Keys::read(&file).unwrap();
+        fs::remove_file(&file).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(&file).status().unwrap().success());
+        std::thread::scope(|scope| {
+            let refreshed = scope.spawn(|| keys.refresh());
+            // Opens once the other side is being read.
+            let mut pipe = fs::OpenOptions::new().write(true).open(&file).unwrap();
+            let is_free = keys.known.try_read().is_ok();
+            pipe.write_all(format!("{line}\n{other}\n").as_bytes()).unwrap();
+            drop(pipe);
+            assert_eq!(refreshed.join().unwrap().unwrap(), Some(2));
+            assert!(is_free, "requests would have waited");
+        });
+        assert!(keys.find(Some(format!("Bearer {alice}").as_bytes())).is_ok());
     }
 
     #[test]
