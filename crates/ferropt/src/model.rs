@@ -145,10 +145,10 @@ pub(crate) fn weight_cache(off: bool) -> Result<Option<WeightCache>> {
 /// How texts become tokens.
 #[derive(clap::Args)]
 pub(crate) struct MarksArgs {
-    /// Put no </s> in front of a text. OPT was trained to begin behind one; some models made from it are not
+    /// Put no `</s>` in front of a text. OPT was trained to begin behind one; some models made from it are not
     #[arg(long)]
     no_end_in_front: bool,
-    /// Read </s>, <pad> and the tokens that the tokenizer's files add as these tokens where a text has them, not as
+    /// Read `</s>`, `<pad>` and the tokens that the tokenizer's files add as these tokens where a text has them, not as
     /// characters
     #[arg(long)]
     special_tokens: bool,
