@@ -251,21 +251,16 @@ impl Tokenizer {
 
     /// The first token in a text that a file added to the vocabulary, as [`Marks::in_text`] finds it, by its content.
     pub fn added_in(&self, text: &str) -> Option<&str> {
-        let added = &self.vocabulary.added;
         self.finder.parts(text).into_iter().find_map(|part| match part {
-            Part::Token(id) => {
-                Some(added.get(added.binary_search_by_key(&id, |added| added.id).ok()?)?.content.as_str())
-            }
+            Part::Token(id) => self.vocabulary.added_as(id).map(|added| added.content.as_str()),
             Part::Text(_) => None,
         })
     }
 
     /// Name of a special token, which has no text; nothing for other ids.
     pub fn special(&self, id: u32) -> Option<&str> {
-        let added = &self.vocabulary.added;
         let own = SPECIALS.get(id as usize).copied();
-        let added =
-            || Some(added.get(added.binary_search_by_key(&id, |added| added.id).ok()?)?.content.as_str());
+        let added = || self.vocabulary.added_as(id).map(|added| added.content.as_str());
         own.or_else(added).filter(|_| self.token_bytes(id).is_empty())
     }
 

@@ -207,11 +207,15 @@ impl Vocabulary {
         Ok(Vocabulary { merges, tokens: tokens.by_id(), added: Vec::new(), settings })
     }
 
+    /// The token that was added with this id.
+    pub fn added_as(&self, id: u32) -> Option<&Added> {
+        let at = self.added.binary_search_by_key(&id, |added| added.id).ok()?;
+        self.added.get(at)
+    }
+
     /// Whether a token was added already, or is one of OPT's own.
     fn lists(&self, token: &Added) -> bool {
-        let listed = self.added.binary_search_by_key(&token.id, |listed| listed.id);
-        let listed = listed.ok().and_then(|at| self.added.get(at));
-        token.is_own() || listed.is_some_and(|listed| listed.content == token.content)
+        token.is_own() || self.added_as(token.id).is_some_and(|listed| listed.content == token.content)
     }
 
     /// Adds tokens. One that the vocabulary has must have its id, and any other an id that is free.
