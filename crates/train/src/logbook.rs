@@ -3,6 +3,7 @@
 //! Entries are rare, and each is on the disk before the run goes on. A run that was killed and resumed meets the same
 //! trouble again between its last checkpoint and the kill; what is in the book already is not entered twice.
 
+use crate::checkpoint::write_at_once;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -83,7 +84,7 @@ impl Logbook {
         if !garbled.is_empty() {
             // A crash between these two sets them aside twice.
             append(&run.join(ASIDE), &garbled.concat())?;
-            replace(&book.lines, &sound)?;
+            write_at_once(&book.lines, &sound)?;
             let step = book.entries.last().map_or(0, |entry| entry.step);
             let text = format!("Lines of logbook.jsonl that were no entries are in {ASIDE} now.");
             book.add(step, NOTED, &text, json!({ "lines": garbled.len() }))?;
@@ -151,14 +152,6 @@ fn append(path: &Path, text: &[u8]) -> Result<()> {
         written
     };
     write().with_context(|| format!("cannot add to {}", path.display()))
-}
-
-/// Gives a file another content, on the disk before it takes the place of the old one.
-fn replace(path: &Path, content: &[u8]) -> Result<()> {
-    let beside = path.with_extension("new");
-    let _ = fs::remove_file(&beside); // of a start that was killed here
-    append(&beside, content)?;
-    fs::rename(&beside, path).with_context(|| format!("cannot replace {}", path.display()))
 }
 
 /// The time in UTC, to the second, as RFC 3339 has it.

@@ -34,6 +34,7 @@ mod writer;
 
 pub use load::{Checkpoint, TensorView, group_files, verify_group};
 pub use manifest::{FileEntry, Manifest, RunState, TensorEntry};
+pub(crate) use output::write_at_once;
 pub use retention::Retention;
 pub use safetensors::Dtype;
 pub use snapshot::{Data, Group, Snapshot, Tensor};

@@ -47,8 +47,9 @@ pub(super) fn write_file(path: &Path, content: &[u8]) -> Result<FileEntry> {
     file.finish()
 }
 
-/// Writes a file that is there with all its content or not at all, for readers of other processes and machines.
-pub(super) fn write_at_once(path: &Path, content: &[u8]) -> Result<()> {
+/// Writes a file that is there with all its content or not at all, for readers of other processes and machines; on the disk before it
+/// takes the place of another one.
+pub(crate) fn write_at_once(path: &Path, content: &[u8]) -> Result<()> {
     let beside = beside(path, "-writing");
     remove(&beside)?; // of an attempt that had no room
     write_file(&beside, content)?;

@@ -15,6 +15,18 @@ fn group(folder: &Path, ranks: usize, script: &str) -> Group {
     }
 }
 
+/// Of a run in `folder`, without waits to speak of.
+fn supervision(folder: &Path) -> Supervision<'static> {
+    Supervision {
+        run: folder.into(),
+        restarts: 5,
+        min_ranks: 1,
+        backoff: Duration::from_millis(1),
+        rank: None,
+        fits: Box::new(|_| true),
+    }
+}
+
 fn run(ranks: usize, script: &str) -> (Option<Failure>, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let failure = group(folder.path(), ranks, script).run(&Stop::default()).unwrap();
@@ -158,14 +170,7 @@ fn logs_that_cannot_be_written_are_refused_before_a_rank_is_started() {
     let mut group = group(folder.path(), 2, "echo x >> $0; exit 75");
     group.arguments.push(started.clone().into());
     std::fs::write(&group.logs, "a file in the place of the folder").unwrap();
-    let how = Supervision {
-        run: folder.path().into(),
-        restarts: 5,
-        min_ranks: 1,
-        backoff: Duration::from_millis(1),
-        rank: None,
-        fits: Box::new(|_| true),
-    };
+    let how = supervision(folder.path());
     let error = supervise(group, &how, &Stop::default(), &mut |line| panic!("{line}")).unwrap_err();
     assert!(format!("{error:#}").contains("logs"), "{error:#}");
     assert_eq!(crate::launch::status(&error), crate::launch::WRONG);
@@ -178,14 +183,7 @@ fn supervised(ranks: usize, min_ranks: usize, restarts: u32, script: &str) -> (u
     let starts = folder.path().join("starts");
     let mut group = group(folder.path(), ranks, &format!("[ $RANK = 0 ] && echo x >> $0\n{script}"));
     group.arguments.push(starts.clone().into());
-    let how = Supervision {
-        run: folder.path().into(),
-        restarts,
-        min_ranks,
-        backoff: Duration::from_millis(1),
-        rank: None,
-        fits: Box::new(|_| true),
-    };
+    let how = Supervision { restarts, min_ranks, ..supervision(folder.path()) };
     let mut said = Vec::new();
     let status = supervise(group, &how, &Stop::default(), &mut |line| said.push(line.into())).unwrap();
     let starts = std::fs::read_to_string(starts).unwrap().lines().count();
@@ -213,14 +211,7 @@ fn lost_ranks_are_started_again_and_wrong_ones_are_not() {
 fn a_person_who_stops_the_waiting_for_another_start_is_done() {
     let folder = tempfile::tempdir().unwrap();
     let stop = Stop::default();
-    let how = Supervision {
-        run: folder.path().into(),
-        restarts: 5,
-        min_ranks: 1,
-        backoff: Duration::from_secs(60),
-        rank: None,
-        fits: Box::new(|_| true),
-    };
+    let how = Supervision { backoff: Duration::from_secs(60), ..supervision(folder.path()) };
     let mut say = |line: &str| {
         if line.contains("starting again in") {
             stop.request();
@@ -234,14 +225,7 @@ fn of_supervisors_of_a_rank_each_the_first_keeps_the_logbook() {
     let folder = tempfile::tempdir().unwrap();
     let supervise_rank = |rank| {
         let group = Group { ranks: None, ..group(folder.path(), 1, "exit 75") };
-        let how = Supervision {
-            run: folder.path().into(),
-            restarts: 1,
-            min_ranks: 1,
-            backoff: Duration::from_millis(1),
-            rank,
-            fits: Box::new(|_| true),
-        };
+        let how = Supervision { restarts: 1, rank, ..supervision(folder.path()) };
         assert_eq!(supervise(group, &how, &Stop::default(), &mut |_| ()).unwrap(), 75);
         Logbook::open(folder.path()).unwrap().entries().len()
     };
