@@ -228,6 +228,10 @@ impl Tile for Vnni {
                     add_step(&mut acc, joined::<5>(row(words.add(2 * NR)), row(words.add(NR))), x.add(7 * R));
                 }
             }
+            // These lie among the codes, and a group would wait for them alone.
+            for at in (bits.words()..bits.stride()).step_by(16) {
+                prefetch_l2(b.as_ptr().wrapping_add(AHEAD + at));
+            }
             let [scales, minima] = numbers(bits, b);
             for j in 0..3 {
                 for (i, out) in out.iter_mut().enumerate() {
