@@ -1,6 +1,7 @@
 //! `ferropt train`: arguments and what is printed.
 
 use anyhow::Context;
+use clap::ArgGroup;
 use ferropt_device::Which;
 use ferropt_mesh::World;
 use ferropt_train::config::{Config, Count, Resolved, ScheduleSection};
@@ -15,7 +16,7 @@ use std::time::Duration;
 
 /// Arguments of `ferropt train`.
 #[derive(clap::Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, group = ArgGroup::new("processes").args(["ranks", "supervise"]).multiple(true))]
 pub(crate) struct Args {
     /// Configuration file (TOML)
     config: PathBuf,
@@ -44,10 +45,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", requires = "supervise", requires = "ranks")]
     min_ranks: Option<usize>,
     /// With --ranks or --supervise: seconds that processes get to end before they are killed
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, requires = "processes")]
     grace: u64,
     /// With --ranks or --supervise: seconds that a process may be stopped before it counts as hanging
-    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 120, requires = "processes")]
     hang: u64,
 }
 

@@ -36,6 +36,7 @@ fn ranks_that_were_given_other_things_are_refused_with_their_names() {
     let less = format!("data.train={}", lab.path("texts/0.txt").display());
     let held_out = fs::read_to_string(lab.path("held-out.txt")).unwrap();
     fs::write(lab.path("other.txt"), held_out.replace('e', "a")).unwrap();
+    let more = format!("data.validation.more={}", lab.path("other.txt").display());
     let as_long = format!("data.validation.held-out={}", lab.path("other.txt").display());
     for (set, words) in [
         (&["optimizer.lr=0.5"][..], "optimizer.lr is 0.5 on rank 1 and 0.005 on rank 0"),
@@ -45,7 +46,7 @@ fn ranks_that_were_given_other_things_are_refused_with_their_names() {
         (&["log.trace=2"], "log.trace is 2 on rank 1 and 0 on rank 0"),
         (&["checkpoint.every=3"], "checkpoint.every"),
         (&[&less], "data.train.documents is 1 on rank 1 and 4 on rank 0"),
-        (&["data.validation="], "data.validation.held-out"),
+        (&[&more], "data.validation.more"),
         (&[&as_long], "data.validation.held-out.checksum is "),
     ] {
         for end in two(&lab, "run", set) {

@@ -126,6 +126,7 @@ fn refusals_name_the_key_the_value_and_the_fix() {
         (&["data.tokenizer=nowhere.json"], &["nowhere.json"]),
         (&["optimizer.kind=sgd", "optimizer.eps=1e-6"], &["sgd", "optimizer.eps"]),
         (&["run.precision=f32", "run.weights=split"], &["run.precision", "run.weights"]),
+        (&["data.validation="], &["validation.every = 20 steps", "data.validation.held-out", "remove"]),
     ] {
         let out = train(&config, set).output().unwrap();
         let said = String::from_utf8_lossy(&out.stderr);
@@ -134,6 +135,10 @@ fn refusals_name_the_key_the_value_and_the_fix() {
         assert!(!said.contains("panicked"), "{said}");
     }
     assert!(!lab.path("run/checkpoints").exists(), "a refused run leaves nothing behind");
+    for times in ["--grace", "--hang"] {
+        let out = train(&config, &[]).args([times, "5"]).output().unwrap();
+        assert!(out.status.code() == Some(2) && text(&out).contains("--supervise"), "{}", text(&out));
+    }
     assert_eq!(ferropt().arg("trian").output().unwrap().status.code(), Some(2), "wrong usage exits with 2");
 }
 

@@ -294,8 +294,8 @@ impl LossScaleSection {
 section! {
     /// Validation on the sets of `data.validation`.
     ValidationSection {
-        /// How often; also at the end of the run.
-        every: Span = Span::Steps(250),
+        /// How often; also at the end of the run. 250 steps with held-out sets unless given.
+        every: Option<Span> = None,
         /// Tokens per set at most; all unless given.
         max_tokens: Option<Count> = None,
     }

@@ -61,6 +61,9 @@ const POSITIONS: usize = 2048;
 /// OPT's warm-up: 2000 steps, or 375M tokens for the small models.
 const WARMUP: (u64, Span) = (2000, Span::Tokens(375_000_000));
 
+/// How often held-out sets are scored where the user does not say.
+const VALIDATION: Span = Span::Steps(250);
+
 /// Whether a value is above 0 and finite as kernels have it, in single precision.
 fn positive(value: f64) -> bool {
     let value = value as f32;
@@ -107,8 +110,8 @@ pub struct Resolved {
     pub keep_every: Option<u64>,
     /// Where checkpoints are copied to, and which copies stay.
     pub copies: Option<Copies>,
-    /// Steps between validations.
-    pub validation_every: u64,
+    /// Steps between validations; none without held-out sets.
+    pub validation_every: Option<u64>,
     /// What is done when training goes wrong.
     pub recovery: Policy,
     /// How the loss is scaled, if it is.
@@ -197,6 +200,7 @@ impl Config {
         self.resolve_run()?;
         let device = self.resolve_device()?;
         let keep_every = self.check_reports(batch_tokens)?;
+        let validation_every = self.resolve_validation(batch_tokens)?;
         let recovery = self.resolve_recovery(schedule.warmup, batch_tokens)?;
         let loss_scale = self.resolve_loss_scale()?;
         let copies = self.resolve_copies(batch_tokens)?;
@@ -213,7 +217,7 @@ impl Config {
             checkpoint_every: self.checkpoint.every.steps(batch_tokens),
             keep_every,
             copies,
-            validation_every: self.validation.every.steps(batch_tokens),
+            validation_every,
             recovery,
             loss_scale,
             config: self,
@@ -582,7 +586,6 @@ impl Config {
             ("checkpoint.every", Some(every)),
             ("checkpoint.keep_every", keep_every),
             ("checkpoint.mirror_keep_every", mirror_keep_every),
-            ("validation.every", Some(self.validation.every.steps(batch_tokens))),
             ("log.every", Some(self.log.every)),
         ] {
             ensure!(steps != Some(0), "{name} is 0 steps; use 1 or more");
@@ -596,17 +599,37 @@ impl Config {
                 keep.next_multiple_of(every)
             );
         }
-        if let Some(Count(0)) = self.validation.max_tokens {
-            bail!(
-                "validation.max_tokens = 0 scores nothing; remove it for all tokens, or remove data.validation"
-            );
-        }
         let watts = self.energy.watts;
         ensure!(
             watts > 0.0 && watts.is_finite(),
             "energy.watts = {watts}, but it is above 0; remove it for {DEFAULT_WATTS_PER_CORE} W"
         );
         Ok(keep_every)
+    }
+
+    /// Steps between validations, if there is something to score.
+    fn resolve_validation(&mut self, batch_tokens: u64) -> anyhow::Result<Option<u64>> {
+        let v = &mut self.validation;
+        if self.data.validation.is_empty() {
+            let given = [
+                ("every", v.every.map(|every| every.to_string())),
+                ("max_tokens", v.max_tokens.map(|most| most.to_string())),
+            ];
+            if let Some((key, value)) = given.into_iter().find_map(|(key, value)| Some((key, value?))) {
+                bail!(
+                    "validation.{key} = {value}, but without data.validation there is nothing to score; name a held-out set, \
+                     for example data.validation.held-out = \"valid.txt\", or remove validation.{key}"
+                );
+            }
+            return Ok(None);
+        }
+        let every = v.every.get_or_insert(VALIDATION).steps(batch_tokens);
+        ensure!(every > 0, "validation.every is 0 steps; use 1 or more");
+        ensure!(
+            v.max_tokens != Some(Count(0)),
+            "validation.max_tokens = 0 scores nothing; remove it for all tokens, or remove data.validation"
+        );
+        Ok(Some(every))
     }
 
     fn resolve_recovery(&self, warmup: u64, batch_tokens: u64) -> anyhow::Result<Policy> {
@@ -629,8 +652,21 @@ impl Config {
                 "recovery.{key} = {value}, but it is above 0 and at most 1, which changes nothing"
             );
         }
+        ensure!(
+            r.clip_factor == 1.0 || self.optimizer.clip > 0.0,
+            "recovery.clip_factor = {} and optimizer.clip = 0 contradict each other: there is no clip to be multiplied; remove \
+             recovery.clip_factor, or use optimizer.clip = 1",
+            r.clip_factor
+        );
         let cooldown = r.cooldown.map(|span| span.steps(batch_tokens));
         ensure!(cooldown != Some(0), "recovery.cooldown is 0 steps; remove it for the rest of the run");
+        if let Some(cooldown) = r.cooldown {
+            ensure!(
+                (r.lr_factor, r.clip_factor) != (1.0, 1.0),
+                "recovery.cooldown = {cooldown}, but recovery.lr_factor = 1 and recovery.clip_factor = 1 change nothing that \
+                 could end then; remove recovery.cooldown, or lower a factor"
+            );
+        }
         Ok(Policy {
             enabled: r.enabled,
             window: r.window as usize,

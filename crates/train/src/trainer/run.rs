@@ -365,7 +365,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
     }
 
     fn validation_due(&self) -> bool {
-        self.step.is_multiple_of(self.resolved.validation_every) || self.step == self.resolved.steps
+        let every = self.resolved.validation_every;
+        every.is_some_and(|every| self.step.is_multiple_of(every) || self.step == self.resolved.steps)
     }
 
     /// Held-out sets that the start before this one did not come to score at the step that this one goes on from. The first

@@ -50,6 +50,7 @@ fn a_resolved_configuration_written_out_resolves_to_itself() {
         ),
         (EXPLICIT, &["schedule.kind=inverse-sqrt", "checkpoint.keep_every=1000", "validation.max_tokens=1M"]),
         (EXPLICIT, &["run.device=cuda", "run.offload=optimizer"]),
+        (EXPLICIT, &["data.validation="]),
         (EXPLICIT, &["run.precision=f16", "loss_scale.window=200"]),
         (PRESET, &[]),
         (
@@ -249,6 +250,26 @@ fn refusals_name_the_key_the_value_and_the_fix() {
         (EXPLICIT, &["checkpoint.keep_every=0"], &["checkpoint.keep_every is 0 steps"]),
         (EXPLICIT, &["validation.every=0"], &["validation.every is 0 steps"]),
         (EXPLICIT, &["validation.max_tokens=0"], &["validation.max_tokens = 0"]),
+        (
+            EXPLICIT,
+            &["data.validation=", "validation.every=20"],
+            &["validation.every = 20 steps", "data.validation.held-out", "remove validation.every"],
+        ),
+        (
+            PRESET,
+            &["validation.max_tokens=1M"],
+            &["validation.max_tokens = 1M", "data.validation.held-out", "remove validation.max_tokens"],
+        ),
+        (
+            EXPLICIT,
+            &["recovery.clip_factor=0.5", "optimizer.clip=0"],
+            &["recovery.clip_factor = 0.5", "optimizer.clip = 0", "remove"],
+        ),
+        (
+            EXPLICIT,
+            &["recovery.lr_factor=1", "recovery.cooldown=1M tokens"],
+            &["recovery.cooldown = 1M tokens", "recovery.lr_factor = 1", "remove"],
+        ),
         (EXPLICIT, &["log.every=0"], &["log.every is 0 steps"]),
         (EXPLICIT, &["energy.watts=0"], &["energy.watts = 0", "5"]),
     ];
