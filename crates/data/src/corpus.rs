@@ -309,7 +309,7 @@ fn text_of_line(line: &[u8], field: &str) -> Result<String> {
             e.valid_up_to() + 1
         )
     })?;
-    let value: Value = serde_json::from_str(line).map_err(|e| {
+    let mut value: Value = serde_json::from_str(line).map_err(|e| {
         let (what, column) = (e.to_string(), e.column());
         let what = what.split(" at line ").next().unwrap_or_default();
         // What Python's json.dumps makes of text that was read with errors="surrogateescape".
@@ -321,9 +321,17 @@ fn text_of_line(line: &[u8], field: &str) -> Result<String> {
         };
         anyhow::anyhow!("not valid JSON: {what} at column {column}{hint}")
     })?;
-    let mut object = match value {
-        Value::Object(object) => object,
-        other => bail!("expected a JSON object with a text field `{field}`, found {}", kind(&other)),
+    take_text(&mut value, field)
+}
+
+/// Takes the text out of a field of a JSON object.
+///
+/// # Errors
+/// When it is no object, or has no text there; the message names the fields that it has.
+pub fn take_text(value: &mut Value, field: &str) -> Result<String> {
+    let found = kind(value);
+    let Value::Object(object) = value else {
+        bail!("expected a JSON object with a text field `{field}`, found {found}");
     };
     match object.remove(field) {
         Some(Value::String(text)) => Ok(text),
@@ -332,7 +340,7 @@ fn text_of_line(line: &[u8], field: &str) -> Result<String> {
             let names: Vec<&str> = object.keys().map(String::as_str).collect();
             bail!(
                 "there is no field `{field}`; the fields are: {}; name the one that holds the text (data.text_field in a \
-                 configuration, --text-field of `ferropt quickstart`)",
+                 configuration, --text-field of a command)",
                 names.join(", ")
             )
         }

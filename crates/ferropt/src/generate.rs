@@ -1,10 +1,10 @@
 //! `ferropt generate`: continues texts with a trained model.
 
 use crate::model::{
-    DraftArgs, MarksArgs, ModelArgs, SamplingArgs, each_line, is_jsonl, refused, text_field, tokens_at_most,
-    unescaped,
+    DraftArgs, MarksArgs, ModelArgs, SamplingArgs, each_line, is_jsonl, refused, tokens_at_most, unescaped,
 };
 use anyhow::{Context, Result, ensure};
+use ferropt_data::take_text;
 use ferropt_engine::{Completion, Event, Handle, Parameters, Request, Text, Token};
 use ferropt_train::inference::Model;
 use serde_json::{Value, json};
@@ -57,6 +57,9 @@ pub(crate) struct Args {
     /// Continue each line of a file, or the "prompt" of each object of a .jsonl file
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     file: Option<PathBuf>,
+    /// With --file: field of a .jsonl file's objects that holds the text to continue [default: prompt]
+    #[arg(long, value_name = "NAME")]
+    text_field: Option<String>,
     /// With --file: texts that are computed together. They do not depend on it
     #[arg(long, value_name = "N", default_value_t = 16, requires = "file")]
     batch: usize,
@@ -85,7 +88,14 @@ pub(crate) fn run(args: Args) -> Result<()> {
     parameters.check().map_err(refused)?;
     match &args.file {
         Some(file) => run_file(&args, file, &parameters),
-        None => run_prompt(&args, parameters),
+        None => {
+            // A requirement is nothing to clap where there is what excludes the one that is required.
+            ensure!(
+                args.text_field.is_none(),
+                "--text-field names a field of a .jsonl file; name the file with --file"
+            );
+            run_prompt(&args, parameters)
+        }
     }
 }
 
@@ -128,7 +138,9 @@ fn run_prompt(args: &Args, parameters: Parameters) -> Result<()> {
 fn run_file(args: &Args, file: &Path, parameters: &Parameters) -> Result<()> {
     ensure!(args.batch > 0, "--batch: 0 texts at a time would never end; use 1 or more");
     let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-    let prompts = prompts(&text, is_jsonl(file)).with_context(|| format!("cannot use {}", file.display()))?;
+    let named = args.text_field.as_deref();
+    let field = is_jsonl(file, named)?.then(|| named.unwrap_or("prompt"));
+    let prompts = prompts(&text, field).with_context(|| format!("cannot use {}", file.display()))?;
     let longest = prompts.iter().map(|(_, prompt)| tokens_at_most(prompt)).max().unwrap_or(0);
     let together = args.batch.max(parameters.beams.unwrap_or(1));
     let longest = Some(longest.saturating_add(args.max_tokens));
@@ -150,10 +162,10 @@ fn run_file(args: &Args, file: &Path, parameters: &Parameters) -> Result<()> {
     })
 }
 
-/// The prompts of a file, with the numbers of their lines.
-fn prompts(text: &str, jsonl: bool) -> Result<Vec<(usize, String)>> {
-    let prompts =
-        each_line(text, jsonl, |line| line.into(), |object| Ok(text_field(object, "prompt")?.into()))?;
+/// The prompts of a file, with the numbers of their lines: the lines, or what a field of the object on each holds.
+fn prompts(text: &str, field: Option<&str>) -> Result<Vec<(usize, String)>> {
+    let object = |mut object| take_text(&mut object, field.unwrap_or_default());
+    let prompts = each_line(text, field.is_some(), |line| line.into(), object)?;
     ensure!(!prompts.is_empty(), "it has no lines");
     Ok(prompts)
 }

@@ -1,6 +1,6 @@
 //! Arguments that name a model and how to sample from it, shared by the commands that use one.
 
-use anyhow::{Context, Error, Result};
+use anyhow::{Context, Error, Result, ensure};
 use clap::builder::RangedU64ValueParser;
 use ferropt_data::{Marks, Tokenizer};
 use ferropt_device::{WeightFormat, Which};
@@ -294,11 +294,11 @@ pub(crate) fn each_line<T>(
     text: &str,
     jsonl: bool,
     plain: impl Fn(&str) -> T,
-    object: impl Fn(&serde_json::Value) -> Result<T>,
+    object: impl Fn(serde_json::Value) -> Result<T>,
 ) -> Result<Vec<(usize, T)>> {
     let parse = |line: &str| match jsonl {
         false => Ok(plain(line)),
-        true => object(&serde_json::from_str(line).context("it is not JSON")?),
+        true => object(serde_json::from_str(line).context("it is not JSON")?),
     };
     // Some editors put a byte order mark before all text.
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
@@ -306,14 +306,18 @@ pub(crate) fn each_line<T>(
     lines.map(|(number, line)| Ok((number, parse(line).with_context(|| format!("line {number}"))?))).collect()
 }
 
-/// Whether a file's name says that its lines are JSON.
-pub(crate) fn is_jsonl(file: &Path) -> bool {
-    file.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("jsonl"))
-}
-
-/// A field of a line of JSON that must be text.
-pub(crate) fn text_field<'a>(line: &'a serde_json::Value, field: &str) -> Result<&'a str> {
-    line[field].as_str().with_context(|| format!("it has no text {field:?}"))
+/// Whether a file's name says that its lines are JSON. `text_field`, if it was given, is about such lines alone.
+pub(crate) fn is_jsonl(file: &Path, text_field: Option<&str>) -> Result<bool> {
+    let jsonl = file.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("jsonl"));
+    if let Some(field) = text_field {
+        ensure!(
+            jsonl,
+            "--text-field {field} names a field of JSON lines, but the lines of {} are texts: leave it out, or name a file \
+             that ends in .jsonl",
+            file.display()
+        );
+    }
+    Ok(jsonl)
 }
 
 pub(crate) fn weights(text: &str) -> Result<WeightFormat, String> {

@@ -1,7 +1,8 @@
 //! `ferropt score`: how likely a model finds texts.
 
-use crate::model::{MarksArgs, ModelArgs, each_line, is_jsonl, refused, text_field, tokens_at_most};
+use crate::model::{MarksArgs, ModelArgs, each_line, is_jsonl, refused, tokens_at_most};
 use anyhow::{Context, Result, ensure};
+use ferropt_data::take_text;
 use ferropt_engine::{Handle, Request, Score, scoring};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -22,6 +23,9 @@ pub(crate) struct Args {
     /// Leave out the tokens' own log-probabilities
     #[arg(long)]
     summary: bool,
+    /// Field of a .jsonl file's objects that holds the text [default: text, or context and continuation]
+    #[arg(long, value_name = "NAME", requires = "file")]
+    text_field: Option<String>,
     /// A text on each line; or, if it ends in .jsonl, objects with "text", or with "context" and "continuation". Standard
     /// input is read as lines of text when it is absent
     file: Option<PathBuf>,
@@ -31,6 +35,7 @@ const EXAMPLES: &str = "\
 Examples:
   ferropt score --model runs/a texts.txt > scores.jsonl
   ferropt score --model runs/a --weights int8 pairs.jsonl
+  ferropt score --model runs/a --text-field body articles.jsonl
   echo \"The sea is blue.\" | ferropt score --model runs/a
 
 For each text one JSON object: log_prob (sum, in nats), tokens, greedy (whether each token is the likeliest at its place),
@@ -38,20 +43,24 @@ and log_probs of the tokens. A text is scored behind </s>, a continuation behind
 --no-end-in-front the first token of all follows nothing, and is not scored. The last line, on
 standard error, has the perplexity of all tokens: exp(-mean log-probability), and bits per byte of text.";
 
+/// What an object of a .jsonl file has, unless --text-field says otherwise.
+const EITHER: &str = "an object has a \"text\", or a \"context\" and a \"continuation\"";
+
 /// What to score: a line's number; what comes before, and the text.
 type Item = (usize, (String, String));
 
 pub(crate) fn run(args: Args) -> Result<()> {
     ensure!(args.batch > 0, "--batch: 0 texts at a time would never end; use 1 or more");
+    let field = args.text_field.as_deref();
     let (name, text, jsonl) = match &args.file {
         Some(file) => {
             let text =
                 std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-            (file.display().to_string(), text, is_jsonl(file))
+            (file.display().to_string(), text, is_jsonl(file, field)?)
         }
         None => ("standard input".into(), read_input()?, false),
     };
-    let items = items(&text, jsonl).with_context(|| format!("cannot use {name}"))?;
+    let items = items(&text, jsonl, field).with_context(|| format!("cannot use {name}"))?;
     let longest =
         items.iter().map(|(_, (context, text))| tokens_at_most(context) + tokens_at_most(text)).max();
     let engine = &args.model.open(args.batch, longest)?.engine;
@@ -104,17 +113,20 @@ fn object(engine: &Handle, line: usize, score: &Score, summary: bool) -> Value {
     object
 }
 
-fn items(text: &str, jsonl: bool) -> Result<Vec<Item>> {
+fn items(text: &str, jsonl: bool, text_field: Option<&str>) -> Result<Vec<Item>> {
     let items = each_line(
         text,
         jsonl,
         |line| (String::new(), line.into()),
-        |object| {
-            if object.get("text").is_some() {
-                return Ok((String::new(), text_field(object, "text")?.into()));
+        |mut object| {
+            let has = |name: &str| object.get(name).is_some();
+            let pair = text_field.is_none() && !has("text") && (has("context") || has("continuation"));
+            let mut take = |field: &str| take_text(&mut object, field);
+            match (text_field, pair) {
+                (Some(field), _) => Ok((String::new(), take(field)?)),
+                (None, true) => Ok((take("context")?, take("continuation")?)),
+                (None, false) => Ok((String::new(), take("text").context(EITHER)?)),
             }
-            let field = |name| text_field(object, name).map(String::from);
-            Ok((field("context")?, field("continuation")?))
         },
     )?;
     ensure!(!items.is_empty(), "it has no texts");

@@ -218,11 +218,17 @@ fn a_run_is_quantised() {
     quantize(&["--method", "gptq"], &["--calibrate"]);
     quantize(&["--method", "nearest", "--calibrate", &texts], &["looks at no text"]);
     quantize(&["--tokens", "9"], &["--calibrate"]);
+    quantize(&["--text-field", "body"], &["--calibrate"]);
+    let bodies = at("bodies.jsonl");
+    std::fs::write(&bodies, "{\"body\": \"The cat sat on the mat.\", \"id\": 1}\n".repeat(9)).unwrap();
+    quantize(&["--calibrate", &bodies], &["bodies.jsonl", "line 1", "`text`", "body, id", "--text-field"]);
     quantize(&["--calibrate", &texts, "--tokens", "0"], &["2 at least"]);
     quantize(&["--calibrate", &nowhere], &["nowhere.txt"]);
     quantize(&["--calibrate", &texts, "--tokenizer", &nowhere], &["nowhere.txt"]);
     fails(&["quantize", &run, &out, "--weights", "bf16"], &["bf16", "int8, int4, int3"]);
     assert!(!Path::new(&out).exists());
+    let named = ["--calibrate", &bodies, "--text-field", "body"];
+    ok(&[&["quantize", &run, &out, "--weights", "int4"][..], &named].concat());
 }
 
 /// 350m's shape, from metaseq's parts, with a tokenizer from elsewhere.

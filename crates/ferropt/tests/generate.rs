@@ -95,6 +95,16 @@ fn generates_what_it_learnt() {
         }
     }
 
+    // The field that holds the text can be named.
+    let line = serde_json::json!({ "body": "The cat ", "id": 7 }).to_string();
+    std::fs::write(lab.path("bodies.jsonl"), &line).unwrap();
+    let bodies = lab.path("bodies.jsonl").display().to_string();
+    let args = ["--greedy", "--json", "--max-tokens", "40", "--text-field", "body", "--file", &bodies];
+    let made = &objects(&with_input("generate", &run, &args, ""))[0];
+    assert_eq!(format!("The cat {}", made["text"].as_str().unwrap()).trim_end(), greedy.trim_end());
+    let named = objects(&with_input("score", &run, &["--text-field", "body", &bodies], ""));
+    assert_eq!(named[0]["log_prob"], objects(&with_input("score", &run, &[], "The cat "))[0]["log_prob"]);
+
     // Log-probabilities of a text are the same when it is written, and when it is read.
     let args =
         ["--json", "--greedy", "--max-tokens", "12", "--log-probs", "2", "--echo", "--ignore-end", "The cat"];
@@ -398,11 +408,22 @@ fn refusals_say_what_to_do() {
         (&["generate", "--model", &run, "--draft-tokens", "4", "x"], &["--draft"]),
         (&["generate", "--model", &run, &long], &["64"]),
         (&["generate", "--model", &run, "--file", &lines], &["line 2 of", "64"]),
-        (&["generate", "--model", &run, "--file", &bad], &["bad.jsonl", "line 2", "prompt"]),
+        (
+            &["generate", "--model", &run, "--file", &bad],
+            &["bad.jsonl", "line 2", "`prompt`", "are: text", "--text-field"],
+        ),
+        (
+            &["generate", "--model", &run, "--file", &bad, "--text-field", "text"],
+            &["line 1", "`text`", "are: prompt"],
+        ),
+        (&["generate", "--model", &run, "--file", &lines, "--text-field", "body"], &["lines.txt", ".jsonl"]),
+        (&["generate", "--model", &run, "--text-field", "body", "x"], &["--file"]),
         (&["generate", "--model", &run, "--file", "/none.txt"], &["/none.txt"]),
         (&["generate", "--model", &run, "--file", &empty], &["no lines"]),
         (&["score", "--model", &run, &lines], &["line 2 of", "64"]),
-        (&["score", "--model", &run, &bad], &["bad.jsonl", "line 1", "context"]),
+        (&["score", "--model", &run, &bad], &["bad.jsonl", "line 1", "`text`", "\"context\"", "are: prompt"]),
+        (&["score", "--model", &run, &bad, "--text-field", "prompt"], &["line 2", "`prompt`", "are: text"]),
+        (&["score", "--model", &run, &lines, "--text-field", "body"], &["lines.txt", ".jsonl"]),
         (&["score", "--model", &run, "--batch", "0", &lines], &["--batch"]),
         (&["chat", "--model", "/nowhere"], &["/nowhere"]),
         (&["chat", "--model", &run, "--top-k", "0"], &["--top-k"]),

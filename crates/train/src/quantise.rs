@@ -20,6 +20,8 @@ pub struct Options {
     pub weights: WeightFormat,
     /// Text for GPTQ: files and folders, see [`Corpus::find`]. Without any, numbers are rounded to nearest.
     pub calibrate: Vec<PathBuf>,
+    /// Field of its JSON lines that holds the text.
+    pub text_field: String,
     /// Tokens of the text that are used, from its beginning on.
     pub tokens: usize,
     /// Where the tokenizer is; beside the weights when absent.
@@ -144,10 +146,11 @@ fn texts(options: &Options, tokenizer: &Tokenizer, positions: usize) -> Result<V
         "calibration with {} tokens: it takes 2 at least; {TOKENS} are usual",
         options.tokens
     );
-    let corpus = Corpus::find(&options.calibrate, "text").context("the calibration text cannot be used")?;
+    let unusable = "the calibration text cannot be used";
+    let corpus = Corpus::find(&options.calibrate, &options.text_field).context(unusable)?;
     let mut ids = vec![EOS];
     for piece in corpus.pieces() {
-        let piece = piece.context("the calibration text cannot be used")?;
+        let piece = piece.context(unusable)?;
         ids.extend(tokenizer.encode(&piece.text)?);
         if piece.ends_document {
             ids.push(EOS);

@@ -35,6 +35,9 @@ pub(super) struct Quantize {
     /// Text for GPTQ: a file or folder (.txt, .jsonl, also .gz, .xz, .zst); may be repeated
     #[arg(long, value_name = "PATH", num_args = 1..)]
     calibrate: Vec<PathBuf>,
+    /// Field of its JSON lines that holds the text
+    #[arg(long, value_name = "NAME", default_value = "text", requires = "calibrate")]
+    text_field: String,
     /// Tokens of that text that are used, from its beginning on [default: 65536]
     #[arg(long, value_name = "N", requires = "calibrate")]
     tokens: Option<usize>,
@@ -95,6 +98,7 @@ pub(super) fn run(args: Quantize) -> anyhow::Result<()> {
             Weights::Int3 => WeightFormat::Int3,
         },
         calibrate: args.calibrate.clone(),
+        text_field: args.text_field.clone(),
         tokens: args.tokens.unwrap_or(TOKENS),
         tokenizer: args.tokenizer.clone(),
         threads: args.threads,
