@@ -13,6 +13,8 @@ functions below, which follow metaseq's own scripts (reshard_mp, reshard_fsdp) a
                         only, which is what reshard_mp leaves
   MODEL/mp2, MODEL/mp4  tensor-parallel parts: matrices cut by rows or columns, qkv_proj in K, V, Q order in each part
   MODEL/fsdp            two tensor-parallel parts, each flattened and cut into three shards with padding
+  MODEL-own-head/hf     the same sizes in f32 and an LM head that is not the embedding table (tie_word_embeddings is false), by
+                        save_pretrained; recorded.safetensors has tokens, I32 [B, T], and their logits, F32 [B, T, V]
 
 `cfg` is a dictionary with an argparse.Namespace, as in metaseq. Run it with any Python that has torch, transformers and
 safetensors (scripts/setup-pytorch DIR makes one):
@@ -28,6 +30,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from safetensors.torch import save_file
 from transformers import OPTConfig, OPTForCausalLM
 
 MODELS = {
@@ -38,9 +41,9 @@ MODELS = {
 }  # fmt: skip
 
 
-def build(name):
+def build(name, **changed):
     """A model whose every value is its own, and none is what an initialiser would give."""
-    sizes = dict(MODELS[name])
+    sizes = MODELS[name] | changed
     dtype = sizes.pop("dtype")
     model = OPTForCausalLM(OPTConfig(dropout=0.1, attention_dropout=0.0, **sizes)).to(dtype)
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -159,8 +162,19 @@ def write(name, out):
     for part in range(2):
         for shard, (state, metadata) in enumerate(flatten(part_of(fused, part, 2), 3)):
             save(folder / "fsdp" / f"checkpoint_last-model_part-{part}-shard{shard}.pt", model, 2, state, shard_metadata=metadata)
-    for extra in folder.rglob("generation_config.json"):
+    write_own_head(name, out / f"{name}-own-head")
+    for extra in out.rglob("generation_config.json"):
         extra.unlink()
+
+
+def write_own_head(name, folder):
+    model = build(name, dtype=torch.float32, tie_word_embeddings=False)
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder / "hf")
+    tokens = torch.tensor([[2, 5, 7, 11, 3], [2, 23, 4, 4, 19]])
+    with torch.no_grad():
+        recorded = {"tokens": tokens.to(torch.int32), "logits": model(tokens).logits.contiguous()}
+    save_file(recorded, folder / "hf" / "recorded.safetensors")
 
 
 def main():

@@ -216,6 +216,9 @@ fn inspect(args: Inspect) -> anyhow::Result<()> {
         let norms = if c.post_norm { "behind the sums" } else { "before the blocks" };
         writeln!(out, "            embedding width {}, layer norms {norms}", c.embedding_width)?;
     }
+    if c.own_head {
+        writeln!(out, "            LM head of its own")?;
+    }
     writeln!(out, "sizes from  {}", source.config_from())?;
     let types: Vec<String> = types(source).iter().map(|(dtype, n)| format!("{n} of {dtype}")).collect();
     writeln!(out, "tensors     {}, {}", types.join(", "), human_bytes(source.bytes()))?;

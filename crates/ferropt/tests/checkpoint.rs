@@ -3,6 +3,8 @@
 mod lab;
 
 use lab::{Lab, ferropt, text};
+use safetensors::{SafeTensors, tensor::TensorView};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 
@@ -250,6 +252,53 @@ fn parts_of_a_post_norm_model_are_quantised() {
     assert!(said.contains("project_in") && said.contains("project_out"), "{said}");
     let out = ferropt().args(["generate", "--model", &at("q"), "The cat"]).output().unwrap();
     assert!(out.status.success(), "{}", text(&out));
+}
+
+/// With a head whose rows are the embeddings of the next id, a model writes what comes one before in the alphabet.
+#[test]
+fn a_model_may_have_an_lm_head_of_its_own() {
+    let lab = Lab::new();
+    let at = |name: &str| lab.path(name).display().to_string();
+    lab.train(&lab.config("run", 100), &[]);
+    ok(&["convert", &at("run"), &at("hf"), "--to", "hf"]);
+    std::fs::create_dir(lab.path("own")).unwrap();
+    std::fs::copy(lab.path("hf/tokenizer.json"), lab.path("own/tokenizer.json")).unwrap();
+    let config = std::fs::read_to_string(lab.path("hf/config.json")).unwrap();
+    let config = config.replace("\"tie_word_embeddings\": true", "\"tie_word_embeddings\": false");
+    std::fs::write(lab.path("own/config.json"), config).unwrap();
+    let bytes = std::fs::read(lab.path("hf/model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut tensors: BTreeMap<String, TensorView> = file.tensors().into_iter().collect();
+    let embedding = tensors["model.decoder.embed_tokens.weight"].clone();
+    let mut next = embedding.data().to_vec();
+    next.rotate_left(embedding.data().len() / embedding.shape()[0]);
+    let head = TensorView::new(embedding.dtype(), embedding.shape().to_vec(), &next).unwrap();
+    tensors.insert("lm_head.weight".into(), head);
+    safetensors::serialize_to_file(&tensors, None, &lab.path("own/model.safetensors")).unwrap();
+
+    let letter = |model: &str, more: &[&str]| {
+        let model = at(model);
+        let args = ["generate", "--model", &model, "--greedy", "--max-tokens", "1", "--json", "The cat "];
+        let out = ferropt().args(args).args(more).output().unwrap();
+        assert!(out.status.success(), "{}", text(&out));
+        let made: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        made["text"].as_str().unwrap().as_bytes()[0]
+    };
+    let tied = letter("run", &[]);
+    for weights in ["f32", "bf16", "int8", "int4"] {
+        assert_eq!(letter("own", &["--weights", weights]) + 1, tied, "{weights}");
+    }
+    let to = ["convert", &at("own"), &at("bin"), "--to", "hf-bin", "--max-shard-size", "20KB"];
+    ok(&to);
+    let quantised =
+        ok(&["quantize", &at("bin"), &at("int8"), "--weights", "int8", "--calibrate", &at("texts")]);
+    assert!(quantised.contains("lm_head") && quantised.contains("embed_tokens"), "{quantised}");
+    for folder in ["bin", "int8"] {
+        assert_eq!(letter(folder, &[]) + 1, tied, "{folder}");
+        assert!(ok(&["inspect", &at(folder)]).contains("LM head of its own"));
+    }
+    assert!(ok(&["verify", &at("bin"), &at("own")]).contains("same"));
+    fails(&["convert", &at("own"), &at("parts"), "--to", "metaseq"], &["LM head", "Hugging Face"]);
 }
 
 #[test]

@@ -23,6 +23,9 @@ pub struct Config {
     pub embedding_width: usize,
     /// Layer norm behind each block's residual sum, and none at the end (350m), instead of before each block.
     pub post_norm: bool,
+    /// The LM head is a matrix of its own, instead of the embedding table once more. For inference alone.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub own_head: bool,
     /// V, rows of the embedding table.
     pub vocab: usize,
     /// Longest sequence. The table of positions has two more rows; the first token uses row 2.
@@ -31,6 +34,11 @@ pub struct Config {
     pub dropout: f64,
     /// Dropout on attention probabilities, in training.
     pub attention_dropout: f64,
+}
+
+/// Sizes that were written before there was such a thing say nothing of it.
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 /// A model with a name.
@@ -105,6 +113,7 @@ impl Preset {
             feed_forward: 4 * self.width,
             embedding_width: self.embedding_width,
             post_norm: self.post_norm,
+            own_head: false,
             vocab: OPT_VOCAB,
             positions: OPT_POSITIONS,
             dropout: OPT_DROPOUT,
@@ -184,7 +193,7 @@ impl Config {
         Ok(())
     }
 
-    /// Exact number of parameters; the tied LM head counts once.
+    /// Exact number of parameters; an LM head that is the embedding table counts once.
     pub fn parameter_count(&self) -> u64 {
         self.parameters().iter().map(|p| p.elements() as u64).sum()
     }
@@ -222,7 +231,7 @@ impl Config {
             "num_attention_heads": self.heads,
             "num_hidden_layers": self.layers,
             "pad_token_id": 1,
-            "tie_word_embeddings": true,
+            "tie_word_embeddings": !self.own_head,
             "vocab_size": self.vocab,
             "word_embed_proj_dim": self.embedding_width,
         })

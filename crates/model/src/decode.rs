@@ -36,7 +36,7 @@ pub enum Matrices<'a> {
 /// The weights of a model, laid out to be read only.
 pub struct Decoder<D: Device> {
     config: Config,
-    /// `[V, W]`: token embeddings, and the LM head.
+    /// `[V, W]`: token embeddings, and the LM head unless there is another.
     tokens: D::Packed,
     /// `[positions + 2, C]`.
     positions: D::Buf<f32>,
@@ -45,6 +45,8 @@ pub struct Decoder<D: Device> {
     layers: Vec<Layer<D>>,
     /// Before the LM head; none with `post_norm`.
     final_norm: Option<Norm<D>>,
+    /// `[V, W]`: an LM head of its own.
+    own_head: Option<D::Packed>,
 }
 
 /// Rows of a step that may well come again: a token of each text. With more there are prompts among them, of any length, and
@@ -147,7 +149,8 @@ impl<D: Device> Decoder<D> {
             Some(project_in) => Some((project_in, r.packed()?)),
             None => None,
         };
-        Ok(Decoder { config: config.clone(), tokens, positions, projections, layers, final_norm })
+        let own_head = if config.own_head { Some(r.packed()?) } else { None };
+        Ok(Decoder { config: config.clone(), tokens, positions, projections, layers, final_norm, own_head })
     }
 
     /// Its sizes.
@@ -155,11 +158,16 @@ impl<D: Device> Decoder<D> {
         &self.config
     }
 
-    /// Bytes of all matrices, which each pass reads once, but for the rows of embeddings.
+    /// Bytes of all matrices, which each pass reads once. Of embeddings that are not the LM head too it reads a few rows, and
+    /// they do not count.
     pub fn bytes(&self, device: &D) -> usize {
         let layers = self.layers.iter().flat_map(|l| [&l.qkv, &l.out, &l.fc1, &l.fc2]).map(|l| &l.weight);
         let projections = self.projections.iter().flat_map(|(a, b)| [a, b]);
-        layers.chain(projections).chain([&self.tokens]).map(|w| device.packed_bytes(w)).sum()
+        layers.chain(projections).chain([self.lm_head()]).map(|w| device.packed_bytes(w)).sum()
+    }
+
+    fn lm_head(&self) -> &D::Packed {
+        self.own_head.as_ref().unwrap_or(&self.tokens)
     }
 
     /// Runs new tokens, those of one segment after those of another, through all layers, and appends their keys and
@@ -286,7 +294,7 @@ impl<D: Device> Decoder<D> {
             perhaps_repeated(d, m, || {
                 self.choose(d, m, memory);
                 let hidden = memory.narrow.as_ref().map_or(&memory.chosen, |(_, narrow)| narrow);
-                d.packed_linear(m, hidden, &self.tokens, None, Activation::Identity, &mut memory.logits);
+                d.packed_linear(m, hidden, self.lm_head(), None, Activation::Identity, &mut memory.logits);
                 d.log_sum_exp(m, vocab, &memory.logits, &mut memory.lse, &mut memory.largest);
             });
         }
@@ -301,7 +309,7 @@ impl<D: Device> Decoder<D> {
     }
 
     /// Hidden states of some rows of the last forward pass, `[M, W]` with the embeddings' width W: what the LM head
-    /// multiplies with the embedding table, which is Hugging Face's `last_hidden_state`.
+    /// multiplies with its matrix, which is Hugging Face's `last_hidden_state`.
     ///
     /// # Errors
     /// When there are more than the memory has room for.

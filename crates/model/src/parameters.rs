@@ -5,6 +5,9 @@ use crate::config::{Config, POSITION_OFFSET};
 /// Standard deviation of OPT's initial weights.
 pub(crate) const INITIAL_STD: f64 = 0.006;
 
+/// An LM head that is a matrix of its own.
+pub(crate) const HEAD: &str = "lm_head.weight";
+
 /// Initial values of a parameter.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Initial {
@@ -96,6 +99,10 @@ impl Config {
         }
         if self.has_projections() {
             table.add("project_out.weight", &[w, c], normal, Split::Whole);
+        }
+        if self.own_head {
+            let (names, shape) = (vec![HEAD.into()], vec![self.vocab, w]);
+            table.0.push(Parameter { names, shape, initial: normal, split: Split::Rows });
         }
         table.0
     }

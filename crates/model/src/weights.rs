@@ -257,10 +257,15 @@ impl<D: Device, E: Element> Model<D, E> {
     /// A part of a model, whose weights are all zero until they are set, and are where `offload` says.
     ///
     /// # Errors
-    /// When the sizes make no model or cannot be divided, or memory is short.
+    /// When the sizes make no model that can be trained, or cannot be divided, or memory is short.
     pub fn part(device: &D, config: &Config, part: Part, offload: Offload) -> Result<Self> {
         config.check()?;
         part.check(config)?;
+        ensure!(
+            !config.own_head,
+            "its LM head is a matrix of its own (tie_word_embeddings = false), which can be used, but not trained: training \
+             takes the embedding table for the head"
+        );
         let held = config.held(part);
         let weights = Weights::zeros(device, config, &held, offload)
             .with_context(|| format!("a model with {} parameters does not fit", config.parameter_count()))?;

@@ -11,6 +11,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
+#[path = "formats/own_head.rs"]
+mod own_head;
 #[path = "formats/quantised.rs"]
 mod quantised;
 
@@ -507,15 +509,19 @@ fn pipes_are_not_waited_for() {
 }
 
 #[test]
-fn an_lm_head_of_its_own_is_refused() {
+fn an_lm_head_is_the_embeddings_or_is_said_to_be_another() {
     let dir = tempfile::tempdir().unwrap();
     let folder = copy("pre/hf");
     let path = folder.path().join("model.safetensors");
-    // What counts is the head, not what is said of it.
-    let config = folder.path().join("config.json");
-    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
-    json["tie_word_embeddings"] = false.into();
-    fs::write(&config, json.to_string()).unwrap();
+    let tie = |folder: &Path, tied: bool| {
+        let config = folder.join("config.json");
+        let mut json: serde_json::Value =
+            serde_json::from_slice(&fs::read(fixture("pre/hf/config.json")).unwrap()).unwrap();
+        json["tie_word_embeddings"] = tied.into();
+        fs::write(&config, json.to_string()).unwrap();
+    };
+    // Where they are equal, that counts, and not what is said.
+    tie(folder.path(), false);
     assert_same(&open(fixture("pre/hf")), &open(folder.path()));
     let bytes = fs::read(&path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -529,9 +535,25 @@ fn an_lm_head_of_its_own_is_refused() {
     let other = safetensors::tensor::TensorView::new(embedding.dtype(), embedding.shape().to_vec(), &other);
     tensors.insert("lm_head.weight".into(), other.unwrap());
     safetensors::serialize_to_file(&tensors, None, &dir.path().join("model.safetensors")).unwrap();
-    fs::copy(folder.path().join("config.json"), dir.path().join("config.json")).unwrap();
+    tie(dir.path(), false);
+    let own = open(dir.path());
+    assert!(own.config().own_head);
+    assert_eq!(own.tensors().last().unwrap().0, "lm_head.weight");
+    let error = compare(&open(fixture("pre/hf")), &own, &mut |_, _| {}).unwrap_err();
+    assert!(error.to_string().contains("own_head: true"), "{error}");
+    tie(dir.path(), true);
     let message = refusal(dir.path());
-    assert!(message.contains("lm_head.weight differs"), "{message}");
+    assert!(
+        message.contains("lm_head.weight differs") && message.contains("tie_word_embeddings"),
+        "{message}"
+    );
+    let half = &embedding.data()[..embedding.data().len() / 2];
+    let half = safetensors::tensor::TensorView::new(embedding.dtype(), vec![12, 8], half);
+    tensors.insert("lm_head.weight".into(), half.unwrap());
+    safetensors::serialize_to_file(&tensors, None, &dir.path().join("model.safetensors")).unwrap();
+    tie(dir.path(), false);
+    let message = refusal(dir.path());
+    assert!(message.contains("lm_head.weight has shape [12, 8]") && message.contains("[24, 8]"), "{message}");
     // The head alone, as safetensors.torch.save_model writes it.
     let alone = tempfile::tempdir().unwrap();
     let mut tied = tensors.clone();
@@ -554,7 +576,7 @@ fn an_lm_head_of_its_own_is_refused() {
     assert!(message.contains("decoder.output_projection.weight differs"), "{message}");
 
     tensors.remove("lm_head.weight");
-    tensors.insert("score.weight".into(), embedding);
+    tensors.insert("score.weight".into(), embedding.clone());
     safetensors::serialize_to_file(&tensors, None, &dir.path().join("model.safetensors")).unwrap();
     assert!(refusal(dir.path()).contains("score.weight"));
 }

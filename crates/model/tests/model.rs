@@ -30,6 +30,7 @@ fn configs() -> [Config; 2] {
         feed_forward: 48,
         embedding_width: 32,
         post_norm: false,
+        own_head: false,
         vocab: 61,
         positions: 40,
         dropout: 0.0,

@@ -35,6 +35,7 @@ fn config() -> Config {
         feed_forward: 64,
         embedding_width: 32,
         post_norm: false,
+        own_head: false,
         vocab: 300,
         positions: 320,
         dropout: 0.0,

@@ -7,7 +7,7 @@ use super::layer::{Layer, Linear, Product};
 use super::{Decoder, Matrices, Memory, ReadRows, Reader};
 use crate::config::Config;
 use crate::gptq::Calibration;
-use crate::parameters::Parameter;
+use crate::parameters::{HEAD, Parameter};
 use crate::rounded::{Rounded, RoundingError};
 use anyhow::{Context, Result, ensure};
 use ferropt_device::{Activation, Device, LinearShape, PAGE, Segment, Store, WeightFormat, bf16};
@@ -253,7 +253,8 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
                 self.normed(i);
                 sums.add(d, self.batches[i].tokens.len(), &self.memory.activations.normed);
             }
-            let packed = self.round_one(self.table.len() - 1, sums)?;
+            let index = self.index_of("project_out.weight")?;
+            let packed = self.round_one(index, sums)?;
             if let Some((_, project_out)) = &mut self.frame.projections {
                 *project_out = packed;
             }
@@ -271,8 +272,25 @@ impl<'a, 'r, D: Device> Walk<'a, 'r, D> {
             }
             self.step();
         }
-        self.round_one(0, sums)?;
+        if !self.config.own_head {
+            self.round_one(0, sums)?;
+            return Ok(());
+        }
+        self.round_one(self.index_of(HEAD)?, sums)?;
+        // No product reads these embeddings, so that no text says how their errors make up for each other.
+        let (n, k) = (self.table[0].shape[0], self.config.embedding_width);
+        let mut w = vec![0.0; n * k];
+        (self.read)(0, 0..n, &mut w)?;
+        let rounded = Rounded::nearest(self.format, &w, k, self.threads)?;
+        let error = rounded.error(&w);
+        self.ready.insert(0, (rounded, error));
         Ok(())
+    }
+
+    /// Number of the parameter whose name ends so.
+    fn index_of(&self, name: &str) -> Result<usize> {
+        let found = self.table.iter().position(|p| p.names[0].ends_with(name));
+        found.with_context(|| format!("there is no {name}"))
     }
 
     /// What a batch's last layer hands on.

@@ -166,7 +166,8 @@ impl Keys<'_> {
     }
 }
 
-/// Sizes from a `config.json`.
+/// Sizes from a `config.json`. Whether an LM head of its own, if it says that there is one, is the embedding table all the
+/// same, only the tensors tell.
 ///
 /// # Errors
 /// Names the key whose value makes no OPT that this program computes.
@@ -184,7 +185,6 @@ pub(super) fn read_config(path: &Path) -> Result<Config> {
     if activation != "relu" {
         refuse("activation_function", &format!("{activation:?}"), "\"relu\"")?;
     }
-    // An LM head of its own is compared with the embeddings, whatever tie_word_embeddings says.
     for key in ["enable_bias", "layer_norm_elementwise_affine"] {
         if !keys.bool(key, true)? {
             refuse(key, "false", "true")?;
@@ -203,6 +203,7 @@ pub(super) fn read_config(path: &Path) -> Result<Config> {
         feed_forward: keys.size("ffn_dim", 3072)?,
         embedding_width: keys.size("word_embed_proj_dim", width)?,
         post_norm: !pre_norm,
+        own_head: !keys.bool("tie_word_embeddings", true)?,
         vocab: keys.size("vocab_size", 50_272)?,
         positions: keys.size("max_position_embeddings", 2048)?,
         dropout: keys.number("dropout", 0.1)?,

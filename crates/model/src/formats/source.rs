@@ -8,7 +8,7 @@ use super::stored::{Flat, StoredTensor};
 use super::tensor::Tensor;
 use super::torch_file::StateDict;
 use crate::config::Config;
-use crate::parameters::Parameter;
+use crate::parameters::{HEAD, Parameter};
 use anyhow::{Context, Result, bail, ensure};
 use ferropt_device::WeightFormat;
 use ferropt_device::quantise::{Codes, GROUP};
@@ -28,7 +28,6 @@ pub const TOKENIZER_FILES: [(&str, &str); 7] = [
 ];
 
 const EMBEDDING: &str = "model.decoder.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
 
 /// Format of a model's files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,12 +139,13 @@ impl Source {
                 quantisation: Some(opened.quantisation),
                 replicas: Vec::new(),
             };
-            return source.check(None);
+            return source.check();
         }
         let mut opened = hugging_face::open(folder, first)?;
         let name = first.to_string_lossy();
         let format = if name.contains(".safetensors") { Format::Safetensors } else { Format::TorchBin };
-        let config = opened.config;
+        // What the head is made of is seen below.
+        let config = Config { own_head: false, ..opened.config.clone() };
         // Of two names for one tensor, `safetensors.torch.save_model` keeps the first.
         if !opened.tensors.contains_key(EMBEDDING)
             && let Some(head) = opened.tensors.remove(HEAD)
@@ -160,7 +160,7 @@ impl Source {
         }
         let head = opened.tensors.remove(HEAD).map(|flat| whole(&flat, HEAD, folder)).transpose()?;
         refuse_others(&opened.tensors, folder, &config)?;
-        let source = Source {
+        let mut source = Source {
             path: path.into(),
             folder: folder.into(),
             format,
@@ -172,7 +172,20 @@ impl Source {
             quantisation: None,
             replicas: Vec::new(),
         };
-        source.check(head.as_ref().map(|head| (HEAD, head, &[][..])))
+        if let Some(head) = head
+            && !source.is_embedding(&head)?
+        {
+            ensure!(
+                opened.config.own_head,
+                "{}: tensor {HEAD} differs from {EMBEDDING}, but {} says that they are one (tie_word_embeddings is true, or not \
+                 there): set it to false if the head is the model's own, or remove the tensor if the embeddings are the head",
+                head.file(),
+                source.config_from
+            );
+            source.config.own_head = true;
+            source.tensors.insert(HEAD.into(), head);
+        }
+        source.check()
     }
 
     fn metaseq(path: &Path, group: &Group, preset: Option<&str>) -> Result<Source> {
@@ -189,12 +202,33 @@ impl Source {
             quantisation: None,
             replicas: opened.replicas,
         };
-        source.check(opened.head.as_ref().map(|(whole, parts)| (metaseq::HEAD, whole, &parts[..])))
+        let source = source.check()?;
+        if let Some((head, parts)) = opened.head {
+            // metaseq's reshard_mp takes the head for a tensor that every part has whole, so that its files have the first
+            // rows of the table there.
+            let mut stale = true;
+            for part in &parts {
+                stale = stale && begins(source.tensor(EMBEDDING)?, part)?;
+            }
+            ensure!(
+                stale || source.is_embedding(&head)?,
+                "{}: tensor {} differs from {EMBEDDING}, but only Hugging Face's folders may have an LM head that is not the \
+                 embedding table",
+                head.file(),
+                metaseq::HEAD
+            );
+        }
+        Ok(source)
     }
 
-    /// Compares shapes with the parameter table, and the LM head (name, tensor, what each part has of it) with the
-    /// embeddings.
-    fn check(self, head: Option<(&str, &StoredTensor, &[StoredTensor])>) -> Result<Source> {
+    /// Whether an LM head is the embedding table, to the bit.
+    fn is_embedding(&self, head: &StoredTensor) -> Result<bool> {
+        let embedding = self.tensor(EMBEDDING)?;
+        Ok(head.shape() == embedding.shape() && begins(embedding, head)?)
+    }
+
+    /// Compares shapes with the parameter table.
+    fn check(self) -> Result<Source> {
         for parameter in self.config.parameters() {
             let shape = parameter.part_shape();
             // Of codes, shapes were compared when they were found.
@@ -216,22 +250,6 @@ impl Source {
                 copy.file(),
                 copy.shape(),
                 self.tensor(name)?.shape()
-            );
-        }
-        if let Some((name, head, parts)) = head {
-            let embedding = self.tensor(EMBEDDING)?;
-            let whole = head.shape() == embedding.shape() && begins(embedding, head)?;
-            // metaseq's reshard_mp takes the head for a tensor that every part has whole, so that its files have the first
-            // rows of the table there.
-            let mut stale = !parts.is_empty();
-            for part in parts {
-                stale = stale && begins(embedding, part)?;
-            }
-            ensure!(
-                whole || stale,
-                "{}: tensor {name} differs from {EMBEDDING}, but only models whose LM head is the embedding table can \
-                 be computed here",
-                head.file()
             );
         }
         Ok(self)

@@ -4,11 +4,12 @@ use super::*;
 use ferropt_model::{Rounded, RoundingError, Walk};
 use std::ops::Range;
 
-/// The configurations of this file, and a wider one whose groups of 64 are many.
+/// The configurations of this file, with LM heads of their own too, and a wider one whose groups of 64 are many.
 fn models() -> Vec<Config> {
     let [pre, post] = configs();
     let wide = Config { width: 192, heads: 3, feed_forward: 256, embedding_width: 192, ..pre.clone() };
-    vec![pre, post, wide]
+    let own = [pre.clone(), post.clone()].map(|config| Config { own_head: true, ..config });
+    [pre, post, wide].into_iter().chain(own).collect()
 }
 
 struct Values(Vec<Parameter>, Vec<Vec<f32>>);

@@ -70,6 +70,7 @@ impl Fixture {
             feed_forward: sizes.ffn,
             embedding_width: sizes.embed_width,
             post_norm: sizes.post_ln,
+            own_head: false,
             vocab: sizes.vocab,
             positions: sizes.max_seq,
             dropout: 0.0,

@@ -262,6 +262,7 @@ impl Config {
                     feed_forward: *m.feed_forward.get_or_insert(width.saturating_mul(4)),
                     embedding_width: *m.embedding_width.get_or_insert(width),
                     post_norm: *m.post_norm.get_or_insert(false),
+                    own_head: false,
                     vocab: size("vocab", m.vocab)?,
                     positions: POSITIONS,
                     dropout: m.dropout,

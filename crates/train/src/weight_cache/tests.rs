@@ -79,9 +79,10 @@ impl Lab {
 
 #[test]
 fn what_is_opened_again_is_found_with_the_same_bits() {
-    let lab = Lab::new();
-    let table = lab.config.parameters();
-    for format in WeightFormat::ALL {
+    for (own_head, format) in [false, true].into_iter().flat_map(|own| WeightFormat::ALL.map(|f| (own, f))) {
+        let mut lab = Lab::new();
+        lab.config.own_head = own_head;
+        let table = lab.config.parameters();
         let read = |index: usize, rows: Range<usize>, out: &mut [f32]| {
             initial_rows(&table[index], index, 7, rows.start, out);
             Ok(())

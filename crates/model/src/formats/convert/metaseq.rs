@@ -45,6 +45,11 @@ pub(super) fn write(
 }
 
 fn check(config: &Config, parts: usize) -> Result<()> {
+    ensure!(
+        !config.own_head,
+        "its LM head is a matrix of its own, and metaseq takes the embedding table for the head; convert it to a folder of \
+         Hugging Face"
+    );
     for (name, size) in
         [("heads", config.heads), ("feed_forward", config.feed_forward), ("vocab", config.vocab)]
     {

@@ -96,7 +96,7 @@ fn items(source: &Source) -> Result<Vec<Item<'_>>> {
     }
     // Wider types first keeps every tensor aligned to its elements.
     plain.sort_by_key(|tensor| std::cmp::Reverse(tensor.dtype.size()));
-    // The embeddings are the LM head, which is calibrated when all else is known.
+    // The embeddings are the LM head, which is calibrated when all else is known; a head of its own is before them.
     matrices.rotate_left(1);
     Ok(plain.into_iter().map(Item::Plain).chain(matrices).collect())
 }

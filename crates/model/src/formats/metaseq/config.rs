@@ -105,6 +105,7 @@ pub(super) fn derive(
         feed_forward: feed_forward * parts.len(),
         embedding_width,
         post_norm: !final_norm,
+        own_head: false,
         vocab: vocab * parts.len(),
         positions: rows.saturating_sub(POSITION_OFFSET),
         dropout: settings.dropout.unwrap_or(0.1),
