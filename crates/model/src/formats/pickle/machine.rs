@@ -372,10 +372,13 @@ fn allowed(module: &str, name: &str) -> Result<()> {
     const PATHS: [&str; 3] = ["Path", "PosixPath", "PurePosixPath"];
     let package = module.split('.').next().unwrap_or_default();
     let known = match package {
+        "__builtin__" if name == "reduce" => true, // of Python 2's names: makes `str | None` of its parts, with or_
         "builtins" | "__builtin__" => PLAIN.contains(&name),
         "_codecs" => name == "encode", // bytes in protocol 2
         "copyreg" | "copy_reg" => name == "_reconstructor", // objects in protocols 0 and 1, which some classes keep to
-        "_operator" => name == "getitem",                   // makes Optional[str] out of its parts
+        "_functools" => name == "reduce",
+        "_operator" => ["getitem", "or_"].contains(&name), // makes Optional[str] out of its parts
+        "types" => name == "GenericAlias",                 // list[str]
         "pathlib" => ["pathlib", "pathlib._local"].contains(&module) && PATHS.contains(&name),
         _ => PACKAGES.contains(&package),
     };

@@ -300,6 +300,26 @@ mod tests {
         }
     }
 
+    /// `Namespace(heads=12, types=[str | None, list[str], int | dict[str, int]])` of Python 3.11 in protocols 2 and 4.
+    #[test]
+    fn settings_may_have_types_that_are_made_of_others() {
+        let two: &[u8] = b"\x80\x02cargparse\nNamespace\nq\x00)\x81q\x01}q\x02(X\x05\x00\x00\x00headsq\x03K\x0cX\x05\x00\x00\x00typesq\x04]q\x05(c__builtin__\nreduce\nq\x06c_operator\nor_\nq\x07c__builtin__\nunicode\nq\x08c__builtin__\ntype\nq\x09N\x85q\nRq\x0b\x86q\x0c\x86q\x0dRq\x0ectypes\nGenericAlias\nq\x0fc__builtin__\nlist\nq\x10h\x08\x85q\x11\x86q\x12Rq\x13h\x06h\x07c__builtin__\nlong\nq\x14h\x0fc__builtin__\ndict\nq\x15h\x08h\x14\x86q\x16\x86q\x17Rq\x18\x86q\x19\x86q\x1aRq\x1beub.";
+        let four: &[u8] = b"\x80\x04\x95\xde\x00\x00\x00\x00\x00\x00\x00\x8c\x08argparse\x94\x8c\x09Namespace\x94\x93\x94)\x81\x94}\x94(\x8c\x05heads\x94K\x0c\x8c\x05types\x94]\x94(\x8c\n_functools\x94\x8c\x06reduce\x94\x93\x94\x8c\x09_operator\x94\x8c\x03or_\x94\x93\x94\x8c\x08builtins\x94\x8c\x03str\x94\x93\x94h\x0e\x8c\x04type\x94\x93\x94N\x85\x94R\x94\x86\x94\x86\x94R\x94h\x06\x8c\x0cGenericAlias\x94\x93\x94h\x0e\x8c\x04list\x94\x93\x94h\x10\x85\x94\x86\x94R\x94h\nh\x0dh\x0e\x8c\x03int\x94\x93\x94h\x19h\x0e\x8c\x04dict\x94\x93\x94h\x10h \x86\x94\x86\x94R\x94\x86\x94\x86\x94R\x94eub.";
+        for bytes in [two, four] {
+            let p = Pickle::read(bytes).unwrap();
+            assert_eq!(p.get(p.root(), "heads").and_then(|id| p.size(id)), Some(12));
+            assert_eq!(p.items(p.get(p.root(), "types").unwrap()).unwrap().len(), 3);
+        }
+        for (bytes, name) in [
+            (&b"\x80\x02c_functools\npartial\n."[..], "_functools.partial"),
+            (b"\x80\x02cfunctools\nreduce\n.", "functools.reduce"),
+            (b"\x80\x02ctypes\nCodeType\n.", "types.CodeType"),
+        ] {
+            let message = message(bytes);
+            assert!(message.contains(name) && message.contains("Nothing of it was executed"), "{message}");
+        }
+    }
+
     #[test]
     fn broken_programs_are_refused() {
         for (bytes, part) in [
