@@ -70,3 +70,10 @@ element!(bf16, Bf16, bf16::to_f32, bf16::from_f32);
 element!(f16, F16, f16::to_f32, f16::from_f32);
 element!(u32, U32, |x| x as f32, |x| x as u32);
 element!(i16, I16, |x| x as f32, |x| x as i16);
+
+/// Refuses numbers that would become infinite as f16.
+pub(crate) fn check_f16(numbers: &[f32]) -> anyhow::Result<()> {
+    // From halfway to what would be the next number on.
+    let beyond = numbers.iter().find(|x| x.is_finite() && x.abs() >= 65_520.0);
+    beyond.map_or(Ok(()), |x| anyhow::bail!("a weight is {x}, but f16 ends at 65504; use bf16 or f32"))
+}

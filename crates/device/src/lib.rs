@@ -152,6 +152,8 @@ pub struct LinearShape {
 pub enum WeightFormat {
     /// 32 bits.
     F32,
+    /// 16 bits, IEEE's halves. Numbers that are none lose bits; those that would become infinite are refused.
+    F16,
     /// 16 bits.
     Bf16,
     /// 8.25 bits.
@@ -164,8 +166,14 @@ pub enum WeightFormat {
 
 impl WeightFormat {
     /// All, from wide to narrow.
-    pub const ALL: [WeightFormat; 5] =
-        [WeightFormat::F32, WeightFormat::Bf16, WeightFormat::Int8, WeightFormat::Int4, WeightFormat::Int3];
+    pub const ALL: [WeightFormat; 6] = [
+        WeightFormat::F32,
+        WeightFormat::F16,
+        WeightFormat::Bf16,
+        WeightFormat::Int8,
+        WeightFormat::Int4,
+        WeightFormat::Int3,
+    ];
 
     /// Those of codes, see [`quantise`].
     pub const CODES: [WeightFormat; 3] = [WeightFormat::Int8, WeightFormat::Int4, WeightFormat::Int3];
@@ -174,6 +182,7 @@ impl WeightFormat {
     pub fn name(self) -> &'static str {
         match self {
             WeightFormat::F32 => "f32",
+            WeightFormat::F16 => "f16",
             WeightFormat::Bf16 => "bf16",
             WeightFormat::Int8 => "int8",
             WeightFormat::Int4 => "int4",

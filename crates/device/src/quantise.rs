@@ -22,7 +22,7 @@ pub fn code_bits(format: WeightFormat) -> Option<usize> {
         WeightFormat::Int8 => Some(8),
         WeightFormat::Int4 => Some(4),
         WeightFormat::Int3 => Some(3),
-        WeightFormat::F32 | WeightFormat::Bf16 => None,
+        WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => None,
     }
 }
 

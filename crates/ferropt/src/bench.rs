@@ -34,7 +34,7 @@ struct InferenceArgs {
     /// A model on the disk instead, as for `ferropt generate`
     #[arg(long, value_name = "PATH", conflicts_with = "preset")]
     model: Option<PathBuf>,
-    /// How weights are stored in memory: f32, bf16, int8, int4 or int3; bf16, or the model's own, unless given
+    /// How weights are stored in memory: f32, f16, bf16, int8, int4 or int3; bf16, or the model's own, unless given
     #[arg(long, value_name = "FORMAT", value_parser = weights)]
     weights: Option<WeightFormat>,
     /// Tokens to generate

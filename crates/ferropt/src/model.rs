@@ -34,7 +34,7 @@ pub(crate) struct OpeningArgs {
     /// Tokenizer: a folder, a tokenizer.json, or the name of a downloaded model; what lies beside the weights unless given
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
-    /// How weights are stored in memory: f32, bf16, int8, int4 or int3; unless given as the run computed with them, or as on the disk, but f16 as bf16
+    /// How weights are stored in memory: f32, f16, bf16, int8, int4 or int3; unless given as the run computed with them, or as on the disk, but f16 as bf16
     #[arg(long, value_name = "FORMAT", value_parser = weights)]
     weights: Option<WeightFormat>,
     /// What computes: cpu, cuda or cuda:N (the N-th GPU)
@@ -97,8 +97,8 @@ impl ModelArgs {
         }
         if model.rounded {
             tell!(
-                "note: the weights are f16 and become bf16, which has 3 bits less of each; `--weights f32` keeps all, in twice \
-                 the memory, and `--weights bf16` says that this is meant"
+                "note: the weights are f16 and become bf16, which has 3 bits less of each; `--weights f16` keeps all, and \
+                 computes in f32, and `--weights bf16` says that this is meant"
             );
         }
         match &model.kept {

@@ -119,11 +119,12 @@ fn a_run_leaves_in_every_format() {
     ok(&["convert", &run, &at("earlier"), "--to", "hf", "--checkpoint", "5"]);
     fails(&["verify", &at("hf"), &at("earlier")], &["tensors differ", "embed_tokens.weight", "8,320"]);
 
-    // Halves lose bits as bf16, which is said unless it was asked for.
+    // Halves lose bits as bf16, which is said unless it was asked for, and none as f16.
     ok(&["convert", &at("hf"), &at("halves"), "--to", "hf", "--dtype", "f16"]);
     for (model, weights, told) in [
         ("halves", &[][..], true),
         ("halves", &["--weights", "f32"], false),
+        ("halves", &["--weights", "f16"], false),
         ("halves", &["--weights", "bf16"], false),
         ("hf", &[], false),
     ] {
@@ -131,9 +132,17 @@ fn a_run_leaves_in_every_format() {
         let args = [&["generate", "--model", &model, "--max-tokens", "1", "x"], weights].concat();
         let out = ferropt().args(&args).output().unwrap();
         let said = String::from_utf8_lossy(&out.stderr);
-        let notes = said.matches("`--weights f32` keeps all").count();
+        let notes = said.matches("`--weights f16` keeps all").count();
         assert!(out.status.success() && notes == usize::from(told), "{args:?}: {said}");
     }
+    let scored = |weights: &str| {
+        let args = ["score", "--model", &at("halves"), "--weights", weights, &at("held-out.txt")];
+        let out = ferropt().args(args).output().unwrap();
+        assert!(out.status.success(), "{}", text(&out));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    assert_eq!(scored("f16"), scored("f32"));
+    assert_ne!(scored("bf16"), scored("f32"));
 
     // Damage that no size tells: converting and verifying read the bytes, and name the file. Like everywhere, the newest
     // whole checkpoint is taken unless a step is named.

@@ -81,7 +81,7 @@ pub(crate) fn open(app: &App, source: ModelSource) {
                 app.log.line("damaged_checkpoint", json!({ "model": name, "passed_over": damage }));
             }
             if model.rounded {
-                let what = "f16 became bf16, which has 3 bits less of each; --weights f32 keeps all, in twice the memory";
+                let what = "f16 became bf16, which has 3 bits less of each; --weights f16 keeps all, and computes in f32";
                 app.log.line("weights_rounded", json!({ "model": name, "what": what }));
             }
             if let Some(Outcome::Failed(error)) = &model.kept {

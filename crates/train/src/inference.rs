@@ -327,7 +327,9 @@ fn start(
     options.cache_tokens = opening.cache_tokens.unwrap_or(options.cache_tokens);
     let tokenizer = Arc::new(tokenizer);
     let engine = match weights {
-        WeightFormat::F32 => Handle::start::<Chip, f32>(device, decoder, draft, tokenizer, options),
+        WeightFormat::F32 | WeightFormat::F16 => {
+            Handle::start::<Chip, f32>(device, decoder, draft, tokenizer, options)
+        }
         _ => Handle::start::<Chip, bf16>(device, decoder, draft, tokenizer, options),
     }?;
     let (step, damaged, kept, rounded) = (0, Vec::new(), None, false);

@@ -20,7 +20,7 @@ use super::simd::{
     Avx512, Isa, Portable, Simd, dispatch, prefetch, prefetch_l2, with_avx512, with_avx512_bf16,
 };
 use super::{CpuDevice, Scratch};
-use crate::{DType, Element};
+use crate::{DType, Element, f16};
 
 /// What happens to finished rows of the product.
 pub(super) trait Epilogue: Sync {
@@ -467,10 +467,10 @@ pub(super) trait Mac<S: Simd>: Copy {
     /// Units of B in a word of its panels.
     const IN_WORD: usize = 1;
 
-    /// Unit `which` of the first `LANES` words of a panel.
+    /// Unit `which` of the columns from `first` on, `LANES` of them, in a panel's words of all columns.
     #[inline(always)]
-    fn load(s: S, words: &[u32], _which: usize) -> S::F {
-        s.load(bytemuck::cast_slice(words))
+    fn load(s: S, words: &[u32], first: usize, _which: usize) -> S::F {
+        s.load(bytemuck::cast_slice(&words[first..]))
     }
 
     /// `c + a * b`, each lane's unit on its own.
@@ -497,8 +497,29 @@ impl<S: Simd> Mac<S> for Widen {
     const IN_WORD: usize = 2;
 
     #[inline(always)]
-    fn load(s: S, words: &[u32], which: usize) -> S::F {
+    fn load(s: S, words: &[u32], first: usize, which: usize) -> S::F {
+        let words = &words[first..];
         if which == 0 { s.load_low(words) } else { s.load_high(words) }
+    }
+
+    #[inline(always)]
+    fn mac(s: S, a: S::F, b: S::F, c: S::F) -> S::F {
+        s.fma(a, b, c)
+    }
+}
+
+/// Units of A are f32, those of B are f16, which are widened when they are loaded. In the words of all columns there is first one
+/// unit of all columns and then the other.
+#[derive(Clone, Copy)]
+pub(super) struct WidenF16;
+
+impl<S: Simd> Mac<S> for WidenF16 {
+    const IN_WORD: usize = 2;
+
+    #[inline(always)]
+    fn load(s: S, words: &[u32], first: usize, which: usize) -> S::F {
+        let halves: &[f16] = bytemuck::cast_slice(words);
+        s.load_f16(&halves[which * words.len() + first..])
     }
 
     #[inline(always)]
@@ -668,7 +689,7 @@ fn unit<S: Simd, M: Mac<S>, const MR: usize, const NV: usize>(
     // A closure would not always be inlined, and then it lacks the instructions.
     let mut columns = [s.zero(); NV];
     for (j, column) in columns.iter_mut().enumerate() {
-        *column = M::load(s, &b[j * S::LANES..], which);
+        *column = M::load(s, b, j * S::LANES, which);
     }
     for (row, a) in acc.iter_mut().zip(a) {
         let a = s.splat(*a);

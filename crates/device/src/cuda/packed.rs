@@ -14,9 +14,10 @@ use super::driver::Address;
 use super::kernels::args;
 use super::workspace::Scratch;
 use super::{CudaBuf, CudaDevice, name, optional};
+use crate::element::check_f16;
 use crate::places::{self, UNIT};
 use crate::quantise::{self, Codes, GROUP, Group, code_bits, has_minima};
-use crate::{Activation, DType, Element, Mapped, ReadRows, WeightFormat, WritePiece, bf16};
+use crate::{Activation, DType, Element, Mapped, ReadRows, WeightFormat, WritePiece, bf16, f16};
 
 /// Rows that a thread packs at once.
 const ROWS: usize = 16;
@@ -54,7 +55,9 @@ impl Layout {
         let scales = n * Layout::row_bytes(format, k);
         let of_groups = (2 * n * k.div_ceil(GROUP)).next_multiple_of(4);
         let (minima, end) = match format {
-            WeightFormat::F32 | WeightFormat::Bf16 => (scales, scales.next_multiple_of(4)),
+            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => {
+                (scales, scales.next_multiple_of(4))
+            }
             WeightFormat::Int8 => (scales + of_groups, scales + of_groups),
             WeightFormat::Int4 | WeightFormat::Int3 => (scales + of_groups, scales + 2 * of_groups),
         };
@@ -101,6 +104,11 @@ impl Layout {
         let at = first * Layout::row_bytes(self.format, self.k);
         match self.format {
             WeightFormat::F32 => write(at, bytemuck::cast_slice(rows)),
+            WeightFormat::F16 => {
+                check_f16(rows)?;
+                let rounded: Vec<f16> = rows.iter().map(|x| f16::from_f32(*x)).collect();
+                write(at, bytemuck::cast_slice(&rounded))
+            }
             WeightFormat::Bf16 => {
                 let rounded: Vec<bf16> = rows.iter().map(|x| bf16::from_f32(*x)).collect();
                 write(at, bytemuck::cast_slice(&rounded))
@@ -122,7 +130,7 @@ impl Layout {
     fn write_ends(&self, n: usize, write: &WritePiece<'_>) -> Result<()> {
         let of_groups = 2 * n * self.k.div_ceil(GROUP);
         let ends = match self.format {
-            WeightFormat::F32 | WeightFormat::Bf16 => vec![(self.scales, self.end)],
+            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => vec![(self.scales, self.end)],
             WeightFormat::Int8 => vec![(self.scales + of_groups, self.end)],
             WeightFormat::Int4 | WeightFormat::Int3 => {
                 vec![(self.scales + of_groups, self.minima), (self.minima + of_groups, self.end)]

@@ -3,7 +3,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use ferropt_device::quantise::{GROUP, round_group};
-use ferropt_device::{Activation, Chip, ChipPacked, Device, Element, Mapped, WeightFormat, bf16};
+use ferropt_device::{Activation, Chip, ChipPacked, Device, Element, Mapped, WeightFormat, bf16, f16};
 
 use crate::*;
 
@@ -62,6 +62,8 @@ fn rows_come_back_within_the_formats_rounding() {
                             for (got, w) in got.iter().zip(w) {
                                 let slack = match format {
                                     WeightFormat::F32 => 0.0,
+                                    // Below the smallest normal number all have the same distance.
+                                    WeightFormat::F16 => w.abs().max(f32::powi(2.0, -14)) / 2048.0,
                                     WeightFormat::Bf16 => w.abs() / 256.0,
                                     WeightFormat::Int8 => 0.51 * most / 127.0,
                                     // Half a step, and what may be cut off at the ends.
@@ -148,6 +150,50 @@ fn products_match_the_definition() {
         check::<f32>(format);
         check::<bf16>(format);
     }
+}
+
+/// Numbers that are halves are multiplied as what they are.
+#[test]
+fn products_with_halves_have_the_bits_of_products_with_f32() {
+    let (shapes, rows) = sizes();
+    for &(n, k) in shapes {
+        let halves: Vec<f16> = numbers(2, n * k, 0.02);
+        let mut w: Vec<f32> = halves.iter().map(|w| w.to_f32()).collect();
+        // The largest and the smallest of all, among them what is no normal number.
+        for (w, bits) in w.iter_mut().zip([0x7bff, 0x0001, 0x83ff, 0x0400, 0x8000]) {
+            *w = f16::from_bits(bits).to_f32();
+        }
+        on_every_device(|device| {
+            let [half, full] = [WeightFormat::F16, WeightFormat::F32].map(|f| pack(device, f, (n, k), &w));
+            assert!(same_bits(&unpacked(device, &half, (n, k)), &w));
+            let mut all = vec![];
+            for &m in rows {
+                let x = put(device, &numbers::<f32>(1, m * k, 1.0));
+                let product = |w: &ChipPacked| {
+                    let mut y = put(device, &vec![f32::NAN; m * n]);
+                    device.packed_linear(m, &x, w, None, Activation::Identity, &mut y);
+                    get(device, &y)
+                };
+                all.push(product(&half));
+                assert!(same_bits(&all[all.len() - 1], &product(&full)), "{m}x{n}x{k}");
+            }
+            all
+        });
+    }
+}
+
+#[test]
+fn numbers_beyond_f16_are_refused() {
+    let device = one_device();
+    let pack = |largest: f32| {
+        device.pack_weight(WeightFormat::F16, 3, 8, &|_, rows| {
+            rows.fill(largest);
+            Ok(())
+        })
+    };
+    assert!(pack(-65_519.0).is_ok());
+    let refused = pack(-65_520.0).err().unwrap().to_string();
+    assert!(refused.contains("-65520") && refused.contains("65504") && refused.contains("bf16"), "{refused}");
 }
 
 #[test]

@@ -47,7 +47,7 @@ fn logits(source: &Source, format: WeightFormat, tokens: &[u32]) -> Vec<f32> {
     };
     let decoder = Decoder::new(&device, config, format, &read, matrices).unwrap();
     match format {
-        WeightFormat::F32 => of::<f32>(&device, &decoder, tokens),
+        WeightFormat::F32 | WeightFormat::F16 => of::<f32>(&device, &decoder, tokens),
         _ => of::<bf16>(&device, &decoder, tokens),
     }
 }
@@ -87,6 +87,7 @@ fn logits_are_those_of_transformers_in_every_format_of_weights() {
         for (tokens, want) in recorded(name) {
             for (format, limit) in [
                 (WeightFormat::F32, 1e-5),
+                (WeightFormat::F16, 0.004),
                 (WeightFormat::Bf16, 0.03),
                 (WeightFormat::Int8, 0.04),
                 (WeightFormat::Int4, 0.3),

@@ -183,7 +183,7 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
     let device = open_device(wanted.device, wanted.threads)?;
     let bandwidth = device.measured_bandwidth().ok();
     let peak_flops = match weights {
-        WeightFormat::F32 => device.measured_peak::<f32>(),
+        WeightFormat::F32 | WeightFormat::F16 => device.measured_peak::<f32>(),
         _ => device.measured_peak::<bf16>(),
     };
     let peak_flops = Some(peak_flops).filter(|peak| peak.is_finite());

@@ -664,7 +664,7 @@ fn scores_of<S: Simd, M: Cached<S>, const R: usize, const NV: usize>(
             for (which, q) in q.iter().enumerate() {
                 let mut keys = [s.zero(); NV];
                 for (v, key) in keys.iter_mut().enumerate() {
-                    *key = M::load(s, &row[v * S::LANES..], which);
+                    *key = M::load(s, row, v * S::LANES, which);
                 }
                 for (acc, q) in acc.iter_mut().zip(q) {
                     let q = s.splat(*q);
@@ -754,7 +754,7 @@ fn columns<S: Simd, M: Cached<S>, const R: usize, const NV: usize>(
         for which in 0..M::IN_WORD {
             let mut registers = [s.zero(); NV];
             for (r, register) in registers.iter_mut().enumerate() {
-                *register = M::load(s, &row[r * S::LANES..], which);
+                *register = M::load(s, row, r * S::LANES, which);
             }
             for (acc, p) in acc.iter_mut().zip(p) {
                 let p = s.splat(p[word * M::IN_WORD + which]);

@@ -1,14 +1,14 @@
-//! Panels of f32 and bf16, and products with them.
+//! Panels of f32, f16 and bf16, and products with them.
 
 use std::sync::Arc;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::ahead::{Next, Place, expect_next};
 use super::{Finish, Kept, Rows};
 use crate::cpu::amx::{self, Tiles};
 use crate::cpu::buffer::Shards;
-use crate::cpu::gemm::{self, Block, Dot, Fma, Inner, Mac, Operand, Tile, Vectors, Widen, tile};
+use crate::cpu::gemm::{self, Block, Dot, Fma, Inner, Mac, Operand, Tile, Vectors, Widen, WidenF16, tile};
 use crate::cpu::pack::{Matrix, pack, pack_panels};
 use crate::cpu::simd::{Isa, Portable, Simd, dispatch, with_avx512, with_avx512_bf16};
 use crate::cpu::{CpuDevice, Scratch};
@@ -18,10 +18,13 @@ use crate::{DType, Element};
 /// rows, would be more than the L2 cache holds where k is long.
 const AHEAD: usize = 8 << 10;
 
-/// `[panel][word][nr]`: a word is an f32, or a pair of bf16 that are neighbours in k.
+/// `[panel][word][nr]`: a word is an f32, or a pair of bf16 that are neighbours in k. In the room of `nr` such pairs there are
+/// `[2][nr]` f16, which are widened by one instruction where they lie beside each other.
 pub(super) struct Panels {
     pub(super) words: Kept,
-    /// Of products. Where there is no instruction that multiplies pairs of bf16, they are widened when they are read.
+    /// Of numbers.
+    dtype: DType,
+    /// Of products. f16, and bf16 where there is no instruction that multiplies pairs of them, are widened when they are read.
     tile: Tile,
     /// Elements of k in a word.
     in_word: usize,
@@ -31,7 +34,7 @@ pub(super) struct Panels {
 
 /// Elements of k in a word.
 fn in_word(dtype: DType) -> usize {
-    if dtype == DType::Bf16 { 2 } else { 1 }
+    if dtype == DType::F32 { 1 } else { 2 }
 }
 
 /// Rows and words of a panel.
@@ -43,14 +46,22 @@ pub(super) fn panel(isa: Isa, dtype: DType, k: usize) -> (usize, usize) {
 /// Packs rows into a panel.
 pub(super) fn pack_panel(isa: Isa, dtype: DType, rows: &[f32], k: usize, out: &mut [u32]) {
     let (nr, count) = (tile(isa, dtype).nr, rows.len() / k);
-    if dtype == DType::Bf16 {
-        let mut halves = vec![bf16::ZERO; rows.len()];
-        dispatch!(isa, s => narrow(s, rows, &mut halves));
-        let rows = Matrix { data: &halves, ld: k, k_contiguous: true };
-        pack_panels(isa, rows, 0..count, 0..k, nr, 2, out);
-    } else {
-        let rows = Matrix { data: rows, ld: k, k_contiguous: true };
-        pack_panels(isa, rows, 0..count, 0..k, nr, 1, out);
+    let matrix = Matrix { data: rows, ld: k, k_contiguous: true };
+    match dtype {
+        DType::Bf16 => {
+            let mut halves = vec![bf16::ZERO; rows.len()];
+            dispatch!(isa, s => narrow(s, rows, &mut halves));
+            let matrix = Matrix { data: &halves, ld: k, k_contiguous: true };
+            pack_panels(isa, matrix, 0..count, 0..k, nr, 2, out);
+        }
+        DType::F16 => {
+            let mut wide = vec![0; nr * k];
+            pack_panels(isa, matrix, 0..count, 0..k, nr, 1, &mut wide);
+            let (halves, rest) = bytemuck::cast_slice_mut(out).split_at_mut(nr * k);
+            rest.fill(f16::ZERO);
+            dispatch!(isa, s => narrow_f16(s, bytemuck::cast_slice(&wide), halves));
+        }
+        _ => pack_panels(isa, matrix, 0..count, 0..k, nr, 1, out),
     }
 }
 
@@ -60,6 +71,22 @@ pub(super) fn pack_panel(isa: Isa, dtype: DType, rows: &[f32], k: usize, out: &m
 fn narrow<S: Simd>(_: S, x: &[f32], out: &mut [bf16]) {
     for (x, out) in x.iter().zip(out) {
         *out = bf16::from_f32(*x);
+    }
+}
+
+/// Rounds columns of panels to f16.
+#[inline(always)]
+fn narrow_f16<S: Simd>(s: S, x: &[f32], out: &mut [f16]) {
+    for (x, out) in x.chunks_exact(S::LANES).zip(out.chunks_exact_mut(S::LANES)) {
+        s.store_f16(out, s.load(x));
+    }
+}
+
+/// Widens columns of panels.
+#[inline(always)]
+fn widen_f16<S: Simd>(s: S, x: &[f16], out: &mut [f32]) {
+    for (x, out) in x.chunks_exact(S::LANES).zip(out.chunks_exact_mut(S::LANES)) {
+        s.store(out, s.load_f16(x));
     }
 }
 
@@ -78,7 +105,8 @@ fn widen<S: Simd>(s: S, nr: usize, pairs: &[u32], out: &mut [f32]) {
 
 impl Panels {
     pub(super) fn new(isa: Isa, dtype: DType, k: usize, words: Kept) -> Self {
-        Panels { words, tile: tile(isa, dtype), in_word: in_word(dtype), stride: panel(isa, dtype, k).1 }
+        let stride = panel(isa, dtype, k).1;
+        Panels { words, dtype, tile: tile(isa, dtype), in_word: in_word(dtype), stride }
     }
 
     fn place(&self) -> Place {
@@ -92,7 +120,15 @@ impl Panels {
     /// Row `i` as f32.
     pub(super) fn row(&self, i: usize, out: &mut [f32]) {
         let nr = self.tile.nr;
-        let words = self.words[i / nr * self.stride..][i % nr..].iter().step_by(nr);
+        let panel = &self.words[i / nr * self.stride..][..self.stride];
+        if self.dtype == DType::F16 {
+            let halves: &[f16] = bytemuck::cast_slice(panel);
+            for (half, out) in halves[i % nr..].iter().step_by(nr).zip(out) {
+                *out = half.to_f32();
+            }
+            return;
+        }
+        let words = panel[i % nr..].iter().step_by(nr);
         for (word, out) in words.zip(out.chunks_mut(self.in_word)) {
             match out {
                 [one] if self.in_word == 1 => *one = f32::from_bits(*word),
@@ -123,8 +159,12 @@ impl Operand for Panels {
         device.pool.for_each(panels, |p, _| {
             // SAFETY: each task writes its own panel.
             let out = unsafe { shards.range(p * size..(p + 1) * size) };
+            let out: &mut [f32] = bytemuck::cast_slice_mut(out);
             let pairs = &self.words[(first + p) * self.stride..][words.clone()];
-            dispatch!(device.isa, s => widen(s, t.nr, pairs, bytemuck::cast_slice_mut(out)));
+            match self.dtype {
+                DType::F16 => dispatch!(device.isa, s => widen_f16(s, bytemuck::cast_slice(pairs), out)),
+                _ => dispatch!(device.isa, s => widen(s, t.nr, pairs, out)),
+            }
         });
     }
 
@@ -284,10 +324,10 @@ impl Few<'_> {
     /// A task with units of f32.
     #[inline(always)]
     fn task<S: Simd, const MR: usize, const NV: usize>(&self, s: S, b: Range, thread: usize) {
-        if self.w.widens() {
-            self.task_of::<S, Widen, MR, NV>(s, b, thread);
-        } else {
-            self.task_of::<S, Fma, MR, NV>(s, b, thread);
+        match self.w.dtype {
+            DType::F32 => self.task_of::<S, Fma, MR, NV>(s, b, thread),
+            DType::F16 => self.task_of::<S, WidenF16, MR, NV>(s, b, thread),
+            _ => self.task_of::<S, Widen, MR, NV>(s, b, thread),
         }
     }
 

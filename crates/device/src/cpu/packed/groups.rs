@@ -52,7 +52,7 @@ impl Bits {
             WeightFormat::Int8 => Ok(Bits::Eight),
             WeightFormat::Int4 => Ok(Bits::Four),
             WeightFormat::Int3 => Ok(Bits::Three),
-            WeightFormat::F32 | WeightFormat::Bf16 => {
+            WeightFormat::F32 | WeightFormat::F16 | WeightFormat::Bf16 => {
                 anyhow::bail!("{} has no codes; int8, int4 and int3 do", format.name())
             }
         }

@@ -1,7 +1,7 @@
 //! Weight matrices that are only read: laid out once, for products with one row or thousands.
 //!
-//! A matrix `[n, k]` is cut into panels of output columns, in which the inner loops walk k in memory's order: `f32`
-//! and `bf16` in [`float`], groups of numbers of 8, 4 or 3 bits in [`groups`]. Every element of a product is summed along k
+//! A matrix `[n, k]` is cut into panels of output columns, in which the inner loops walk k in memory's order: `f32`,
+//! `f16` and `bf16` in [`float`], groups of numbers of 8, 4 or 3 bits in [`groups`]. Every element of a product is summed along k
 //! in one order that depends on k alone, by the same instructions for few rows and for many, so that a row's result
 //! does not depend on the rows beside it: a request gives the same tokens alone and in any batch.
 
@@ -22,6 +22,7 @@ use super::gemm::Epilogue;
 use super::linear::finish;
 use super::simd::{Simd, dispatch, prefetch};
 use super::{CpuBuf, CpuDevice, Scratch};
+use crate::element::check_f16;
 use crate::quantise::Codes;
 use crate::{Activation, DType, Element, Mapped, ReadRows, WeightFormat, WritePiece};
 pub(super) use ahead::Next;
@@ -37,7 +38,7 @@ pub struct Packed {
 }
 
 enum Data {
-    /// f32, or pairs of bf16.
+    /// f32, or halves.
     Float(float::Panels),
     /// Numbers of few bits with a scale for each group.
     Groups(groups::Panels),
@@ -54,6 +55,7 @@ impl Layout {
     fn new(format: WeightFormat) -> Layout {
         match format {
             WeightFormat::F32 => Layout::Float(DType::F32),
+            WeightFormat::F16 => Layout::Float(DType::F16),
             WeightFormat::Bf16 => Layout::Float(DType::Bf16),
             WeightFormat::Int8 => Layout::Groups(Bits::Eight),
             WeightFormat::Int4 => Layout::Groups(Bits::Four),
@@ -119,6 +121,9 @@ pub(super) fn pack_to(
             return;
         }
         let made = read(range, rows).and_then(|()| {
+            if format == WeightFormat::F16 {
+                check_f16(rows)?;
+            }
             layout.pack(device, rows, k, packed);
             write(4 * panel * words, bytemuck::cast_slice(packed))
         });

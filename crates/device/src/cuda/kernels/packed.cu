@@ -66,12 +66,16 @@ __device__ void packed(const W* w, const E* x, u32 m, u32 n, u32 k, Finish<O> fi
     PACKED(packed_##w_name##_f32_f32_8, W, float, float, 8)   \
     PACKED(packed_##w_name##_f32_bf16_1, W, float, bf16, 1)   \
     PACKED(packed_##w_name##_f32_bf16_8, W, float, bf16, 8)
+#define PACKED_HALVES(w_name, W)                             \
+    PACKED(packed_##w_name##_bf16_f32_1, W, bf16, float, 1)   \
+    PACKED(packed_##w_name##_bf16_f32_8, W, bf16, float, 8)   \
+    PACKED(packed_##w_name##_bf16_bf16_1, W, bf16, bf16, 1)   \
+    PACKED(packed_##w_name##_bf16_bf16_8, W, bf16, bf16, 8)
 PACKED_FLOAT(f32, float)
+PACKED_FLOAT(f16, f16)
 PACKED_FLOAT(bf16, bf16)
-PACKED(packed_f32_bf16_f32_1, float, bf16, float, 1)
-PACKED(packed_f32_bf16_f32_8, float, bf16, float, 8)
-PACKED(packed_f32_bf16_bf16_1, float, bf16, bf16, 1)
-PACKED(packed_f32_bf16_bf16_8, float, bf16, bf16, 8)
+PACKED_HALVES(f32, float)
+PACKED_HALVES(f16, f16)
 
 // A warp for each group of each row.
 template <class E> __device__ void round_rows(const E* x, u32 m, u32 k, i8* codes, float* scales, float* zeros) {
@@ -111,8 +115,8 @@ struct RowF32 {
     const float* w;
     __device__ __forceinline__ float at(u64 row, u32 k, u32 c) const { return w[row * k + c]; }
 };
-struct RowBf16 {
-    const bf16* w;
+template <class W> struct RowHalves {
+    const W* w;
     __device__ __forceinline__ float at(u64 row, u32 k, u32 c) const { return to_f32(w[row * k + c]); }
 };
 struct RowInt8 {
@@ -149,7 +153,8 @@ __device__ void packed_embed(M matrix, const u32* ids, const u32* ids2, const fl
         packed_embed(__VA_ARGS__, ids, ids2, table2, out, k);                                                          \
     }
 PACKED_EMBED(packed_embed_f32, RowF32{reinterpret_cast<const float*>(codes)})
-PACKED_EMBED(packed_embed_bf16, RowBf16{reinterpret_cast<const bf16*>(codes)})
+PACKED_EMBED(packed_embed_f16, RowHalves<f16>{reinterpret_cast<const f16*>(codes)})
+PACKED_EMBED(packed_embed_bf16, RowHalves<bf16>{reinterpret_cast<const bf16*>(codes)})
 PACKED_EMBED(packed_embed_int8, RowInt8{codes, scales})
 PACKED_EMBED(packed_embed_int4, RowUnits<FourBits>{codes, scales, minima})
 PACKED_EMBED(packed_embed_int3, RowUnits<ThreeBits>{codes, scales, minima})
