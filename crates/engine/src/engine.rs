@@ -199,7 +199,8 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             running.begin();
         }
         if !tokens.is_empty() {
-            self.scheduler.add(Key { request: number, part: 0 }, tokens, reusable);
+            let scope = running.parameters().scope;
+            self.scheduler.add(Key { request: number, part: 0 }, tokens, scope, reusable);
         }
         self.requests.insert(number, running);
         self.finish_if_done(number);

@@ -35,6 +35,7 @@ pub use ends::Ends;
 pub use engine::{DRAFT_TOKENS, Engine, Options};
 pub use event::{Event, Finish, Usage};
 pub use handle::{Completion, Events, Handle, Text};
+pub use pages::Scope;
 pub use parameters::{
     Capacity, Decay, MOST_CHOICES, MOST_LOG_PROBS, MOST_STOPS, Parameters, Refusal, Request,
 };

@@ -1,18 +1,26 @@
 //! Who uses which page of the KV cache, and which pages hold the beginning of a text that may come again.
 //!
 //! A full page is known by its tokens and by the content before it, so that the pages of a text form a chain, and a new
-//! text finds how much of itself is there already. Pages that nobody uses keep what they hold until they are needed: first
-//! those that hold nothing, then those that were given back longest ago.
+//! text finds how much of itself is there already, if that is of its own scope: chains of different scopes begin apart. Pages
+//! that nobody uses keep what they hold until they are needed: first those that hold nothing, then those that were given back
+//! longest ago.
 
 use ferropt_device::PAGE;
 use std::collections::{BTreeSet, HashMap};
 
-/// Names what a page holds together with all pages before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Content(u64);
+/// Whose texts may find each other's beginnings: those of one scope, and of no other. How long a prompt takes to be read tells
+/// whether somebody in its scope had one that begins alike.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Scope(pub [u8; 32]);
 
-/// What is before the first page of a text.
-pub const NOTHING: Content = Content(0);
+/// Names what is before a page of a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Content {
+    /// Nothing: it is the first of a text of this scope.
+    Beginning(Scope),
+    /// A page, and all before it.
+    Page(u64),
+}
 
 /// A page's tokens and what is before them. The tokens themselves, not a hash: two texts can never be taken for one.
 type Key = (Content, [u32; PAGE]);
@@ -25,7 +33,7 @@ pub struct Pages {
     free: BTreeSet<(u64, u32)>,
     given_back: Vec<u64>,
     known: HashMap<Key, (Content, u32)>,
-    /// Contents and moments so far.
+    /// Pages that were held and moments so far.
     clock: u64,
 }
 
@@ -98,7 +106,7 @@ impl Pages {
         if let Some((content, _)) = self.known.get(&key) {
             return *content;
         }
-        let content = Content(self.tick());
+        let content = Content::Page(self.tick());
         self.known.insert(key, (content, page));
         self.held[page as usize] = Some(key);
         content
@@ -113,6 +121,8 @@ impl Pages {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const NOTHING: Content = Content::Beginning(Scope([0; 32]));
 
     fn page_of(token: u32) -> [u32; PAGE] {
         [token; PAGE]
@@ -147,6 +157,17 @@ mod tests {
         let order = [(); 4].map(|()| pages.take().unwrap());
         assert_eq!(order[2..], [b, a]);
         assert_eq!(pages.find(NOTHING, &page_of(7)), None);
+    }
+
+    #[test]
+    fn a_text_is_found_in_its_own_scope_only() {
+        let mut pages = Pages::new(2);
+        let [a, b] = [(); 2].map(|()| pages.take().unwrap());
+        let other = Content::Beginning(Scope([1; 32]));
+        let first = pages.hold(a, NOTHING, &page_of(7));
+        assert_eq!(pages.find(other, &page_of(7)), None);
+        assert_ne!(pages.hold(b, other, &page_of(7)), first, "no double of the other scope's");
+        assert_eq!(pages.find(NOTHING, &page_of(7)), Some((first, a)));
     }
 
     #[test]

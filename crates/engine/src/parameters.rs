@@ -1,6 +1,7 @@
 //! What a request may ask for, and the refusal of what makes no sense.
 
 use crate::embed::Pooling;
+use crate::pages::Scope;
 use std::fmt;
 
 /// Most choices that a request may compute.
@@ -67,6 +68,8 @@ pub struct Parameters {
     pub log_probs: Option<usize>,
     /// Give the prompt's hidden states as one vector of length 1, and nothing else; see [`Parameters::embedding`].
     pub pooling: Option<Pooling>,
+    /// Where its prompt may be found in the cache, so that it is not computed again. No text depends on it.
+    pub scope: Scope,
 }
 
 impl Default for Parameters {
@@ -98,6 +101,7 @@ impl Default for Parameters {
             echo: None,
             log_probs: None,
             pooling: None,
+            scope: Scope::default(),
         }
     }
 }

@@ -10,7 +10,7 @@
 //! and waits. The oldest can therefore always go on, and everything ends. Attention gives a token the same bits however
 //! its sequence is cut, so none of this can be seen in the results.
 
-use crate::pages::{Content, NOTHING, Pages};
+use crate::pages::{Content, Pages, Scope};
 use anyhow::{Result, ensure};
 use ferropt_device::PAGE;
 use std::collections::BTreeMap;
@@ -44,6 +44,8 @@ pub struct Sequence {
     /// Pages whose content is known, and what they hold.
     known: usize,
     content: Content,
+    /// Earlier texts of it are used again.
+    scope: Scope,
     /// No more tokens than these are taken from earlier texts.
     reusable: usize,
     /// Whether it has a place in the cache.
@@ -145,14 +147,15 @@ impl Scheduler {
         })
     }
 
-    /// A new sequence, which takes at most `reusable` tokens from earlier texts.
-    pub fn add(&mut self, key: Key, tokens: Vec<u32>, reusable: usize) {
+    /// A new sequence, which takes at most `reusable` tokens from earlier texts of its scope.
+    pub fn add(&mut self, key: Key, tokens: Vec<u32>, scope: Scope, reusable: usize) {
         let sequence = Sequence {
             tokens,
             computed: 0,
             pages: Vec::new(),
             known: 0,
-            content: NOTHING,
+            content: Content::Beginning(scope),
+            scope,
             reusable,
             running: false,
         };
@@ -163,13 +166,13 @@ impl Scheduler {
     pub fn fork(&mut self, from: Key, to: Key) {
         let place = self.running() < self.limits.sequences;
         let Some(old) = self.sequences.get(&from) else { return };
-        let (tokens, reusable) = (old.tokens.clone(), old.reusable);
+        let (tokens, scope, reusable) = (old.tokens.clone(), old.scope, old.reusable);
         if !(place && old.running) {
-            return self.add(to, tokens, reusable);
+            return self.add(to, tokens, scope, reusable);
         }
         old.pages.iter().for_each(|page| self.pages.share(*page));
         let (computed, pages, known, content) = (old.computed, old.pages.clone(), old.known, old.content);
-        let new = Sequence { tokens, computed, pages, known, content, reusable, running: true };
+        let new = Sequence { tokens, computed, pages, known, content, scope, reusable, running: true };
         self.sequences.insert(to, new);
     }
 
@@ -301,7 +304,7 @@ impl Scheduler {
         loop {
             let running = self.running();
             let s = &self.sequences[&key];
-            let (mut found, mut content, mut unused) = (Vec::new(), NOTHING, 0);
+            let (mut found, mut content, mut unused) = (Vec::new(), Content::Beginning(s.scope), 0);
             // The last token is always computed, because what follows it is wanted.
             let most = if self.limits.reuse { s.reusable.min(s.tokens.len() - 1) / PAGE } else { 0 };
             while found.len() < most {
@@ -382,7 +385,7 @@ impl Scheduler {
         for page in s.pages.drain(..).rev() {
             self.pages.give_back(page);
         }
-        (s.computed, s.known, s.content, s.running) = (0, 0, NOTHING, false);
+        (s.computed, s.known, s.content, s.running) = (0, 0, Content::Beginning(s.scope), false);
     }
 }
 

@@ -64,6 +64,10 @@ pub(crate) struct Args {
     /// of use
     #[arg(long)]
     open_metrics: bool,
+    /// Let prompts of one key go on from where those of another were like them. Then nothing is read twice, but how soon an answer
+    /// begins tells a key's holder whether others sent a prompt that begins so
+    #[arg(long, requires = "api_keys")]
+    share_prefixes: bool,
     /// Texts of a model that are computed together. Results do not depend on it
     #[arg(long, value_name = "N", default_value_t = 64)]
     sequences: usize,
@@ -229,6 +233,7 @@ impl Args {
             cors: self.cors.clone(),
             allowed_hosts: self.allowed_hosts.clone(),
             open_metrics: self.open_metrics,
+            share_prefixes: self.share_prefixes,
             limits: Limits {
                 queue: self.queue,
                 queue_time: Duration::from_secs(self.queue_seconds),

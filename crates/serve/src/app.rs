@@ -83,6 +83,8 @@ pub(crate) struct App {
     pub(crate) allowed_hosts: Vec<String>,
     /// Whether `/metrics` needs no key.
     pub(crate) open_metrics: bool,
+    /// Whether prompts of one key may be found in the cache by those of another.
+    pub(crate) share_prefixes: bool,
     pub(crate) limits: Limits,
     pub(crate) metrics: Metrics,
     pub(crate) log: Log,
@@ -98,7 +100,8 @@ pub(crate) struct Busy(Arc<AtomicUsize>);
 impl App {
     /// With `models` in place of those that the options have.
     pub(crate) fn new(models: Models, options: Options) -> App {
-        let Options { keys, tls, cors, allowed_hosts, open_metrics, limits, log, .. } = options;
+        let Options { keys, tls, cors, allowed_hosts, open_metrics, share_prefixes, limits, log, .. } =
+            options;
         App {
             models,
             keys,
@@ -106,6 +109,7 @@ impl App {
             cors,
             allowed_hosts,
             open_metrics,
+            share_prefixes,
             limits: limits.possible(),
             metrics: Metrics::new(),
             log,

@@ -10,6 +10,7 @@
 
 use crate::error::ApiError;
 use anyhow::{Context, Result, bail, ensure};
+use ferropt_engine::Scope;
 use sha2::{Digest, Sha256};
 use std::collections::VecDeque;
 use std::fs;
@@ -186,6 +187,11 @@ impl Key {
             *place = Some(value.with_context(|| format!("{word:?}: expected a number from 1 up"))?);
         }
         Ok(Key { name: name.into(), hash, at_once, per_minute, used: Mutex::default() })
+    }
+
+    /// That of its texts. Keys of the same name, one after the other, have each their own.
+    pub(crate) fn scope(&self) -> Scope {
+        Scope(self.hash)
     }
 
     /// Begins a request.

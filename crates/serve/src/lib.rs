@@ -72,6 +72,9 @@ pub struct Options {
     pub allowed_hosts: Vec<String>,
     /// Whether `/metrics` needs no key.
     pub open_metrics: bool,
+    /// Whether a prompt goes on from where one of another key was like it. Then the time to the first token tells who has a key
+    /// whether others sent such a prompt.
+    pub share_prefixes: bool,
     /// What a request, a client and the server may take.
     pub limits: Limits,
     /// A line for each request.

@@ -6,7 +6,7 @@ use crate::error::ApiError;
 use crate::job::texts;
 use crate::models::Live;
 use ferropt_data::Marks;
-use ferropt_engine::{Conversation, Decay, Parameters, Refusal, Request, Speaker};
+use ferropt_engine::{Conversation, Decay, Parameters, Refusal, Request, Scope, Speaker};
 
 /// Entries of lists of likely tokens that a request may come to: the answer has some 80 bytes for each.
 const MOST_ENTRIES: usize = 1 << 21;
@@ -21,6 +21,7 @@ const LONG: usize = 1 << 16;
 pub(crate) fn requests(
     live: &Live,
     asked: &mut Asked,
+    scope: Scope,
     limits: &Limits,
     random: impl Fn() -> u64,
 ) -> Result<Vec<Request>, ApiError> {
@@ -29,6 +30,7 @@ pub(crate) fn requests(
     }
     let p = &mut asked.parameters;
     let (rate, least) = (asked.lambda_decay, asked.omega_bound);
+    p.scope = scope;
     p.decay = (rate > 0.0).then(|| Decay { rate, least, ends: live.sentence_ends.clone() });
     p.temperature = asked.temperature.unwrap_or(if p.beams.is_some() { 0.0 } else { 1.0 });
     let (prompts, computed) = (asked.prompts.len(), p.computed().max(p.beams.unwrap_or(1)));

@@ -7,6 +7,7 @@ use crate::record::Record;
 use crate::{embeddings, operate, page, texts};
 use axum::body::Body;
 use axum::http::{Request, Response};
+use ferropt_engine::Scope;
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -38,6 +39,8 @@ pub(crate) struct Call {
     pub(crate) record: Arc<Record>,
     /// Who asks: the key's name, or the address.
     pub(crate) client: Arc<str>,
+    /// Whose prompts its own may be found among.
+    pub(crate) scope: Scope,
     /// The part of the path in braces.
     pub(crate) name: Option<String>,
     pub(crate) request: Request<Body>,

@@ -11,6 +11,7 @@ use axum::body::Body;
 use axum::extract::{FromRequestParts, RawPathParams};
 use axum::http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts};
 use axum::routing::any;
+use ferropt_engine::Scope;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
@@ -137,13 +138,17 @@ async fn find(
     let Some(route) = there().find(|route| route.method == method) else {
         return Err(refuse(&parts, there()));
     };
+    let scope = match &key {
+        Some(key) if !app.share_prefixes => key.scope(),
+        _ => Scope::default(),
+    };
     // Only what the engine would compute counts.
     if let Some(key) = key.filter(|_| route.computes()) {
         record.is_under(key.begin(Instant::now())?);
     }
     let name = parameter(&mut parts).await?;
     let request = Request::from_parts(parts, body);
-    Ok(Call { app: app.clone(), route, record: record.clone(), client, name, request })
+    Ok(Call { app: app.clone(), route, record: record.clone(), client, scope, name, request })
 }
 
 fn is_probe(route: &Route) -> bool {

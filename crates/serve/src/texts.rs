@@ -47,7 +47,7 @@ pub(crate) fn still_serving(call: &Call) -> Result<(), ApiError> {
 /// Lines up for the engine with all prompts.
 pub(crate) fn line_up(call: &Call, live: &Arc<Live>, asked: &mut Asked) -> Result<Job, ApiError> {
     let (app, record) = (&call.app, &call.record);
-    let requests = prepare::requests(live, asked, &app.limits, || app.random());
+    let requests = prepare::requests(live, asked, call.scope, &app.limits, || app.random());
     let requests = requests.map_err(|error| by_its_name(error, call.route.body))?;
     record.note("texts_wanted", requests.len() * asked.parameters.n);
     record.note("stream", asked.stream);

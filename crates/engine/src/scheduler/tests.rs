@@ -113,8 +113,11 @@ impl World {
     /// Every user of every page is accounted for.
     fn check(&self) {
         let mut users = vec![0; self.cache.len()];
+        let mut scopes = HashMap::new();
         for s in self.scheduler.sequences.values() {
             s.pages.iter().for_each(|page| users[*page as usize] += 1);
+            let is_its_own = |page: &u32| *scopes.entry(*page).or_insert(s.scope) == s.scope;
+            assert!(s.pages.iter().all(is_its_own), "two scopes share a page");
             assert!(s.running || s.pages.is_empty());
         }
         for (page, users) in users.iter().enumerate() {
@@ -144,7 +147,8 @@ fn random_lives_of_sequences_end_and_leak_nothing() {
                 let kind = dice.roll(2) as u32;
                 let tokens = (0..len).map(|i| if i < 150 { kind } else { dice.roll(2) as u32 }).collect();
                 let key = Key { request, part: 0 };
-                world.scheduler.add(key, tokens, if dice.roll(4) == 0 { dice.roll(len) } else { usize::MAX });
+                let reusable = if dice.roll(4) == 0 { dice.roll(len) } else { usize::MAX };
+                world.scheduler.add(key, tokens, Scope([dice.roll(2) as u8; 32]), reusable);
                 world.goals.insert(key, (len + dice.roll(100)).min(6 * PAGE));
                 request += 1;
             }
@@ -199,8 +203,8 @@ fn key(request: u64) -> Key {
 #[test]
 fn those_that_generate_are_served_beside_long_prompts() {
     let mut s = Scheduler::new(Limits { tokens: 10, sequences: 3, reuse: true }, 100).unwrap();
-    s.add(key(0), vec![1; 25], usize::MAX);
-    s.add(key(1), vec![2; 2], usize::MAX);
+    s.add(key(0), vec![1; 25], Scope::default(), usize::MAX);
+    s.add(key(1), vec![2; 2], Scope::default(), usize::MAX);
     let plan = s.plan(|_| usize::MAX);
     assert_eq!(keys(&plan), [(0, 0, 10)], "first come, first served");
     s.done(&plan);
@@ -211,8 +215,8 @@ fn those_that_generate_are_served_beside_long_prompts() {
     s.done(&plan);
     s.push(key(0), 3);
     s.push(key(1), 3);
-    s.add(key(2), vec![4; 50], usize::MAX);
-    s.add(key(3), vec![4; 50], usize::MAX);
+    s.add(key(2), vec![4; 50], Scope::default(), usize::MAX);
+    s.add(key(3), vec![4; 50], Scope::default(), usize::MAX);
     let plan = s.plan(|_| usize::MAX);
     assert_eq!(keys(&plan), [(0, 25, 1), (1, 2, 1), (2, 0, 8)], "and no fourth sequence");
     // Planned anew, as nothing of it was done.
@@ -226,10 +230,10 @@ fn those_that_generate_are_served_beside_long_prompts() {
 #[test]
 fn the_youngest_gives_way_and_finds_its_pages_again() {
     let mut s = Scheduler::new(Limits { tokens: 1000, sequences: 4, reuse: true }, 4).unwrap();
-    s.add(key(0), vec![1; 100], usize::MAX);
+    s.add(key(0), vec![1; 100], Scope::default(), usize::MAX);
     let plan = s.plan(|_| usize::MAX);
     s.done(&plan);
-    s.add(key(1), vec![2; 63], usize::MAX);
+    s.add(key(1), vec![2; 63], Scope::default(), usize::MAX);
     let plan = s.plan(|_| usize::MAX);
     assert_eq!(keys(&plan), [(1, 0, 63)]);
     s.done(&plan);
@@ -256,19 +260,21 @@ fn the_youngest_gives_way_and_finds_its_pages_again() {
 #[test]
 fn a_text_that_begins_like_an_earlier_one_goes_on_from_there() {
     let mut s = Scheduler::new(Limits { tokens: 1000, sequences: 4, reuse: true }, 20).unwrap();
-    s.add(key(0), vec![1; 200], usize::MAX);
+    s.add(key(0), vec![1; 200], Scope::default(), usize::MAX);
     let plan = s.plan(|_| usize::MAX);
     s.done(&plan);
     s.remove(key(0));
-    s.add(key(1), vec![1; 200], usize::MAX);
-    s.add(key(2), vec![1; 192], usize::MAX);
-    s.add(key(3), vec![1; 200], 100);
+    s.add(key(1), vec![1; 200], Scope::default(), usize::MAX);
+    s.add(key(2), vec![1; 192], Scope::default(), usize::MAX);
+    s.add(key(3), vec![1; 200], Scope::default(), 100);
     assert_eq!(
         keys(&s.plan(|_| usize::MAX)),
         [(1, 192, 8), (2, 128, 64), (3, 64, 136)],
         "the last token is computed, and what may not be taken"
     );
     assert_eq!(s.load().reused_tokens, 192 + 128 + 64);
+    s.add(key(4), vec![1; 200], Scope([1; 32]), usize::MAX);
+    assert_eq!(keys(&s.plan(|_| 1000))[3..], [(4, 0, 200)], "of another scope nothing is found");
 }
 
 #[test]

@@ -74,6 +74,7 @@ fn options() -> Options {
         cors: vec![],
         allowed_hosts: vec![],
         open_metrics: false,
+        share_prefixes: false,
         limits: Limits { client_time: Duration::from_secs(5), ..Limits::default() },
         log: Log::off(),
     }

@@ -189,6 +189,31 @@ fn a_name_that_is_not_this_machines_is_refused_where_there_are_no_keys() {
 }
 
 #[test]
+fn a_prompt_is_found_again_by_its_own_key_only_unless_keys_share() {
+    let folder = tempfile::tempdir().unwrap();
+    let (alice, line) = new_key("alice").unwrap();
+    let (bob, other) = new_key("bob").unwrap();
+    let file = folder.path().join("keys");
+    std::fs::write(&file, format!("{line}\n{other}\n")).unwrap();
+    let prompt = "the cat sat on the mat and the dog sat on the log ".repeat(12);
+    for share_prefixes in [false, true] {
+        let keys = Keys::read(&file).unwrap();
+        let (server, client) = serve(Options { keys, share_prefixes, ..options() });
+        let [alice, bob] = [&alice, &bob].map(|key| client.with_key(key));
+        let found = |client: &Client| {
+            let before = client.metric("ferropt_reused_tokens_total");
+            client.post("/v1/completions", &json!({ "prompt": prompt, "ignore_eos": true }));
+            client.metric("ferropt_reused_tokens_total") - before
+        };
+        assert_eq!(found(&alice), 0.0);
+        assert!(found(&alice) >= 64.0);
+        assert_eq!(found(&bob) > 0.0, share_prefixes);
+        assert!(found(&bob) >= 64.0);
+        stop(server);
+    }
+}
+
+#[test]
 fn a_client_with_many_requests_does_not_starve_another() {
     let folder = tempfile::tempdir().unwrap();
     let (greedy, line) = new_key("greedy").unwrap();
