@@ -101,6 +101,9 @@ pub(crate) struct Args {
     /// Bytes of a request's body
     #[arg(long, value_name = "BYTES", default_value_t = Limits::default().body)]
     max_body: usize,
+    /// Bytes of memory for the bodies of all requests while they are received; one that finds none is refused
+    #[arg(long, value_name = "BYTES", default_value_t = Limits::default().body_memory)]
+    body_memory: usize,
     /// Connections at one time; more are refused, except for /health, /ready and /metrics
     #[arg(long, value_name = "N", default_value_t = Limits::default().connections)]
     connections: usize,
@@ -209,6 +212,12 @@ impl Args {
             ensure!(seconds > 0, "--{name}-seconds: in 0 s nothing could be done; use 1 or more");
         }
         ensure!(self.connections > 0, "--connections: with 0 nobody could connect; use 1 or more");
+        ensure!(
+            self.body_memory >= self.max_body,
+            "--body-memory: in {} bytes there is no room for a body of --max-body {}; raise the one or lower the other",
+            self.body_memory,
+            self.max_body
+        );
         self.cors.iter().try_for_each(|origin| check_origin(origin))?;
         let pair = |alias: &String| {
             let pair = alias.split_once('=').map(|(alias, name)| (alias.to_string(), name.to_string()));
@@ -241,6 +250,7 @@ impl Args {
                 client_time: Duration::from_secs(self.client_seconds),
                 texts: self.max_texts,
                 body: self.max_body,
+                body_memory: self.body_memory,
                 connections: self.connections,
             },
             log: if self.no_log { Log::off() } else { Log::new(std::io::stderr(), self.log_texts)? },

@@ -1,6 +1,7 @@
 //! What all requests share.
 
 use crate::Options;
+use crate::body::Room;
 use crate::keys::Keys;
 use crate::log::Log;
 use crate::metrics::Metrics;
@@ -25,6 +26,8 @@ pub struct Limits {
     pub texts: usize,
     /// Bytes of a request's body.
     pub body: usize,
+    /// Bytes of memory for the bodies of all requests while they are received.
+    pub body_memory: usize,
     /// How long a client may take for the handshake of TLS, to send headers, to send a body, or to take in what is sent to it.
     pub client_time: Duration,
     /// Connections at one time, apart from a few more on which only probes are answered.
@@ -40,6 +43,7 @@ impl Default for Limits {
             request_time: Duration::from_secs(600),
             texts: 1024,
             body: 4 << 20,
+            body_memory: 256 << 20,
             client_time: Duration::from_secs(30),
             connections: 1024,
         }
@@ -86,6 +90,8 @@ pub(crate) struct App {
     /// Whether prompts of one key may be found in the cache by those of another.
     pub(crate) share_prefixes: bool,
     pub(crate) limits: Limits,
+    /// Where bodies of requests are kept until they are read.
+    pub(crate) bodies: Room,
     pub(crate) metrics: Metrics,
     pub(crate) log: Log,
     pub(crate) phase: watch::Sender<Phase>,
@@ -102,6 +108,7 @@ impl App {
     pub(crate) fn new(models: Models, options: Options) -> App {
         let Options { keys, tls, cors, allowed_hosts, open_metrics, share_prefixes, limits, log, .. } =
             options;
+        let metrics = Metrics::new();
         App {
             models,
             keys,
@@ -111,7 +118,8 @@ impl App {
             open_metrics,
             share_prefixes,
             limits: limits.possible(),
-            metrics: Metrics::new(),
+            bodies: Room::new(limits.body_memory, metrics.body_memory.clone()),
+            metrics,
             log,
             phase: watch::Sender::new(Phase::Serving),
             in_flight: Arc::default(),

@@ -57,6 +57,8 @@ pub(crate) struct Metrics {
     accepted: Counters,
     in_flight: Gauge,
     handshakes: Counter,
+    /// Bytes taken by bodies that are being received.
+    pub(crate) body_memory: Gauge,
 }
 
 /// Those of one model, to be counted without looking anything up.
@@ -96,6 +98,11 @@ impl Metrics {
         let (in_flight, handshakes) = (Gauge::default(), Counter::default());
         r.register("requests_in_flight", "Requests whose answer is not complete", in_flight.clone());
         r.register("tls_failures", "TLS handshakes that failed or took too long", handshakes.clone());
+        let memory = |registry: &mut Registry, name: &str, help: &str| {
+            let gauge = Gauge::default();
+            registry.register_with_unit(name, help, Unit::Bytes, gauge.clone());
+            gauge
+        };
         Metrics {
             requests: counters(r, "requests", "Answers, by route and status"),
             refusals: counters(r, "refusals", "Requests that were refused or failed, by the error's code"),
@@ -126,6 +133,7 @@ impl Metrics {
             ),
             in_flight,
             handshakes,
+            body_memory: memory(r, "body_memory", "Memory of the bodies of requests that are being received"),
             registry,
         }
     }

@@ -30,7 +30,11 @@ const ERRORS: [(&str, &str, Needs); 12] = [
     ("405", "The route does not know the method.", Needs::Nothing),
     ("429", "Too much at a time; Retry-After says when to try again.", Needs::Turn),
     ("500", "The engine failed.", Needs::Turn),
-    ("503", "The model or the server is not there now.", Needs::Model),
+    (
+        "503",
+        "The model or the server is not there now, or has no room; Retry-After says when to try again.",
+        Needs::Model,
+    ),
     ("504", "The request took longer than it may.", Needs::Turn),
 ];
 

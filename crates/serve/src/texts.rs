@@ -23,7 +23,7 @@ const COMPLETION_TOKENS: usize = 16;
 /// Reads the body and finds the model.
 pub(crate) async fn begin(call: &mut Call) -> Result<(Arc<Live>, Asked), ApiError> {
     let request = std::mem::take(&mut call.request);
-    let object = body::object(request, &call.app.limits).await?;
+    let object = body::object(request, &call.app.limits, &call.app.bodies).await?;
     let asked = fields::read(&object, call.route.body, call.route.required)?;
     // metaseq never looked at the engine's name.
     let engine = call.name.as_deref().filter(|name| call.app.models.has(name));

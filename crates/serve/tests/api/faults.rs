@@ -3,7 +3,7 @@
 use crate::client::until;
 use crate::{options, serve, stop};
 use ferropt_device::rng::{Purpose, Stream};
-use ferropt_serve::{Limits, Options};
+use ferropt_serve::{Keys, Limits, Options, new_key};
 use serde_json::json;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -224,6 +224,54 @@ fn malformed_http_and_json_are_never_the_servers_fault() {
             answer.text()
         );
     }
+    stop(server);
+}
+
+#[test]
+fn bodies_have_a_bounded_memory_which_every_one_of_them_gives_back() {
+    let client_time = Duration::from_secs(3);
+    let limits = Limits { body: 80_000, body_memory: 100_000, client_time, ..Limits::default() };
+    let (server, client) = serve(Options { limits, ..options() });
+    let begin = || {
+        let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nConnection: close\r\n";
+        let mut stream = TcpStream::connect(client.address).unwrap();
+        stream
+            .write_all(format!("{head}Content-Length: 80000\r\n\r\n{}", " ".repeat(70_000)).as_bytes())
+            .unwrap();
+        until("it is there", || client.metric("ferropt_body_memory_bytes") >= 70_000.0);
+        stream
+    };
+    let body = |spaces| format!(r#"{{"prompt": "the", "max_tokens": 1{}}}"#, " ".repeat(spaces));
+    let free = || client.metric("ferropt_body_memory_bytes") == 0.0;
+    let first = begin();
+    let refused = client.try_post("/v1/completions", &body(60_000));
+    assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")), "{}", refused.text());
+    assert_eq!(refused.json()["error"]["code"], "body_memory");
+    assert!(refused.text().contains("100000 bytes"), "{}", refused.text());
+    assert_eq!(client.try_post("/v1/completions", &body(1000)).status, 200, "there is room for a small one");
+    drop(first);
+    until("who left gives it back", free);
+    assert_eq!(client.try_post("/v1/completions", &body(60_000)).status, 200);
+    until("what was read is free", free);
+    let mut answer = String::new();
+    begin().read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 408"), "{answer}");
+    until("who is too slow gives it back", free);
+    stop(server);
+}
+
+#[test]
+fn who_has_no_key_is_refused_before_a_body_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("keys");
+    std::fs::write(&file, new_key("alice").unwrap().1).unwrap();
+    let (server, client) = serve(Options { keys: Keys::read(&file).unwrap(), ..options() });
+    let head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n";
+    let mut stream = TcpStream::connect(client.address).unwrap();
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut answer = [0; 12];
+    stream.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 401");
     stop(server);
 }
 
