@@ -107,6 +107,10 @@ pub(crate) struct Args {
     /// Connections at one time; more are refused, except for /health, /ready and /metrics
     #[arg(long, value_name = "N", default_value_t = Limits::default().connections)]
     connections: usize,
+    /// Connections of one address at one time, or of one network (/64) of IPv6, so that nobody takes them all; more are refused.
+    /// Behind a proxy, which is the one address then, as many as --connections
+    #[arg(long, value_name = "N", default_value_t = Limits::default().client_connections)]
+    client_connections: usize,
     /// At Ctrl-C, SIGTERM or SIGHUP: seconds in which requests that were taken are completed
     #[arg(long, value_name = "S", default_value_t = 30)]
     drain_seconds: u64,
@@ -211,7 +215,9 @@ impl Args {
         ] {
             ensure!(seconds > 0, "--{name}-seconds: in 0 s nothing could be done; use 1 or more");
         }
-        ensure!(self.connections > 0, "--connections: with 0 nobody could connect; use 1 or more");
+        for (name, connections) in [("", self.connections), ("client-", self.client_connections)] {
+            ensure!(connections > 0, "--{name}connections: with 0 nobody could connect; use 1 or more");
+        }
         ensure!(
             self.body_memory >= self.max_body,
             "--body-memory: in {} bytes there is no room for a body of --max-body {}; raise the one or lower the other",
@@ -252,6 +258,7 @@ impl Args {
                 body: self.max_body,
                 body_memory: self.body_memory,
                 connections: self.connections,
+                client_connections: self.client_connections,
             },
             log: if self.no_log { Log::off() } else { Log::new(std::io::stderr(), self.log_texts)? },
         })

@@ -32,6 +32,8 @@ pub struct Limits {
     pub client_time: Duration,
     /// Connections at one time, apart from a few more on which only probes are answered.
     pub connections: usize,
+    /// Connections of one address, or of one network of 2^64 addresses of IPv6, at one time.
+    pub client_connections: usize,
 }
 
 impl Default for Limits {
@@ -46,6 +48,7 @@ impl Default for Limits {
             body_memory: 256 << 20,
             client_time: Duration::from_secs(30),
             connections: 1024,
+            client_connections: 768,
         }
     }
 }

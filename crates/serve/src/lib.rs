@@ -26,6 +26,7 @@ mod models;
 mod openapi;
 mod operate;
 mod page;
+mod places;
 mod prepare;
 mod queue;
 mod record;

@@ -1,6 +1,7 @@
 //! Connections: how many, how slow they may be, and how they end.
 
 use crate::app::{App, Phase};
+use crate::places::{Place, Places};
 use crate::service::{Peer, router};
 use axum::Router;
 use axum::http::Request;
@@ -17,16 +18,12 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Sleep, sleep, timeout};
 
 /// Bytes of a request's headers at most.
 const HEADERS: usize = 1 << 16;
 
-/// Connections beyond the limit, on which only probes are answered: whoever watches over the server would otherwise take one that
-/// is busy for one that is dead, and end it.
-const SPARE: usize = 8;
-/// A probe asks at once, so that others do not keep these from it for long.
+/// A probe asks at once, so that others do not keep spare places from it for long.
 const SPARE_TIME: Duration = Duration::from_secs(2);
 
 /// HTTP learns so late that a client has closed its side, so that who asked for something quick gets it.
@@ -38,19 +35,22 @@ const GRACE: Duration = Duration::from_secs(1);
 
 /// Accepts connections until the server's last phase, then waits for them to end, but not for long.
 pub(crate) async fn accept(listener: TcpListener, app: Arc<App>) {
-    let (router, limit) = (router(&app), app.limits.connections.clamp(1, Semaphore::MAX_PERMITS));
-    let (places, spare) = (Arc::new(Semaphore::new(limit)), Arc::new(Semaphore::new(SPARE)));
+    let router = router(&app);
+    let places = Places::new(&app.limits, app.metrics.excess_connections.clone());
     let mut phase = app.phase.subscribe();
     let mut failures = Failures::default();
     loop {
         let accepted = tokio::select! {
-            accepted = connection_and_place(&listener, &places, &spare) => accepted,
+            accepted = connection_and_place(&listener, &places) => accepted,
             _ = phase.wait_for(|phase| *phase == Phase::Ending) => break,
         };
         match accepted {
             Ok((stream, peer, place)) => {
                 failures.pause = PAUSE;
-                tokio::spawn(connection(stream, peer, app.clone(), router.clone(), place));
+                // One without a place is closed.
+                if let Some(place) = place {
+                    tokio::spawn(connection(stream, peer, app.clone(), router.clone(), place));
+                }
             }
             Err(error) => {
                 // Too few file descriptors, or a client that left at once: the next try may be luckier.
@@ -64,12 +64,8 @@ pub(crate) async fn accept(listener: TcpListener, app: Arc<App>) {
         }
     }
     drop(listener);
-    let all = async {
-        let _ = places.acquire_many(u32::try_from(limit).unwrap_or(u32::MAX)).await;
-        let _ = spare.acquire_many(SPARE as u32).await;
-    };
     // What a client does not take in by then is lost with it.
-    let _ = timeout(Duration::from_secs(5), all).await;
+    let _ = timeout(Duration::from_secs(5), places.empty()).await;
 }
 
 /// Connections that could not be accepted.
@@ -109,29 +105,20 @@ impl Failures {
 /// Further connections wait, the first of them here and the others in the system's queue, while there are as many as may be.
 async fn connection_and_place(
     listener: &TcpListener,
-    places: &Arc<Semaphore>,
-    spare: &Arc<Semaphore>,
-) -> io::Result<(TcpStream, Peer, OwnedSemaphorePermit)> {
+    places: &Arc<Places>,
+) -> io::Result<(TcpStream, Peer, Option<Place>)> {
     let (stream, address) = listener.accept().await?;
-    let (place, spare) = tokio::select! {
-        biased;
-        place = places.clone().acquire_owned() => (place, false),
-        place = spare.clone().acquire_owned() => (place, true),
-    };
+    let place = places.take(address.ip()).await;
     let local = stream.local_addr().is_ok_and(|own| own.ip().to_canonical().is_loopback());
-    Ok((stream, Peer { address, local, spare }, place.map_err(io::Error::other)?))
+    let beyond = place.as_ref().and_then(|place| place.beyond);
+    Ok((stream, Peer { address, local, beyond }, place))
 }
 
-async fn connection(
-    stream: TcpStream,
-    peer: Peer,
-    app: Arc<App>,
-    router: Router,
-    _place: OwnedSemaphorePermit,
-) {
+async fn connection(stream: TcpStream, peer: Peer, app: Arc<App>, router: Router, _place: Place) {
     // Events are small, and none should wait for the next. Without it the stream still works.
     let _ = stream.set_nodelay(true);
-    let patience = if peer.spare { app.limits.client_time.min(SPARE_TIME) } else { app.limits.client_time };
+    let time = app.limits.client_time;
+    let patience = if peer.beyond.is_some() { time.min(SPARE_TIME) } else { time };
     let socket = Arc::new(stream);
     let stream = Patient { stream: socket.clone(), patience, timer: None, end: None };
     tokio::select! {
@@ -180,7 +167,7 @@ async fn requests(
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(patience)
-        .keep_alive(!peer.spare)
+        .keep_alive(peer.beyond.is_none())
         .max_buf_size(HEADERS)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);

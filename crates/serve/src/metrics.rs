@@ -57,6 +57,8 @@ pub(crate) struct Metrics {
     accepted: Counters,
     in_flight: Gauge,
     handshakes: Counter,
+    /// Connections beyond what one address may have.
+    pub(crate) excess_connections: Counter,
     /// Bytes taken by bodies that are being received.
     pub(crate) body_memory: Gauge,
 }
@@ -96,8 +98,11 @@ impl Metrics {
         };
         let r = &mut registry;
         let (in_flight, handshakes) = (Gauge::default(), Counter::default());
+        let excess_connections = Counter::default();
         r.register("requests_in_flight", "Requests whose answer is not complete", in_flight.clone());
         r.register("tls_failures", "TLS handshakes that failed or took too long", handshakes.clone());
+        let help = "Connections beyond what one address may have";
+        r.register("excess_connections", help, excess_connections.clone());
         let memory = |registry: &mut Registry, name: &str, help: &str| {
             let gauge = Gauge::default();
             registry.register_with_unit(name, help, Unit::Bytes, gauge.clone());
@@ -133,6 +138,7 @@ impl Metrics {
             ),
             in_flight,
             handshakes,
+            excess_connections,
             body_memory: memory(r, "body_memory", "Memory of the bodies of requests that are being received"),
             registry,
         }

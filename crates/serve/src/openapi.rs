@@ -18,7 +18,7 @@ const BODIES: [(u8, &str); 7] = [
     (EMBED, "EmbeddingRequest"),
 ];
 
-/// Statuses of errors, and whether only routes that take a turn have them.
+/// Statuses of errors, and what a route must have for them.
 const ERRORS: [(&str, &str, Needs); 12] = [
     ("400", "The request makes no sense; the message says what, and what was expected.", Needs::Body),
     ("401", "The API key is missing or unknown.", Needs::Key),
@@ -28,12 +28,12 @@ const ERRORS: [(&str, &str, Needs); 12] = [
     ("413", "The body is too large.", Needs::Body),
     ("415", "The body is not declared as JSON.", Needs::Body),
     ("405", "The route does not know the method.", Needs::Nothing),
-    ("429", "Too much at a time; Retry-After says when to try again.", Needs::Turn),
+    ("429", "Too much at a time; Retry-After says when to try again.", Needs::Place),
     ("500", "The engine failed.", Needs::Turn),
     (
         "503",
         "The model or the server is not there now, or has no room; Retry-After says when to try again.",
-        Needs::Model,
+        Needs::PlaceOrModel,
     ),
     ("504", "The request took longer than it may.", Needs::Turn),
 ];
@@ -46,7 +46,8 @@ enum Needs {
     Key,
     Name,
     Turn,
-    Model,
+    Place,
+    PlaceOrModel,
 }
 
 impl Needs {
@@ -57,7 +58,8 @@ impl Needs {
             Needs::Key => !route.open,
             Needs::Name => route.body != 0 || route.path.contains('{'),
             Needs::Turn => route.computes(),
-            Needs::Model => route.body != 0 || ["/ready", "/tokenizer_info"].contains(&route.path),
+            Needs::Place => !route.is_probe(),
+            Needs::PlaceOrModel => !route.is_probe() || route.path == "/ready",
         }
     }
 }

@@ -56,6 +56,11 @@ impl Route {
         self.body & (COMPLETION | CHAT | GENERATE | METASEQ) != 0
     }
 
+    /// Whether those who watch over the server ask for it, who are answered when nobody else is.
+    pub(crate) fn is_probe(&self) -> bool {
+        ["/health", "/ready", "/metrics"].contains(&self.path)
+    }
+
     /// Whether the engine computes something, which takes a turn.
     pub(crate) fn computes(&self) -> bool {
         self.generates() || self.body == EMBED

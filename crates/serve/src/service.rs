@@ -4,6 +4,7 @@ use crate::app::{App, Phase};
 use crate::cors;
 use crate::error::ApiError;
 use crate::host;
+use crate::places::Beyond;
 use crate::record::Record;
 use crate::routes::{Call, ROUTES, Route};
 use axum::Router;
@@ -22,12 +23,9 @@ pub(crate) struct Peer {
     pub(crate) address: SocketAddr,
     /// Whether it came by an address that only this machine can reach.
     pub(crate) local: bool,
-    /// Whether it is one of the connections beyond the limit, which are there for probes.
-    pub(crate) spare: bool,
+    /// The limit that the connection is beyond; then it is there for probes.
+    pub(crate) beyond: Option<Beyond>,
 }
-
-/// What those who watch over the server ask for.
-const PROBES: [&str; 3] = ["/health", "/ready", "/metrics"];
 
 /// All routes of the table, and the answer to everything else.
 pub(crate) fn router(app: &Arc<App>) -> Router {
@@ -103,12 +101,10 @@ async fn find(
     let mut client: Arc<str> = address(&parts).into();
     // Who is refused is known by the address.
     record.note("client", &*client);
-    if parts.extensions.get::<Peer>().is_some_and(|peer| peer.spare) && !there().any(is_probe) {
-        let message = format!(
-            "there are {} connections, which is the limit; close those that you do not need, or try again later",
-            app.limits.connections
-        );
-        return Err(ApiError::unavailable("too_many_connections", 1, message));
+    if let Some(beyond) = parts.extensions.get::<Peer>().and_then(|peer| peer.beyond)
+        && !there().any(Route::is_probe)
+    {
+        return Err(beyond.refusal(&app.limits));
     }
     // A key keeps out what no name would.
     if app.keys.is_empty()
@@ -149,10 +145,6 @@ async fn find(
     let name = parameter(&mut parts).await?;
     let request = Request::from_parts(parts, body);
     Ok(Call { app: app.clone(), route, record: record.clone(), client, scope, name, request })
-}
-
-fn is_probe(route: &Route) -> bool {
-    PROBES.contains(&route.path)
 }
 
 /// The address without the port, which is another one for each connection.

@@ -6,7 +6,7 @@ use ferropt_device::rng::{Purpose, Stream};
 use ferropt_serve::{Keys, Limits, Options, new_key};
 use serde_json::json;
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::Duration;
 
 #[test]
@@ -343,6 +343,54 @@ fn probes_are_answered_when_there_are_as_many_connections_as_may_be() {
     assert_eq!(refused.json()["error"]["code"], "too_many_connections");
     drop((held, idle));
     until("there is room", || client.get("/v1/models").status == 200);
+    stop(server);
+}
+
+/// A connection from another address of this machine.
+fn connect_from(from: [u8; 4], to: SocketAddr) -> TcpStream {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+    let stream = runtime.block_on(async {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind((from, 0).into()).unwrap();
+        socket.connect(to).await.unwrap().into_std().unwrap()
+    });
+    stream.set_nonblocking(false).unwrap();
+    stream
+}
+
+#[test]
+fn one_address_does_not_take_all_connections() {
+    let limits = Limits { client_connections: 2, ..Limits::default() };
+    let (server, client) = serve(Options { limits, ..options() });
+    let tokenize = r#"{"prompt": "the cat"}"#;
+    assert_eq!(client.try_post("/tokenize", tokenize).status, 200);
+    let models = "GET /v1/models HTTP/1.1\r\nHost: localhost\r\n";
+    let mut held = Vec::new();
+    // Connections of before may have a place for a moment longer.
+    until("it has its share", || {
+        let (mut stream, mut answer) = (TcpStream::connect(client.address).unwrap(), [0; 12]);
+        stream.write_all(format!("{models}\r\n").as_bytes()).unwrap();
+        if stream.read_exact(&mut answer).is_ok() && &answer == b"HTTP/1.1 200" {
+            held.push(stream);
+        }
+        held.len() == 2
+    });
+    let refused = client.try_post("/tokenize", tokenize);
+    assert_eq!((refused.status, refused.header("retry-after")), (429, Some("1")), "{}", refused.text());
+    assert_eq!(refused.json()["error"]["code"], "client_connections");
+    assert_eq!(client.get("/ready").status, 200);
+    // Many more are closed, for nobody waits behind them.
+    let mut more: Vec<_> = (0..30).map(|_| TcpStream::connect(client.address).unwrap()).collect();
+    let mut other = connect_from([127, 0, 0, 2], client.address);
+    let last = format!("{models}Connection: close\r\n\r\n");
+    other.write_all(last.as_bytes()).unwrap();
+    let mut answer = String::new();
+    other.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert_eq!(more.pop().unwrap().read(&mut [0; 1]).unwrap(), 0, "it is closed");
+    drop((held, more));
+    until("there is room", || client.raw(last.as_bytes()).starts_with(b"HTTP/1.1 200"));
+    assert!(client.metric("ferropt_excess_connections_total") >= 30.0);
     stop(server);
 }
 
