@@ -104,6 +104,10 @@ pub(crate) struct Args {
     /// Bytes of memory for the bodies of all requests while they are received; one that finds none is refused
     #[arg(long, value_name = "BYTES", default_value_t = Limits::default().body_memory)]
     body_memory: usize,
+    /// Bytes of memory for answers that clients have not taken in; when there are more, the connection is closed of whoever took
+    /// nothing in for longest
+    #[arg(long, value_name = "BYTES", default_value_t = Limits::default().answer_memory)]
+    answer_memory: usize,
     /// Connections at one time; more are refused, except for /health, /ready and /metrics
     #[arg(long, value_name = "N", default_value_t = Limits::default().connections)]
     connections: usize,
@@ -145,6 +149,9 @@ Every limit is documented with its default in docs/serving.md; /openapi.json des
 
 /// A step has a row for each text at least, and memory for all rows.
 const MOST_SEQUENCES: usize = 4096;
+
+/// Bytes that an answer of as many likely tokens as may be has.
+const LARGEST_ANSWER: usize = 256 << 20;
 
 pub(crate) fn run(args: Args) -> Result<()> {
     if let Some(Command::Key { name }) = &args.command {
@@ -224,6 +231,11 @@ impl Args {
             self.body_memory,
             self.max_body
         );
+        ensure!(
+            self.answer_memory >= LARGEST_ANSWER,
+            "--answer-memory: in {} bytes there is no room for the largest answers; use {LARGEST_ANSWER} or more",
+            self.answer_memory
+        );
         self.cors.iter().try_for_each(|origin| check_origin(origin))?;
         let pair = |alias: &String| {
             let pair = alias.split_once('=').map(|(alias, name)| (alias.to_string(), name.to_string()));
@@ -257,6 +269,7 @@ impl Args {
                 texts: self.max_texts,
                 body: self.max_body,
                 body_memory: self.body_memory,
+                answer_memory: self.answer_memory,
                 connections: self.connections,
                 client_connections: self.client_connections,
             },

@@ -434,6 +434,7 @@ fn refusals_say_what_to_do() {
         (&["serve", "--model", &run, "--sequences", "0"], &["--sequences", "4096"]),
         (&["serve", "--model", &run, "--client-seconds", "0"], &["--client-seconds"]),
         (&["serve", "--model", &run, "--client-connections", "0"], &["--client-connections"]),
+        (&["serve", "--model", &run, "--answer-memory", "9"], &["--answer-memory", " 9 ", "268435456"]),
         (&["serve", "--model", &run, "--body-memory", "9"], &["--body-memory", " 9 ", "--max-body 4194304"]),
         (&["serve", "--model", &run, "--api-keys", "/none"], &["/none"]),
         (&["serve", "--model", &run, "--api-keys", &lines], &["lines.txt", "line 1", "ferropt serve key"]),

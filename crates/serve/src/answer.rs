@@ -1,11 +1,12 @@
 //! From events of the engine to an answer: whole, or as server-sent events.
 
-use crate::error::{ApiError, text_response};
+use crate::error::{ApiError, long_response};
 use crate::job::Job;
 use crate::layout::Layout;
+use crate::outbox::Reader;
 use crate::record::Record;
 use axum::body::{Body, Bytes};
-use axum::http::{HeaderValue, Response, StatusCode, header};
+use axum::http::{HeaderValue, Response, header};
 use ferropt_data::Tokenizer;
 use ferropt_engine::{Event, Piece, Text, Token, Usage};
 use futures_util::stream::unfold;
@@ -20,6 +21,8 @@ pub(crate) struct Answer {
     pub(crate) layout: Box<dyn Layout>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) record: Arc<Record>,
+    /// Who takes them in.
+    pub(crate) reader: Arc<Reader>,
     pub(crate) prompts: usize,
     /// Texts of each prompt.
     pub(crate) n: usize,
@@ -66,7 +69,7 @@ impl Answer {
         let entries: usize = tokens.map(|token| 1 + token.top.len()).sum();
         let write = || self.layout.whole(texts, used);
         let json = if entries > LONG { tokio::task::block_in_place(write) } else { write() };
-        Ok(text_response(StatusCode::OK, json))
+        Ok(long_response(&self.reader, json))
     }
 
     /// Waits for the first event, so that what goes wrong before has a status of its own, and sends the rest as it comes.
@@ -187,7 +190,9 @@ impl Stream {
     }
 
     fn send(&mut self, event: &str) {
-        self.waiting.push_back(format!("data: {event}\n\n").into());
+        // An event can be long, and gets no more memory than it needs.
+        let text = ["data: ", event, "\n\n"].concat();
+        self.waiting.push_back(self.answer.reader.send(text));
     }
 
     fn end(&mut self) {

@@ -6,6 +6,7 @@ use crate::keys::Keys;
 use crate::log::Log;
 use crate::metrics::Metrics;
 use crate::models::Models;
+use crate::outbox::Outbox;
 use crate::tls::Tls;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
@@ -28,6 +29,8 @@ pub struct Limits {
     pub body: usize,
     /// Bytes of memory for the bodies of all requests while they are received.
     pub body_memory: usize,
+    /// Bytes of memory for answers, and parts of them, that clients have not taken in.
+    pub answer_memory: usize,
     /// How long a client may take for the handshake of TLS, to send headers, to send a body, or to take in what is sent to it.
     pub client_time: Duration,
     /// Connections at one time, apart from a few more on which only probes are answered.
@@ -46,6 +49,7 @@ impl Default for Limits {
             texts: 1024,
             body: 4 << 20,
             body_memory: 256 << 20,
+            answer_memory: 512 << 20,
             client_time: Duration::from_secs(30),
             connections: 1024,
             client_connections: 768,
@@ -95,6 +99,8 @@ pub(crate) struct App {
     pub(crate) limits: Limits,
     /// Where bodies of requests are kept until they are read.
     pub(crate) bodies: Room,
+    /// Where answers are kept until clients take them in.
+    pub(crate) outbox: Arc<Outbox>,
     pub(crate) metrics: Metrics,
     pub(crate) log: Log,
     pub(crate) phase: watch::Sender<Phase>,
@@ -122,6 +128,11 @@ impl App {
             share_prefixes,
             limits: limits.possible(),
             bodies: Room::new(limits.body_memory, metrics.body_memory.clone()),
+            outbox: Outbox::new(
+                limits.answer_memory,
+                metrics.answer_memory.clone(),
+                metrics.slow_clients.clone(),
+            ),
             metrics,
             log,
             phase: watch::Sender::new(Phase::Serving),

@@ -1,10 +1,10 @@
 //! The route that makes vectors of texts.
 
-use crate::error::{ApiError, json_response};
+use crate::error::{ApiError, long_response};
 use crate::routes::Call;
 use crate::texts::{begin, line_up, still_serving};
 use axum::body::Body;
-use axum::http::{Response, StatusCode};
+use axum::http::Response;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use ferropt_engine::{Event, Parameters};
@@ -46,7 +46,7 @@ pub(crate) async fn embeddings(mut call: Call) -> Result<Response<Body>, ApiErro
         "model": asked.model.as_deref().unwrap_or(&live.name),
         "usage": { "prompt_tokens": tokens, "total_tokens": tokens },
     });
-    Ok(json_response(StatusCode::OK, &answer))
+    Ok(long_response(&call.reader, answer.to_string()))
 }
 
 fn bytes(vector: &[f32]) -> Vec<u8> {

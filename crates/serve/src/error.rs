@@ -1,8 +1,10 @@
 //! Refusals and failures, in the shape of OpenAI's.
 
+use crate::outbox::Reader;
 use axum::body::Body;
 use axum::http::{HeaderValue, Response, StatusCode, header};
 use serde_json::{Value, json};
+use std::sync::Arc;
 
 /// Why there is no answer, for the client. Nothing in it says more about the machine than the client has to know.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -119,13 +121,18 @@ impl ApiError {
 
 /// An answer of JSON.
 pub(crate) fn json_response(status: StatusCode, value: &Value) -> Response<Body> {
-    text_response(status, value.to_string())
+    let mut response = answer(Body::from(value.to_string()));
+    *response.status_mut() = status;
+    response
 }
 
-/// The same of JSON that is written already.
-pub(crate) fn text_response(status: StatusCode, json: String) -> Response<Body> {
-    let mut response = Response::new(Body::from(json));
-    *response.status_mut() = status;
+/// An answer of JSON that may be long, and is kept until it is taken in.
+pub(crate) fn long_response(reader: &Arc<Reader>, json: String) -> Response<Body> {
+    answer(Body::from(reader.send(json)))
+}
+
+fn answer(json: Body) -> Response<Body> {
+    let mut response = Response::new(json);
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }

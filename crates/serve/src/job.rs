@@ -1,25 +1,28 @@
 //! The prompts of one request on their way: queue, engine, events; and their end whenever nobody waits for them.
 
-use crate::app::{App, Phase};
+use crate::app::Phase;
 use crate::error::ApiError;
 use crate::metrics::ModelMetrics;
 use crate::models::Live;
+use crate::outbox::{Kept, Reader};
 use crate::record::{Record, Tokens};
+use crate::routes::Call;
 use crate::turn::Turn;
-use ferropt_engine::{Event, Request};
+use ferropt_engine::{Event, Request, Token};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::task::AbortHandle;
 
-/// What comes of a prompt: its number in the request, and what.
+/// What comes of a prompt: its number in the request, and what. On the way it is kept for a client that may be slow.
 type Message = Result<(usize, Event), ApiError>;
+type OnTheWay = Result<(usize, Event, Kept), ApiError>;
 
 /// Prompts being computed. Dropping it frees whatever they have, at once.
 pub(crate) struct Job {
     live: Arc<Live>,
-    events: mpsc::UnboundedReceiver<Message>,
+    events: mpsc::UnboundedReceiver<OnTheWay>,
     /// Prompts that are not complete.
     left: usize,
     submitted: Arc<Submitted>,
@@ -38,14 +41,9 @@ impl Job {
     ///
     /// # Errors
     /// 429 when more would wait than may.
-    pub(crate) fn start(
-        app: &App,
-        live: Arc<Live>,
-        client: &Arc<str>,
-        record: Arc<Record>,
-        requests: Vec<Request>,
-    ) -> Result<Job, ApiError> {
-        let turns = live.gate.line_up(client, requests.iter().map(texts)).map_err(|full| {
+    pub(crate) fn start(call: &Call, live: Arc<Live>, requests: Vec<Request>) -> Result<Job, ApiError> {
+        let (app, record) = (&call.app, &call.record);
+        let turns = live.gate.line_up(&call.client, requests.iter().map(texts)).map_err(|full| {
             let message = format!(
                 "{} prompts are waiting for the model, and {} more of this client would be over the limit of {} and its share of \
                  them; try again later",
@@ -63,6 +61,7 @@ impl Job {
             sender,
             submitted: submitted.clone(),
             record: record.clone(),
+            reader: call.reader.clone(),
             patience: app.limits.queue_time,
         };
         let feeder = tokio::spawn(feeder.feed(requests.into_iter().zip(turns).collect())).abort_handle();
@@ -75,7 +74,7 @@ impl Job {
             deadline: record.started + app.limits.request_time,
             limit: app.limits.request_time,
             phase: app.phase.subscribe(),
-            record,
+            record: record.clone(),
         })
     }
 
@@ -92,7 +91,8 @@ impl Job {
         let message = tokio::select! {
             biased;
             message = self.events.recv() => {
-                message.unwrap_or_else(|| Err(ApiError::internal("the engine has ended")))
+                let message = message.unwrap_or_else(|| Err(ApiError::internal("the engine has ended")));
+                message.map(|(prompt, event, _)| (prompt, event))
             }
             _ = self.phase.wait_for(|phase| *phase == Phase::Ending) => {
                 Err(ApiError::unavailable("server_stopped", 5, "the server was stopped before the text was complete"))
@@ -133,9 +133,10 @@ impl Drop for Job {
 /// Hands prompts to the engine as their turns come.
 struct Feeder {
     live: Arc<Live>,
-    sender: mpsc::UnboundedSender<Message>,
+    sender: mpsc::UnboundedSender<OnTheWay>,
     submitted: Arc<Submitted>,
     record: Arc<Record>,
+    reader: Arc<Reader>,
     patience: Duration,
 }
 
@@ -164,11 +165,12 @@ impl Feeder {
     fn submit(&self, index: usize, request: Request, turn: Turn) {
         let mut submitted = self.submitted.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(numbers) = submitted.as_mut() else { return };
-        let sender = self.sender.clone();
+        let (sender, reader) = (self.sender.clone(), self.reader.clone());
         let mut meter = Meter::new(&self.live, &self.record, turn, &request);
         let sink = move |event: Event| {
             meter.count(&event);
-            sender.send(Ok((index, event))).is_ok()
+            let kept = reader.keep(size(&event));
+            sender.send(Ok((index, event, kept))).is_ok()
         };
         match self.live.engine.submit_to(request, sink) {
             Ok(number) => numbers.push(number),
@@ -179,6 +181,18 @@ impl Feeder {
             }
         }
     }
+}
+
+/// Bytes of memory that an event has, nearly.
+fn size(event: &Event) -> usize {
+    let token = |token: &Token| size_of::<Token>() + size_of_val(token.top.as_slice());
+    let more = match event {
+        Event::Prompt(tokens) => tokens.iter().map(token).sum(),
+        Event::Text { piece, .. } => piece.text.len() + piece.tokens.iter().map(token).sum::<usize>(),
+        Event::Embedding(vector) => size_of_val(vector.as_slice()),
+        Event::End { .. } | Event::Done(_) | Event::Failed(_) => 0,
+    };
+    size_of::<Event>() + more
 }
 
 /// Texts that the engine computes for a prompt.

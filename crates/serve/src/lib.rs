@@ -2,7 +2,8 @@
 //!
 //! A request's way: a connection (`listen`), who asks and which route (`service`, `routes`), its body (`body`, `fields`),
 //! what the engine shall compute (`prepare`), its turn (`queue`, `turn`), the engine's events (`job`), and the answer
-//! (`answer`, `layout`). `record` puts together a line of the `log` when it is over.
+//! (`answer`, `layout`), which a client takes in as fast as it can (`outbox`). `record` puts together a line of the `log` when
+//! it is over.
 //!
 //! Every field of a body stands once, in `fields`, and every route once, in `routes`: what is read, what is refused, and the
 //! OpenAPI page (`openapi`) come from these two tables. A file for browsers is another line of the second.
@@ -25,6 +26,7 @@ mod metrics;
 mod models;
 mod openapi;
 mod operate;
+mod outbox;
 mod page;
 mod places;
 mod prepare;

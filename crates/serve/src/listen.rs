@@ -1,6 +1,7 @@
 //! Connections: how many, how slow they may be, and how they end.
 
 use crate::app::{App, Phase};
+use crate::outbox::Reader;
 use crate::places::{Place, Places};
 use crate::service::{Peer, router};
 use axum::Router;
@@ -41,7 +42,7 @@ pub(crate) async fn accept(listener: TcpListener, app: Arc<App>) {
     let mut failures = Failures::default();
     loop {
         let accepted = tokio::select! {
-            accepted = connection_and_place(&listener, &places) => accepted,
+            accepted = connection_and_place(&listener, &places, &app) => accepted,
             _ = phase.wait_for(|phase| *phase == Phase::Ending) => break,
         };
         match accepted {
@@ -106,12 +107,13 @@ impl Failures {
 async fn connection_and_place(
     listener: &TcpListener,
     places: &Arc<Places>,
+    app: &App,
 ) -> io::Result<(TcpStream, Peer, Option<Place>)> {
     let (stream, address) = listener.accept().await?;
     let place = places.take(address.ip()).await;
     let local = stream.local_addr().is_ok_and(|own| own.ip().to_canonical().is_loopback());
     let beyond = place.as_ref().and_then(|place| place.beyond);
-    Ok((stream, Peer { address, local, beyond }, place))
+    Ok((stream, Peer { address, local, beyond, reader: app.outbox.reader() }, place))
 }
 
 async fn connection(stream: TcpStream, peer: Peer, app: Arc<App>, router: Router, _place: Place) {
@@ -120,10 +122,12 @@ async fn connection(stream: TcpStream, peer: Peer, app: Arc<App>, router: Router
     let time = app.limits.client_time;
     let patience = if peer.beyond.is_some() { time.min(SPARE_TIME) } else { time };
     let socket = Arc::new(stream);
-    let stream = Patient { stream: socket.clone(), patience, timer: None, end: None };
+    let reader = peer.reader.clone();
+    let stream = Patient { stream: socket.clone(), reader: reader.clone(), patience, timer: None, end: None };
     tokio::select! {
         () = speak(stream, peer, &app, router, patience) => {}
         () = gone(&socket) => {}
+        () = reader.left() => {}
     }
 }
 
@@ -160,14 +164,15 @@ async fn requests(
     patience: Duration,
 ) {
     let router = TowerToHyperService::new(router);
+    let keep_alive = peer.beyond.is_none();
     let service = service_fn(move |mut request: Request<Incoming>| {
-        request.extensions_mut().insert(peer);
+        request.extensions_mut().insert(peer.clone());
         router.call(request)
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(patience)
-        .keep_alive(peer.beyond.is_none())
+        .keep_alive(keep_alive)
         .max_buf_size(HEADERS)
         .serve_connection(TokioIo::new(stream), service);
     let mut connection = std::pin::pin!(connection);
@@ -184,6 +189,7 @@ async fn requests(
 /// A stream that fails when the other side takes nothing in for too long, and whose end comes a little later.
 struct Patient {
     stream: Arc<TcpStream>,
+    reader: Arc<Reader>,
     patience: Duration,
     /// Since when nothing could be written.
     timer: Option<Pin<Box<Sleep>>>,
@@ -202,12 +208,14 @@ impl Patient {
             let written = room.and_then(|()| write(&self.stream));
             if !is_early(&written) {
                 self.timer = None;
+                self.reader.took();
                 return Poll::Ready(written);
             }
         }
         let patience = self.patience;
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep(patience)));
         ready!(timer.as_mut().poll(context));
+        self.reader.ran_out_of_time();
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }

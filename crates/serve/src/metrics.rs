@@ -11,7 +11,7 @@ use std::sync::atomic::Ordering;
 
 /// Names and values.
 type Labels = Vec<(&'static str, String)>;
-type Counters = Family<Labels, Counter>;
+pub(crate) type Counters = Family<Labels, Counter>;
 type Gauges = Family<Labels, Gauge>;
 type Histograms = Family<Labels, Histogram, Buckets>;
 
@@ -61,6 +61,10 @@ pub(crate) struct Metrics {
     pub(crate) excess_connections: Counter,
     /// Bytes taken by bodies that are being received.
     pub(crate) body_memory: Gauge,
+    /// Bytes of answers that were not taken in.
+    pub(crate) answer_memory: Gauge,
+    /// Connections that were closed because an answer was not taken in.
+    pub(crate) slow_clients: Counters,
 }
 
 /// Those of one model, to be counted without looking anything up.
@@ -140,6 +144,12 @@ impl Metrics {
             handshakes,
             excess_connections,
             body_memory: memory(r, "body_memory", "Memory of the bodies of requests that are being received"),
+            answer_memory: memory(r, "answer_memory", "Memory of answers that clients have not taken in"),
+            slow_clients: counters(
+                r,
+                "slow_clients",
+                "Connections that were closed because an answer was not taken in, by what was short",
+            ),
             registry,
         }
     }

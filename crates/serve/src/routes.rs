@@ -3,6 +3,7 @@
 use crate::app::App;
 use crate::error::ApiError;
 use crate::fields::{CHAT, COMPLETION, DETOKENIZE, EMBED, GENERATE, METASEQ, TOKENIZE};
+use crate::outbox::Reader;
 use crate::record::Record;
 use crate::{embeddings, operate, page, texts};
 use axum::body::Body;
@@ -41,6 +42,8 @@ pub(crate) struct Call {
     pub(crate) client: Arc<str>,
     /// Whose prompts its own may be found among.
     pub(crate) scope: Scope,
+    /// Who takes in the answer.
+    pub(crate) reader: Arc<Reader>,
     /// The part of the path in braces.
     pub(crate) name: Option<String>,
     pub(crate) request: Request<Body>,

@@ -4,6 +4,7 @@ use crate::app::{App, Phase};
 use crate::cors;
 use crate::error::ApiError;
 use crate::host;
+use crate::outbox::Reader;
 use crate::places::Beyond;
 use crate::record::Record;
 use crate::routes::{Call, ROUTES, Route};
@@ -13,18 +14,20 @@ use axum::extract::{FromRequestParts, RawPathParams};
 use axum::http::{HeaderValue, Method, Request, Response, StatusCode, header, request::Parts};
 use axum::routing::any;
 use ferropt_engine::Scope;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
 /// Who is at the other end of a connection.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone)]
 pub(crate) struct Peer {
     pub(crate) address: SocketAddr,
     /// Whether it came by an address that only this machine can reach.
     pub(crate) local: bool,
     /// The limit that the connection is beyond; then it is there for probes.
     pub(crate) beyond: Option<Beyond>,
+    /// It as one that takes in answers.
+    pub(crate) reader: Arc<Reader>,
 }
 
 /// All routes of the table, and the answer to everything else.
@@ -98,17 +101,21 @@ async fn find(
 ) -> Result<Call, ApiError> {
     let there = || ROUTES.iter().filter(|route| Some(route.path) == path);
     let (mut parts, body) = request.into_parts();
-    let mut client: Arc<str> = address(&parts).into();
+    let Some(peer) = parts.extensions.remove::<Peer>() else {
+        return Err(ApiError::internal("it is not known whose connection a request came by"));
+    };
+    // Without the port, which is another one for each connection.
+    let mut client: Arc<str> = peer.address.ip().to_canonical().to_string().into();
     // Who is refused is known by the address.
     record.note("client", &*client);
-    if let Some(beyond) = parts.extensions.get::<Peer>().and_then(|peer| peer.beyond)
+    if let Some(beyond) = peer.beyond
         && !there().any(Route::is_probe)
     {
         return Err(beyond.refusal(&app.limits));
     }
     // A key keeps out what no name would.
     if app.keys.is_empty()
-        && parts.extensions.get::<Peer>().is_some_and(|peer| peer.local)
+        && peer.local
         && let Some(host) = host::strange(&parts.headers, &app.allowed_hosts)
     {
         let host: String = String::from_utf8_lossy(host.as_bytes()).chars().take(100).collect();
@@ -144,13 +151,8 @@ async fn find(
     }
     let name = parameter(&mut parts).await?;
     let request = Request::from_parts(parts, body);
-    Ok(Call { app: app.clone(), route, record: record.clone(), client, scope, name, request })
-}
-
-/// The address without the port, which is another one for each connection.
-fn address(parts: &Parts) -> String {
-    let ip = parts.extensions.get::<Peer>().map(|peer| peer.address.ip());
-    ip.map(|ip: IpAddr| ip.to_canonical().to_string()).unwrap_or_default()
+    let (app, record, reader) = (app.clone(), record.clone(), peer.reader);
+    Ok(Call { app, route, record, client, scope, reader, name, request })
 }
 
 fn refuse(parts: &Parts, there: impl Iterator<Item = &'static Route>) -> ApiError {

@@ -4,7 +4,7 @@ use crate::answer::Answer;
 use crate::app::Phase;
 use crate::asked::{Asked, Prompt};
 use crate::body;
-use crate::error::{ApiError, json_response};
+use crate::error::{ApiError, long_response};
 use crate::fields::{self, CHAT, EMBED, GENERATE, METASEQ};
 use crate::job::Job;
 use crate::layout::{Chat, Completion, Generate, Head, Layout};
@@ -12,7 +12,7 @@ use crate::models::{Live, token_name, unix_seconds};
 use crate::prepare;
 use crate::routes::Call;
 use axum::body::Body;
-use axum::http::{Response, StatusCode};
+use axum::http::Response;
 use ferropt_data::Marks;
 use serde_json::json;
 use std::sync::Arc;
@@ -58,7 +58,7 @@ pub(crate) fn line_up(call: &Call, live: &Arc<Live>, asked: &mut Asked) -> Resul
         };
         record.note("prompts", asked.prompts.iter().map(shown).collect::<Vec<_>>());
     }
-    Job::start(app, live.clone(), &call.client, record.clone(), requests)
+    Job::start(call, live.clone(), requests)
 }
 
 /// The same error, with the name that the field has in a kind of body.
@@ -80,7 +80,7 @@ pub(crate) async fn generate(mut call: Call) -> Result<Response<Body>, ApiError>
     let body = call.route.body;
     complete(&mut asked, body)?;
     let job = line_up(&call, &live, &mut asked)?;
-    let (app, record) = (call.app, call.record);
+    let (app, record, reader) = (call.app, call.record, call.reader);
     let (prompts, n) = (asked.prompts.len(), asked.parameters.n);
     let include_usage = asked.include_usage.unwrap_or(body == GENERATE);
     let prefix = if body == CHAT { "chatcmpl" } else { "cmpl" };
@@ -95,6 +95,7 @@ pub(crate) async fn generate(mut call: Call) -> Result<Response<Body>, ApiError>
         layout: layout(body, head, &live, &asked, prompts),
         tokenizer: live.tokenizer().clone(),
         record,
+        reader,
         prompts,
         n,
         include_usage,
@@ -163,7 +164,7 @@ pub(crate) async fn tokenize(mut call: Call) -> Result<Response<Body>, ApiError>
         "tokens": tokens,
         "token_strs": names,
     });
-    Ok(json_response(StatusCode::OK, &answer))
+    Ok(long_response(&call.reader, answer.to_string()))
 }
 
 /// Text of token ids.
@@ -183,5 +184,5 @@ pub(crate) async fn detokenize(mut call: Call) -> Result<Response<Body>, ApiErro
             _ => text += &live.tokenizer().decode(run),
         }
     }
-    Ok(json_response(StatusCode::OK, &json!({ "prompt": text })))
+    Ok(long_response(&call.reader, json!({ "prompt": text }).to_string()))
 }

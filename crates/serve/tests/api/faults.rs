@@ -395,21 +395,6 @@ fn one_address_does_not_take_all_connections() {
 }
 
 #[test]
-fn clients_that_take_nothing_in_are_left() {
-    let limits = Limits { client_time: Duration::from_millis(500), ..Limits::default() };
-    let (server, client) = serve(Options { limits, models: vec![crate::source("opt", 64)], ..options() });
-    // More than sockets hold: half a kilobyte for each of a hundred thousand tokens.
-    let body = json!({ "prompt": "the", "max_tokens": 1000, "n": 100, "ignore_eos": true, "logprobs": 5, "stream": true });
-    let connection = client.begin("/v1/completions", &body);
-    until("it has begun", || client.metric("ferropt_running") > 0.0);
-    until("it is left", || client.metric("ferropt_requests_in_flight") == 0.0);
-    assert_eq!(client.metric("ferropt_cancelled_total"), 1.0);
-    until("it is free", || client.metric("ferropt_cache_pages_used") == 0.0);
-    drop(connection);
-    stop(server);
-}
-
-#[test]
 fn too_much_and_too_long_are_refused_in_time() {
     let limits = Limits {
         queue: 6,

@@ -8,6 +8,7 @@ mod faults;
 mod operation;
 mod page;
 mod schema;
+mod slow;
 mod texts;
 mod tls;
 
