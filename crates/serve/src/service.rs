@@ -54,6 +54,7 @@ async fn answer(app: Arc<App>, path: Option<&'static str>, request: Request<Body
         let mut response = Response::new(Body::empty());
         *response.status_mut() = StatusCode::NO_CONTENT;
         *response.headers_mut() = cors::invite(request.headers(), origin);
+        close_behind(&app, &mut response);
         return response;
     }
     let record = Arc::new(Record::new(app.clone(), path.unwrap_or("unknown"), request.method().as_str()));
@@ -82,14 +83,19 @@ async fn answer(app: Arc<App>, path: Option<&'static str>, request: Request<Body
     if let Some(origin) = &origin {
         cors::permit(response.headers_mut(), origin);
     }
-    // Clients that keep connections would ask on them again, and be refused until the server is gone.
-    if *app.phase.borrow() > Phase::Serving {
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-    }
+    close_behind(&app, &mut response);
     if let Ok(id) = HeaderValue::from_str(&record.id) {
         response.headers_mut().insert("x-request-id", id);
     }
     response
+}
+
+/// Lets an answer be the last of its connection once the server is to end: clients that keep connections would ask on them again, and
+/// be refused until it is gone.
+fn close_behind(app: &App, response: &mut Response<Body>) {
+    if *app.phase.borrow() > Phase::Serving {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
 }
 
 /// Finds out who asks, then the route. Who may not ask learns nothing about routes.

@@ -282,7 +282,7 @@ fn a_log_that_nobody_reads_stops_nothing() {
 
 #[test]
 fn the_drain_completes_what_was_taken_and_takes_nothing_new() {
-    let (server, client) = serve(options());
+    let (server, client) = serve(Options { cors: vec!["https://example.org".into()], ..options() });
     let long = json!({ "prompt": "the cat", "max_tokens": 1000, "ignore_eos": true, "stream": true });
     let mut streams: Vec<_> = (0..8).map(|_| client.begin("/v1/completions", &long)).collect();
     // Four are computed, the others wait; all were taken.
@@ -292,19 +292,25 @@ fn the_drain_completes_what_was_taken_and_takes_nothing_new() {
         let done = client.metric_if_any(done).unwrap_or(0.0);
         client.metric("ferropt_requests_in_flight") + done >= 8.0
     });
-    // A connection that is kept for further requests.
-    let health = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n";
-    let mut kept = TcpStream::connect(client.address).unwrap();
-    kept.write_all(health).unwrap();
-    let mut first = [0; 15];
-    kept.read_exact(&mut first).unwrap();
-    assert_eq!(&first, b"HTTP/1.1 200 OK");
+    // Connections that are kept for further requests, also those of browsers that ask what they may send.
+    let asks = "OPTIONS /v1/completions HTTP/1.1\r\nHost: localhost\r\nOrigin: https://example.org\r\n\
+        Access-Control-Request-Method: POST\r\n\r\n";
+    let mut kept = ["GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", asks].map(|request| {
+        let mut stream = TcpStream::connect(client.address).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut first = [0; 10];
+        stream.read_exact(&mut first).unwrap();
+        assert_eq!(&first, b"HTTP/1.1 2");
+        (stream, request)
+    });
     let stopping = std::thread::spawn(move || server.stop(Duration::from_secs(60)));
     until("it stops", || client.get("/ready").json()["status"] == "stopping");
-    kept.write_all(health).unwrap();
-    let mut answers = String::new();
-    kept.read_to_string(&mut answers).unwrap();
-    assert!(answers.contains("\r\nconnection: close\r\n"), "a client would ask on it again: {answers}");
+    for (stream, request) in &mut kept {
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answers = String::new();
+        stream.read_to_string(&mut answers).unwrap();
+        assert!(answers.contains("\r\nconnection: close\r\n"), "a client would ask on it again: {answers}");
+    }
     let late = client.try_post("/v1/completions", &words(1).to_string());
     assert_eq!((late.status, late.json()["error"]["code"].as_str()), (503, Some("server_stopping")));
     for stream in streams {
