@@ -272,6 +272,8 @@ chip! {
     fn pack_codes(format: WeightFormat => value, n: usize => value, k: usize => value,
         rows: &mut dyn FnMut(std::ops::Range<usize>, quantise::Codes<'_>) -> anyhow::Result<()> => value)
         -> anyhow::Result<ChipPacked> as ChipPacked;
+    fn pack_random(format: WeightFormat => value, n: usize => value, k: usize => value, random: RandomWeights => value)
+        -> anyhow::Result<ChipPacked> as ChipPacked;
     fn packed_layout() -> String;
     fn packed_size(format: WeightFormat => value, n: usize => value, k: usize => value) -> usize;
     fn pack_weight_to(format: WeightFormat => value, n: usize => value, k: usize => value, rows: &ReadRows<'_> => value,

@@ -28,6 +28,7 @@ mod mapped;
 mod paged;
 mod places;
 pub mod quantise;
+mod random_weights;
 pub mod rng;
 mod strided;
 mod timed;
@@ -41,6 +42,7 @@ pub use half::{bf16, f16};
 pub use link::{Departure, Exchange, Flight, Link, Located, Network, Transfer, Watch};
 pub use mapped::Mapped;
 pub use paged::{PAGE, Placed, Places, Segment};
+pub use random_weights::RandomWeights;
 use rng::Stream;
 pub use strided::Strided;
 pub use timed::Timed;
@@ -424,6 +426,15 @@ pub trait Device: Send + Sync + Sized + 'static {
         n: usize,
         k: usize,
         rows: &mut dyn FnMut(std::ops::Range<usize>, quantise::Codes<'_>) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self::Packed>;
+    /// The same for a matrix of random numbers, which the device makes itself, so that it takes neither time nor memory of
+    /// its host. They are the same on every device. Fails when memory is short.
+    fn pack_random(
+        &self,
+        format: WeightFormat,
+        n: usize,
+        k: usize,
+        random: RandomWeights,
     ) -> anyhow::Result<Self::Packed>;
     /// What decides how weights are laid out, beside their format and sizes. Where it is the same, what
     /// [`Device::pack_weight_to`] wrote may be used again.

@@ -20,6 +20,8 @@ pub enum Purpose {
     DataOrder = 6,
     /// Sampling of tokens.
     Sampling = 7,
+    /// Weights that only have to be there; `index` is the parameter's number.
+    Weights = 8,
 }
 
 /// A stream of random words, addressed by (row, column).

@@ -122,6 +122,15 @@ macro_rules! timed {
             ) -> anyhow::Result<Self::Packed> {
                 self.inner.pack_weight(format, n, k, rows)
             }
+            fn pack_random(
+                &self,
+                format: WeightFormat,
+                n: usize,
+                k: usize,
+                random: RandomWeights,
+            ) -> anyhow::Result<Self::Packed> {
+                self.inner.pack_random(format, n, k, random)
+            }
             fn packed_layout(&self) -> String {
                 self.inner.packed_layout()
             }

@@ -6,11 +6,15 @@ mod walk;
 pub use walk::{Walk, WithError};
 
 use crate::config::{Config, POSITION_OFFSET};
+use crate::parameters::Initial;
 use crate::ready::Ready;
 use crate::weights::Norm;
 use anyhow::{Context, Result, ensure};
 use ferropt_device::quantise::Codes;
-use ferropt_device::{Activation, Buffer, Device, Draw, Element, PAGE, Places, Segment, WeightFormat};
+use ferropt_device::rng::{Purpose, Stream};
+use ferropt_device::{
+    Activation, Buffer, Device, Draw, Element, PAGE, Places, RandomWeights, Segment, WeightFormat,
+};
 use layer::{Layer, Linear};
 use std::ops::Range;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -31,6 +35,9 @@ pub enum Matrices<'a> {
     Codes(&'a ReadCodes<'a>),
     /// They were packed before: they are used where they lie.
     Ready(&'a Ready),
+    /// Random ones of this seed, as large as a new model's, which the device makes itself: for a model that only has to be
+    /// there.
+    Random(u64),
 }
 
 /// The weights of a model, laid out to be read only.
@@ -83,6 +90,14 @@ impl<D: Device> Reader<'_, '_, D> {
                 self.device.pack_codes(self.format, n, k, &mut |rows, to| codes(index, rows, to))
             }
             Matrices::Ready(ready) => ready.matrix(self.device, index, self.format, n, k),
+            Matrices::Random(seed) => {
+                let Initial::Normal(std) = parameter.initial else {
+                    anyhow::bail!("{:?} begins with no random numbers", parameter.names)
+                };
+                let random =
+                    RandomWeights { stream: Stream::new(seed, Purpose::Weights, index, 0), std: std as f32 };
+                self.device.pack_random(self.format, n, k, random)
+            }
         };
         packed.with_context(|| parameter.names.join(", "))
     }

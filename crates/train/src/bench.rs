@@ -95,6 +95,8 @@ pub struct Report {
     pub measured_peak_flops: f64,
     /// What the planner says that the process needs, bytes.
     pub planned_bytes: u64,
+    /// Memory of the device's own that was taken for it, bytes; none where it has none of its own.
+    pub device_bytes: Option<u64>,
     /// Most memory that the process had resident, bytes.
     pub peak_rss_bytes: Option<u64>,
     /// Mean loss of the last step, nats; a check that real work was done.
@@ -187,7 +189,7 @@ fn measure<E: Element>(
     let timed_step_s = started.elapsed().as_secs_f64();
     device.measure(false);
     let parts = parts(&device.take(), timed_step_s);
-    let peak_rss_bytes = peak_resident_bytes();
+    let (peak_rss_bytes, device_bytes) = (peak_resident_bytes(), device.memory_taken());
     peak = peak.max(device.measured_peak::<E>());
 
     let flops = Flops::per_token(&config, &options);
@@ -210,6 +212,7 @@ fn measure<E: Element>(
         model_causal_flops: tokens_per_second * flops.model_causal,
         measured_peak_flops: peak,
         planned_bytes: memory.total - memory.checkpoint,
+        device_bytes,
         peak_rss_bytes,
         loss,
     })
@@ -261,7 +264,10 @@ impl fmt::Display for Report {
         )?;
         writeln!(f, "                (work: 3 x forward, causal half of attention, no recomputation)")?;
         let peak = self.peak_rss_bytes.map_or("unknown".into(), human_bytes);
-        writeln!(f, "peak memory     {peak} resident, {} planned\n", human_bytes(self.planned_bytes))?;
+        let taken = self
+            .device_bytes
+            .map_or(String::new(), |taken| format!("{} of the device, ", human_bytes(taken)));
+        writeln!(f, "peak memory     {taken}{peak} resident, {} planned\n", human_bytes(self.planned_bytes))?;
         let mut parts: Vec<_> = self.parts.iter().collect();
         parts.sort_by(|a, b| b.1.total_cmp(a.1));
         let whole: f64 = self.parts.values().sum();

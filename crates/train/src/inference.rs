@@ -174,6 +174,26 @@ impl Model {
     /// # Errors
     /// When the sizes make no model, or memory is short.
     pub fn untrained(config: &Config, tokenizer: Tokenizer, opening: &Opening, seed: u64) -> Result<Model> {
+        Self::made(config, tokenizer, opening, seed, Matrices::Rows)
+    }
+
+    /// A model of these sizes that only has to be there: its matrices are random numbers that the device makes, however many
+    /// they are.
+    ///
+    /// # Errors
+    /// When the sizes make no model, or memory is short.
+    pub fn random(config: &Config, tokenizer: Tokenizer, opening: &Opening, seed: u64) -> Result<Model> {
+        Self::made(config, tokenizer, opening, seed, Matrices::Random(seed))
+    }
+
+    /// A model of no files.
+    fn made(
+        config: &Config,
+        tokenizer: Tokenizer,
+        opening: &Opening,
+        seed: u64,
+        matrices: Matrices<'_>,
+    ) -> Result<Model> {
         let (table, began) = (config.parameters(), Instant::now());
         let read = |index: usize, rows: Range<usize>, out: &mut [f32]| {
             initial_rows(&table[index], index, seed, rows.start, out);
@@ -181,7 +201,7 @@ impl Model {
         };
         let weights = opening.weights.unwrap_or(WeightFormat::F32);
         let device = open_device(opening.device, opening.threads)?;
-        let decoder = Decoder::new(&device, config, weights, &read, Matrices::Rows)?;
+        let decoder = Decoder::new(&device, config, weights, &read, matrices)?;
         let model = start(device, decoder, None, tokenizer, (opening, Ends::default()), weights)?;
         Ok(Model { load_seconds: began.elapsed().as_secs_f64(), ..model })
     }
@@ -368,6 +388,31 @@ mod tests {
         assert_eq!(prompt.len() + long.tokens.len(), 17, "the last token needs no position");
         assert_eq!(long.tokens[..5], short.tokens);
         assert_eq!(generate(long.tokens.len()).finish, Some(Finish::MaxTokens));
+    }
+
+    #[test]
+    fn a_model_of_random_matrices_has_probabilities() {
+        let tokenizer = || Tokenizer::train([Ok("some words and some more words".repeat(9))], 270).unwrap();
+        let config = Config { vocab: 300, ..Config::preset("tiny").unwrap() };
+        let scored = |weights, seed| {
+            let opening = Opening { threads: Some(1), weights: Some(weights), ..Opening::default() };
+            let model = Model::random(&config, tokenizer(), &opening, seed).unwrap();
+            let prompt = model.engine.tokenizer().encode_prompt("some words").unwrap();
+            let parameters = Parameters {
+                max_tokens: Some(5),
+                log_probs: Some(1),
+                ignore_end: true,
+                ..Parameters::default()
+            };
+            let text = model.engine.complete(Request { prompt, parameters }).unwrap().choices.remove(0);
+            text.tokens.iter().map(|token| token.log_prob.unwrap()).collect::<Vec<f32>>()
+        };
+        for weights in WeightFormat::ALL {
+            let log_probs = scored(weights, 1);
+            assert!(log_probs.len() == 5 && log_probs.iter().all(|p| p.is_finite()), "{log_probs:?}");
+            assert_eq!(log_probs, scored(weights, 1));
+            assert_ne!(log_probs, scored(weights, 2));
+        }
     }
 
     #[test]

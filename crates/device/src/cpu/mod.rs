@@ -322,6 +322,16 @@ impl Device for CpuDevice {
         Packed::from_codes(self, format, n, k, rows)
     }
 
+    fn pack_random(
+        &self,
+        format: WeightFormat,
+        n: usize,
+        k: usize,
+        random: RandomWeights,
+    ) -> anyhow::Result<Packed> {
+        Packed::random(self, format, n, k, random)
+    }
+
     fn packed_bytes(&self, w: &Packed) -> usize {
         w.bytes()
     }

@@ -369,6 +369,16 @@ impl Device for CudaDevice {
         CudaPacked::from_codes(self, format, n, k, rows)
     }
 
+    fn pack_random(
+        &self,
+        format: WeightFormat,
+        n: usize,
+        k: usize,
+        random: RandomWeights,
+    ) -> anyhow::Result<CudaPacked> {
+        CudaPacked::random(self, format, n, k, random)
+    }
+
     fn packed_layout(&self) -> String {
         packed::LAYOUT.to_string()
     }

@@ -13,11 +13,14 @@ use bytemuck::NoUninit;
 use super::driver::Address;
 use super::kernels::args;
 use super::workspace::Scratch;
-use super::{CudaBuf, CudaDevice, name, optional};
+use super::{CudaBuf, CudaDevice, StreamWords, name, optional};
 use crate::element::check_f16;
 use crate::places::{self, UNIT};
 use crate::quantise::{self, Codes, GROUP, Group, code_bits, has_minima};
-use crate::{Activation, DType, Element, Mapped, ReadRows, WeightFormat, WritePiece, bf16, f16};
+use crate::rng::BLOCK;
+use crate::{
+    Activation, DType, Element, Mapped, RandomWeights, ReadRows, WeightFormat, WritePiece, bf16, f16,
+};
 
 /// Rows that a thread packs at once.
 const ROWS: usize = 16;
@@ -238,6 +241,42 @@ impl CudaPacked {
             layout.write_codes(first, codes, groups, write)?;
         }
         layout.write_ends(n, write)?;
+        Ok(packed)
+    }
+
+    /// Random numbers, by kernels that write them where they belong.
+    pub(super) fn random(
+        d: &CudaDevice,
+        format: WeightFormat,
+        n: usize,
+        k: usize,
+        random: RandomWeights,
+    ) -> Result<CudaPacked> {
+        let packed = CudaPacked::empty(d, format, n, k)?;
+        let [numbers, scales, minima] = packed.parts();
+        let (stream, kernel) = (StreamWords::new(random.stream), format!("random_{}", format.name()));
+        // A thread makes what four lanes of a generator give, or one.
+        match random.group(format) {
+            Some(group) => {
+                let groups = n * k.div_ceil(GROUP);
+                d.by_element(&kernel, 4 * groups, args![numbers, n as u64, k as u32, stream]);
+                let fill = |to: Address, value: bf16| {
+                    d.by_element("fill_2", groups, args![to, value.to_bits() as u32, groups as u64]);
+                };
+                fill(scales, group.scale);
+                if has_minima(format) {
+                    fill(minima, group.min);
+                }
+            }
+            None => {
+                let work = n * k.div_ceil(BLOCK) * (BLOCK / 4);
+                d.by_element(&kernel, work, args![numbers, n as u64, k as u32, stream, random.step()]);
+            }
+        }
+        Layout::new(format, n, k).write_ends(n, &|at, bytes| {
+            packed.put(d, at, bytes);
+            Ok(())
+        })?;
         Ok(packed)
     }
 

@@ -2,8 +2,10 @@ use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
-use ferropt_device::quantise::{GROUP, round_group};
-use ferropt_device::{Activation, Chip, ChipPacked, Device, Element, Mapped, WeightFormat, bf16, f16};
+use ferropt_device::quantise::{GROUP, Group, code_bits, round_group};
+use ferropt_device::{
+    Activation, Chip, ChipPacked, Device, Element, Mapped, RandomWeights, WeightFormat, bf16, f16,
+};
 
 use crate::*;
 
@@ -282,6 +284,54 @@ fn codes_are_packed_as_rounding_would() {
         refused(WeightFormat::Int3, 8).contains("code 8")
             && refused(WeightFormat::F32, 0).contains("no codes")
     );
+}
+
+/// Element (row, column) of a random matrix, out of its word: evenly distributed numbers have a deviation of their range by the
+/// root of 12.
+fn random_element(format: WeightFormat, std: f32, word: u32) -> f32 {
+    let range = 12f32.sqrt() * std;
+    let Some(bits) = code_bits(format) else {
+        let number = (word as i32) as f32 * (range / 4_294_967_296.0);
+        return match format {
+            WeightFormat::F16 => f16::from_f32(number).to_f32(),
+            WeightFormat::Bf16 => bf16::from_f32(number).to_f32(),
+            _ => number,
+        };
+    };
+    let codes = (1 << bits) as f32;
+    let scale = bf16::from_f32(range / codes);
+    let min = bf16::from_f32(-scale.to_f32() * (codes - 1.0) / 2.0);
+    Group { scale, min }.value(format, (word >> (32 - bits)) as u8)
+}
+
+#[test]
+fn random_matrices_are_the_same_on_every_device() {
+    const STD: f32 = 0.02;
+    let random = |seed| RandomWeights { stream: Stream::new(seed, Purpose::Weights, 5, 0), std: STD };
+    for &(n, k) in sizes().0 {
+        for format in WeightFormat::ALL {
+            let outputs = on_every_device(|device| {
+                let [packed, other] = [7, 8]
+                    .map(|seed| device.pack_random(format, n, k, random(seed)).expect("a random matrix"));
+                assert_eq!(device.packed_bytes(&packed), device.packed_size(format, n, k));
+                [packed, other].iter().map(|w| unpacked(device, w, (n, k))).collect()
+            });
+            let stream = random(7).stream;
+            let words = (0..n as u64).flat_map(|row| (0..k).map(move |column| stream.word(row, column)));
+            let want: Vec<f32> = words.map(|word| random_element(format, STD, word)).collect();
+            for (isa, got) in outputs {
+                assert!(same_bits(&got[0], &want), "{isa:?} {format:?} {n}x{k}");
+                assert!(n * k == 1 || got[1] != want, "{isa:?} {format:?} {n}x{k}: another seed");
+            }
+            if n * k > 10_000 {
+                let squares: f64 = want.iter().map(|w| (*w as f64).powi(2)).sum();
+                let std = (squares / want.len() as f64).sqrt() / STD as f64;
+                assert!((std - 1.0).abs() < 0.02, "{format:?} {n}x{k}: {std} times the deviation");
+            }
+        }
+    }
+    let empty = one_device().pack_random(WeightFormat::Int4, 0, 64, random(7));
+    assert!(empty.err().unwrap().to_string().contains("0 x 64"));
 }
 
 #[test]

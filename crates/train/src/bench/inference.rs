@@ -63,8 +63,10 @@ pub struct Line {
     pub seconds: Vec<f64>,
     /// Tokens per second of the median run.
     pub tokens_per_second: f64,
-    /// What limits it, and its share of that.
+    /// What limits it.
     pub limit: Limit,
+    /// Tokens per second at that limit, where it is known.
+    pub most_tokens_per_second: Option<f64>,
     /// Share of the limit, where that is known.
     pub share: Option<f64>,
 }
@@ -73,7 +75,7 @@ pub struct Line {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Limit {
-    /// Every weight is read for every token.
+    /// Every weight is read for every step, and the keys and values of all tokens of a text for its next one.
     Bandwidth,
     /// Products at the speed of f32 or bf16, without what 8-bit products may gain.
     Arithmetic,
@@ -92,6 +94,8 @@ pub struct Report {
     pub weights: &'static str,
     /// Bytes of weights that a token of a text alone needs.
     pub weight_bytes: u64,
+    /// Bytes of keys and values that a generated token needs, on average.
+    pub cache_bytes: u64,
     /// Seconds from nothing to a model that takes requests.
     pub load_seconds: f64,
     /// Bytes per second of reading memory; unknown where it could not be measured.
@@ -133,7 +137,7 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
             let weights = Some(wanted.weights.unwrap_or(WeightFormat::Bf16));
             let tokenizer = Tokenizer::train([Ok("no text is encoded or read".to_string())], 260)?;
             let opening = Opening { weights, ..opening };
-            (name.clone(), Model::untrained(&Config::preset(name)?, tokenizer, &opening, 1)?)
+            (name.clone(), Model::random(&Config::preset(name)?, tokenizer, &opening, 1)?)
         }
         WeightsOf::Path(path) => (path.display().to_string(), Model::open(path, &opening)?),
     };
@@ -146,6 +150,10 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
     }
     let mut tests = Tests { model: &model, runs: wanted.runs, turn: 0 };
     let weight_bytes = model.weight_bytes as f64;
+    // Of a text that is half as long as it becomes, of all layers.
+    let element = if model.weights == WeightFormat::F32 { 4.0 } else { 2.0 };
+    let of_token = 2.0 * element * (model.config.layers * model.config.width) as f64;
+    let cache_bytes = of_token * (SHORT as f64 + wanted.tokens as f64 / 2.0);
     let head = model.config.forward_flops(1).head;
     let prompt_flops = |tokens: usize| {
         let flops = model.config.forward_flops(tokens);
@@ -157,11 +165,17 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
     let rest = tests.generate(1, wanted.tokens, SHORT)?;
     let mut lines = vec![];
     let seconds: Vec<f64> = rest.iter().map(|s| (s - median(&first)).max(1e-9)).collect();
-    lines.push(("decode".to_string(), seconds, wanted.tokens - 1, Limit::Bandwidth, weight_bytes));
+    lines.push((
+        "decode".to_string(),
+        seconds,
+        wanted.tokens - 1,
+        Limit::Bandwidth,
+        weight_bytes + cache_bytes,
+    ));
     for batch in &wanted.batches {
         let seconds = tests.generate(*batch, wanted.tokens, SHORT)?;
         let tokens = batch * wanted.tokens;
-        let bytes = weight_bytes / *batch as f64;
+        let bytes = weight_bytes / *batch as f64 + cache_bytes;
         lines.push((format!("batch of {batch}"), seconds, tokens, Limit::Bandwidth, bytes));
     }
     let seconds = tests.generate(1, 1, wanted.prompt)?;
@@ -192,8 +206,9 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
         .map(|(test, seconds, tokens, limit, work)| {
             let tokens_per_second = tokens as f64 / median(&seconds);
             let most = if limit == Limit::Bandwidth { bandwidth } else { peak_flops };
-            let share = most.map(|most| tokens_per_second * work / most);
-            Line { test, seconds, tokens_per_second, limit, share }
+            let most_tokens_per_second = most.map(|most| most / work);
+            let share = most_tokens_per_second.map(|most| tokens_per_second / most);
+            Line { test, seconds, tokens_per_second, limit, most_tokens_per_second, share }
         })
         .collect();
     Ok(Report {
@@ -202,6 +217,7 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
         device: device.describe(),
         weights: weights.name(),
         weight_bytes: bytes,
+        cache_bytes: cache_bytes as u64,
         load_seconds,
         bandwidth,
         peak_flops,
@@ -269,14 +285,19 @@ impl fmt::Display for Report {
         writeln!(f, "device          {}", self.device)?;
         writeln!(
             f,
-            "limits          {} GB/s read, {} GFLOP/s; {} of weights for each token",
+            "limits          {} GB/s read, {} GFLOP/s; {} of weights and {} of keys and values for each token",
             self.bandwidth.map_or("unknown".into(), |rate| format!("{:.1}", rate * 1e-9)),
             self.peak_flops.map_or("unknown".into(), |rate| format!("{:.0}", rate * 1e-9)),
-            human_bytes(self.weight_bytes)
+            human_bytes(self.weight_bytes),
+            human_bytes(self.cache_bytes)
         )?;
         let peak = self.peak_rss_bytes.map_or("unknown".into(), human_bytes);
         writeln!(f, "load            {:.2} s; {peak} resident at most\n", self.load_seconds)?;
-        write!(f, "{:<18} {:>10}  {:>9}  share of the limit", "test", "tokens/s", "seconds")?;
+        write!(
+            f,
+            "{:<18} {:>10}  {:>10}  {:>9}  share of the limit",
+            "test", "tokens/s", "at most", "seconds"
+        )?;
         for line in &self.tests {
             let limit = match line.limit {
                 Limit::Bandwidth => "bandwidth",
@@ -284,9 +305,10 @@ impl fmt::Display for Report {
             };
             write!(
                 f,
-                "\n{:<18} {:>10.1}  {:>9.3}  {} of {limit}",
+                "\n{:<18} {:>10.1}  {:>10}  {:>9.3}  {} of {limit}",
                 line.test,
                 line.tokens_per_second,
+                line.most_tokens_per_second.map_or("unknown".into(), |most| format!("{most:.1}")),
                 median(&line.seconds),
                 line.share.map_or("unknown".into(), |share| format!("{:>5.1} %", 100.0 * share))
             )?;
@@ -326,6 +348,13 @@ mod tests {
             );
         }
         assert!(report.to_string().contains("% of bandwidth"), "{report}");
+        // A text alone reads all weights for each token, one of two half of them, and each reads its own keys and values.
+        let (weights, cache) = (report.weight_bytes as f64, report.cache_bytes as f64);
+        let most = |line: usize| report.tests[line].most_tokens_per_second.unwrap();
+        let times = (weights + cache) / (weights / 2.0 + cache);
+        assert!((most(1) / most(0) / times - 1.0).abs() < 1e-6, "{report:?}");
+        let config = Config::preset("tiny").unwrap();
+        assert_eq!(report.cache_bytes, (2 * 2 * config.layers * config.width * (SHORT + 2)) as u64);
         let matrices = report.weight_bytes as f64 / report.parameters as f64;
         // 8 bits and a scale in 64, and a few parameters that are no matrices.
         assert!((0.9..1.04).contains(&matrices), "{matrices} bytes for a parameter");

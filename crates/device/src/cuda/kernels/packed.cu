@@ -1,4 +1,5 @@
-// What of packed matrices is not for tensor cores: products of f32, rounding of activations, and rows for embeddings.
+// What of packed matrices is not for tensor cores: products of f32, rounding of activations, rows for embeddings, and random
+// matrices.
 //
 // Products: a warp for each output column, which reads a row of the matrix once and meets up to R rows of activations with it.
 // Lane l takes every 32nd chunk of k, and the lanes' sums are added as a tree, so an element of the product has the same bits
@@ -158,3 +159,49 @@ PACKED_EMBED(packed_embed_bf16, RowHalves<bf16>{reinterpret_cast<const bf16*>(co
 PACKED_EMBED(packed_embed_int8, RowInt8{codes, scales})
 PACKED_EMBED(packed_embed_int4, RowUnits<FourBits>{codes, scales, minima})
 PACKED_EMBED(packed_embed_int3, RowUnits<ThreeBits>{codes, scales, minima})
+
+// Random matrices; random_weights.rs says what a word stands for. The columns that one step of the generator has words of are 16 apart.
+
+/// A thread for each byte of a word, in each group: of every step's four columns one.
+template <class Bits> __device__ void random_codes(u8* codes, u64 rows, u32 k, Stream stream) {
+    u64 groups = (k + GROUP - 1) / GROUP;
+    for (u64 i = first_index(); i < 4 * rows * groups; i += grid_size()) {
+        u64 group = i / 4;
+        u32 byte = u32(i % 4), first = u32(group % groups) * GROUP, of_steps[16];
+        UNROLL
+        for (u32 step = 0; step < 4; step++) {
+            u32 lane = 4 * step + byte;
+            Words words = stream.words(group / groups, first / 64, lane);
+            UNROLL
+            for (u32 w = 0; w < 4; w++) {
+                of_steps[4 * w + step] = first + 16 * w + lane < k ? words.w[w] >> (32 - Bits::BITS) : 0;
+            }
+        }
+        u8* to = codes + group * Bits::GROUP_BYTES + byte;
+        Bits::put(to, of_steps);
+        Bits::put(to + Bits::UNIT_BYTES, of_steps + 8);
+    }
+}
+
+KERNEL(random_int8, u8* codes, u64 rows, u32 k, Stream stream) { random_codes<EightBits>(codes, rows, k, stream); }
+KERNEL(random_int4, u8* codes, u64 rows, u32 k, Stream stream) { random_codes<FourBits>(codes, rows, k, stream); }
+KERNEL(random_int3, u8* codes, u64 rows, u32 k, Stream stream) { random_codes<ThreeBits>(codes, rows, k, stream); }
+
+/// A thread for each step of the generator.
+template <class W> __device__ void random_numbers(W* out, u64 rows, u32 k, Stream stream, float scale) {
+    u64 lanes = 16 * u64((k + 63) / 64);
+    for (u64 i = first_index(); i < rows * lanes; i += grid_size()) {
+        u64 row = i / lanes;
+        u32 block = u32(i % lanes / 16), lane = u32(i % 16);
+        Words words = stream.words(row, block, lane);
+        UNROLL
+        for (u32 w = 0; w < 4; w++) {
+            u32 column = 64 * block + 16 * w + lane;
+            if (column < k) out[row * k + column] = Of<W>::f32(float(int(words.w[w])) * scale);
+        }
+    }
+}
+
+KERNEL(random_f32, float* out, u64 rows, u32 k, Stream stream, float scale) { random_numbers(out, rows, k, stream, scale); }
+KERNEL(random_f16, f16* out, u64 rows, u32 k, Stream stream, float scale) { random_numbers(out, rows, k, stream, scale); }
+KERNEL(random_bf16, bf16* out, u64 rows, u32 k, Stream stream, float scale) { random_numbers(out, rows, k, stream, scale); }

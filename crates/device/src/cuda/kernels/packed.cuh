@@ -30,10 +30,15 @@ struct Rounded {
     const float* zeros;
 };
 
-/// Codes of 8 bits: a code stands for scale * (code - 128). `load` gives each of four neighbouring lanes 16 of a group.
+/// Codes of 8 bits: a code stands for scale * (code - 128). `load` gives each of four neighbouring lanes 16 of a group. `put`
+/// writes a unit's codes of one byte of each word, those of its steps.
 struct EightBits {
     static const bool MINIMA = false;
-    static const u32 GROUP_BYTES = 64;
+    static const u32 BITS = 8, UNIT_BYTES = 32, GROUP_BYTES = 64;
+    static __device__ __forceinline__ void put(u8* byte, const u32* codes) {
+        UNROLL
+        for (u32 step = 0; step < 8; step++) byte[4 * step] = u8(codes[step]);
+    }
     static __device__ __forceinline__ uint4 load(const u8* group) {
         uint4 w = reinterpret_cast<const uint4*>(group)[threadIdx.x % 4];
         return make_uint4(w.x ^ 0x80808080u, w.y ^ 0x80808080u, w.z ^ 0x80808080u, w.w ^ 0x80808080u);
@@ -44,7 +49,11 @@ struct EightBits {
 /// says: each has four of its steps, four codes in the bytes of a word. `code` is one of them by itself.
 struct FourBits {
     static const bool MINIMA = true;
-    static const u32 UNIT_BYTES = 16, GROUP_BYTES = 32;
+    static const u32 BITS = 4, UNIT_BYTES = 16, GROUP_BYTES = 32;
+    static __device__ __forceinline__ void put(u8* byte, const u32* codes) {
+        UNROLL
+        for (u32 word = 0; word < 4; word++) byte[4 * word] = u8(codes[2 * word] | codes[2 * word + 1] << 4);
+    }
     static __device__ __forceinline__ uint4 load(const u8* group) {
         uint2 w = reinterpret_cast<const uint2*>(group)[threadIdx.x % 4];
         const u32 LOW = 0x0f0f0f0fu;
@@ -56,7 +65,13 @@ struct FourBits {
 };
 struct ThreeBits {
     static const bool MINIMA = true;
-    static const u32 UNIT_BYTES = 12, GROUP_BYTES = 24;
+    static const u32 BITS = 3, UNIT_BYTES = 12, GROUP_BYTES = 24;
+    static __device__ __forceinline__ void put(u8* byte, const u32* codes) {
+        u32 a = codes[6], b = codes[7];
+        byte[0] = u8(codes[0] | codes[1] << 3 | (a & 3) << 6);
+        byte[4] = u8(codes[2] | codes[3] << 3 | (a & 4) << 4 | (b & 4) << 5);
+        byte[8] = u8(codes[4] | codes[5] << 3 | (b & 3) << 6);
+    }
     static __device__ __forceinline__ uint4 load(const u8* group) {
         const u32* w = reinterpret_cast<const u32*>(group) + threadIdx.x % 4 / 2 * 3;
         u32 x = w[0], y = w[1], z = w[2];
