@@ -294,21 +294,29 @@ fn runs_in_halves_on_many_ranks_stay_near() {
     }
 }
 
-#[test]
-fn a_trace_shows_every_rank_computing_while_others_weights_come() {
+/// Runs three steps in a layout, of which it traces `steps`: when what of that name began on each rank, in microseconds. Phase X is
+/// of what is computed, phase b of what is communicated.
+fn traced(layout: Layout, steps: u64) -> Vec<impl Fn(&str, &str) -> Vec<f64>> {
     let lab = Lab::new();
     let mut set = common(false);
-    set.extend(layout([1, 2, 1, 1], NONE, 4).set());
-    set.push("log.trace=2".into());
-    train(&lab.config("traced", 3), &set, 2);
+    set.extend(layout.set());
+    set.push(format!("log.trace={steps}"));
+    train(&lab.config("traced", 3), &set, layout.ranks());
     let text = std::fs::read(lab.path("traced/trace.json")).unwrap();
-    let events: serde_json::Value = serde_json::from_slice(&text).unwrap();
-    let events = events.as_array().unwrap();
-    for rank in [0, 1] {
-        let times = |name: &str, phase: &str| -> Vec<f64> {
+    let events: Vec<serde_json::Value> = serde_json::from_slice(&text).unwrap();
+    let of_rank = |rank: usize| {
+        let events = events.clone();
+        move |name: &str, phase: &str| -> Vec<f64> {
             let is = |e: &&serde_json::Value| e["pid"] == rank && e["name"] == name && e["ph"] == phase;
             events.iter().filter(is).map(|e| e["ts"].as_f64().unwrap()).collect()
-        };
+        }
+    };
+    (0..layout.ranks()).map(of_rank).collect()
+}
+
+#[test]
+fn a_trace_shows_every_rank_computing_while_others_weights_come() {
+    for times in traced(layout([1, 2, 1, 1], NONE, 4), 2) {
         // Two steps of three micro-batches of four sequences; layers 0 and 1 are still there when a pass begins.
         assert_eq!(times("forward of layer 2", "X").len(), 6);
         assert_eq!(times("optimiser", "X").len(), 2);
@@ -318,6 +326,22 @@ fn a_trace_shows_every_rank_computing_while_others_weights_come() {
             !asked.is_empty() && asked[0] <= computed[0],
             "the next layer is asked for before this one computes"
         );
+    }
+}
+
+#[test]
+fn gradients_of_replicas_and_parts_are_summed_while_layers_compute() {
+    for (axes, group) in [([1, 1, 2, 1], "replicate"), ([2, 1, 1, 1], "tensor")] {
+        for times in traced(layout(axes, NONE, 2), 1) {
+            // Of the last micro-batch's pass.
+            let backward = |l: usize| *times(&format!("backward of layer {l}"), "X").last().unwrap();
+            let between = backward(2)..backward(0);
+            let sums = times(&format!("all-reduce of layer 2 ({group})"), "b");
+            assert!(
+                !sums.is_empty() && sums.iter().all(|at| between.contains(at)),
+                "{group}: sums of layer 2 begin at {sums:?}, and its pass and that of layer 0 at {between:?}"
+            );
+        }
     }
 }
 

@@ -7,11 +7,12 @@
 
 use crate::label::{Label, Operation};
 use crate::memory::{Copied, Touched, given_back};
+use crate::pending::Pending;
 use crate::reactor::{Command, Failed, Finished, Job, Memory, Place};
 use crate::route::Linked;
-use crate::world::{World, thread_has_died};
+use crate::world::World;
 use anyhow::{Context, Result, bail};
-use ferropt_device::{AtRest, Buffer, DType, Element, Exchange, Flight, bf16, f16};
+use ferropt_device::{AtRest, Buffer, DType, Element, Exchange, bf16, f16};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -34,49 +35,6 @@ pub(crate) struct Inner {
     members: Vec<usize>,
     rank: usize,
     pub(crate) linked: Linked,
-}
-
-/// An operation that may not be done yet. Dropping it is harmless.
-#[must_use = "the buffer comes back from `wait`"]
-pub struct Pending<B: Send + 'static>(State<B>);
-
-enum State<B: Send + 'static> {
-    Ready(Result<B>),
-    Waiting(Receiver<Result<Finished, Failed>>, Finish<B>),
-    /// Devices do it.
-    Flying(Flight<B>, World),
-}
-
-type Finish<B> = Box<dyn FnOnce(Finished) -> Result<B> + Send>;
-
-impl<B: Send + 'static> Pending<B> {
-    /// Waits until it is done and gives the buffer back. Where devices do it, only what they do with the buffer afterwards
-    /// waits.
-    ///
-    /// # Errors
-    /// When another rank is lost or does something else; the message names it. Every later operation fails alike.
-    pub fn wait(self) -> Result<B> {
-        match self.0 {
-            State::Ready(result) => result,
-            State::Waiting(done, finish) => {
-                let finished = done.recv().map_err(thread_has_died)?;
-                finish(finished.map_err(Failed::into_lost)?)
-            }
-            State::Flying(flight, world) => {
-                world.give_back();
-                world.alive()?;
-                flight.land()
-            }
-        }
-    }
-
-    pub(crate) fn ready(result: Result<B>) -> Self {
-        Pending(State::Ready(result))
-    }
-
-    pub(crate) fn flying(flight: Flight<B>, world: &World) -> Self {
-        Pending(State::Flying(flight, world.clone()))
-    }
 }
 
 impl Group {
@@ -146,6 +104,12 @@ impl Group {
     /// Elements that this rank sends where each sends a part of so many to each other one.
     pub(crate) fn sent_in_parts(&self, len: usize) -> usize {
         (self.size() - 1) * (len / self.size())
+    }
+
+    /// Elements that this rank sends in a sum of whole buffers.
+    pub(crate) fn sent_in_sum<T: Element>(&self, len: usize) -> usize {
+        let (others, own) = (self.size() - 1, even_parts(len, self.size())(self.rank()).len());
+        if is_small_sum::<T>(len) { others * len } else { len - own + others * own }
     }
 
     /// Gathers the parts of all: `buffer` has as many equal parts as there are ranks, and this rank's own is in its place.
@@ -224,8 +188,8 @@ impl Group {
         })
     }
 
-    /// Sums whole buffers of any length; all ranks get the same bits. Large ones are gathered in `wait`, so all ranks wait for
-    /// them in the same order.
+    /// Sums whole buffers of any length; all ranks get the same bits. Large ones are gathered in `wait`, or before that in
+    /// [`Pending::proceed`], so all ranks call that for them in the same order.
     pub fn all_reduce<T: Element, B: Buffer<T> + 'static>(&self, label: Label, buffer: B) -> Pending<B> {
         let (size, len, operation) = (self.size(), buffer.len(), Operation::AllReduce);
         let sum = match summing(T::DTYPE) {
@@ -235,29 +199,16 @@ impl Group {
         if size == 1 {
             return Pending::ready(Ok(buffer));
         }
-        let small = len * size_of::<T>() <= SMALL_SUM;
-        let part = len.div_ceil(size);
-        let range = move |member: usize| (member * part).min(len)..((member + 1) * part).min(len);
         if let Some(route) = self.route(&buffer) {
-            let own = range(self.rank()).len();
-            let sent = if small { (size - 1) * len } else { len - own + (size - 1) * own };
+            let sent = self.sent_in_sum::<T>(len);
             return self.exchange(route, Exchange::AllReduce, label, buffer, sent);
         }
-        if small {
+        if is_small_sum::<T>(len) {
             return self.sum_parts::<T, B>(operation, sum, label, buffer, move |_| 0..len);
         }
-        let summed = self.sum_parts::<T, B>(operation, sum, label, buffer, range);
         let group = self.clone();
-        match summed.0 {
-            State::Waiting(done, finish) => Pending(State::Waiting(
-                done,
-                Box::new(move |finished| {
-                    let buffer = finish(finished)?;
-                    group.gather_parts::<T, B>(operation, label, buffer, range).wait()
-                }),
-            )),
-            state => Pending(state),
-        }
+        let summed = self.sum_parts::<T, B>(operation, sum, label, buffer, even_parts(len, size));
+        summed.then(move |buffer| group.gather_parts::<T, B>(operation, label, buffer, even_parts(len, size)))
     }
 
     /// Gives all what `from` has.
@@ -348,7 +299,7 @@ impl Group {
             self.others().enumerate().map(|(piece, member)| (member, Place::Piece(piece, None))).collect();
         let memory = Box::new(bytes.to_vec());
         let done = self.post(Operation::Gather, label, None, memory, sends, receives, whenever)?;
-        let finished = Pending(State::Waiting(done, Box::new(Ok))).wait()?;
+        let finished = Pending::waiting(done, Ok).wait()?;
         let mut all = vec![bytes.to_vec(); self.size()];
         for (member, piece) in self.others().zip(&finished.pieces) {
             all[member] = piece.bytes().to_vec();
@@ -393,7 +344,7 @@ impl Group {
             Err(buffer) => Box::new(Copied::new(buffer, touched)),
         };
         match self.post(operation, label, Some(T::DTYPE), memory, sends, receives, false) {
-            Ok(done) => Pending(State::Waiting(done, Box::new(finish))),
+            Ok(done) => Pending::waiting(done, finish),
             Err(error) => Pending::ready(Err(error)),
         }
     }
@@ -433,6 +384,17 @@ impl Group {
 fn equal_parts(len: usize, size: usize) -> impl Fn(usize) -> Range<usize> {
     let part = len / size;
     move |member| member * part..(member + 1) * part
+}
+
+/// Which elements of any number are a member's: the last parts may be shorter, or empty.
+fn even_parts(len: usize, size: usize) -> impl Fn(usize) -> Range<usize> {
+    let part = len.div_ceil(size);
+    move |member| (member * part).min(len)..((member + 1) * part).min(len)
+}
+
+/// Whether every rank makes all of a sum.
+fn is_small_sum<T>(len: usize) -> bool {
+    len * size_of::<T>() <= SMALL_SUM
 }
 
 /// Where elements lie in a buffer's bytes.

@@ -1,8 +1,9 @@
 //! Operations that the devices of a group do themselves.
 
 use crate::flights::{Exchanged, Part};
-use crate::group::{Group, Pending};
+use crate::group::Group;
 use crate::label::{Label, Operation};
+use crate::pending::Pending;
 use anyhow::Result;
 use ferropt_device::{Buffer, Departure, Element, Exchange, Link};
 use std::sync::Arc;

@@ -1,7 +1,8 @@
 //! Operations of a group that start together.
 
-use crate::group::{Group, Pending, summing};
+use crate::group::{Group, summing};
 use crate::label::Label;
+use crate::pending::Pending;
 use crate::route::Boarding;
 use anyhow::Result;
 use ferropt_device::{Buffer, Element, Exchange};
@@ -24,13 +25,10 @@ impl Group {
 impl Together<'_> {
     /// [`Group::all_gather`].
     pub fn all_gather<T: Element, B: Buffer<T> + 'static>(&mut self, label: Label, buffer: B) -> Pending<B> {
-        match self.group.route(&buffer) {
-            Some(route) => {
-                let boarding = self.boarding.get_or_insert_with(|| Boarding::new(self.group, route));
-                let sent = self.group.sent_in_parts(buffer.len());
-                boarding.board::<T, B>(Exchange::AllGather, label, buffer, sent)
-            }
-            None => self.group.all_gather(label, buffer),
+        let sent = self.group.sent_in_parts(buffer.len());
+        match self.board::<T, B>(Exchange::AllGather, label, buffer, sent) {
+            Ok(pending) => pending,
+            Err(buffer) => self.group.all_gather(label, buffer),
         }
     }
 
@@ -40,13 +38,40 @@ impl Together<'_> {
         label: Label,
         buffer: B,
     ) -> Pending<B> {
+        let sent = self.group.sent_in_parts(buffer.len());
+        match self.board::<T, B>(Exchange::ReduceScatter, label, buffer, sent) {
+            Ok(pending) => pending,
+            Err(buffer) => self.group.reduce_scatter(label, buffer),
+        }
+    }
+
+    /// [`Group::all_reduce`].
+    pub fn all_reduce<T: Element, B: Buffer<T> + 'static>(&mut self, label: Label, buffer: B) -> Pending<B> {
+        let sent = self.group.sent_in_sum::<T>(buffer.len());
+        match self.board::<T, B>(Exchange::AllReduce, label, buffer, sent) {
+            Ok(pending) => pending,
+            Err(buffer) => self.group.all_reduce(label, buffer),
+        }
+    }
+
+    /// Takes a buffer along, of which `sent` elements count as sent by this rank.
+    ///
+    /// # Errors
+    /// The buffer, where devices do not do that with it.
+    fn board<T: Element, B: Buffer<T> + 'static>(
+        &mut self,
+        exchange: Exchange,
+        label: Label,
+        buffer: B,
+        sent: usize,
+    ) -> Result<Pending<B>, B> {
+        let sums = matches!(exchange, Exchange::ReduceScatter | Exchange::AllReduce);
         match self.group.route(&buffer) {
-            Some(route) if summing(T::DTYPE).is_ok() => {
+            Some(route) if !sums || summing(T::DTYPE).is_ok() => {
                 let boarding = self.boarding.get_or_insert_with(|| Boarding::new(self.group, route));
-                let sent = self.group.sent_in_parts(buffer.len());
-                boarding.board::<T, B>(Exchange::ReduceScatter, label, buffer, sent)
+                Ok(boarding.board::<T, B>(exchange, label, buffer, sent))
             }
-            _ => self.group.reduce_scatter(label, buffer),
+            _ => Err(buffer),
         }
     }
 

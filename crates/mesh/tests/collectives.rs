@@ -178,6 +178,29 @@ fn any_length_is_reduced_to_the_same_bits_everywhere() {
     }
 }
 
+/// The halves of several sums are each on their way at once: once they have proceeded, nobody minds who waits for which first.
+#[test]
+fn sums_that_proceed_together_are_waited_for_in_any_order() {
+    const SUMS: usize = 4;
+    on(3, |group| {
+        let len = |sum: usize| SMALL_SUM * (sum % 2) + 1003;
+        let mut together = group.together();
+        let pending: Vec<_> = (0..SUMS)
+            .map(|sum| {
+                let mine = buffer::<f32>((0..len(sum)).map(|place| number(group.rank(), place + sum)));
+                together.all_reduce(Label::of("layer", sum), mine)
+            })
+            .collect();
+        together.start().unwrap();
+        let mut pending: Vec<_> = pending.into_iter().map(|sum| sum.proceed()).enumerate().collect();
+        pending.rotate_left(group.rank());
+        for (number, sum_of_it) in pending {
+            let got = sum_of_it.wait().unwrap();
+            assert!((0..len(number)).all(|place| got[place] == sum(3, place + number)), "sum {number}");
+        }
+    });
+}
+
 #[test]
 fn bytes_of_different_lengths_are_gathered() {
     on(5, |group| {

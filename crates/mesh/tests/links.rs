@@ -289,7 +289,8 @@ fn operations_that_start_together_are_those_that_start_alone() {
                 let label = Label::of("alone", part);
                 let gathered = group.all_gather(label, matrix(part)).wait().unwrap();
                 let scattered = group.reduce_scatter(label, vector(part)).wait().unwrap();
-                (download(device, &gathered), download(device, &scattered))
+                let reduced = group.all_reduce(label, vector(part)).wait().unwrap();
+                [download(device, &gathered), download(device, &scattered), download(device, &reduced)]
             })
             .collect();
         let counted = world.traffic();
@@ -299,16 +300,22 @@ fn operations_that_start_together_are_those_that_start_alone() {
         let mut together = group.together();
         let board = |part| {
             let label = Label::of("together", part);
-            (together.all_gather(label, matrix(part)), together.reduce_scatter(label, vector(part)))
+            let gathered = together.all_gather(label, matrix(part));
+            let scattered = together.reduce_scatter(label, vector(part));
+            (gathered, scattered, together.all_reduce(label, vector(part)))
         };
         let pending: Vec<_> = PARTS.into_iter().map(board).collect();
         together.start().unwrap();
         let landed: Vec<_> = pending
             .into_iter()
-            .map(|(gathered, scattered)| (gathered.wait().unwrap(), scattered.wait().unwrap()))
+            .map(|(gathered, scattered, reduced)| {
+                (gathered.wait().unwrap(), scattered.wait().unwrap(), reduced.wait().unwrap())
+            })
             .collect();
-        for ((gathered, scattered), (alone_gathered, alone_scattered)) in landed.iter().zip(&alone) {
+        for ((gathered, scattered, reduced), alone) in landed.iter().zip(&alone) {
+            let [alone_gathered, alone_scattered, alone_reduced] = alone;
             assert_eq!(download(device, gathered), *alone_gathered);
+            assert_eq!(download(device, reduced), *alone_reduced);
             let own = scattered.len() / ranks * me..scattered.len() / ranks * (me + 1);
             // Parts of others hold anything.
             assert_eq!(download(device, scattered)[own.clone()], alone_scattered[own]);
@@ -326,7 +333,7 @@ fn operations_that_start_together_are_those_that_start_alone() {
             .filter(|event| event["ph"] == "b" && event["name"].as_str().unwrap().contains("together"))
             .map(|event| event["ts"].as_f64().unwrap())
             .collect();
-        assert!(begins.len() == 2 * PARTS.len() && begins.iter().all(|at| *at == begins[0]), "{begins:?}");
+        assert!(begins.len() == 3 * PARTS.len() && begins.iter().all(|at| *at == begins[0]), "{begins:?}");
         // What is never started ends in an error, and harms nobody.
         let never = group.together().all_gather(Label::new("never"), matrix(1)).wait().err().unwrap();
         assert!(never.to_string().contains("not started"), "{never}");

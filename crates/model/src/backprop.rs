@@ -7,6 +7,7 @@ use crate::inspect::{Observer, Written, tell};
 use crate::layer::Layers;
 use crate::offload::Offload;
 use crate::part::{Held, Part, Place, Stage};
+use crate::sums::Sums;
 use crate::units::{Totals, Units};
 use crate::weights::{Model, Weights};
 use anyhow::{Result, ensure};
@@ -81,6 +82,7 @@ pub struct Backprop<D: Device, E: Element> {
     flights: Vec<Flight<D, E>>,
     units: Units<D, E>,
     totals: Totals<D>,
+    sums: Sums<D>,
     held: Vec<Held>,
     stage: Stage,
     /// What was sent to the neighbouring stages and may not be there yet, and buffers for what is sent and received.
@@ -137,6 +139,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
             flights: (0..under_way).map(flight).collect::<Result<_>>()?,
             units: Units::new(device, config, &held, &mesh.shard, offload)?,
             totals: Totals::new(device, config, &held, &mesh.shard, offload)?,
+            sums: Sums::new(&mesh, &held, stage.start..stage.end.min(config.layers)),
             held,
             stage,
             sent: Vec::new(),
@@ -169,7 +172,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
     /// Backward pass of micro-batch number `number`, whose forward pass is done: sum of the losses in nats (0 in stages that
     /// are not the last), and the gradients of `scale` times that. [`Store::Overwrite`] replaces [`Backprop::gradients`],
     /// [`Store::Accumulate`] adds to them. The first micro-batch of a step overwrites, and the last is followed by
-    /// [`Backprop::sum`].
+    /// [`Backprop::sum`]. If it is said to be the `last`, what that sums is on its way behind it.
     ///
     /// # Errors
     /// When another rank is lost.
@@ -180,8 +183,9 @@ impl<D: Device, E: Element> Backprop<D, E> {
         number: usize,
         scale: f32,
         store: Store,
+        last: bool,
     ) -> Result<f64> {
-        self.backward(device, &model.weights, number, scale, store, &mut None)
+        self.backward(device, &model.weights, number, scale, store, last, &mut None)
     }
 
     /// Both passes of one micro-batch: the first of a step if it overwrites.
@@ -201,7 +205,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
             self.begin();
         }
         self.forward_pass(device, model, 0, batch, pass)?;
-        self.backward_pass(device, model, 0, scale, store)
+        self.backward_pass(device, model, 0, scale, store, false)
     }
 
     /// [`Backprop::train`], overwriting the gradients, and every tensor is shown to `observer` in the order in which they
@@ -221,7 +225,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
         self.begin();
         let mut observer: Observer<'_, D, E> = Some(observer);
         self.forward(device, &model.weights, 0, batch, Some(pass), &mut observer)?;
-        self.backward(device, &model.weights, 0, scale, Store::Overwrite, &mut observer)
+        self.backward(device, &model.weights, 0, scale, Store::Overwrite, false, &mut observer)
     }
 
     /// Completes the gradients of a step, as sums over all ranks that hold the same weights, and returns the L2 norm of all
@@ -231,17 +235,8 @@ impl<D: Device, E: Element> Backprop<D, E> {
     /// When another rank is lost.
     pub fn sum(&mut self, device: &D) -> Result<f64> {
         self.totals.finish(device, &mut self.gradients)?;
-        let held = &self.held;
-        // Of what all tensor-parallel parts have, each has the gradient of its own rows.
-        let whole = |index: usize| held[index].is_whole();
-        sum_over(device, &self.mesh.tensor, &mut self.gradients, held, whole)?;
-        if let Some(ends) = &self.mesh.ends {
-            // Both have the embedding table, which comes first.
-            sum_over(device, ends, &mut self.gradients, held, |index| index == 0)?;
-        }
-        sum_over(device, &self.mesh.replicate, &mut self.gradients, held, |_| true)?;
-
-        let spoken = held.iter().zip(self.gradients.tensors()).filter(|(held, _)| held.speaks);
+        self.sums.finish(device, &mut self.gradients)?;
+        let spoken = self.held.iter().zip(self.gradients.tensors()).filter(|(held, _)| held.speaks);
         let mut squares: f64 = device.sums_of_squares(spoken.map(|(_, g)| g.flat()).collect()).iter().sum();
         for group in [&self.mesh.tensor, &self.mesh.shard, &self.mesh.pipeline] {
             squares = group.gather_f64(Label::new("norm"), &[squares])?.concat().iter().sum();
@@ -334,6 +329,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
         number: usize,
         scale: f32,
         store: Store,
+        last: bool,
         observer: &mut Observer<'_, D, E>,
     ) -> Result<f64> {
         let range = self.layers(w);
@@ -342,7 +338,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
             true => None,
             false => Some(self.receive(device, Label::of("gradients", number), self.stage.place.rank + 1)?),
         };
-        let Backprop { units, totals, flights, gradients, mesh, stage, spare, .. } = self;
+        let Backprop { units, totals, sums, flights, gradients, mesh, stage, spare, .. } = self;
         let Flight { layers, ends, pass } = &mut flights[place];
         let trace = mesh.world.trace();
         let (g, ends_store) = totals.ends(device, gradients, store)?;
@@ -364,10 +360,14 @@ impl<D: Device, E: Element> Backprop<D, E> {
             units.ask(device, w, l, l.checked_sub(1).filter(|next| range.contains(next)))?;
             let (g, store) = totals.layer(device, gradients, l, store)?;
             let weights = units.layer(w, l)?;
-            let _span = trace.span(Label::of("backward of layer", l));
+            let span = trace.span(Label::of("backward of layer", l));
             at_once(device, mesh, || layers.backward(device, weights, g, l - range.start, *pass, store))?;
+            drop(span);
             tell(observer, || layers.written_backward(g, l - range.start));
             totals.layer_done(device)?;
+            if last {
+                sums.follow(device, gradients, l + totals.behind())?;
+            }
         }
         if stage.is_first() {
             let (g, ends_store) = totals.ends(device, gradients, store)?;
@@ -432,29 +432,4 @@ fn at_once<D: Device>(device: &D, mesh: &Mesh, mut layer: impl FnMut() -> Result
     let mut result = Ok(());
     device.repeated(&mut || result = layer());
     result
-}
-
-/// Sums the gradients of some parameters over a group, all at once.
-fn sum_over<D: Device>(
-    device: &D,
-    group: &Group,
-    gradients: &mut Weights<D, f32>,
-    held: &[Held],
-    which: impl Fn(usize) -> bool,
-) -> Result<()> {
-    if group.size() == 1 {
-        return Ok(());
-    }
-    let which = |index: usize| held[index].shard_len > 0 && which(index);
-    let mut coming = Vec::new();
-    for (index, tensor) in gradients.tensors_mut().into_iter().enumerate().filter(|(index, _)| which(*index))
-    {
-        let buffer = std::mem::replace(tensor.flat(), device.alloc(0)?);
-        coming.push((index, group.all_reduce(Label::of("gradient", index), buffer)));
-    }
-    let mut tensors = gradients.tensors_mut();
-    for (index, coming) in coming.into_iter().rev() {
-        *tensors.swap_remove(index).flat() = coming.wait()?;
-    }
-    Ok(())
 }

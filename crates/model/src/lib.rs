@@ -24,6 +24,7 @@ mod parameters;
 mod part;
 mod ready;
 mod rounded;
+mod sums;
 mod units;
 mod weights;
 

@@ -323,6 +323,12 @@ impl<D: Device> Totals<D> {
         Ok(place.begin(device, group, &sums.layers[l], (l, store)))
     }
 
+    /// How many layers are written after one before its gradients are complete: where a sum is on its way, it is waited for when
+    /// its place is needed again.
+    pub(crate) fn behind(&self) -> usize {
+        self.0.as_ref().map_or(0, |scattered| scattered.places.len())
+    }
+
     /// They are written.
     pub(crate) fn layer_done(&mut self, device: &D) -> Result<()> {
         let Some(Scattered { group, places, next, .. }) = &mut self.0 else { return Ok(()) };

@@ -53,10 +53,12 @@ struct How {
     batch: usize,
     recompute: Recompute,
     offload: Offload,
+    /// Sums over ranks are on their way behind the last backward pass.
+    behind: bool,
 }
 
 impl How {
-    const PLAIN: How = How { batch: 2, recompute: Recompute::None, offload: Offload::None };
+    const PLAIN: How = How { batch: 2, recompute: Recompute::None, offload: Offload::None, behind: true };
 }
 
 /// The device that is tested.
@@ -76,7 +78,7 @@ fn device(rank: usize) -> Chip {
 
 /// A step's passes, twice, so that the second finds what the first left; and a score.
 fn passes<E: Element>(config: &Config, how: How, mesh: Mesh) -> Computed {
-    let How { batch, recompute, offload } = how;
+    let How { batch, recompute, offload, behind } = how;
     let device = device(mesh.world.rank());
     let (mesh, _) = mesh.linked(&device).unwrap();
     let part = Part::of_rank(mesh.axes, config.layers, mesh.world.rank());
@@ -94,7 +96,8 @@ fn passes<E: Element>(config: &Config, how: How, mesh: Mesh) -> Computed {
     for _ in 0..2 {
         part.loss = 0.0;
         backprop.begin();
-        for task in schedule(stage, SEQUENCES / (batch * ranks)) {
+        let micro_batches = SEQUENCES / (batch * ranks);
+        for task in schedule(stage, micro_batches) {
             match task {
                 Task::Forward(micro) => {
                     let first = (micro * ranks + rank) * batch;
@@ -106,7 +109,8 @@ fn passes<E: Element>(config: &Config, how: How, mesh: Mesh) -> Computed {
                 }
                 Task::Backward(micro) => {
                     let store = if micro == 0 { Store::Overwrite } else { Store::Accumulate };
-                    part.loss += backprop.backward_pass(&device, &model, micro, 0.01, store).unwrap();
+                    let last = behind && micro + 1 == micro_batches;
+                    part.loss += backprop.backward_pass(&device, &model, micro, 0.01, store, last).unwrap();
                 }
             }
         }
@@ -262,13 +266,33 @@ fn offload_changes_no_bit() {
             let [here, away] = [Offload::None, Offload::All].map(|offload| {
                 on_ranks::<bf16>(&config, How { recompute: Recompute::Full, offload, ..How::PLAIN }, axes)
             });
-            let figures = |c: &Computed| [c.loss, c.score, c.norm].map(f64::to_bits);
-            assert_eq!(figures(&here), figures(&away), "{axes:?}");
-            for ((held, a), (_, b)) in here.gradients.iter().zip(&away.gradients) {
-                let same = a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
-                assert!(same, "{axes:?}: the gradient of {} differs", held.parameter.names[0]);
-            }
+            assert_same_bits(&here, &away, &format!("{axes:?}"));
         }
+    }
+}
+
+/// Sums that are on their way while layers compute have the bits of those that are made afterwards.
+#[test]
+fn sums_behind_the_backward_pass_change_no_bit() {
+    for [tensor, shard, replicate, pipeline] in
+        [[1, 1, 2, 1], [2, 1, 2, 1], [1, 2, 2, 1], [2, 1, 1, 2], [1, 1, 2, 3], [2, 2, 2, 1]]
+    {
+        let axes = Axes { tensor, shard, replicate, pipeline };
+        for offload in [Offload::None, Offload::All] {
+            let [after, behind] = [false, true].map(|behind| {
+                on_ranks::<bf16>(&config(false), How { batch: 1, behind, offload, ..How::PLAIN }, axes)
+            });
+            assert_same_bits(&after, &behind, &format!("{axes:?}, {offload:?}"));
+        }
+    }
+}
+
+fn assert_same_bits(one: &Computed, other: &Computed, what: &str) {
+    let figures = |c: &Computed| [c.loss, c.score, c.norm].map(f64::to_bits);
+    assert_eq!(figures(one), figures(other), "{what}");
+    for ((held, a), (_, b)) in one.gradients.iter().zip(&other.gradients) {
+        let same = a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
+        assert!(same, "{what}: the gradient of {} differs", held.parameter.names[0]);
     }
 }
 

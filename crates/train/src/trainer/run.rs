@@ -293,7 +293,8 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
                 }
                 Task::Backward(part) => {
                     let store = if part == 0 { Put::Overwrite } else { Put::Accumulate };
-                    sum += self.backprop.backward_pass(device, model, part, scale, store)?;
+                    let last = part + 1 == r.accumulation();
+                    sum += self.backprop.backward_pass(device, model, part, scale, store, last)?;
                 }
             }
             self.meter.tick();
