@@ -250,6 +250,7 @@ chip! {
     fn wait() -> ();
     fn network() -> Option<anyhow::Result<Box<dyn Network>>>;
     fn repeated(work: &mut dyn FnMut() => value) -> ();
+    fn beside(lane: Lane => value, work: &mut dyn FnMut() => value) -> Option<Box<dyn Transfer>>;
     fn fill<T>(dst: &mut ChipBuf<T> => out, value: T => value) -> ();
     fn embed<E, O>(rows: usize => value, width: usize => value, ids: &ChipBuf<u32> => buf, table: &ChipBuf<E> => buf,
         second: Option<(&ChipBuf<u32>, &ChipBuf<E>)> => pair, out: &mut ChipBuf<O> => out) -> ();

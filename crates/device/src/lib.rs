@@ -292,6 +292,15 @@ pub struct Rounding {
     pub place: Strided,
 }
 
+/// Which way goes what is done [beside](Device::beside) other operations. What goes one way is done in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lane {
+    /// To the device.
+    In,
+    /// Away from it.
+    Out,
+}
+
 /// A chip that can run OPT.
 pub trait Device: Send + Sync + Sized + 'static {
     /// Memory of this device.
@@ -330,6 +339,16 @@ pub trait Device: Send + Sync + Sized + 'static {
     /// On devices where it makes a difference, when `work` makes buffers, uploads, downloads or waits.
     fn repeated(&self, work: &mut dyn FnMut()) {
         work();
+    }
+    /// Runs `work`, whose operations are done after those that came before, and beside those that come later, for which it is to
+    /// be [held back](Transfer::hold_back): whoever uses what they use until then finds anything there. They are copies, sums of
+    /// buffers, and exchanges with other ranks. None where they are done when they return.
+    ///
+    /// # Panics
+    /// On devices where it makes a difference, when `work` needs workspace, or is among operations that are repeated.
+    fn beside(&self, _: Lane, work: &mut dyn FnMut()) -> Option<Box<dyn Transfer>> {
+        work();
+        None
     }
     /// Sets every element.
     fn fill<T: Element>(&self, dst: &mut Self::Buf<T>, value: T);

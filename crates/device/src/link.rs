@@ -79,9 +79,9 @@ pub trait Link: Send + Sync {
     fn abort(&self);
 }
 
-/// Exchanges that were started together.
+/// What a device does beside its other work, such as exchanges that were started together.
 pub trait Transfer: Send + Sync {
-    /// What the device is told to do from now on waits for it.
+    /// What the device is told to do from now on waits for it; [beside](crate::Device::beside) other work, what is told there.
     fn hold_back(&self);
     /// Whether it is over.
     fn is_over(&self) -> bool;

@@ -94,6 +94,9 @@ macro_rules! timed {
                 // What starts at once cannot be told apart.
                 if self.measures.load(Relaxed) { work() } else { self.inner.repeated(work) }
             }
+            fn beside(&self, lane: Lane, work: &mut dyn FnMut()) -> Option<Box<dyn Transfer>> {
+                self.inner.beside(lane, work)
+            }
             fn alloc<T: Element>(&self, len: usize) -> anyhow::Result<Self::Buf<T>> {
                 self.inner.alloc(len)
             }

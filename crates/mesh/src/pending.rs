@@ -49,6 +49,11 @@ impl<B: Send + 'static> Pending<B> {
         }
     }
 
+    /// Whether [`Pending::wait`] may keep this thread waiting.
+    pub fn keeps_waiting(&self) -> bool {
+        matches!(self.0, State::Waiting(..))
+    }
+
     pub(crate) fn ready(result: Result<B>) -> Self {
         Pending(State::Ready(result))
     }

@@ -357,14 +357,15 @@ impl<D: Device, E: Element> Backprop<D, E> {
         }
         spare.extend(came);
         for l in range.clone().rev() {
-            units.ask(device, w, l, l.checked_sub(1).filter(|next| range.contains(next)))?;
-            let (g, store) = totals.layer(device, gradients, l, store)?;
+            let next = l.checked_sub(1).filter(|next| range.contains(next));
+            units.ask(device, w, l, next)?;
+            let (g, store) = totals.layer(device, gradients, l, next, store)?;
             let weights = units.layer(w, l)?;
             let span = trace.span(Label::of("backward of layer", l));
             at_once(device, mesh, || layers.backward(device, weights, g, l - range.start, *pass, store))?;
             drop(span);
             tell(observer, || layers.written_backward(g, l - range.start));
-            totals.layer_done(device)?;
+            totals.layer_done(device, gradients)?;
             if last {
                 sums.follow(device, gradients, l + totals.behind())?;
             }
@@ -374,7 +375,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
             ends.backward_embed(device, units.ends(device, w)?, g, layers, ends_store)?;
             tell(observer, || ends.written_backward(g));
         }
-        totals.ends_done(device)?;
+        totals.ends_done(device, gradients)?;
         let losses = if stage.is_last() { ends.sum_of_losses(device) } else { 0.0 };
         if !stage.is_first() {
             let mut goes = self.buffer(device)?;

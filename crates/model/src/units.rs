@@ -7,9 +7,9 @@
 //! [`Totals`] sums gradients over the ranks, a layer's while the one before it computes. Tensors of a unit are exchanged
 //! together, since starting an exchange between GPUs takes the processor long.
 //!
-//! Where weights and sums of gradients are in the host's memory ([`Offload::All`]), shards are copied from there and sums back; to
-//! a single rank the same happens without the others. A single rank without that has all of them where they are, and nothing
-//! happens here.
+//! Where weights and sums of gradients are in the host's memory ([`Offload::All`]), shards are copied from there and sums back,
+//! beside what computes; to a single rank the same happens without the others. A single rank without that has all of them
+//! where they are, and nothing happens here.
 
 use crate::backprop::Task;
 use crate::config::Config;
@@ -17,20 +17,15 @@ use crate::offload::Offload;
 use crate::part::Held;
 use crate::weights::{Layer, Tensor, TensorMut, Weights, Zeros};
 use anyhow::Result;
-use ferropt_device::{Buffer, Device, Element, Store};
+use ferropt_device::{Buffer, Device, Element, Lane, Store, Transfer};
 use ferropt_mesh::{Group, Label, Pending, Together};
 
 /// Layers that are whole at once: one computes, another is on its way.
 const PLACES: usize = 2;
 
-/// Layers whose weights are whole at once, and layers whose gradients are, where so many ranks share them out: sums of one rank
-/// wait for no other.
-pub fn layers_at_once(ranks: usize, offload: Offload) -> (usize, usize) {
-    match ranks {
-        1 if !offload.has_weights() => (0, 0),
-        1 => (PLACES, 1),
-        _ => (PLACES, PLACES),
-    }
+/// Layers that are whole at once, with their gradients, where so many ranks share them out.
+pub fn layers_at_once(ranks: usize, offload: Offload) -> usize {
+    if ranks == 1 && !offload.has_weights() { 0 } else { PLACES }
 }
 
 /// Weights as passes read them.
@@ -92,6 +87,8 @@ struct Gathering<U, D: Device, E: Element> {
     good: bool,
     /// What is on its way; those buffers of the unit are empty meanwhile.
     coming: Vec<Coming<D, E>>,
+    /// What else its content waits for.
+    moving: Option<Box<dyn Transfer>>,
 }
 
 enum Coming<D: Device, E: Element> {
@@ -166,7 +163,7 @@ impl<D: Device, E: Element> Units<D, E> {
         group: &Group,
         offload: Offload,
     ) -> Result<Self> {
-        let (places, _) = layers_at_once(group.size(), offload);
+        let places = layers_at_once(group.size(), offload);
         if places == 0 {
             return Ok(Units(None));
         }
@@ -215,7 +212,7 @@ impl<D: Device, E: Element> Units<D, E> {
 
 impl<U: Unit<D, E>, D: Device, E: Element> Gathering<U, D, E> {
     fn new(unit: U) -> Self {
-        Gathering { unit, good: false, coming: Vec::new() }
+        Gathering { unit, good: false, coming: Vec::new(), moving: None }
     }
 
     /// Gathers the unit of `shards`.
@@ -223,6 +220,14 @@ impl<U: Unit<D, E>, D: Device, E: Element> Gathering<U, D, E> {
         // What was on its way and has not been used, if anything, has to be here before its buffers can be.
         self.arrive()?;
         self.good = true;
+        let mut started = Ok(());
+        let moving = device.beside(Lane::In, &mut || started = self.fetch(device, group, label, shards));
+        self.moving = moving;
+        started
+    }
+
+    /// Copies a rank's own shard, and has the others send theirs.
+    fn fetch(&mut self, device: &D, group: &Group, label: Label, shards: &impl Unit<D, E>) -> Result<()> {
         let (mut together, rank) = (group.together(), group.rank());
         for (shard, whole) in shards.list().into_iter().zip(self.unit.list_mut()) {
             self.coming.push(match (shard, whole) {
@@ -240,6 +245,9 @@ impl<U: Unit<D, E>, D: Device, E: Element> Gathering<U, D, E> {
 
     /// The unit, once it is whole.
     fn arrive(&mut self) -> Result<&U> {
+        if let Some(moving) = self.moving.take() {
+            moving.hold_back();
+        }
         for (coming, whole) in self.coming.drain(..).zip(self.unit.list_mut()) {
             match (coming, whole) {
                 (Coming::Matrix(coming), TensorMut::Matrix(whole)) => *whole = coming.wait()?,
@@ -284,6 +292,8 @@ struct Scattering<U, D: Device> {
     coming: Vec<Pending<D::Buf<f32>>>,
     /// Which layer's it is, and what is to be done with the sum.
     goes: (usize, Store),
+    /// What else its buffers wait for before they are written.
+    moving: Option<Box<dyn Transfer>>,
 }
 
 impl<D: Device> Totals<D> {
@@ -295,7 +305,7 @@ impl<D: Device> Totals<D> {
         group: &Group,
         offload: Offload,
     ) -> Result<Self> {
-        let (_, places) = layers_at_once(group.size(), offload);
+        let places = layers_at_once(group.size(), offload);
         if places == 0 {
             return Ok(Totals(None));
         }
@@ -306,21 +316,22 @@ impl<D: Device> Totals<D> {
         Ok(Totals(Some(Scattered { group: group.clone(), places, ends, next: 0 })))
     }
 
-    /// Where layer `l`'s gradients are to be written, and how. `sums` has this rank's shards.
+    /// Where layer `l`'s gradients are to be written, and how; those of `next` are written then. `sums` has this rank's shards.
     pub(crate) fn layer<'a>(
         &'a mut self,
         device: &D,
         sums: &'a mut Weights<D, f32>,
         l: usize,
+        next: Option<usize>,
         store: Store,
     ) -> Result<(&'a mut Layer<D, f32>, Store)> {
-        let Some(Scattered { group, places, next, .. }) = &mut self.0 else {
-            return Ok((&mut sums.layers[l], store));
-        };
-        let place = &mut places[*next];
-        let into = place.goes.0;
-        place.settle(device, group, &mut sums.layers[into])?;
-        Ok(place.begin(device, group, &sums.layers[l], (l, store)))
+        let Some(scattered) = &mut self.0 else { return Ok((&mut sums.layers[l], store)) };
+        let (here, places) = (scattered.next, scattered.places.len());
+        scattered.open(device, sums, here, (l, store))?;
+        if let Some(next) = next.filter(|_| goes_on(&scattered.group, store)) {
+            scattered.open(device, sums, (here + 1) % places, (next, store))?;
+        }
+        Ok(scattered.places[here].write(&scattered.group, store))
     }
 
     /// How many layers are written after one before its gradients are complete: where a sum is on its way, it is waited for when
@@ -330,10 +341,11 @@ impl<D: Device> Totals<D> {
     }
 
     /// They are written.
-    pub(crate) fn layer_done(&mut self, device: &D) -> Result<()> {
+    pub(crate) fn layer_done(&mut self, device: &D, sums: &mut Weights<D, f32>) -> Result<()> {
         let Some(Scattered { group, places, next, .. }) = &mut self.0 else { return Ok(()) };
-        let label = Label::of("layer", places[*next].goes.0);
-        places[*next].start(device, group, label)?;
+        let place = &mut places[*next];
+        let l = place.goes.0;
+        place.start(device, group, Label::of("layer", l), &mut sums.layers[l])?;
         *next = (*next + 1) % places.len();
         Ok(())
     }
@@ -346,16 +358,17 @@ impl<D: Device> Totals<D> {
         store: Store,
     ) -> Result<(&'a mut Weights<D, f32>, Store)> {
         let Some(Scattered { group, ends, .. }) = &mut self.0 else { return Ok((sums, store)) };
-        if !ends.coming.is_empty() {
+        if !ends.open {
             ends.settle(device, group, sums)?;
+            ends.open(device, group, &*sums, (0, store));
         }
-        Ok(ends.begin(device, group, &*sums, (0, store)))
+        Ok(ends.write(group, store))
     }
 
     /// They are written.
-    pub(crate) fn ends_done(&mut self, device: &D) -> Result<()> {
+    pub(crate) fn ends_done(&mut self, device: &D, sums: &mut Weights<D, f32>) -> Result<()> {
         let Some(Scattered { group, ends, .. }) = &mut self.0 else { return Ok(()) };
-        ends.start(device, group, Label::new("ends"))
+        ends.start(device, group, Label::new("ends"), sums)
     }
 
     /// Waits for all sums.
@@ -364,52 +377,111 @@ impl<D: Device> Totals<D> {
         for place in places {
             let into = place.goes.0;
             place.settle(device, group, &mut sums.layers[into])?;
+            place.hold_back();
         }
-        ends.settle(device, group, sums)
+        ends.settle(device, group, sums)?;
+        ends.hold_back();
+        Ok(())
     }
+}
+
+impl<D: Device> Scattered<D> {
+    /// Has a place made ready to be written, if it is not. Of a layer that goes on this may be earlier than it is written.
+    fn open(
+        &mut self,
+        device: &D,
+        sums: &mut Weights<D, f32>,
+        place: usize,
+        goes: (usize, Store),
+    ) -> Result<()> {
+        let Scattered { group, places, .. } = self;
+        if places[place].open {
+            return Ok(());
+        }
+        let into = places[place].goes.0;
+        places[place].settle(device, group, &mut sums.layers[into])?;
+        if goes_on(group, goes.1) {
+            // The layer's sum, which is to be copied, may be on its way from any place.
+            device.beside(Lane::In, &mut || {
+                places.iter().flat_map(|place| &place.moving).for_each(|moving| moving.hold_back());
+            });
+        }
+        places[place].open(device, group, &sums.layers[goes.0], goes);
+        Ok(())
+    }
+}
+
+/// Whether gradients are added to what was summed before as they are computed: those of a single rank, which have the bits then
+/// that they would have if they were not moved.
+fn goes_on(group: &Group, store: Store) -> bool {
+    group.size() == 1 && store == Store::Accumulate
 }
 
 impl<U: Unit<D, f32>, D: Device> Scattering<U, D> {
     fn new(unit: U) -> Self {
-        Scattering { unit, open: false, coming: Vec::new(), goes: (0, Store::Overwrite) }
+        Scattering { unit, open: false, coming: Vec::new(), goes: (0, Store::Overwrite), moving: None }
     }
 
-    /// The unit, to be written (on, if it is open), and how; `sums` has what was summed of it before.
-    fn begin(
-        &mut self,
-        device: &D,
-        group: &Group,
-        sums: &impl Unit<D, f32>,
-        goes: (usize, Store),
-    ) -> (&mut U, Store) {
-        let open = std::mem::replace(&mut self.open, true);
+    /// Makes the unit ready to be written; `sums` has what was summed of it before.
+    fn open(&mut self, device: &D, group: &Group, sums: &impl Unit<D, f32>, goes: (usize, Store)) {
+        self.open = true;
         self.goes = goes;
-        if group.size() > 1 {
-            return (&mut self.unit, Store::Overwrite);
+        if group.size() == 1 {
+            self.goes.1 = Store::Overwrite;
         }
-        // What a single rank has summed goes on where it stands, with the bits that it would have if it were not moved.
-        if goes.1 == Store::Accumulate && !open {
-            for (sum, whole) in sums.list().into_iter().zip(self.unit.list_mut()) {
-                let sum = sum.flat();
-                device.copy(sum.len(), sum, 0, whole.flat(), 0);
-            }
+        if goes_on(group, goes.1) {
+            let unit = &mut self.unit;
+            let moving = self.moving.take();
+            self.moving = device.beside(Lane::In, &mut || {
+                moving.iter().for_each(|moving| moving.hold_back());
+                for (sum, whole) in sums.list().into_iter().zip(unit.list_mut()) {
+                    let sum = sum.flat();
+                    device.copy(sum.len(), sum, 0, whole.flat(), 0);
+                }
+            });
         }
-        self.goes.1 = Store::Overwrite;
-        (&mut self.unit, goes.1)
     }
 
-    fn start(&mut self, device: &D, group: &Group, label: Label) -> Result<()> {
+    /// The unit, to be written (on, if that has begun), and how.
+    fn write(&mut self, group: &Group, store: Store) -> (&mut U, Store) {
+        self.hold_back();
+        (&mut self.unit, if group.size() == 1 { store } else { Store::Overwrite })
+    }
+
+    /// What comes now waits for what its buffers wait for.
+    fn hold_back(&mut self) {
+        if let Some(moving) = self.moving.take() {
+            moving.hold_back();
+        }
+    }
+
+    /// Has the unit summed over the ranks, and added to the sums; only later where that would keep this thread waiting.
+    fn start(&mut self, device: &D, group: &Group, label: Label, sums: &mut impl Unit<D, f32>) -> Result<()> {
         self.open = false;
         let mut together = group.together();
         for whole in self.unit.list_mut() {
             let buffer = std::mem::replace(whole.flat(), device.alloc(0)?);
             self.coming.push(together.reduce_scatter(label, buffer));
         }
-        together.start()
+        together.start()?;
+        match self.coming.iter().any(Pending::keeps_waiting) {
+            true => Ok(()),
+            false => self.settle(device, group, sums),
+        }
     }
 
     /// Puts the sums that are on their way where they belong.
     fn settle(&mut self, device: &D, group: &Group, into: &mut impl Unit<D, f32>) -> Result<()> {
+        if self.coming.is_empty() {
+            return Ok(());
+        }
+        let mut settled = Ok(());
+        let moving = device.beside(Lane::Out, &mut || settled = self.add(device, group, into));
+        self.moving = moving;
+        settled
+    }
+
+    fn add(&mut self, device: &D, group: &Group, into: &mut impl Unit<D, f32>) -> Result<()> {
         let tensors = self.unit.list_mut().into_iter().zip(into.list_mut());
         for (coming, (whole, sum)) in self.coming.drain(..).zip(tensors) {
             let (whole, sum) = (whole.flat(), sum.flat());

@@ -256,8 +256,8 @@ impl Memory {
             };
             table.iter().map(|h| (times(h) * h.shard_len * shards * bytes(&h.parameter)) as u64).sum::<u64>()
         };
-        let (read, written) = layers_at_once(shards, options.offload);
-        let units = whole(read, &of_weight) + whole(written, &|_| f32);
+        let at_once = layers_at_once(shards, options.offload);
+        let units = whole(at_once, &of_weight) + whole(at_once, &|_| f32);
         let mut memory = Memory {
             weights,
             units,

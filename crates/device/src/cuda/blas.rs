@@ -186,6 +186,7 @@ impl Blas {
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
         let plan = plans.entry(key).or_insert_with(|| self.plan(&key));
         let [right, left, out] = plan.layouts;
+        self.gpu.in_order("a product");
         self.gpu.driver();
         // SAFETY: the plan describes exactly these operands; all memory outlives the work (see `Kernels::launch`).
         let code = unsafe {

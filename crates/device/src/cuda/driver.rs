@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr::null_mut;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -114,12 +115,14 @@ thread_local! {
     static CURRENT: Cell<Handle> = const { Cell::new(null_mut()) };
 }
 
-/// One GPU, and the one stream on which all of its work is done in order.
+/// One GPU, the stream on which its work is done in order, and those for what is done beside that.
 pub(super) struct Gpu {
     functions: Functions,
     device: c_int,
     context: Handle,
     stream: Handle,
+    /// Made when something is done beside other work, see lanes.rs.
+    pub(super) lanes: OnceLock<[Handle; 2]>,
     /// Bytes of its memory that are taken.
     taken: AtomicU64,
     /// Whether it has failed, which it does for good: nothing can be given back to it any more.
@@ -204,6 +207,7 @@ impl Gpu {
             device,
             context,
             stream,
+            lanes: OnceLock::new(),
             taken,
             failed,
             name,
@@ -227,9 +231,9 @@ impl Gpu {
         &self.functions
     }
 
-    /// The stream of all work, or the one that records it.
+    /// The stream of all work, the one that records it, or the one of what this thread has done beside it.
     pub(super) fn stream(&self) -> Handle {
-        self.recording().unwrap_or(self.stream)
+        self.recording().or_else(|| self.lane()).unwrap_or(self.stream)
     }
 
     /// Another stream.
@@ -277,11 +281,13 @@ impl Gpu {
         (!self.failed.load(Relaxed)).then(|| self.driver())
     }
 
-    /// Waits for all work.
+    /// Waits for all work, also for what is done beside other work.
     pub(super) fn wait(&self) {
         self.outside("waiting for the GPU");
-        // SAFETY: the stream lives as long as `self`.
-        self.expect("work on it ended badly", unsafe { (self.driver().cuStreamSynchronize)(self.stream) });
+        for stream in [self.stream].into_iter().chain(self.lanes.get().into_iter().flatten().copied()) {
+            // SAFETY: the stream lives as long as `self`.
+            self.expect("work on it ended badly", unsafe { (self.driver().cuStreamSynchronize)(stream) });
+        }
     }
 
     /// Memory with unspecified contents; `bytes` is above 0.
@@ -446,6 +452,9 @@ impl Drop for Gpu {
         let Some(f) = self.closing() else { return };
         // SAFETY: made by `open`; everything that uses them is gone. Errors can change nothing any more.
         unsafe {
+            for lane in self.lanes.get().into_iter().flatten() {
+                (f.cuStreamDestroy_v2)(*lane);
+            }
             (f.cuStreamDestroy_v2)(self.stream);
             (f.cuDevicePrimaryCtxRelease_v2)(self.device);
         }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use super::driver::{Gpu, Handle};
+use crate::Transfer;
 
 /// CUDA_ERROR_NOT_READY.
 const NOT_READY: c_int = 600;
@@ -67,5 +68,35 @@ impl Drop for Event {
         let Some(f) = self.gpu.closing() else { return };
         // SAFETY: made once, given back once; work that waits for it goes on doing so. An error can change nothing any more.
         unsafe { (f.cuEventDestroy_v2)(self.handle) };
+    }
+}
+
+/// Work on another stream than that of operations, which are held back until it is over where that is said.
+pub(super) struct Aside(Event);
+
+impl Aside {
+    /// All work that a stream was given so far.
+    ///
+    /// # Errors
+    /// As [`Event::at_end_of`].
+    pub(super) fn until_now(gpu: &Arc<Gpu>, stream: Handle) -> Result<Aside> {
+        Event::at_end_of(gpu, stream).map(Aside)
+    }
+}
+
+impl Transfer for Aside {
+    fn hold_back(&self) {
+        let Event { gpu, .. } = &self.0;
+        gpu.outside("waiting for what is done beside it");
+        let held = self.0.hold_back(gpu.stream());
+        held.unwrap_or_else(|error| gpu.fail(&format!("{error:#}")));
+    }
+
+    fn is_over(&self) -> bool {
+        self.0.is_past()
+    }
+
+    fn wait(&self) {
+        self.0.wait();
     }
 }

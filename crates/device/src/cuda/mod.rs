@@ -1,6 +1,6 @@
 //! The CUDA device: one NVIDIA GPU, its libraries found when it is opened.
 //!
-//! All work goes to one stream in order, but for what is exchanged with other GPUs (`nccl.rs`); operations return when it is enqueued, and only [`Device::download`] and what
+//! All work goes to one stream in order, but for what is exchanged with other GPUs (`nccl.rs`) and what is done beside it (`lanes.rs`); operations return when it is enqueued, and only [`Device::download`] and what
 //! answers with numbers waits. Products are cuBLASLt's, the rest are the kernels in `kernels/`. This file holds the device
 //! itself and connects operations to [`Device`]; `kernels.rs` starts kernels, `driver.rs`, `nvrtc.rs`, `blas.rs`, `nccl.rs` speak
 //! with NVIDIA's libraries.
@@ -17,6 +17,7 @@ mod driver;
 mod event;
 mod graphs;
 mod kernels;
+mod lanes;
 mod library;
 mod linear;
 mod loss;
@@ -118,6 +119,7 @@ impl CudaDevice {
 
     /// Workspace for one operation; held until its work is enqueued.
     fn workspace(&self) -> MutexGuard<'_, Workspace> {
+        self.gpu.in_order("an operation that uses workspace");
         self.workspace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -262,6 +264,10 @@ impl Device for CudaDevice {
 
     fn repeated(&self, work: &mut dyn FnMut()) {
         graphs::repeated(self, work);
+    }
+
+    fn beside(&self, lane: Lane, work: &mut dyn FnMut()) -> Option<Box<dyn Transfer>> {
+        Some(self.gpu.beside(lane, work))
     }
 
     fn fill<T: Element>(&self, dst: &mut CudaBuf<T>, value: T) {

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::driver::{Gpu, Handle};
-use super::event::Event;
+use super::event::{Aside, Event};
 use super::library::{Library, Wanted, functions};
 use super::switch;
 use crate::{DType, Exchange, Link, Located, Network, Transfer};
@@ -360,7 +360,7 @@ impl Link for Communicator {
             self.abort();
             return Err(error);
         }
-        Ok(Box::new(Started { gpu: gpu.clone(), end: Event::at_end_of(gpu, self.stream)? }))
+        Ok(Box::new(Aside::until_now(gpu, self.stream)?))
     }
 
     fn check(&self) -> Result<()> {
@@ -400,28 +400,6 @@ impl Drop for Communicator {
             None => self.abort(),
         }
         self.nccl.gpu.give_back_stream(self.stream);
-    }
-}
-
-/// Exchanges that were started.
-struct Started {
-    gpu: Arc<Gpu>,
-    end: Event,
-}
-
-impl Transfer for Started {
-    fn hold_back(&self) {
-        self.gpu.outside("waiting for other ranks");
-        let held = self.end.hold_back(self.gpu.stream());
-        held.unwrap_or_else(|error| self.gpu.fail(&format!("{error:#}")));
-    }
-
-    fn is_over(&self) -> bool {
-        self.end.is_past()
-    }
-
-    fn wait(&self) {
-        self.end.wait();
     }
 }
 

@@ -212,6 +212,8 @@ void emulation::enqueue(void* stream, std::function<void()> work) {
     s->graph->push_back(std::make_shared<Node>(Node{s->graph->size(), nullptr, std::move(work)}));
 }
 
+void emulation::hurry(void* stream) { static_cast<Stream*>(stream)->hurry(); }
+
 int emulation::device() { return current == nullptr ? -1 : current->number; }
 
 extern "C" {
@@ -353,8 +355,7 @@ int cuStreamSynchronize(void* stream) {
 int cuStreamWaitEvent(void* stream, void* event, unsigned flags) {
     if (int error = not_captured(stream)) return error;
     if (flags != 0) return INVALID;
-    static_cast<Stream*>(stream)->give([event = *static_cast<Event*>(event)]() mutable { event.wait(); });
-    return OK;
+    return static_cast<Stream*>(stream)->give_wait(*static_cast<Event*>(event)), OK;
 }
 
 // Only the mode of one thread: what other threads do is not forbidden.

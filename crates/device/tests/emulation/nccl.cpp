@@ -225,6 +225,7 @@ int later(void* handle, void* stream, std::function<void(Communicator&)> work) {
     if (c->call) return wrong(INVALID_USAGE);
     auto call = [c, stream, work = std::move(work)] {
         c->under_way++;
+        emulation::hurry(stream);
         emulation::enqueue(stream, [c, work] {
             if (!c->aborted && c->state == OK) work(*c);
             c->under_way--;

@@ -18,6 +18,7 @@ public:
 private:
     friend class Stream;
     struct Point;
+    void want() const;
     std::shared_ptr<Point> point;
 };
 
@@ -31,13 +32,19 @@ struct Node {
 /// Work in its order.
 typedef std::vector<std::shared_ptr<Node>> Graph;
 
-/// A thread does its work in order. It begins late, so that whoever forgets to wait for it finds nothing done.
+/// A thread does its work in order. It begins late, so that whoever forgets to wait for it finds nothing done. One that begins by
+/// waiting for another stream does nothing at all until something waits for it, but for what NCCL gives it, for which other
+/// ranks wait.
 class Stream {
 public:
     Stream();
     /// Waits until all is done.
     ~Stream();
     void give(std::function<void()> work);
+    /// Given first, makes a stream that works only for who waits for it.
+    void give_wait(Event event);
+    /// It works from now on whether anybody waits for it or not.
+    void hurry();
     /// The end of all that it was given so far.
     Event end();
 
@@ -47,6 +54,7 @@ public:
     bool invalid = false;
 
 private:
+    friend class Event;
     struct Work;
     std::shared_ptr<Work> work;
     std::thread worker;

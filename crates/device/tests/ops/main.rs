@@ -4,6 +4,7 @@
 //! not written shows.
 
 mod attention;
+mod beside;
 mod draw;
 mod elementwise;
 mod embed;
