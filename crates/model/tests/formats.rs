@@ -11,6 +11,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
+#[path = "common/logits.rs"]
+mod logits;
 #[path = "formats/own_head.rs"]
 mod own_head;
 #[path = "formats/quantised.rs"]

@@ -12,6 +12,8 @@ use ferropt_model::{
 mod graphs;
 #[path = "model/inspect.rs"]
 mod inspect;
+#[path = "common/logits.rs"]
+mod logits;
 #[path = "model/quantised.rs"]
 mod quantised;
 

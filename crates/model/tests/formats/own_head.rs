@@ -3,9 +3,9 @@
 use super::*;
 use ferropt_device::cpu::{CpuDevice, CpuOptions};
 use ferropt_device::quantise::Codes;
-use ferropt_device::{Segment, WeightFormat, bf16};
+use ferropt_device::{WeightFormat, bf16};
 use ferropt_model::formats::{Quantisation, quantise};
-use ferropt_model::{Cache, Decoder, Matrices, Memory, Model, Rounded, Walk};
+use ferropt_model::{Decoder, Matrices, Model, Rounded, Walk};
 use std::ops::Range;
 
 fn model(name: &str) -> PathBuf {
@@ -47,28 +47,9 @@ fn logits(source: &Source, format: WeightFormat, tokens: &[u32]) -> Vec<f32> {
     };
     let decoder = Decoder::new(&device, config, format, &read, matrices).unwrap();
     match format {
-        WeightFormat::F32 | WeightFormat::F16 => of::<f32>(&device, &decoder, tokens),
-        _ => of::<bf16>(&device, &decoder, tokens),
+        WeightFormat::F32 | WeightFormat::F16 => logits::of::<f32>(&device, &decoder, tokens),
+        _ => logits::of::<bf16>(&device, &decoder, tokens),
     }
-}
-
-fn of<E: ferropt_device::Element>(
-    device: &CpuDevice,
-    decoder: &Decoder<CpuDevice>,
-    tokens: &[u32],
-) -> Vec<f32> {
-    let mut cache = Cache::<_, E>::new(device, decoder.config(), 1).unwrap();
-    let mut memory = Memory::new(device, decoder.config(), tokens.len(), tokens.len()).unwrap();
-    let segments = [Segment { rows: tokens.len(), past: 0, pages: &[0] }];
-    decoder.forward(device, tokens, &segments, &mut cache, &mut memory).unwrap();
-    let rows: Vec<u32> = (0..tokens.len() as u32).collect();
-    let logits = decoder.head(device, &rows, &mut memory).unwrap();
-    let read = |row: usize| {
-        let mut out = vec![];
-        logits.read(row, &mut out);
-        out
-    };
-    (0..tokens.len()).flat_map(read).collect()
 }
 
 /// Root mean square of the differences, as a share of the numbers.

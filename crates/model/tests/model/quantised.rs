@@ -65,18 +65,7 @@ fn logits(
             Decoder::new(device, config, format, &never, Matrices::Codes(&give)).unwrap()
         }
     };
-    let mut cache = Cache::<_, bf16>::new(device, config, 1).unwrap();
-    let mut memory = Memory::new(device, config, tokens.len(), tokens.len()).unwrap();
-    let segments = [Segment { rows: tokens.len(), past: 0, pages: &[0] }];
-    decoder.forward(device, tokens, &segments, &mut cache, &mut memory).unwrap();
-    let rows: Vec<u32> = (0..tokens.len() as u32).collect();
-    let logits = decoder.head(device, &rows, &mut memory).unwrap();
-    let read = |row: usize| {
-        let mut out = vec![];
-        logits.read(row, &mut out);
-        out
-    };
-    (0..tokens.len()).flat_map(read).collect()
+    logits::of::<bf16>(device, &decoder, tokens)
 }
 
 #[test]

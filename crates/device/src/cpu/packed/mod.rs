@@ -25,7 +25,7 @@ use super::simd::{Simd, dispatch, prefetch};
 use super::{CpuBuf, CpuDevice, Scratch};
 use crate::element::check_f16;
 use crate::quantise::Codes;
-use crate::{Activation, DType, Element, Mapped, RandomWeights, ReadRows, WeightFormat, WritePiece};
+use crate::{Activation, DType, Element, Mapped, ReadRows, WeightFormat, WritePiece};
 pub(super) use ahead::Next;
 use groups::Bits;
 use kept::Kept;
@@ -195,16 +195,6 @@ impl Packed {
         check_sizes(n, k)?;
         let data = Data::Groups(groups::pack_codes(device, format, n, k, read)?);
         Ok(Packed { n, k, data, next: Arc::default() })
-    }
-
-    pub(super) fn random(
-        device: &CpuDevice,
-        format: WeightFormat,
-        n: usize,
-        k: usize,
-        random: RandomWeights,
-    ) -> anyhow::Result<Packed> {
-        random::pack(device, format, n, k, random)
     }
 
     /// Bytes that it takes.
