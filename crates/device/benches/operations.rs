@@ -271,7 +271,7 @@ fn paged<E: Element>(b: &Bench) {
 }
 
 fn loss<E: Element>(b: &Bench) {
-    let rows = 512;
+    let rows = N;
     let s = LossShape { rows, vocab: V, width: C, first: 0 };
     let flops = 2.0 * (rows * V * C) as f64;
     let work =

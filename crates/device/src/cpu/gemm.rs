@@ -233,8 +233,9 @@ pub(super) fn product<E: Element, B: Operand, P: Epilogue>(
                     in_scratch = Some((n0, k_block));
                 }
                 let panels = b.panels(scratch, n0, ks.start, units, t);
-                each_group(device, t, rows.len(), cols.len(), a_panels, |here, b_panels, thread| {
-                    let (start, rows) = (here.start, rows.start + here.start..rows.start + here.end);
+                each_group(device, t, rows.len(), cols.len(), a_panels, |here, next, b_panels, thread| {
+                    let of = |part: Range<usize>| rows.start + part.start..rows.start + part.end;
+                    let (start, soon, rows) = (here.start, next.map(&of), of(here));
                     let len = rows.len().next_multiple_of(t.mr) * units;
                     // SAFETY: each thread has its own part.
                     let packed = unsafe { packed_a.range(thread * group..thread * group + len) };
@@ -249,6 +250,7 @@ pub(super) fn product<E: Element, B: Operand, P: Epilogue>(
                         last: k_block + 1 == k_blocks,
                         a: packed,
                         b: panels,
+                        soon: soon.map(|rows| Soon::of(&a, rows, ks.clone())),
                         sums_from: if alone {
                             thread * own
                         } else {
@@ -263,15 +265,16 @@ pub(super) fn product<E: Element, B: Operand, P: Epilogue>(
     }
 }
 
-/// Calls `task(rows, panels of B, thread)` on all threads: rows in groups of at most `a_panels` panels of A, by all panels
-/// of B or, where there are few groups, by some. Every thread has as many tasks as every other, of nearly equal sizes.
+/// Calls `task(rows, rows that the thread is likely to have next, panels of B, thread)` on all threads: rows in groups of at most
+/// `a_panels` panels of A, by all panels of B or, where there are few groups, by some. Every thread has as many tasks as every
+/// other, of nearly equal sizes.
 fn each_group(
     device: &CpuDevice,
     t: Tile,
     rows: usize,
     cols: usize,
     a_panels: usize,
-    task: impl Fn(Range<usize>, Range<usize>, usize) + Sync,
+    task: impl Fn(Range<usize>, Option<Range<usize>>, Range<usize>, usize) + Sync,
 ) {
     let (all_a, all_b, threads) = (rows.div_ceil(t.mr), cols.div_ceil(t.nr), device.threads());
     let groups = match all_a.div_ceil(a_panels) {
@@ -281,10 +284,14 @@ fn each_group(
     let parts = (TASKS * threads).div_ceil(groups);
     let parts = if groups < threads { parts.next_multiple_of(threads) } else { parts }.min(all_b);
     let part = |all: usize, i: usize, of: usize| all * i / of..all * (i + 1) / of;
-    device.pool.for_each(groups * parts, |at, thread| {
+    let tasks = groups * parts;
+    let rows = |at: usize| {
         let panels = part(all_a, at / parts, groups);
-        let rows = panels.start * t.mr..(panels.end * t.mr).min(rows);
-        task(rows, part(all_b, at % parts, parts), thread);
+        panels.start * t.mr..(panels.end * t.mr).min(rows)
+    };
+    device.pool.for_each(tasks, |at, thread| {
+        let next = (at + threads < tasks).then(|| rows(at + threads));
+        task(rows(at), next, part(all_b, at % parts, parts), thread);
     });
 }
 
@@ -309,6 +316,41 @@ pub(super) struct Panels<'a> {
     pub(super) next: usize,
 }
 
+/// Part of a matrix that is packed soon.
+#[derive(Clone, Copy)]
+pub(super) struct Soon {
+    start: *const u8,
+    /// Neighbours in memory, cache lines of each, and bytes from one to the next.
+    rows: usize,
+    lines: usize,
+    step: usize,
+}
+
+impl Soon {
+    /// Rows `is` and columns `ks` of A.
+    fn of<E: Element>(a: &Matrix<E>, is: Range<usize>, ks: Range<usize>) -> Self {
+        let (outer, inner) = if a.k_contiguous { (is, ks) } else { (ks, is) };
+        let start = a.data.as_ptr().wrapping_add(outer.start * a.ld + inner.start);
+        let lines = (inner.len() * size_of::<E>()).div_ceil(64);
+        Soon { start: start.cast(), rows: outer.len(), lines, step: a.ld * size_of::<E>() }
+    }
+
+    /// Brings its `part`-th of so many parts to the second-level cache.
+    #[inline(always)]
+    fn fetch(&self, part: usize, of: usize) {
+        let all = self.rows * self.lines;
+        let (mut at, end) = (all * part / of, all * (part + 1) / of);
+        while at < end {
+            let (row, line) = (at / self.lines, at % self.lines);
+            let count = (self.lines - line).min(end - at);
+            for line in line..line + count {
+                prefetch_l2(self.start.wrapping_add(row * self.step + 64 * line));
+            }
+            at += count;
+        }
+    }
+}
+
 /// Packed operands: some rows of A, and a super-block of B.
 pub(super) struct Block<'a> {
     pub(super) tile: Tile,
@@ -321,6 +363,8 @@ pub(super) struct Block<'a> {
     pub(super) last: bool,
     pub(super) a: &'a [u32],
     pub(super) b: Panels<'a>,
+    /// What is packed after this.
+    pub(super) soon: Option<Soon>,
     /// Where the sums of these rows begin among those that wait for the next block of k, and whether there is only room for
     /// those of one panel of B.
     pub(super) sums_from: usize,
@@ -383,6 +427,7 @@ impl Block<'_> {
         let out = out.as_mut();
         let a_count = self.rows.len().div_ceil(mr);
         let all = self.b.data;
+        let (first_panel, panels) = (b_panels.start, b_panels.len() * a_panels.len());
         for bp in b_panels {
             let start = bp * self.b.stride + self.b.start;
             for from in (0..units.max(1)).step_by(in_block.max(1)) {
@@ -392,6 +437,10 @@ impl Block<'_> {
                 let b = &all[word..word + count.div_ceil(I::IN_WORD) * nr];
                 let next = if from + count < units { word + b.len() } else { start + self.b.next };
                 for ap in a_panels.clone() {
+                    if let (0, Some(soon)) = (from, &self.soon) {
+                        let part = (bp - first_panel) * a_panels.len() + ap - a_panels.start;
+                        soon.fetch(part, panels);
+                    }
                     let a = &self.a[(ap * units + from) * mr..][..count * mr];
                     // What comes next of B is brought to the L2 cache while this is in use, a share with each panel of A.
                     let share = b.len().div_ceil(a_panels.len());

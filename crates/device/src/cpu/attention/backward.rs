@@ -264,11 +264,11 @@ pub(super) struct Tiles<'a, V> {
     pub(super) ds: &'a mut [V],
 }
 
-impl<V: Element> Tiles<'_, V> {
+impl<V> Tiles<'_, V> {
     /// Fills `p`, `ds`, and where a unit is more than a number, `units` with those that rows of `ds` make. Row 0 is key
     /// `first` of the block.
     #[inline(always)]
-    pub(super) fn differentiate<S: Simd, M: Units<S>, const NV: usize>(
+    pub(super) fn differentiate<S: Simd, M: Units<S, Value = V>, const NV: usize>(
         self,
         s: S,
         rows: usize,
@@ -285,7 +285,7 @@ impl<V: Element> Tiles<'_, V> {
                     let at = (row + i) * nr + lane;
                     // Not fused: the difference of large numbers must be 0 where they are equal.
                     let score = s.mul(s.load(&self.scores[at..]), s.splat(scale));
-                    let p = s.exp(s.sub(score, lse));
+                    let p = M::exp(s, s.mul(s.sub(score, lse), s.splat(M::FACTOR)));
                     let (mut p_kept, mut dp) = (p, s.load(&self.dp[at..]));
                     if let Some((bits, factor)) = self.kept {
                         let (word, bit) = ((first + row + i) / 32, ((first + row + i) % 32) as u32);
@@ -294,8 +294,8 @@ impl<V: Element> Tiles<'_, V> {
                         dp = s.select_bit(bits, bit, s.mul(dp, s.splat(factor)), s.zero());
                     }
                     let ds = s.mul(p, s.sub(dp, delta));
-                    s.store_as(&mut self.p[at..], p_kept);
-                    s.store_as(&mut self.ds[at..], ds);
+                    M::put_row(s, p_kept, &mut self.p[at..]);
+                    M::put_row(s, ds, &mut self.ds[at..]);
                     pair[i] = ds;
                 }
                 if M::PER_UNIT > 1 {

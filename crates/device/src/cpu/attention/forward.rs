@@ -230,7 +230,7 @@ impl State {
         kept: Option<&[u32]>,
     ) -> bool {
         let nr = NV * S::LANES;
-        let scale = s.splat(scale);
+        let scale = s.splat(scale * M::FACTOR);
         let mut max = [s.zero(); NV];
         for v in 0..NV {
             max[v] = s.load(&self.max[v * S::LANES..]);
@@ -245,7 +245,7 @@ impl State {
         for v in 0..NV {
             let at = v * S::LANES;
             let old = s.load(&self.max[at..]);
-            let shrink = s.exp(s.mul(s.sub(old, max[v]), scale));
+            let shrink = M::exp(s, s.mul(s.sub(old, max[v]), scale));
             changed |= s.to_array(old) != s.to_array(max[v]);
             s.store(&mut self.max[at..], max[v]);
             s.store(&mut self.shrink[at..], shrink);
@@ -254,8 +254,8 @@ impl State {
         for row in rows.step_by(2) {
             for v in 0..NV {
                 let at = row * nr + v * S::LANES;
-                let mut even = s.exp(s.mul(s.sub(s.load(&scores[at..]), max[v]), scale));
-                let mut odd = s.exp(s.mul(s.sub(s.load(&scores[at + nr..]), max[v]), scale));
+                let mut even = M::exp(s, s.mul(s.sub(s.load(&scores[at..]), max[v]), scale));
+                let mut odd = M::exp(s, s.mul(s.sub(s.load(&scores[at + nr..]), max[v]), scale));
                 sum[v] = s.add(sum[v], s.add(even, odd));
                 if let Some(bits) = kept {
                     let bits = &bits[row / 32 * nr + v * S::LANES..];

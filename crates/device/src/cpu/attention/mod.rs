@@ -118,13 +118,38 @@ fn on_tile<E: Element>(isa: Isa, kernel: impl Kernel) {
     }
 }
 
+/// Exponentials, no more exact than what becomes of them.
+trait Exponential<S: Simd>: Mac<S> {
+    /// What exponents are multiplied by for [`Exponential::exp`], as well as by anything else.
+    const FACTOR: f32 = 1.0;
+
+    /// `e^(x / FACTOR)` of a number that is hardly above 0.
+    #[inline(always)]
+    fn exp(s: S, x: S::F) -> S::F {
+        s.exp(x)
+    }
+}
+
+impl<S: Simd> Exponential<S> for Fma {}
+
+impl Exponential<Avx512> for Dot {
+    const FACTOR: f32 = std::f32::consts::LOG2_E;
+
+    #[inline(always)]
+    fn exp(s: Avx512, x: __m512) -> __m512 {
+        s.exp2_for_halves(x)
+    }
+}
+
 /// How a multiply-accumulate's units are made of f32 numbers.
-trait Units<S: Simd>: Mac<S> {
+trait Units<S: Simd>: Exponential<S> {
     /// Type of these numbers.
     type Value: Element;
     /// Stores rows `2i` and `2i + 1` of a tile whose rows are `nr` wide as the rows of units that they make; `out`
     /// starts where unit row `2i / PER_UNIT` does.
     fn put(s: S, even: S::F, odd: S::F, out: &mut [f32], nr: usize);
+    /// Stores numbers of a row.
+    fn put_row(s: S, row: S::F, out: &mut [Self::Value]);
 }
 
 impl<S: Simd> Units<S> for Fma {
@@ -134,6 +159,11 @@ impl<S: Simd> Units<S> for Fma {
     fn put(s: S, even: S::F, odd: S::F, out: &mut [f32], nr: usize) {
         s.store(out, even);
         s.store(&mut out[nr..], odd);
+    }
+
+    #[inline(always)]
+    fn put_row(s: S, row: S::F, out: &mut [f32]) {
+        s.store(out, row);
     }
 }
 
@@ -150,6 +180,15 @@ impl Units<Avx512> for Dot {
             _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32::<16>(high)))
         };
         s.store(out, pairs);
+    }
+
+    #[inline(always)]
+    fn put_row(_: Avx512, row: __m512, out: &mut [bf16]) {
+        // SAFETY: only used through `with_avx512_bf16`; the slice has 16 elements, and the types only rename 256 bits.
+        unsafe {
+            let halves: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(row));
+            _mm256_storeu_si256(out[..16].as_mut_ptr().cast(), halves);
+        }
     }
 }
 

@@ -15,10 +15,10 @@ use std::ops::Range;
 
 use half::bf16;
 
-use super::{NOTHING, Rows, carve, carved};
+use super::{Exponential, NOTHING, Rows, carve, carved};
 use crate::cpu::amx::{ROWS, STEP, Strided, Tiles};
 use crate::cpu::buffer::Shards;
-use crate::cpu::gemm::{Dot, Fma, Mac, Widen};
+use crate::cpu::gemm::{Dot, Fma, Widen};
 use crate::cpu::pack::{Matrix, pack_panels};
 use crate::cpu::simd::{Avx512, Isa, Simd, dispatch, prefetch_l2, with_avx512_bf16};
 use crate::cpu::{CpuDevice, Scratch};
@@ -101,6 +101,11 @@ pub(in crate::cpu) fn paged<E: Element>(
             for (i, to) in queries.zip(panel.chunks_exact_mut(units)) {
                 bytemuck::cast_slice_mut(to).copy_from_slice(&rows.data[i * rows.ld..][..width]);
             }
+        } else if group.count <= TILE {
+            let q = &mut q.as_chunks_mut::<TILE>().0[..units];
+            for (at, i) in queries.enumerate() {
+                lay(&rows.data[i * rows.ld..][..width], pairs, at, q);
+            }
         } else {
             pack_panels(device.isa, rows, queries, 0..width, PANEL, per_unit, panel);
             let tiles = q.chunks_exact_mut(units * TILE).take(group.count.div_ceil(TILE));
@@ -112,6 +117,9 @@ pub(in crate::cpu) fn paged<E: Element>(
         }
         let next = (task + 1 < tasks).then(|| {
             let (h, group) = of(task + 1);
+            if group.alone() {
+                new.expect(h, group);
+            }
             Soon::of(&new.pages(h, group, k), 0, group.position + group.count)
         });
         let head = Head {
@@ -136,6 +144,20 @@ pub(in crate::cpu) fn paged<E: Element>(
             dispatch!(device.isa, s => scale_into(s, factor, &sums[i * padded..][..width], out));
         }
     });
+}
+
+/// Lays a query into the `at`-th place of units of a tile.
+fn lay<E: Element>(query: &[E], pairs: bool, at: usize, tile: &mut [[u32; TILE]]) {
+    if pairs {
+        let halves: &[u16] = bytemuck::cast_slice(query);
+        for (unit, pair) in tile.iter_mut().zip(halves.chunks(2)) {
+            unit[at] = pair[0] as u32 | pair.get(1).map_or(0, |half| (*half as u32) << 16);
+        }
+    } else {
+        for (unit, number) in tile.iter_mut().zip(query) {
+            unit[at] = number.to_f32().to_bits();
+        }
+    }
 }
 
 /// Whether tile registers are used, for all queries alike: their order of sums is their own.
@@ -229,6 +251,24 @@ impl<'a, E: Element> New<'a, E> {
         });
     }
 
+    /// Brings what [`New::append`] will write to, in part of their cache lines, to the second-level cache. A column of keys is on as
+    /// many lines as it has words.
+    fn expect(&self, h: usize, group: &Group<'_>) {
+        let (page, slot) = (group.position / PAGE, group.position % PAGE);
+        let [keys, values] = [self.k, self.v].map(|cache| {
+            let pages = self.pages(h, group, cache);
+            cache.pointer(pages.start(page))
+        });
+        let words = self.width / in_word::<E>();
+        for word in 0..words {
+            prefetch_l2(keys.wrapping_add(word * PAGE + slot));
+        }
+        let first = slot / in_word::<E>() * self.width;
+        for at in (0..self.width).step_by(16) {
+            prefetch_l2(values.wrapping_add(first + at));
+        }
+    }
+
     /// Writes keys and values of a group, of one head, to their page: a whole page as panels of products are packed, whose layout it
     /// has. To be called once for each token of each head.
     fn append(&self, h: usize, group: &Group<'_>) {
@@ -266,7 +306,7 @@ impl<'a, E: Element> New<'a, E> {
 }
 
 /// How units of queries and probabilities meet the words of a page.
-trait Cached<S: Simd>: Mac<S> {
+trait Cached<S: Simd>: Exponential<S> {
     /// Numbers in a word of a page.
     const PER_WORD: usize = Self::PER_UNIT * Self::IN_WORD;
 
@@ -276,6 +316,8 @@ trait Cached<S: Simd>: Mac<S> {
 }
 
 impl<S: Simd> Cached<S> for Fma {}
+
+impl<S: Simd> Exponential<S> for Widen {}
 
 impl<S: Simd> Cached<S> for Widen {}
 
@@ -428,7 +470,7 @@ impl Head<'_> {
         rest: &mut [u32],
     ) -> [f32; QUERIES] {
         let Head { width, padded, position, count, .. } = *self;
-        let scale = s.splat(1.0 / (width as f32).sqrt());
+        let scale = 1.0 / (width as f32).sqrt();
         let units = width.div_ceil(M::PER_UNIT);
         let (mut max, mut shrink) = ([NOTHING; QUERIES], [1.0; QUERIES]);
         let mut weight = [s.zero(); QUERIES];
@@ -450,7 +492,7 @@ impl Head<'_> {
                 }
             }
             for (i, p) in p[..count].iter_mut().enumerate() {
-                shrink[i] = soften(s, p, seen(i), scale, &mut max[i], &mut weight[i]);
+                shrink[i] = soften::<S, M>(s, p, seen(i), scale, &mut max[i], &mut weight[i]);
                 M::narrow(s, p);
             }
             let next = if page < last { self.page(page + 1).0 } else { &[] };
@@ -507,7 +549,7 @@ impl Head<'_> {
         rest: &mut [u32],
     ) -> [f32; QUERIES] {
         let Head { width, padded, position, count, .. } = *self;
-        let scale = s.splat(1.0 / (width as f32).sqrt());
+        let scale = 1.0 / (width as f32).sqrt();
         let units = width / 2;
         let q: &[u32] = bytemuck::cast_slice(self.q);
         let (mut max, mut weight) = ([NOTHING; QUERIES], [s.zero(); QUERIES]);
@@ -529,7 +571,7 @@ impl Head<'_> {
                 }
             }
             for (i, p) in p[..count].iter_mut().enumerate() {
-                let shrink = soften(s, p, seen(i), scale, &mut max[i], &mut weight[i]);
+                let shrink = soften::<Avx512, Dot>(s, p, seen(i), scale, &mut max[i], &mut weight[i]);
                 Dot::narrow(s, p);
                 if shrink != 1.0 {
                     for sum in sums[i * padded..(i + 1) * padded].chunks_exact_mut(16) {
@@ -584,33 +626,31 @@ impl Head<'_> {
 /// Turns a query's scores of a page, of which it sees the first `seen`, into exponentials relative to its largest score so far,
 /// and adds them to `weight`. Returns what earlier ones are to be multiplied by.
 #[inline(always)]
-fn soften<S: Simd>(
+fn soften<S: Simd, M: Exponential<S>>(
     s: S,
     p: &mut [f32; PAGE],
     seen: usize,
-    scale: S::F,
+    scale: f32,
     max: &mut f32,
     weight: &mut S::F,
 ) -> f32 {
-    let old = *max;
+    let (old, scale) = (*max, s.splat(scale * M::FACTOR));
     for p in &mut p[seen..] {
         *p = f32::NEG_INFINITY;
     }
     let mut most = s.splat(old);
-    for p in p.chunks_exact_mut(S::LANES) {
-        let score = s.mul(s.load(p), scale);
-        most = s.max(score, most);
-        s.store(p, score);
+    for p in p.chunks_exact(S::LANES) {
+        most = s.max(s.load(p), most);
     }
     *max = s.max_lane(most);
     let mut shrink = 1.0;
     if *max != old {
-        let factor = s.exp(s.splat(old - *max));
+        let factor = M::exp(s, s.mul(s.splat(old - *max), scale));
         shrink = s.to_array(factor)[0];
         *weight = s.mul(*weight, factor);
     }
     for p in p.chunks_exact_mut(S::LANES) {
-        let e = s.exp(s.sub(s.load(p), s.splat(*max)));
+        let e = M::exp(s, s.mul(s.sub(s.load(p), s.splat(*max)), scale));
         *weight = s.add(*weight, e);
         s.store(p, e);
     }

@@ -365,6 +365,7 @@ impl Few<'_> {
                         start: panel * stride + words(start),
                         next: if count == 1 { words(units).min(AHEAD) } else { words(units) },
                     },
+                    soon: None,
                     sums_from: thread * count * mr * nr,
                     one_panel: true,
                 };
