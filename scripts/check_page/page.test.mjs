@@ -60,6 +60,15 @@ test("a conversation", async () => {
     assert.equal(bodies[1].messages[2].content, text);
     await finish(page, () => page.getByRole("button", { name: "Regenerate" }).click());
     assert.deepEqual(bodies[2].messages, bodies[1].messages);
+    // Where no other reply comes, the one that was there stays.
+    const said = await reply.locator(".list").textContent();
+    await page.route("**/v1/chat/completions", (route) =>
+        route.fulfill({ status: 400, json: { error: { message: "no", type: "x", param: null, code: "x" } } }),
+    );
+    await finish(page, () => page.getByRole("button", { name: "Regenerate" }).click());
+    assert.equal(await page.locator(".turn").count(), 4);
+    assert.equal(await reply.locator(".list").textContent(), said);
+    await page.unroute("**/v1/chat/completions");
     // It is one entry of the history, and comes back from there.
     await page.getByRole("button", { name: "New conversation" }).click();
     assert.equal(await page.locator(".turn").count(), 0);

@@ -7,7 +7,7 @@
 use crate::decompress::{self, Compression};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fs;
 use std::io::{self, BufRead, Read};
 use std::path::{Path, PathBuf};
@@ -63,7 +63,7 @@ pub struct Piece {
 
 impl Corpus {
     /// Finds the files: each path is a file, or a folder that is searched to any depth in the order of names, hidden
-    /// entries left out. `text_field` is the field of JSON lines that holds the text.
+    /// entries left out and links followed. `text_field` is the field of JSON lines that holds the text.
     ///
     /// # Errors
     /// Names a path that does not exist, a file whose ending is not known, or a folder without any usable file.
@@ -75,7 +75,7 @@ impl Corpus {
                 fs::metadata(path).with_context(|| format!("cannot read the text at {}", path.display()))?;
             if meta.is_dir() {
                 let before = files.len();
-                search(path, &mut files)?;
+                search(path, &mut HashSet::new(), &mut files)?;
                 if files.len() == before {
                     bail!("the folder {} holds no text: expected files ending in {ENDINGS}", path.display());
                 }
@@ -104,7 +104,8 @@ impl Corpus {
 
 /// The file if its ending is known.
 fn source_file(path: &Path) -> Result<Option<SourceFile>> {
-    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default().to_lowercase();
+    // Only the ending matters, whatever the rest is encoded in.
+    let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
     let (stem, compression) = match name.rsplit_once('.') {
         Some((stem, "gz")) => (stem, Compression::Gzip),
         Some((stem, "xz")) => (stem, Compression::Xz),
@@ -127,21 +128,24 @@ fn source_file(path: &Path) -> Result<Option<SourceFile>> {
     }))
 }
 
-/// Adds the usable files below `folder`. Links to folders are not followed: they may form circles.
-fn search(folder: &Path, files: &mut Vec<SourceFile>) -> Result<()> {
+/// Adds the usable files below `folder`, whose links are followed. Folders that were `seen`, by their true paths, are not gone
+/// through again: links may form circles.
+fn search(folder: &Path, seen: &mut HashSet<PathBuf>, files: &mut Vec<SourceFile>) -> Result<()> {
     let read = || -> std::io::Result<Vec<fs::DirEntry>> { fs::read_dir(folder)?.collect() };
-    let mut entries = read().with_context(|| format!("cannot list the folder {}", folder.display()))?;
+    let cannot = || format!("cannot list the folder {}", folder.display());
+    if !seen.insert(folder.canonicalize().with_context(cannot)?) {
+        return Ok(());
+    }
+    let mut entries = read().with_context(cannot)?;
     entries.sort_by_key(|e| e.file_name());
-    for entry in entries {
-        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+    for path in entries.iter().map(fs::DirEntry::path) {
+        if path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b".")) {
             continue;
         }
-        let path = entry.path();
-        let is_folder =
-            entry.file_type().with_context(|| format!("cannot read {}", path.display()))?.is_dir();
-        if is_folder {
-            search(&path, files)?;
-        } else if path.is_file() {
+        if path.is_dir() {
+            search(&path, seen, files)?;
+        } else if path.is_file() || !path.exists() {
+            // A link to nothing is refused where its name is a text's.
             files.extend(source_file(&path)?);
         }
     }
@@ -418,6 +422,27 @@ mod tests {
             "zst" => ruzstd::encoding::compress_to_vec(bytes, ruzstd::encoding::CompressionLevel::Fastest),
             _ => bytes.to_vec(),
         }
+    }
+
+    #[test]
+    fn links_are_followed_and_names_may_be_of_any_encoding() {
+        use std::os::unix::{ffi::OsStrExt, fs::symlink};
+        let root = tempfile::tempdir().unwrap();
+        let [texts, elsewhere] = ["texts", "elsewhere"].map(|name| root.path().join(name));
+        fs::create_dir(&texts).unwrap();
+        fs::create_dir(&elsewhere).unwrap();
+        fs::write(texts.join("a.txt"), "a").unwrap();
+        fs::write(texts.join(std::ffi::OsStr::from_bytes(b"caf\xe9.TXT")), "b").unwrap();
+        fs::write(elsewhere.join("c.txt"), "c").unwrap();
+        symlink(&elsewhere, texts.join("d")).unwrap();
+        // Circles, and a link to nothing that is no text's.
+        symlink(&texts, elsewhere.join("back")).unwrap();
+        symlink(&elsewhere, texts.join("e")).unwrap();
+        symlink("nothing", texts.join("notes")).unwrap();
+        assert_eq!(read(&Corpus::find(&[&texts], "text").unwrap()).unwrap(), ["a", "b", "c"]);
+        symlink("nothing", texts.join("lost.txt")).unwrap();
+        let told = format!("{:#}", Corpus::find(&[&texts], "text").err().unwrap());
+        assert!(told.contains("cannot read") && told.contains("lost.txt"), "{told}");
     }
 
     /// A text of many pieces, with characters of every length.

@@ -89,6 +89,17 @@ struct Wanted {
     what: What,
 }
 
+/// How many of the first of what is wanted are chosen together, at most so many: what is chosen behind a guess depends on what was
+/// chosen in its place, so that a text's guesses are not parted. They are fewer than that.
+fn together(wanted: &[Wanted], most: usize) -> usize {
+    let count = wanted.len().min(most);
+    let joined = |at: usize| match (&wanted[at - 1].what, wanted.get(at).map(|next| &next.what)) {
+        (What::Next { work, .. }, Some(What::Next { work: next, .. })) => work == next,
+        _ => false,
+    };
+    (1..=count).rev().find(|at| !joined(*at)).unwrap_or(count)
+}
+
 enum What {
     /// The log-probability of this token of the prompt, which follows it.
     Echo(usize),
@@ -228,8 +239,11 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             self.scheduler.done(&plan);
             self.pool(&plan, &guesses)?;
             let wanted = self.wanted(&plan, &guesses);
-            for rows in wanted.chunks(self.memory.head_rows()) {
+            let mut left = wanted.as_slice();
+            while !left.is_empty() {
+                let (rows, later) = left.split_at(together(left, self.memory.head_rows()));
                 self.choose(rows, &guesses)?;
+                left = later;
             }
             // A text that is generated has one row, and its guesses.
             let prompts = plan.work.iter().map(|work| work.count).filter(|count| *count > 1).sum();
@@ -467,5 +481,32 @@ fn go_on(
             (true, _) => scheduler.push(key, id),
             (false, _) => scheduler.remove(key),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guesses_of_a_text_are_chosen_together() {
+        let key = Key { request: 1, part: 0 };
+        let echo = |at: usize| Wanted { row: at as u32, key, what: What::Echo(at) };
+        let next = |work: usize, guesses: usize| {
+            (0..=guesses).map(move |guessed| Wanted { row: 0, key, what: What::Next { work, guessed } })
+        };
+        let wanted: Vec<Wanted> =
+            (1..6).map(echo).chain(next(1, 2)).chain(next(2, 0)).chain(next(3, 3)).collect();
+        let cut = |most: usize| {
+            let (mut parts, mut left) = (Vec::new(), wanted.as_slice());
+            while !left.is_empty() {
+                parts.push(together(left, most));
+                left = &left[parts[parts.len() - 1]..];
+            }
+            parts
+        };
+        assert_eq!(cut(4), [4, 4, 1, 4]);
+        assert_eq!(cut(7), [5, 4, 4]);
+        assert_eq!(cut(100), [13]);
     }
 }

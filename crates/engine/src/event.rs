@@ -32,7 +32,7 @@ impl Finish {
 pub struct Usage {
     /// Of the prompt.
     pub prompt: usize,
-    /// Generated, in all texts that were computed, without the `</s>` that ended some.
+    /// Generated, in all texts that were computed, without the `</s>` that ended some and was not given out.
     pub generated: usize,
     /// Guessed by the draft and computed on trial. How many depends on what else the engine has to do.
     pub drafted: usize,

@@ -66,6 +66,8 @@ pub struct Parameters {
     /// Give log-probabilities, and so many of the likeliest tokens with each. They are those of the model, before
     /// temperature, penalties and bias.
     pub log_probs: Option<usize>,
+    /// With log-probabilities, also give the `</s>` that ends a text, as a token without text; not of searches.
+    pub tell_end: bool,
     /// Give the prompt's hidden states as one vector of length 1, and nothing else; see [`Parameters::embedding`].
     pub pooling: Option<Pooling>,
     /// Where its prompt may be found in the cache, so that it is not computed again. No text depends on it.
@@ -100,6 +102,7 @@ impl Default for Parameters {
             length_penalty: 1.0,
             echo: None,
             log_probs: None,
+            tell_end: false,
             pooling: None,
             scope: Scope::default(),
         }

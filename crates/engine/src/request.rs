@@ -229,15 +229,18 @@ impl<'t> Running<'t> {
         let (limit, full, ends) = (self.limit, self.full, self.ends);
         let p = &self.request.parameters;
         let (min, log_probs, ignore_end) = (p.min_tokens, p.log_probs.is_some(), p.ignore_end);
+        let tell_end = log_probs && p.tell_end;
         let Texts::Sampled(choices) = &mut self.texts else { return false };
         let Some(choice) = choices.get_mut(number) else { return false };
         choice.sum.0 += token.log_prob.unwrap_or(0.0) as f64;
         choice.sum.1 += 1;
         let id = token.id;
         let token = Token { log_prob: token.log_prob.filter(|_| log_probs), ..token };
-        let mut pieces = Vec::new();
+        let (mut pieces, mut end) = (Vec::new(), None);
         if ends.contains(id) && !ignore_end {
             choice.finish = Some(Finish::EndOfText);
+            self.usage.generated += usize::from(tell_end);
+            end = tell_end.then(|| Piece { text: String::new(), tokens: vec![token] });
         } else {
             choice.generated.push(id);
             self.usage.generated += 1;
@@ -251,6 +254,7 @@ impl<'t> Running<'t> {
         if choice.finish.is_some_and(|finish| finish != Finish::Stop) {
             pieces.push(choice.output.finish());
         }
+        pieces.extend(end);
         for piece in pieces.into_iter().filter(|piece| !piece.is_empty()) {
             if compares {
                 choice.kept.append(piece);

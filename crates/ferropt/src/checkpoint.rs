@@ -101,9 +101,9 @@ struct Convert {
     /// metaseq: tensor-parallel parts, with q, k and v fused. Without it one restored.pt is written, with q, k and v apart
     #[arg(long, value_name = "N")]
     parts: Option<usize>,
-    /// Hugging Face: start another file before one is larger; bytes, or with KB, MB, GB, KiB, MiB, GiB
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size)]
-    max_shard_size: u64,
+    /// Hugging Face: start another file before one is larger; bytes, or with KB, MB, GB, KiB, MiB, GiB [default: 5GB]
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    max_shard_size: Option<u64>,
     #[command(flatten)]
     which: Which,
 }
@@ -277,6 +277,9 @@ fn as_json(named: &Named) -> serde_json::Value {
     })
 }
 
+/// Bytes of Hugging Face's files at most, unless somebody says otherwise.
+const SHARD_BYTES: u64 = 5_000_000_000;
+
 fn convert(args: Convert) -> anyhow::Result<()> {
     let target = match args.to {
         To::Hf => Target::Safetensors,
@@ -287,6 +290,10 @@ fn convert(args: Convert) -> anyhow::Result<()> {
         args.parts.is_none() || matches!(args.to, To::Metaseq),
         "--parts divides metaseq's files; Hugging Face's are divided by --max-shard-size"
     );
+    ensure!(
+        args.max_shard_size.is_none() || !matches!(args.to, To::Metaseq),
+        "--max-shard-size divides Hugging Face's files; metaseq's are divided by --parts"
+    );
     let dtype = match args.dtype {
         Type::Keep => None,
         Type::F32 => Some(Dtype::F32),
@@ -294,7 +301,7 @@ fn convert(args: Convert) -> anyhow::Result<()> {
         Type::Bf16 => Some(Dtype::BF16),
     };
     let named = open(&args.source, &args.which, Whole::Checksums)?;
-    let options = Options { target, dtype, max_shard_bytes: args.max_shard_size };
+    let options = Options { target, dtype, max_shard_bytes: args.max_shard_size.unwrap_or(SHARD_BYTES) };
     let bar = Bar::of_bytes();
     let converted =
         formats::convert(&named.source, &args.destination, &options, &mut |n, of| bar.show(n, of));
@@ -323,7 +330,9 @@ fn verify(args: Verify) -> anyhow::Result<()> {
     let Some(other) = args.other else {
         let findings = named.verify(&mut |n, of| bar.show(n, of));
         bar.0.finish_and_clear();
-        let findings = findings?;
+        let mut findings = findings?;
+        // Newer checkpoints of a run, which were passed over.
+        findings.extend(named.damaged.iter().map(|damage| format!("{damage:#}")));
         let told = findings.iter().try_for_each(|finding| writeln!(std::io::stdout(), "{finding}"));
         if !findings.is_empty() {
             bail!("{} is not sound: {} findings", args.path.display(), findings.len());

@@ -45,9 +45,9 @@ pub(crate) struct Args {
     /// Search for the likeliest text, with so many candidates at a time
     #[arg(long, value_name = "N", conflicts_with_all = ["greedy", "temperature"])]
     beams: Option<usize>,
-    /// With --beams: above 0 favours longer texts
-    #[arg(long, value_name = "X", default_value_t = 1.0, requires = "beams", allow_negative_numbers = true)]
-    length_penalty: f32,
+    /// With --beams: above 0 favours longer texts [default: 1]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    length_penalty: Option<f32>,
     /// With --json: log-probability of each token, and of the K likeliest at its place
     #[arg(long, value_name = "K", requires = "json")]
     log_probs: Option<usize>,
@@ -60,9 +60,9 @@ pub(crate) struct Args {
     /// With --file: field of a .jsonl file's objects that holds the text to continue [default: prompt]
     #[arg(long, value_name = "NAME")]
     text_field: Option<String>,
-    /// With --file: texts that are computed together. They do not depend on it
-    #[arg(long, value_name = "N", default_value_t = 16, requires = "file")]
-    batch: usize,
+    /// With --file: texts that are computed together. They do not depend on it [default: 16]
+    #[arg(long, value_name = "N")]
+    batch: Option<usize>,
     /// Print a JSON object for each text: prompt, text, tokens, finish_reason, seconds, tokens_per_second, load_seconds,
     /// drafted, accepted
     #[arg(long)]
@@ -70,6 +70,9 @@ pub(crate) struct Args {
     /// Text to continue; standard input without its last line end when it is absent
     prompt: Option<String>,
 }
+
+/// Texts of a file that are computed together.
+const BATCH: usize = 16;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -84,16 +87,21 @@ Examples:
   cat prompt.txt | ferropt generate --model runs/a";
 
 pub(crate) fn run(args: Args) -> Result<()> {
+    // A requirement is nothing to clap where there is what excludes the one that is required.
+    ensure!(
+        args.length_penalty.is_none() || args.beams.is_some(),
+        "--length-penalty compares the texts of a search; search with --beams N, without --greedy and --temperature"
+    );
     let parameters = args.parameters();
     parameters.check().map_err(refused)?;
     match &args.file {
         Some(file) => run_file(&args, file, &parameters),
         None => {
-            // A requirement is nothing to clap where there is what excludes the one that is required.
             ensure!(
                 args.text_field.is_none(),
                 "--text-field names a field of a .jsonl file; name the file with --file"
             );
+            ensure!(args.batch.is_none(), "--batch is for the texts of a file; name it with --file");
             run_prompt(&args, parameters)
         }
     }
@@ -108,7 +116,7 @@ impl Args {
             ignore_end: self.ignore_end,
             n: self.n,
             best_of: self.best_of,
-            length_penalty: self.length_penalty,
+            length_penalty: self.length_penalty.unwrap_or(Parameters::default().length_penalty),
             log_probs: self.log_probs,
             echo: self.echo.then_some(0),
             ..self.sampling.parameters(self.beams)
@@ -136,13 +144,14 @@ fn run_prompt(args: &Args, parameters: Parameters) -> Result<()> {
 }
 
 fn run_file(args: &Args, file: &Path, parameters: &Parameters) -> Result<()> {
-    ensure!(args.batch > 0, "--batch: 0 texts at a time would never end; use 1 or more");
+    let batch = args.batch.unwrap_or(BATCH);
+    ensure!(batch > 0, "--batch: 0 texts at a time would never end; use 1 or more");
     let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
     let named = args.text_field.as_deref();
     let field = is_jsonl(file, named)?.then(|| named.unwrap_or("prompt"));
     let prompts = prompts(&text, field).with_context(|| format!("cannot use {}", file.display()))?;
     let longest = prompts.iter().map(|(_, prompt)| tokens_at_most(prompt)).max().unwrap_or(0);
-    let together = args.batch.max(parameters.beams.unwrap_or(1));
+    let together = batch.max(parameters.beams.unwrap_or(1));
     let longest = Some(longest.saturating_add(args.max_tokens));
     let model = args.model.open_with(&args.draft, together, longest)?;
     let engine = &model.engine;
@@ -156,7 +165,7 @@ fn run_file(args: &Args, file: &Path, parameters: &Parameters) -> Result<()> {
     // Everything is looked at before anything is computed.
     let requests: Vec<Request> = prompts.iter().map(request).collect::<Result<_>>()?;
     let (mut done, started) = (prompts.iter(), Instant::now());
-    engine.complete_all(requests.into_iter().map(Ok), 2 * args.batch, |completion| {
+    engine.complete_all(requests.into_iter().map(Ok), 2 * batch, |completion| {
         let Some((line, prompt)) = done.next() else { return Ok(()) };
         print(args, &model, (Some(*line), prompt), &completion, started.elapsed())
     })

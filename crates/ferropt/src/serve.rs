@@ -284,7 +284,8 @@ impl Args {
         let opening =
             Opening { draft, draft_tokens, pause, reserve, ..self.opening.opening(sequences, None)? };
         let open = move || {
-            Model::open(&path, &Opening { longest: Some(longest(&path, &opening, cache_tokens)?), ..opening })
+            let cache_tokens = Some(cached(&path, &opening, cache_tokens)?);
+            Model::open(&path, &Opening { cache_tokens, ..opening })
         };
         Ok(ModelSource { name, open: Box::new(open) })
     }
@@ -332,12 +333,11 @@ fn drafts_of(models: &[(String, PathBuf)], drafts: &[String]) -> Result<Vec<Opti
     Ok(all)
 }
 
-/// Tokens of a text for which the cache has room when all of them are equally long; one of the longest always fits.
-fn longest(path: &Path, opening: &Opening, cache_tokens: Option<usize>) -> Result<usize> {
+/// Tokens that the cache has room for: one of the longest texts always fits.
+fn cached(path: &Path, opening: &Opening, wanted: Option<usize>) -> Result<usize> {
     let named = models::open(path, opening.checkpoint, opening.preset.as_deref(), models::Whole::Sizes)?;
     let positions = named.source.config().positions;
-    let tokens = cache_tokens.unwrap_or(opening.sequences * positions / 4).max(positions);
-    Ok(tokens.div_ceil(opening.sequences))
+    Ok(wanted.unwrap_or(opening.sequences * positions / 4).max(positions))
 }
 
 #[cfg(test)]

@@ -103,6 +103,7 @@ fn a_run_leaves_in_every_format() {
     ok(&["convert", &run, &at("hf"), "--to", "hf"]);
     ok(&["convert", &at("hf"), &at("parts"), "--to", "metaseq", "--parts", "2"]);
     ok(&["convert", &at("parts"), &at("one"), "--to", "metaseq"]);
+    fails(&["convert", &at("hf"), &at("x"), "--to", "metaseq", "--max-shard-size", "1GB"], &["--parts"]);
     ok(&["convert", &at("one"), &at("bin"), "--to", "hf-bin", "--max-shard-size", "40KB"]);
     ok(&["convert", &at("bin"), &at("back"), "--to", "hf"]);
     for name in ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"] {
@@ -161,6 +162,13 @@ fn a_run_leaves_in_every_format() {
     fails(&["verify", &run], &["step-00000010/model.safetensors", "CRC-32C", "not sound"]);
     // Damage that the size tells: the older checkpoint is taken, and said to be.
     std::fs::write(&file, "short").unwrap();
+    let out = checkpoint(&["inspect", &run]);
+    assert!(text(&out).contains("passed over") && text(&out).contains("step        5"), "{}", text(&out));
+    fails(&["verify", &run], &["step-00000010/model.safetensors", "not sound"]);
+    // A checkpoint on a disk that is not there.
+    let newest = file.parent().unwrap();
+    std::fs::remove_dir_all(newest).unwrap();
+    std::os::unix::fs::symlink(lab.path("gone"), newest).unwrap();
     let out = checkpoint(&["inspect", &run]);
     assert!(text(&out).contains("passed over") && text(&out).contains("step        5"), "{}", text(&out));
     fails(&["inspect", &run, "--checkpoint", "77"], &["step 77"]);

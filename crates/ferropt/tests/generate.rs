@@ -418,6 +418,11 @@ fn refusals_say_what_to_do() {
         ),
         (&["generate", "--model", &run, "--file", &lines, "--text-field", "body"], &["lines.txt", ".jsonl"]),
         (&["generate", "--model", &run, "--text-field", "body", "x"], &["--file"]),
+        (&["generate", "--model", &run, "--batch", "4", "x"], &["--batch", "--file"]),
+        (
+            &["generate", "--model", &run, "--greedy", "--length-penalty", "2", "x"],
+            &["--length-penalty", "--beams"],
+        ),
         (&["generate", "--model", &run, "--file", "/none.txt"], &["/none.txt"]),
         (&["generate", "--model", &run, "--file", &empty], &["no lines"]),
         (&["score", "--model", &run, &lines], &["line 2 of", "64"]),

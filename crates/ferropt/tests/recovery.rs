@@ -288,6 +288,14 @@ fn switched_off_the_first_loss_that_is_not_finite_ends_the_run() {
     assert_eq!(out.status.code(), Some(3), "{}", text(&out));
     assert!(text(&out).contains("recovery.enabled = false"), "{}", text(&out));
     assert_eq!(events(&lab, "run"), ["started", "skipped", "gave-up"]);
+    // The same command again comes to the same end, which nobody is to take for a machine that was lost.
+    let out = train(&lab.config("run", 50), &off).output().unwrap();
+    assert_eq!(out.status.code(), Some(3), "{}", text(&out));
+    assert_eq!(events(&lab, "run"), ["started", "skipped", "gave-up", "started", "gave-up"]);
+    let causes = book(&lab, "run").into_iter().filter(|entry| entry["event"] == "gave-up");
+    assert!(
+        causes.into_iter().all(|entry| entry["cause"]["loss"].is_null() || entry["cause"]["step"].is_u64())
+    );
 }
 
 /// A factor on the loss that grows until something overflows, and again: no text is lost, no bit by a break, and the model is

@@ -139,6 +139,6 @@ async fn receive<'a>(body: Body, limits: &Limits, room: &'a Room) -> Result<Rece
             "the bodies of requests that are being received have all of the {} bytes that there are for them; try again later",
             room.limit
         );
-        ApiError::unavailable("body_memory", 1, message)
+        ApiError::unavailable("body_memory", Some(1), message)
     })
 }

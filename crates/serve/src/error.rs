@@ -71,10 +71,14 @@ impl ApiError {
         ApiError { retry_after: Some(seconds), ..error }
     }
 
-    /// Not now; `seconds` later it may be possible.
-    pub(crate) fn unavailable(code: &'static str, seconds: u64, message: impl Into<String>) -> ApiError {
+    /// Not now; so many seconds later it may be possible, or never.
+    pub(crate) fn unavailable(
+        code: &'static str,
+        retry_after: Option<u64>,
+        message: impl Into<String>,
+    ) -> ApiError {
         let error = ApiError::new(StatusCode::SERVICE_UNAVAILABLE, code, message);
-        ApiError { retry_after: Some(seconds), ..error }
+        ApiError { retry_after, ..error }
     }
 
     /// It took longer than it may, and would again.
@@ -109,7 +113,8 @@ impl ApiError {
             headers.insert(header::ALLOW, allow);
         }
         // OpenAI's clients try again at every status from 500 on.
-        if self.status == StatusCode::GATEWAY_TIMEOUT {
+        let in_vain = self.status == StatusCode::SERVICE_UNAVAILABLE && self.retry_after.is_none();
+        if in_vain || self.status == StatusCode::GATEWAY_TIMEOUT {
             headers.insert("x-should-retry", HeaderValue::from_static("false"));
         }
         if self.status == StatusCode::UNAUTHORIZED {

@@ -95,7 +95,7 @@ impl Job {
                 message.map(|(prompt, event, _)| (prompt, event))
             }
             _ = self.phase.wait_for(|phase| *phase == Phase::Ending) => {
-                Err(ApiError::unavailable("server_stopped", 5, "the server was stopped before the text was complete"))
+                Err(ApiError::unavailable("server_stopped", Some(5), "the server was stopped before the text was complete"))
             }
             _ = tokio::time::sleep_until(self.deadline.into()) => {
                 let seconds = self.limit.as_secs_f64();

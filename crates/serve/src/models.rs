@@ -198,16 +198,18 @@ impl Models {
             let error = ApiError::not_found("model_not_found", message);
             return Err(ApiError { param: Some("model".into()), ..error });
         };
-        let unavailable = |code, seconds, what: &str| {
-            let error = ApiError::unavailable(code, seconds, format!("the model {name:?} {what}"));
+        let unavailable = |code, retry_after, what: &str| {
+            let error = ApiError::unavailable(code, retry_after, format!("the model {name:?} {what}"));
             Err(ApiError { param: Some("model".into()), ..error })
         };
         match state {
             State::Ready(live) => Ok(live),
-            State::Loading => unavailable("model_loading", 2, "is being loaded; try again in a few seconds"),
+            State::Loading => {
+                unavailable("model_loading", Some(2), "is being loaded; try again in a few seconds")
+            }
             State::Failed(_) => unavailable(
                 "model_failed",
-                60,
+                None,
                 "could not be loaded or has failed; the server's log says why",
             ),
         }

@@ -117,7 +117,7 @@ impl Beyond {
             Beyond::All => {
                 let message =
                     format!("there are {} connections, which is the limit; {advice}", limits.connections);
-                ApiError::unavailable("too_many_connections", 1, message)
+                ApiError::unavailable("too_many_connections", Some(1), message)
             }
             Beyond::One => {
                 let most = limits.client_connections;
@@ -129,8 +129,8 @@ impl Beyond {
     }
 }
 
-/// What connections are counted by: the address, or the first half of it where a client has all that begin so.
-fn network(address: IpAddr) -> IpAddr {
+/// What connections and turns are counted by: the address, or the first half of it where a client has all that begin so.
+pub(crate) fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from(u128::from(address) >> 64 << 64).into(),
         address => address,

@@ -5,7 +5,7 @@ use crate::cors;
 use crate::error::ApiError;
 use crate::host;
 use crate::outbox::Reader;
-use crate::places::Beyond;
+use crate::places::{self, Beyond};
 use crate::record::Record;
 use crate::routes::{Call, ROUTES, Route};
 use axum::Router;
@@ -110,10 +110,10 @@ async fn find(
     let Some(peer) = parts.extensions.remove::<Peer>() else {
         return Err(ApiError::internal("it is not known whose connection a request came by"));
     };
-    // Without the port, which is another one for each connection.
-    let mut client: Arc<str> = peer.address.ip().to_canonical().to_string().into();
-    // Who is refused is known by the address.
-    record.note("client", &*client);
+    // Without the port, which is another one for each connection. Who is refused is known by the address.
+    let address = peer.address.ip().to_canonical();
+    record.note("client", address.to_string());
+    let mut client: Arc<str> = places::network(address).to_string().into();
     if let Some(beyond) = peer.beyond
         && !there().any(Route::is_probe)
     {

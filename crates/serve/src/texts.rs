@@ -37,7 +37,7 @@ pub(crate) fn still_serving(call: &Call) -> Result<(), ApiError> {
     if *call.app.phase.borrow() > Phase::Serving {
         return Err(ApiError::unavailable(
             "server_stopping",
-            5,
+            Some(5),
             "the server is stopping and takes no new requests",
         ));
     }
@@ -122,6 +122,8 @@ fn complete(asked: &mut Asked, body: u8) -> Result<(), ApiError> {
     if body & (fields::COMPLETION | METASEQ) != 0 {
         p.max_tokens.get_or_insert(COMPLETION_TOKENS.max(p.min_tokens));
     }
+    // As OpenAI's: clients that score a text take one token more than it has off the end, whichever that was.
+    p.tell_end = body == fields::COMPLETION;
     if body == METASEQ {
         p.log_probs.get_or_insert(0);
         p.penalties_after_temperature = true;
@@ -155,7 +157,9 @@ pub(crate) async fn tokenize(mut call: Call) -> Result<Response<Body>, ApiError>
     };
     // Other than in prompts, `</s>` in the text is the token, as Hugging Face's tokenizer reads it.
     let marks = Marks { in_front: asked.special, in_text: true };
-    let tokens = tokio::task::block_in_place(|| prepare::tokens(&live, text, marks))?;
+    // Of any length: clients tokenise whole documents, and cut them then.
+    let tokens = tokio::task::block_in_place(|| live.tokenizer().encode_as(text, marks))
+        .map_err(|error| ApiError::field("prompt", format!("{error:#}")))?;
     let names = |ids: &[u32]| ids.iter().map(|id| token_name(live.tokenizer(), *id)).collect::<Vec<_>>();
     let names = asked.token_names.then(|| names(&tokens));
     let answer = json!({

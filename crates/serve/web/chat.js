@@ -41,13 +41,14 @@ function send() {
     reply();
 }
 
-/** Lets the assistant speak. */
-async function reply() {
+/** Lets the assistant speak; `old` is a reply that comes back where there is no new one. */
+async function reply(old = null) {
     const { id, turns } = chat.value;
-    const body = await readBody("chat", (fields) => ({ messages: messages(chat.value), ...only(fields) }));
-    if (!body) return back();
-    const turn = (text, more) => ({ role: "assistant", ...text, ...more });
     const mine = () => chat.value.id === id;
+    const undo = () => (old ? mine() && chat.set({ turns: [...turns, old] }) : back());
+    const body = await readBody("chat", (fields) => ({ messages: messages(chat.value), ...only(fields) }));
+    if (!body) return undo();
+    const turn = (text, more) => ({ role: "assistant", ...text, ...more });
     const update = (text, more) => mine() && chat.set({ turns: [...turns, turn(text, more)] });
     update(emptyText());
     announce("The assistant is replying.");
@@ -59,7 +60,7 @@ async function reply() {
         if (mine()) remember({ id, at: Date.now(), kind: "chat", model: body.model, system, turns });
     } else if (mine()) {
         chat.set({ turns });
-        if (result.outcome !== "done") back();
+        if (result.outcome !== "done") undo();
     }
     report(result, again);
 }
@@ -75,8 +76,9 @@ function back() {
 function again() {
     const { turns, draft } = chat.value;
     if (turns.at(-1)?.role !== "assistant") return draft ? send() : undefined;
+    const old = turns.at(-1);
     chat.set({ turns: turns.slice(0, -1) });
-    reply();
+    reply(old);
 }
 
 /** Takes back what was said at a place, and all after it. */

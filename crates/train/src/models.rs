@@ -80,13 +80,19 @@ pub fn open(
         match entry.damage.map_or_else(open, Err) {
             Ok(source) => return Ok(Named { source, checkpoint: Some((entry.path, entry.step)), damaged }),
             // The run goes on, and has removed what was the newest checkpoint a moment ago: there are newer ones.
-            Err(_) if step.is_none() && !entry.path.exists() => entries = store.list()?,
+            Err(_) if step.is_none() && gone(&entry.path) => entries = store.list()?,
             Err(damage) => damaged.push(damage),
         }
     }
     let which = step.map_or("whole checkpoint".into(), |step| format!("whole checkpoint of step {step}"));
     Err(damaged.into_iter().next().unwrap_or_else(|| anyhow::anyhow!("nothing is there")))
         .with_context(|| format!("there is no {which} in {}", store.path().display()))
+}
+
+/// Whether there is nothing of that name. A link to nothing, or a folder that cannot be looked into, is something: it would be
+/// listed again and again.
+fn gone(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
 /// The tokenizer that `path` names: a file, a folder, or a model that Hugging Face's tools have downloaded.

@@ -285,9 +285,13 @@ impl Gpu {
     pub(super) fn wait(&self) {
         self.outside("waiting for the GPU");
         for stream in [self.stream].into_iter().chain(self.lanes.get().into_iter().flatten().copied()) {
-            // SAFETY: the stream lives as long as `self`.
-            self.expect("work on it ended badly", unsafe { (self.driver().cuStreamSynchronize)(stream) });
+            self.wait_for(stream);
         }
+    }
+
+    fn wait_for(&self, stream: Handle) {
+        // SAFETY: streams live as long as `self`.
+        self.expect("work on it ended badly", unsafe { (self.driver().cuStreamSynchronize)(stream) });
     }
 
     /// Memory with unspecified contents; `bytes` is above 0.
@@ -370,7 +374,7 @@ impl Gpu {
             let code = unsafe { (self.driver().cuMemcpyHtoDAsync_v2)(to, from, bytes, self.stream()) };
             self.expect("nothing can be copied to it", code);
             if self.reads_late {
-                self.wait();
+                self.wait_for(self.stream());
             }
         }
     }

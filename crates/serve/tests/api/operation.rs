@@ -57,6 +57,7 @@ fn models_are_opened_in_the_background_and_one_that_fails_does_not_harm_the_othe
     }
     let broken = client.try_post("/v1/completions", r#"{"prompt": "x", "model": "broken"}"#);
     assert_eq!((broken.status, broken.json()["error"]["code"].as_str()), (503, Some("model_failed")));
+    assert_eq!((broken.header("retry-after"), broken.header("x-should-retry")), (None, Some("false")));
     assert!(!broken.text().contains("folder"), "what clients see names no files");
     until("it is logged", || lines.text().contains("no such folder"));
     assert_eq!(server.failure(), None);

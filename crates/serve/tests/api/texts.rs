@@ -151,6 +151,20 @@ fn log_probabilities_have_openais_layout() {
     assert_eq!((&lists["tokens"][0], &lists["token_logprobs"][0]), (&json!("</s>"), &Value::Null));
     assert_eq!(lists["top_logprobs"][0], Value::Null);
     assert_eq!(lists["token_logprobs"][1].as_f64().unwrap() as f32, made.prompt[1].log_prob.unwrap());
+    // One token behind a prompt is one entry more, also where it ends the text: lm-eval takes the last one off.
+    let last =
+        json!({ "prompt": ids, "max_tokens": 1, "echo": true, "logprobs": 1, "logit_bias": { "2": 100 } });
+    let ended = client.post("/v1/completions", &last);
+    let lists = ended["choices"][0]["logprobs"].clone();
+    for name in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        assert_eq!(lists[name].as_array().unwrap().len(), ids.len() + 1, "{name}");
+    }
+    assert_eq!((&lists["tokens"][ids.len()], &lists["text_offset"][ids.len()]), (&json!("</s>"), &json!(8)));
+    assert!(lists["token_logprobs"][ids.len()].as_f64().unwrap() < 0.0);
+    assert_eq!(
+        (&ended["choices"][0]["text"], &ended["usage"]["completion_tokens"]),
+        (&json!("the café"), &json!(1))
+    );
     let off = json!({ "logprobs": false, "reasoning_effort": null });
     let off = client.post("/v1/completions", &with(asked(json!("the")), off));
     assert_eq!(off["choices"][0]["logprobs"], Value::Null);
@@ -355,6 +369,9 @@ fn special_tokens_of_a_prompt_are_those_that_were_asked_for() {
         });
         assert_eq!(texts[0], texts[1], "{fields}");
     }
+    // Documents of any length are tokenised.
+    let long = client.post("/tokenize", &json!({ "prompt": "the cat ".repeat(50_000) }));
+    assert!(long["count"].as_u64().unwrap() > 50_000);
     // What was given is echoed, and its first token follows nothing.
     let fields = json!({ "add_special_tokens": false, "echo": true, "logprobs": 0, "max_tokens": 0 });
     let echoed = client.post("/v1/completions", &with(asked(json!("the cat")), fields));

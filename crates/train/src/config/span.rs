@@ -30,13 +30,17 @@ const SUFFIXES: [(char, u64); 4] =
     [('T', 1_000_000_000_000), ('B', 1_000_000_000), ('M', 1_000_000), ('k', 1000)];
 
 fn parse_count(text: &str) -> Result<u64, String> {
-    let plain: String = text.trim().chars().filter(|c| *c != '_' && *c != ',').collect();
+    let wrong = || format!("\"{text}\" is not a count; expected for example 2000, \"0.5M\" or \"300B\"");
+    // A comma may be meant to separate thousands or, as in half of Europe, decimals.
+    if text.contains(',') {
+        return Err(format!("{}, without commas: underscores separate thousands, a point decimals", wrong()));
+    }
+    let plain: String = text.trim().chars().filter(|c| *c != '_').collect();
     let suffixed = SUFFIXES.iter().find_map(|(suffix, factor)| {
         let digits = plain.strip_suffix(|c: char| c.eq_ignore_ascii_case(suffix))?;
         Some((digits.trim(), *factor))
     });
     let (digits, factor) = suffixed.unwrap_or((&plain, 1));
-    let wrong = || format!("\"{text}\" is not a count; expected for example 2000, \"0.5M\" or \"300B\"");
     if let Ok(whole) = digits.parse::<u64>() {
         return whole.checked_mul(factor).ok_or_else(wrong);
     }
@@ -174,6 +178,15 @@ mod tests {
         // The last is a Kelvin sign, which is a k in lower case.
         for wrong in ["", "-3", "1.5", "many", "3 tonnes", "99999999999999999999B", "2\u{212A}"] {
             assert!(parse_span(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    /// "1,5B" is one and a half to some, and was fifteen to this program.
+    #[test]
+    fn commas_are_refused() {
+        for text in ["1,5B", "0,5M", "1,500", "1,000,000"] {
+            let told = parse_count(text).unwrap_err();
+            assert!(told.contains(text) && told.contains("without commas"), "{told}");
         }
     }
 

@@ -3,6 +3,7 @@
 use crate::checkpoint::human_bytes;
 use crate::config::Precision;
 use crate::telemetry::{Energy, Record};
+use crate::trainer::write_whole;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -195,7 +196,7 @@ impl Report {
             ("report.md", format!("{self}\n![Loss by step](loss.svg)\n")),
         ] {
             let path = dir.join(name);
-            fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+            write_whole(&path, &text)?;
         }
         Ok(())
     }

@@ -18,6 +18,8 @@ const LEAST: usize = 50_000;
 const HELD_OUT: usize = 20;
 /// What the samples start with when documentation was the text.
 const PROMPT: &str = "Returns the";
+/// Characters that they start with at most: so few that their tokens, four for each at most, leave room for others.
+const LONGEST_PROMPT: usize = 40;
 
 /// Text to train on and to measure with.
 pub(super) struct Text {
@@ -67,10 +69,10 @@ fn own(options: &Options) -> Result<Text> {
     Ok(Text { source: names, held_out: format!("the last {} %", 100 / HELD_OUT), split, prompt })
 }
 
-/// Three words.
+/// Three words, or as much of them as a prompt has room for: many languages are written without spaces.
 fn first_words(document: &Document) -> String {
     let words: Vec<&str> = document.text.split_whitespace().take(3).collect();
-    words.join(" ")
+    words.join(" ").chars().take(LONGEST_PROMPT).collect()
 }
 
 /// A tokenizer made for the text.
@@ -149,6 +151,13 @@ mod tests {
         assert!((counts.unigram - expected).abs() < 1e-12, "{} {expected}", counts.unigram);
         let baseline = counts.baseline(4);
         assert!((baseline.bits_per_byte - expected / std::f64::consts::LN_2 * 6.0 / 4.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn prompts_have_room_in_any_language() {
+        assert_eq!(first_words(&document(" one two\nthree four")), "one two three");
+        let paragraphs = "狐".repeat(500) + "\n" + &"狐".repeat(500);
+        assert_eq!(first_words(&document(&paragraphs)), "狐".repeat(LONGEST_PROMPT));
     }
 
     #[test]

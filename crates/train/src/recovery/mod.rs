@@ -55,11 +55,16 @@ pub struct Policy {
 /// Training went wrong, and nothing that a program may do by itself is left: the program ends with a status of its own,
 /// and starting it again would not help.
 #[derive(Debug)]
-pub struct GaveUp(pub String);
+pub struct GaveUp {
+    /// What was tried, and what a person may do.
+    pub text: String,
+    /// Why the last step was not taken.
+    pub cause: Cause,
+}
 
 impl std::fmt::Display for GaveUp {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.text)
     }
 }
 

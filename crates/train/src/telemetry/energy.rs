@@ -26,8 +26,16 @@ pub const DEFAULT_WATTS_PER_CORE: f64 = 5.0;
 pub struct Energy {
     /// Joules.
     pub joules: f64,
-    /// True when it follows from processor time and a constant, not from a counter.
+    /// True when it follows, in part at least, from processor time and a constant, not from a counter.
     pub estimated: bool,
+}
+
+impl std::ops::Add for Energy {
+    type Output = Energy;
+
+    fn add(self, other: Energy) -> Energy {
+        Energy { joules: self.joules + other.joules, estimated: self.estimated || other.estimated }
+    }
 }
 
 /// Adds up the energy of a run.
@@ -57,14 +65,15 @@ struct Zone {
 
 impl Meter {
     /// Starts counting from `already` (what the run used before it was interrupted). `watts` is the power of a busy
-    /// core for the estimate.
-    pub fn start(already: Energy, watts: f64) -> Meter {
-        Meter::start_at(Path::new("/sys/class/powercap"), already, watts)
+    /// core for the estimate. Of several processes of a run on a machine, one counts for the `whole_machine` where there are
+    /// counters; estimates are of each process alone.
+    pub fn start(already: Energy, watts: f64, whole_machine: bool) -> Meter {
+        Meter::start_at(Path::new("/sys/class/powercap"), already, watts, whole_machine)
     }
 
-    fn start_at(powercap: &Path, already: Energy, watts: f64) -> Meter {
+    fn start_at(powercap: &Path, already: Energy, watts: f64, whole_machine: bool) -> Meter {
         let source = match zones(powercap) {
-            Ok(zones) => Source::Rapl(zones),
+            Ok(zones) => Source::Rapl(if whole_machine { zones } else { Vec::new() }),
             Err(why) => Source::Estimate { watts, cpu_seconds: cpu_seconds(), why },
         };
         let measured = matches!(source, Source::Rapl(_));
@@ -179,7 +188,7 @@ mod tests {
         zone(root, "intel-rapl:1", "psys", 1);
         zone(root, "intel-rapl-mmio:0", "package-0", 1);
         fs::create_dir(root.join("intel-rapl")).unwrap();
-        let mut meter = Meter::start_at(root, Energy { joules: 100.0, estimated: false }, 5.0);
+        let mut meter = Meter::start_at(root, Energy { joules: 100.0, estimated: false }, 5.0, true);
         assert_eq!(meter.describe(), "measured by RAPL (package-0, dram), whole machine");
         assert_eq!(meter.read(), Energy { joules: 100.0, estimated: false });
 
@@ -202,7 +211,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let root = root.path();
         zone(root, "intel-rapl:0", "package-0", 262_143_000_000);
-        let mut meter = Meter::start_at(root, Energy::default(), 5.0);
+        let mut meter = Meter::start_at(root, Energy::default(), 5.0, true);
         for turn in 0..3 {
             let joules = f64::from(turn) * 262_143.328_850;
             for (microjoules, more) in [(262_143_000_000, 0.0), (2_000_000, 2.328_850)] {
@@ -221,7 +230,7 @@ mod tests {
     #[test]
     fn estimates_from_processor_time_where_there_is_no_counter() {
         let root = tempfile::tempdir().unwrap();
-        let mut meter = Meter::start_at(&root.path().join("none"), Energy::default(), 1000.0);
+        let mut meter = Meter::start_at(&root.path().join("none"), Energy::default(), 1000.0, true);
         assert!(meter.describe().contains("estimated at 1000 W per busy core"), "{}", meter.describe());
         let before = cpu_seconds();
         while cpu_seconds() < before + 0.05 {
@@ -232,11 +241,23 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_is_counted_once() {
+        let root = tempfile::tempdir().unwrap();
+        let meters = [true, false].map(|whole_machine| {
+            zone(root.path(), "intel-rapl:0", "package-0", 0);
+            Meter::start_at(root.path(), Energy::default(), 5.0, whole_machine)
+        });
+        zone(root.path(), "intel-rapl:0", "package-0", 3_000_000);
+        let read = meters.map(|mut meter| meter.read());
+        assert_eq!(read, [3.0, 0.0].map(|joules| Energy { joules, estimated: false }));
+    }
+
+    #[test]
     fn an_unreadable_counter_says_so() {
         let root = tempfile::tempdir().unwrap();
         zone(root.path(), "intel-rapl:0", "package-0", 1);
         fs::write(root.path().join("intel-rapl:0/energy_uj"), "no number").unwrap();
-        let meter = Meter::start_at(root.path(), Energy::default(), 5.0);
+        let meter = Meter::start_at(root.path(), Energy::default(), 5.0, true);
         assert!(meter.describe().contains("energy_uj cannot be read"), "{}", meter.describe());
     }
 
@@ -244,7 +265,7 @@ mod tests {
     fn a_sum_with_an_estimated_part_is_an_estimate() {
         let root = tempfile::tempdir().unwrap();
         zone(root.path(), "intel-rapl:0", "package-0", 1);
-        let mut meter = Meter::start_at(root.path(), Energy { joules: 7.0, estimated: true }, 5.0);
+        let mut meter = Meter::start_at(root.path(), Energy { joules: 7.0, estimated: true }, 5.0, true);
         assert_eq!(meter.read(), Energy { joules: 7.0, estimated: true });
     }
 }

@@ -44,10 +44,22 @@ pub(super) fn device(all: &Group, wanted: Which) -> Result<Which> {
     if all.size() == 1 {
         return Ok(wanted);
     }
+    Ok(Which::Cuda((first + before(all)?) % CudaDevice::count()?.max(1)))
+}
+
+/// Whether no rank before this one is on its machine.
+///
+/// # Errors
+/// When a rank is lost.
+pub(super) fn first_here(all: &Group) -> Result<bool> {
+    Ok(before(all)? == 0)
+}
+
+/// Ranks before this one that are on its machine.
+fn before(all: &Group) -> Result<usize> {
     let mine = machine();
     let machines = all.gather_bytes(Label::new("machines"), mine.as_bytes())?;
-    let before = machines[..all.rank()].iter().filter(|machine| **machine == mine.as_bytes()).count();
-    Ok(Which::Cuda((first + before) % CudaDevice::count()?.max(1)))
+    Ok(machines[..all.rank()].iter().filter(|machine| **machine == mine.as_bytes()).count())
 }
 
 /// What names this machine, as it runs now.

@@ -54,14 +54,19 @@ pub(super) fn open(
 
 /// Enters how a start has ended, as far as the disk lets it.
 pub(super) fn close(book: &mut Logbook, step: u64, ending: Result<Ending, &Error>) {
+    let mut figures = json!({});
     let (event, text) = match ending {
         Ok(Ending::Complete | Ending::AlreadyComplete) => ("ended", "All steps are done.".to_string()),
         Ok(Ending::Stopped) => ("ended", "Somebody asked it to stop.".into()),
         Ok(Ending::OutOfTime) => ("ended", "run.max_minutes are over.".into()),
-        // Its own entry is there.
-        Err(error) if error.chain().any(|cause| cause.is::<GaveUp>()) => return,
-        Err(error) => ("failed", format!("{error:#}.")),
+        Err(error) => match error.chain().find_map(|cause| cause.downcast_ref::<GaveUp>()) {
+            Some(GaveUp { text, cause }) => {
+                figures = json!({ "cause": cause });
+                ("gave-up", text.clone())
+            }
+            None => ("failed", format!("{error:#}.")),
+        },
     };
     // Whoever started the run is told of its ending anyway.
-    let _ = book.add(step, event, &text, json!({}));
+    let _ = book.add(step, event, &text, figures);
 }

@@ -15,6 +15,7 @@ mod recover;
 mod room;
 mod run;
 mod state;
+mod used;
 mod watch;
 
 use crate::checkpoint::Store;

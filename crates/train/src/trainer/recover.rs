@@ -210,7 +210,7 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
         Ok(steps)
     }
 
-    fn give_up(&mut self, cause: &Cause) -> GaveUp {
+    fn give_up(&self, cause: &Cause) -> GaveUp {
         let back = match self.saved {
             Some(saved) => format!("The checkpoint of step {saved} is good"),
             None => "No checkpoint of it was written".into(),
@@ -226,8 +226,7 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
              holds the batches",
             cause.step, self.resolved.schedule.peak, self.resolved.config.optimizer.clip
         );
-        self.enter_once("gave-up", &text, json!({ "cause": cause }));
-        GaveUp(text)
+        GaveUp { text, cause: *cause }
     }
 
     /// Takes note of what happened to a checkpoint, and shows it; a failure goes into the logbook.
@@ -258,11 +257,12 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
 }
 
 fn no_way_back(store: &Store, trouble: &Trouble) -> GaveUp {
-    GaveUp(format!(
+    let text = format!(
         "the run is to go back to before step {}, because of {}, but of the checkpoints in {} none is whole that it has come \
          from. Restore one from a copy and give the same command again, or choose another run.dir to begin anew",
         trouble.first,
         trouble.cause,
         store.path().display()
-    ))
+    );
+    GaveUp { text, cause: trouble.cause }
 }

@@ -2,6 +2,7 @@
 
 use super::data::{Data, HeldOut};
 use super::folder::{self, Folder};
+use super::used::Used;
 use super::watch::Watch;
 use super::{Ending, Event, Hook, Outcome, compatible, state, write_whole};
 use crate::checkpoint::{DEFAULT_SHARD_BYTES, Event as Saving, Retention, Writer, human_bytes};
@@ -14,7 +15,7 @@ use crate::optimizer::Optimizer;
 use crate::planner::{Flops, Plan};
 use crate::recovery::{Guard, Verdict};
 use crate::signals::Stop;
-use crate::telemetry::{Meter, Record, Resumed, Telemetry, Training, Validation};
+use crate::telemetry::{Energy, Record, Resumed, Telemetry, Training, Validation};
 use anyhow::{Context, Result, bail};
 use ferropt_data::Batch;
 use ferropt_device::{Device, Element, Store as Put, failures};
@@ -50,7 +51,7 @@ pub(super) struct Trainer<'h, D: Device, E: Element> {
     pub(super) book: Option<Logbook>,
     /// There until the run ends.
     pub(super) writer: Option<Writer>,
-    meter: Meter,
+    used: Used,
     /// Work of one token, and the measured peak in FLOP/s to compare it with.
     flops: Flops,
     peak: f64,
@@ -117,7 +118,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             None => optimizer.initialise(&device, &mut model, resolved.config.run.seed),
         }
         let resumed = found.is_some().then_some(step);
-        let meter = Meter::start(remembered.energy, resolved.config.energy.watts);
+        let used = Used::start(&mesh.all, remembered.energy, resolved.config.energy.watts)?;
         let retention =
             Retention { keep_last: resolved.config.checkpoint.keep_last, keep_every: resolved.keep_every };
         let going_on = resumed.map(|step| Resumed { step, skipped: remembered.guard.skipped(step + 1) });
@@ -157,14 +158,14 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             backprop,
             optimizer,
             telemetry,
-            meter,
+            used,
             step,
             hook,
         };
         for note in links.into_iter().chain(notes) {
             trainer.say(&note);
         }
-        trainer.say(&format!("energy: {}", trainer.meter.describe()));
+        trainer.say(&format!("energy: {}", trainer.used.describe()));
         if step > 0 {
             trainer.say(&format!("continuing after step {step}"));
         }
@@ -233,7 +234,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             if self.step >= self.resolved.steps {
                 break if self.step == first { Ending::AlreadyComplete } else { Ending::Complete };
             }
-            if let Some(ending) = self.agree(limits)? {
+            if let Some(ending) = agree(&self.mesh, &mut self.used, limits)? {
                 break ending;
             }
             if !self.advance()? {
@@ -258,15 +259,6 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         // A rank that left now could take away with it what the first one has not yet read of the last checkpoint.
         self.mesh.all.barrier(Label::new("farewell"))?;
         Ok(ending)
-    }
-
-    /// Whether any rank wants to end, so that all end at the same place.
-    fn agree(&self, limits: Limits<'_>) -> Result<Option<Ending>> {
-        let late = limits.until.is_some_and(|until| Instant::now() >= until);
-        let wish = [f64::from(limits.stop.requested()), f64::from(late)];
-        let wishes = self.mesh.all.gather_f64(Label::new("end"), &wish)?;
-        let any = |which: usize| wishes.iter().any(|wish| wish.get(which) == Some(&1.0));
-        Ok(if any(0) { Some(Ending::Stopped) } else { any(1).then_some(Ending::OutOfTime) })
     }
 
     /// One optimiser step; false if it was not taken, whereupon the next one is to be tried.
@@ -297,7 +289,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
                     sum += self.backprop.backward_pass(device, model, part, scale, store, last)?;
                 }
             }
-            self.meter.tick();
+            self.used.tick();
         }
         let (loss_scale, told_scale) = (self.loss_scale.factor(), self.loss_scale.told());
         let grad_norm = self.backprop.sum(&self.device)? / loss_scale;
@@ -345,7 +337,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             model_tflops: tokens_per_second * self.flops.model * 1e-12,
             hardware_tflops: tokens_per_second * self.flops.hardware * 1e-12,
             peak_share: Some(tokens_per_second * self.flops.hardware_causal / self.peak),
-            energy: Some(self.meter.read()),
+            energy: Some(self.used.read()),
         };
         let recorded = step.is_multiple_of(r.config.log.every) || step == r.steps;
         if let Some(telemetry) = &self.telemetry {
@@ -413,13 +405,13 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         // pass has the size that memory is planned for.
         let deal = (r.micro_batch * r.data_ranks()) as u64;
         for first in (0..loader.samples_per_epoch()).step_by(deal as usize) {
-            if let Some(ending) = self.agree(limits)? {
+            if let Some(ending) = agree(&self.mesh, &mut self.used, limits)? {
                 return Ok(ControlFlow::Break(ending));
             }
             let first = first + (self.mesh.data.rank() * r.micro_batch) as u64;
             loader.batch(first, r.micro_batch, &mut self.batch)?;
             nats += self.backprop.score(&self.device, &self.model, view(&self.batch))?;
-            self.meter.tick();
+            self.used.tick();
             // The last stage has the losses.
             if self.mesh.pipeline.rank() + 1 == self.mesh.pipeline.size() {
                 targets += self.batch.target_count;
@@ -447,7 +439,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             step: self.step,
             resolved: &self.resolved,
             data: &self.data,
-            energy: self.meter.read(),
+            energy: self.used.read(),
             guard: &self.guard,
             loss_scale: &self.loss_scale,
         };
@@ -502,6 +494,23 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
 /// A loader's batch, as the model takes it.
 pub(crate) fn view(batch: &Batch) -> ferropt_model::Batch<'_> {
     ferropt_model::Batch { tokens: &batch.tokens, targets: &batch.targets, doc_start: &batch.doc_start }
+}
+
+/// Whether any rank wants to end, so that all end at the same place. Ranks tell each other as well what they have used.
+fn agree(mesh: &Mesh, used: &mut Used, limits: Limits<'_>) -> Result<Option<Ending>> {
+    let late = limits.until.is_some_and(|until| Instant::now() >= until);
+    let Energy { joules, estimated } = used.own();
+    let told = [f64::from(limits.stop.requested()), f64::from(late), joules, f64::from(estimated)];
+    let all = mesh.all.gather_f64(Label::new("end"), &told)?;
+    used.hear(
+        mesh.all.rank(),
+        all.iter().map(|told| match told[..] {
+            [_, _, joules, estimated] => Energy { joules, estimated: estimated == 1.0 },
+            _ => Energy::default(),
+        }),
+    );
+    let any = |which: usize| all.iter().any(|told| told.get(which) == Some(&1.0));
+    Ok(if any(0) { Some(Ending::Stopped) } else { any(1).then_some(Ending::OutOfTime) })
 }
 
 /// Sums over all ranks that have sequences of their own, and over the stages, of which the last has them, in the order of the

@@ -37,18 +37,19 @@ EMBED(embed_f16_f16, f16, f16)
 // rows of that id, one after the other: the bits do not depend on which block runs when.
 template <class G> __device__ void embed_backward(const u32* ids, const G* dout, float* dtable, u32 count, u32 width) {
     const u32 WARPS = 8;
-    __shared__ u32 found[WARPS], rows[32 * WARPS], met;
+    // Ids that a thread compares before all hear what any has found.
+    const u32 EACH = 4;
+    __shared__ u32 found[WARPS], rows[32 * WARPS];
     u32 id = ids[blockIdx.x], lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (id == IGNORE) return;
-    if (threadIdx.x == 0) met = 0;
-    __syncthreads();
-    // What one thread has found ends the search of all, sooner or later.
-    volatile u32* before = &met;
-    for (u32 i = threadIdx.x; i < blockIdx.x && *before == 0; i += blockDim.x) {
-        if (ids[i] == id) *before = 1;
+    for (u32 start = 0; start < blockIdx.x; start += EACH * blockDim.x) {
+        bool met = false;
+        UNROLL for (u32 j = 0; j < EACH; j++) {
+            u32 i = start + j * blockDim.x + threadIdx.x;
+            met |= i < blockIdx.x && ids[i] == id;
+        }
+        if (__syncthreads_or(met)) return;
     }
-    __syncthreads();
-    if (met != 0) return;
     float* sums = dtable + u64(id) * width;
     for (u32 start = blockIdx.x; start < count; start += blockDim.x) {
         u32 i = start + threadIdx.x;
