@@ -257,6 +257,15 @@ impl Tokenizer {
         })
     }
 
+    /// Whether no id means something else in another tokenizer, whatever file it comes from. Either may lack tokens that the other
+    /// one's files add.
+    pub fn agrees_with(&self, other: &Tokenizer) -> bool {
+        let (own, others) = (&self.vocabulary, &other.vocabulary);
+        let same =
+            |token: &Added| others.added_as(token.id).is_none_or(|known| known.content == token.content);
+        own.tokens == others.tokens && own.merges == others.merges && own.added.iter().all(same)
+    }
+
     /// Name of a special token, which has no text; nothing for other ids.
     pub fn special(&self, id: u32) -> Option<&str> {
         let own = SPECIALS.get(id as usize).copied();

@@ -2,6 +2,8 @@
 
 use half::{bf16, f16};
 
+use crate::WeightFormat;
+
 /// Type of a buffer's elements, as a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
@@ -71,8 +73,29 @@ element!(f16, F16, f16::to_f32, f16::from_f32);
 element!(u32, U32, |x| x as f32, |x| x as u32);
 element!(i16, I16, |x| x as f32, |x| x as i16);
 
+/// Refuses rows of a matrix of width `k`, from row `first` on, whose numbers a format would silently make others of: f16 has none
+/// that large, and groups of codes none that are not finite.
+pub(crate) fn check_rows(format: WeightFormat, first: usize, k: usize, rows: &[f32]) -> anyhow::Result<()> {
+    match format {
+        WeightFormat::F32 | WeightFormat::Bf16 => Ok(()),
+        WeightFormat::F16 => check_f16(rows),
+        WeightFormat::Int8 | WeightFormat::Int4 | WeightFormat::Int3 => {
+            let wrong = rows.iter().position(|x| !x.is_finite());
+            wrong.map_or(Ok(()), |at| {
+                anyhow::bail!(
+                    "the weight in row {}, column {} is {}, which {} cannot hold; the model is damaged",
+                    first + at / k,
+                    at % k,
+                    rows[at],
+                    format.name()
+                )
+            })
+        }
+    }
+}
+
 /// Refuses numbers that would become infinite as f16.
-pub(crate) fn check_f16(numbers: &[f32]) -> anyhow::Result<()> {
+fn check_f16(numbers: &[f32]) -> anyhow::Result<()> {
     // From halfway to what would be the next number on.
     let beyond = numbers.iter().find(|x| x.is_finite() && x.abs() >= 65_520.0);
     beyond.map_or(Ok(()), |x| anyhow::bail!("a weight is {x}, but f16 ends at 65504; use bf16 or f32"))

@@ -244,6 +244,14 @@ fn shards_stay_below_the_limit_and_have_an_index() {
         assert_eq!(json["metadata"]["total_size"], source.bytes());
         let tensors = source.tensors().count();
         assert_eq!(json["weight_map"].as_object().unwrap().len(), tensors);
+        // Saved once more as one file, as transformers does it: shards go, and the index stays.
+        let whole = dir.path().join("whole").join(index);
+        let one = write(&source, &whole, &to(target));
+        for file in sharded.files() {
+            fs::remove_file(file).unwrap();
+        }
+        fs::copy(&one.files()[0], place.join(one.files()[0].file_name().unwrap())).unwrap();
+        assert_same(&source, &open(&place));
     }
 }
 

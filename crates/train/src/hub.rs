@@ -31,12 +31,18 @@ fn name(path: &Path) -> Option<&str> {
 
 /// Where those tools keep what they download, by the variables that they look at.
 fn cache() -> Option<PathBuf> {
-    let folder = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let value = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    // Files of variables know no shell that would do this.
+    let folder = |name| match (value(name)?, value("HOME")) {
+        (path, Some(home)) => Some(path.strip_prefix("~").map(|rest| home.join(rest)).unwrap_or(path)),
+        (path, None) => Some(path),
+    };
     let home = || {
         let cache = folder("XDG_CACHE_HOME").or_else(|| Some(folder("HOME")?.join(".cache")));
         folder("HF_HOME").or_else(|| Some(cache?.join("huggingface")))
     };
-    folder("HF_HUB_CACHE").or_else(|| Some(home()?.join("hub")))
+    let named = folder("HF_HUB_CACHE").or_else(|| folder("HUGGINGFACE_HUB_CACHE"));
+    named.or_else(|| Some(home()?.join("hub")))
 }
 
 fn snapshot(cache: &Path, name: &str) -> Result<PathBuf> {

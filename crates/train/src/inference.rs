@@ -280,7 +280,7 @@ fn draft(device: &Chip, path: &Path, opening: &Opening, tokenizer: &Tokenizer) -
         if opening.tokenizer.is_none() {
             let own = beside_weights(&named.source)?;
             ensure!(
-                own.fingerprint() == tokenizer.fingerprint(),
+                own.agrees_with(tokenizer),
                 "its tokenizer, of {} tokens, is not that of the model, of {}, so its ids mean something else; use a draft \
                  that was trained with the same tokenizer",
                 own.vocab_size(),

@@ -123,8 +123,9 @@ pub fn quantise(
 pub(crate) fn beside_weights(source: &Source) -> Result<Tokenizer> {
     let folder = source.folder();
     Tokenizer::load(folder).with_context(|| {
-        let there =
-            ["tokenizer.json", "vocab.json", "merges.txt"].iter().any(|name| folder.join(name).exists());
+        let there = ["tokenizer.json", "gpt2-unified.json", "vocab.json", "merges.txt"]
+            .iter()
+            .any(|name| folder.join(name).exists());
         let folder = folder.display();
         match there {
             true => format!(

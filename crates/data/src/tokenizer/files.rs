@@ -69,7 +69,10 @@ impl Vocabulary {
     pub fn load(path: &Path) -> Result<(Vocabulary, PathBuf)> {
         let meta = fs::metadata(path)
             .context("expected a tokenizer.json, or a folder with one or with vocab.json and merges.txt")?;
-        let json = if meta.is_dir() { path.join("tokenizer.json") } else { path.to_owned() };
+        let json = match meta.is_dir() {
+            true => in_folder(path),
+            false => path.to_owned(),
+        };
         if json.exists() {
             let mut vocabulary = from_file(&json, Self::from_json)?;
             let config = json.with_file_name(CONFIG);
@@ -428,6 +431,17 @@ fn if_there<T>(path: &Path, read: impl FnOnce(&Value) -> Result<T>) -> Result<Op
         return Ok(None);
     }
     from_file(path, |bytes| read(&parse(bytes)?)).map(Some)
+}
+
+/// What metaseq calls a `tokenizer.json`.
+const UNIFIED: &str = "gpt2-unified.json";
+
+/// The `tokenizer.json` of a folder, which in metaseq's folders is called [`UNIFIED`]. There the pair, where it is, goes first, as
+/// for metaseq.
+fn in_folder(folder: &Path) -> PathBuf {
+    let [plain, unified] = ["tokenizer.json", UNIFIED].map(|name| folder.join(name));
+    let alone = || the_one(folder, "vocab.json").is_err();
+    if !plain.exists() && unified.is_file() && alone() { unified } else { plain }
 }
 
 /// What the files in a folder add to a pair of files there, and which of them does.

@@ -14,7 +14,7 @@ use super::driver::Address;
 use super::kernels::args;
 use super::workspace::Scratch;
 use super::{CudaBuf, CudaDevice, StreamWords, name, optional};
-use crate::element::check_f16;
+use crate::element::check_rows;
 use crate::places::{self, UNIT};
 use crate::quantise::{self, Codes, GROUP, Group, code_bits, has_minima};
 use crate::rng::BLOCK;
@@ -105,10 +105,10 @@ impl Layout {
     /// Rounds rows and hands them to `write`.
     fn write_rows(&self, first: usize, rows: &[f32], write: &WritePiece<'_>) -> Result<()> {
         let at = first * Layout::row_bytes(self.format, self.k);
+        check_rows(self.format, first, self.k, rows)?;
         match self.format {
             WeightFormat::F32 => write(at, bytemuck::cast_slice(rows)),
             WeightFormat::F16 => {
-                check_f16(rows)?;
                 let rounded: Vec<f16> = rows.iter().map(|x| f16::from_f32(*x)).collect();
                 write(at, bytemuck::cast_slice(&rounded))
             }

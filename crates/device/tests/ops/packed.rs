@@ -198,6 +198,31 @@ fn numbers_beyond_f16_are_refused() {
     assert!(refused.contains("-65520") && refused.contains("65504") && refused.contains("bf16"), "{refused}");
 }
 
+/// Groups of codes would make finite numbers of them, and nobody would hear of it.
+#[test]
+fn numbers_that_are_none_are_not_rounded_to_codes() {
+    let device = one_device();
+    for format in WeightFormat::ALL {
+        let pack = |wrong: f32| {
+            device.pack_weight(format, 70, 80, &|range, rows| {
+                rows.fill(0.5);
+                if range.contains(&66) {
+                    rows[(66 - range.start) * 80 + 7] = wrong;
+                }
+                Ok(())
+            })
+        };
+        let codes = matches!(format, WeightFormat::Int8 | WeightFormat::Int4 | WeightFormat::Int3);
+        for wrong in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            match pack(wrong).err().map(|error| error.to_string()) {
+                Some(told) => assert!(codes && told.contains("row 66, column 7"), "{told}"),
+                None => assert!(!codes, "{} takes {wrong}", format.name()),
+            }
+        }
+        assert!(pack(1.5).is_ok());
+    }
+}
+
 #[test]
 fn a_row_does_not_depend_on_the_rows_beside_it() {
     let (shapes, rows) = sizes();

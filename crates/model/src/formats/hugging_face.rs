@@ -16,12 +16,12 @@ pub(super) const CONFIG: &str = "config.json";
 /// Most bytes of a JSON file: an index of 175b has 200 kB.
 const MAX_JSON: u64 = 64 << 20;
 
-/// Where the weights are, in the order of preference.
+/// Where the weights are, in transformers' order: an index may be left of what was saved in shards before.
 const WEIGHTS: [&str; 4] = [
-    "model.safetensors.index.json",
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 ];
 
 /// The file that a folder's weights begin with, if it is such a folder.

@@ -237,13 +237,15 @@ impl WeightCache {
     /// Makes room for a file of `needed` bytes: removes what was abandoned, and weights that were used longest ago.
     fn make_room(&self, path: &Path, needed: u64) -> Result<()> {
         let mut others: Vec<(SystemTime, u64, PathBuf)> = Vec::new();
-        for other in self.files()?.into_iter().filter(|other| other != path) {
+        for other in self.files()? {
             let Ok(metadata) = other.metadata() else { continue };
             let used = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
             if file::is_temporary(&other) && used.elapsed().is_ok_and(|time| time > ABANDONED) {
                 // If it cannot be removed it takes room, and nothing worse.
                 let _ = fs::remove_file(&other);
             } else if file::is_weights(&other) {
+                // What has this very name is not what is wanted, and nobody will want it again.
+                let used = if other == path { SystemTime::UNIX_EPOCH } else { used };
                 others.push((used, metadata.len(), other));
             }
         }

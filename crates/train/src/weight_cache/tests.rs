@@ -294,3 +294,21 @@ fn many_may_open_at_once() {
     lab.kept();
     assert!(matches!(lab.open(&lab.cache(), WeightFormat::Int8).1, Outcome::Found));
 }
+
+/// The file of a model that was changed is the first to go where its replacement has no room beside it.
+#[test]
+fn what_is_to_be_replaced_takes_no_room() {
+    let lab = Lab::new();
+    let cache = lab.cache();
+    lab.open(&cache, WeightFormat::Bf16);
+    let [old] = cache.files().unwrap().try_into().unwrap();
+    let bytes = old.metadata().unwrap().len();
+    let cache = cache.with_limit(bytes + bytes / 2);
+    cache.make_room(&old, bytes).unwrap();
+    assert!(!old.exists());
+    lab.open(&cache, WeightFormat::Bf16);
+    // With room for both it stays until it is replaced.
+    let cache = cache.with_limit(2 * bytes);
+    cache.make_room(&old, bytes).unwrap();
+    assert!(old.exists());
+}

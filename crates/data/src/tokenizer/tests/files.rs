@@ -42,6 +42,37 @@ fn fingerprints_and_files_are_those_of_the_library() {
     assert_eq!(t.to_json().unwrap(), library(&t).to_string(true).unwrap());
 }
 
+/// Files of one tokenizer say some things in other words, and so have other fingerprints; fine-tuning adds tokens.
+#[test]
+fn tokenizers_agree_whatever_file_they_come_from() {
+    let small = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizer/small");
+    let pair = Tokenizer::load(&small).unwrap();
+    let as_json = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut json = serde_json::from_str(&pair.to_json().unwrap()).unwrap();
+        change(&mut json);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        fs::write(&path, json.to_string()).unwrap();
+        Tokenizer::load(&path).unwrap()
+    };
+    let written = as_json(&|json| json["model"]["continuing_subword_prefix"] = "".into());
+    assert_ne!(written.fingerprint(), pair.fingerprint());
+    assert!(written.agrees_with(&pair) && pair.agrees_with(&written));
+    let added = |content: &str| {
+        as_json(&|json| {
+            let token = serde_json::json!({
+                "id": 5000, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true
+            });
+            json["added_tokens"].as_array_mut().unwrap().push(token);
+        })
+    };
+    let [one, other] = ["<one>", "<other>"].map(added);
+    assert!(one.agrees_with(&pair) && pair.agrees_with(&one) && !one.agrees_with(&other));
+    let fewer = as_json(&|json| drop(json["model"]["merges"].as_array_mut().unwrap().pop()));
+    assert!(!fewer.agrees_with(&pair) && !pair.agrees_with(&fewer));
+}
+
 #[test]
 fn wrong_entries_of_a_pair_of_files_are_named() {
     let dir = tempfile::tempdir().unwrap();

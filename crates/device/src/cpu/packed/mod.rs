@@ -23,7 +23,7 @@ use super::gemm::Epilogue;
 use super::linear::finish;
 use super::simd::{Simd, dispatch, prefetch};
 use super::{CpuBuf, CpuDevice, Scratch};
-use crate::element::check_f16;
+use crate::element::check_rows;
 use crate::quantise::Codes;
 use crate::{Activation, DType, Element, Mapped, ReadRows, WeightFormat, WritePiece};
 pub(super) use ahead::Next;
@@ -121,10 +121,8 @@ pub(super) fn pack_to(
         if failed().is_some() {
             return;
         }
-        let made = read(range, rows).and_then(|()| {
-            if format == WeightFormat::F16 {
-                check_f16(rows)?;
-            }
+        let made = read(range.clone(), rows).and_then(|()| {
+            check_rows(format, range.start, k, rows)?;
             layout.pack(device, rows, k, packed);
             write(4 * panel * words, bytemuck::cast_slice(packed))
         });

@@ -55,6 +55,8 @@ pub fn quantise(
         );
     }
     let format = quantisation.weights()?;
+    // Looked for before the weights, which may take hours: what goes away meanwhile must not go unnoticed.
+    let (files, mut config) = (source.tokenizer_files(), source.hugging_face_config()?);
     publish(destination, progress, |folder| {
         let items = items(source)?;
         let bytes = |item: &Item| item.bytes(format);
@@ -66,7 +68,6 @@ pub fn quantise(
             sums.insert(name.clone(), file(folder, &name, shard, format, round)?);
         }
         index(folder, "model", "safetensors", &map)?;
-        let mut config = source.hugging_face_config()?;
         config[KEY] = serde_json::to_value(quantisation.with_files(sums))?;
         if let Some(dtype) = source.dtype() {
             config["torch_dtype"] = dtype.torch_name().into();
@@ -74,7 +75,7 @@ pub fn quantise(
         folder.small(CONFIG, &json(&config)?)?;
         match tokenizer {
             Some(tokenizer) => folder.small("tokenizer.json", tokenizer.as_bytes()),
-            None => source.tokenizer_files().iter().try_for_each(|(name, path)| folder.copy(name, path)),
+            None => files.iter().try_for_each(|(name, path)| folder.copy(name, path)),
         }
     })
 }
