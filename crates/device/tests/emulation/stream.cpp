@@ -111,6 +111,10 @@ Stream::~Stream() {
 
 void Stream::give(std::function<void()> piece) {
     std::lock_guard<std::mutex> lock(work->guard);
+    give_locked(std::move(piece));
+}
+
+void Stream::give_locked(std::function<void()> piece) {
     if (!worker.joinable()) worker = std::thread([work = work] { work->run(); });
     work->left.push_back(std::move(piece));
     work->given++;
@@ -134,11 +138,10 @@ void Stream::hurry() {
 Event Stream::end() {
     Event event;
     event.point = std::make_shared<Event::Point>();
-    {
-        std::lock_guard<std::mutex> lock(work->guard);
-        event.point->work = work, event.point->place = work->given + 1;
-    }
-    give([point = event.point] { point->reach(); });
+    // At once: another thread's piece in between would have the place, and nobody would ask for this one.
+    std::lock_guard<std::mutex> lock(work->guard);
+    event.point->work = work, event.point->place = work->given + 1;
+    give_locked([point = event.point] { point->reach(); });
     return event;
 }
 

@@ -56,6 +56,8 @@ public:
 private:
     friend class Event;
     struct Work;
+    /// As give, to be called by who has the guard of the work.
+    void give_locked(std::function<void()> work);
     std::shared_ptr<Work> work;
     std::thread worker;
 };
