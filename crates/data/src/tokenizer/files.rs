@@ -69,10 +69,7 @@ impl Vocabulary {
     pub fn load(path: &Path) -> Result<(Vocabulary, PathBuf)> {
         let meta = fs::metadata(path)
             .context("expected a tokenizer.json, or a folder with one or with vocab.json and merges.txt")?;
-        let json = match meta.is_dir() {
-            true => in_folder(path),
-            false => path.to_owned(),
-        };
+        let json = if meta.is_dir() { in_folder(path) } else { path.to_owned() };
         if json.exists() {
             let mut vocabulary = from_file(&json, Self::from_json)?;
             let config = json.with_file_name(CONFIG);
