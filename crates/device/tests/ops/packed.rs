@@ -413,7 +413,11 @@ fn what_was_written_is_used_where_it_lies() {
 #[test]
 fn failing_writers_are_heard() {
     let device = one_device();
-    let full = device.pack_weight_to(WeightFormat::Int8, 1000, 64, &|_, _| Ok(()), &|at, _| {
+    let read = |_: std::ops::Range<usize>, rows: &mut [f32]| {
+        rows.fill(0.5);
+        Ok(())
+    };
+    let full = device.pack_weight_to(WeightFormat::Int8, 1000, 64, &read, &|at, _| {
         anyhow::ensure!(at < 5000, "the disk is full");
         Ok(())
     });
