@@ -19,6 +19,7 @@ use super::pack::{Matrix, pack, pack_panels, pack_tiles};
 use super::simd::{
     Avx512, Isa, Portable, Simd, dispatch, prefetch, prefetch_l2, with_avx512, with_avx512_bf16,
 };
+use super::soon::Soon;
 use super::{CpuDevice, Scratch};
 use crate::{DType, Element, f16};
 
@@ -250,7 +251,7 @@ pub(super) fn product<E: Element, B: Operand, P: Epilogue>(
                         last: k_block + 1 == k_blocks,
                         a: packed,
                         b: panels,
-                        soon: soon.map(|rows| Soon::of(&a, rows, ks.clone())),
+                        soon: soon.map(|rows| a.soon(rows, ks.clone())),
                         sums_from: if alone {
                             thread * own
                         } else {
@@ -314,41 +315,6 @@ pub(super) struct Panels<'a> {
     pub(super) stride: usize,
     pub(super) start: usize,
     pub(super) next: usize,
-}
-
-/// Part of a matrix that is packed soon.
-#[derive(Clone, Copy)]
-pub(super) struct Soon {
-    start: *const u8,
-    /// Neighbours in memory, cache lines of each, and bytes from one to the next.
-    rows: usize,
-    lines: usize,
-    step: usize,
-}
-
-impl Soon {
-    /// Rows `is` and columns `ks` of A.
-    fn of<E: Element>(a: &Matrix<E>, is: Range<usize>, ks: Range<usize>) -> Self {
-        let (outer, inner) = if a.k_contiguous { (is, ks) } else { (ks, is) };
-        let start = a.data.as_ptr().wrapping_add(outer.start * a.ld + inner.start);
-        let lines = (inner.len() * size_of::<E>()).div_ceil(64);
-        Soon { start: start.cast(), rows: outer.len(), lines, step: a.ld * size_of::<E>() }
-    }
-
-    /// Brings its `part`-th of so many parts to the second-level cache.
-    #[inline(always)]
-    fn fetch(&self, part: usize, of: usize) {
-        let all = self.rows * self.lines;
-        let (mut at, end) = (all * part / of, all * (part + 1) / of);
-        while at < end {
-            let (row, line) = (at / self.lines, at % self.lines);
-            let count = (self.lines - line).min(end - at);
-            for line in line..line + count {
-                prefetch_l2(self.start.wrapping_add(row * self.step + 64 * line));
-            }
-            at += count;
-        }
-    }
 }
 
 /// Packed operands: some rows of A, and a super-block of B.
@@ -439,7 +405,7 @@ impl Block<'_> {
                 for ap in a_panels.clone() {
                     if let (0, Some(soon)) = (from, &self.soon) {
                         let part = (bp - first_panel) * a_panels.len() + ap - a_panels.start;
-                        soon.fetch(part, panels);
+                        soon.fetch_part(part, panels);
                     }
                     let a = &self.a[(ap * units + from) * mr..][..count * mr];
                     // What comes next of B is brought to the L2 cache while this is in use, a share with each panel of A.

@@ -23,6 +23,7 @@ mod peak;
 pub(crate) mod pool;
 mod random;
 mod simd;
+mod soon;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

@@ -1,6 +1,7 @@
 //! Operands of matrix products in the order in which [`super::gemm`]'s inner loop reads them.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use half::bf16;
 
@@ -8,6 +9,7 @@ use super::CpuDevice;
 use super::amx::STEP;
 use super::buffer::Shards;
 use super::simd::{Isa, prefetch};
+use super::soon::Soon;
 use crate::{DType, Element};
 
 /// One operand: element (i, k) is at `i * ld + k` when `k_contiguous`, else at `k * ld + i`.
@@ -16,6 +18,15 @@ pub(super) struct Matrix<'a, E> {
     pub(super) data: &'a [E],
     pub(super) ld: usize,
     pub(super) k_contiguous: bool,
+}
+
+impl<E> Matrix<'_, E> {
+    /// Rows `is` and columns `ks`.
+    pub(super) fn soon(&self, is: Range<usize>, ks: Range<usize>) -> Soon {
+        let (outer, inner) = if self.k_contiguous { (is, ks) } else { (ks, is) };
+        let start = self.data.as_ptr().wrapping_add(outer.start * self.ld + inner.start);
+        Soon::new(start, outer.len(), inner.len(), self.ld)
+    }
 }
 
 /// Columns of a strided matrix that a task packs: some cache lines of each row.

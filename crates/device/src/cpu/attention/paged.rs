@@ -21,6 +21,7 @@ use crate::cpu::buffer::Shards;
 use crate::cpu::gemm::{Dot, Fma, Widen};
 use crate::cpu::pack::{Matrix, pack_panels};
 use crate::cpu::simd::{Avx512, Isa, Simd, dispatch, prefetch_l2, with_avx512_bf16};
+use crate::cpu::soon::Soon;
 use crate::cpu::{CpuDevice, Scratch};
 use crate::{DType, Element, PAGE, Placed};
 
@@ -120,7 +121,7 @@ pub(in crate::cpu) fn paged<E: Element>(
             if group.alone() {
                 new.expect(h, group);
             }
-            Soon::of(&new.pages(h, group, k), 0, group.position + group.count)
+            new.pages(h, group, k).soon(0, group.position + group.count)
         });
         let head = Head {
             width,
@@ -260,13 +261,9 @@ impl<'a, E: Element> New<'a, E> {
             cache.pointer(pages.start(page))
         });
         let words = self.width / in_word::<E>();
-        for word in 0..words {
-            prefetch_l2(keys.wrapping_add(word * PAGE + slot));
-        }
+        Soon::new(keys.wrapping_add(slot), words, 1, PAGE).fetch();
         let first = slot / in_word::<E>() * self.width;
-        for at in (0..self.width).step_by(16) {
-            prefetch_l2(values.wrapping_add(first + at));
-        }
+        Soon::new(values.wrapping_add(first), 1, self.width, self.width).fetch();
     }
 
     /// Writes keys and values of a group, of one head, to their page: a whole page as panels of products are packed, whose layout it
@@ -351,6 +348,13 @@ impl<'a> Pages<'a> {
         self.first + self.numbers[page] as usize * self.step
     }
 
+    /// Keys of a page of a text of so many tokens, `[word of D][PAGE]`.
+    #[inline(always)]
+    fn soon(&self, page: usize, tokens: usize) -> Soon {
+        let keys = self.cache.pointer(self.start(page));
+        Soon::new(keys, self.block / PAGE, PAGE.min(tokens - page * PAGE), PAGE)
+    }
+
     /// # Safety
     /// Nothing is written to the page's part while it is alive.
     #[inline(always)]
@@ -366,33 +370,6 @@ impl<'a> Pages<'a> {
         let start = self.start(page);
         // SAFETY: as the caller promises.
         unsafe { self.cache.range(start..start + self.block) }
-    }
-}
-
-/// Keys that are read soon, `[word of D][PAGE]`, and how many of them. Others may write to them until then.
-#[derive(Clone, Copy)]
-struct Soon {
-    keys: *const u32,
-    rows: usize,
-    seen: usize,
-}
-
-impl Soon {
-    /// Keys of a page of a text of so many tokens.
-    #[inline(always)]
-    fn of(pages: &Pages<'_>, page: usize, tokens: usize) -> Self {
-        let keys = pages.cache.pointer(pages.start(page));
-        Soon { keys, rows: pages.block / PAGE, seen: PAGE.min(tokens - page * PAGE) }
-    }
-
-    /// Brings them to the second-level cache.
-    #[inline(always)]
-    fn fetch(self) {
-        for row in 0..self.rows {
-            for at in (0..self.seen).step_by(16) {
-                prefetch_l2(self.keys.wrapping_add(row * PAGE + at));
-            }
-        }
     }
 }
 
@@ -580,8 +557,7 @@ impl Head<'_> {
                     }
                 }
             }
-            let next =
-                if page < last { Some(Soon::of(&self.k, page + 1, position + count)) } else { self.next };
+            let next = if page < last { Some(self.k.soon(page + 1, position + count)) } else { self.next };
             if let Some(next) = next {
                 next.fetch();
             }
