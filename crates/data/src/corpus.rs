@@ -4,8 +4,12 @@
 //! come in pieces, so that memory stays bounded and one document can be tokenised by several threads. Pieces are cut
 //! where GPT-2's word pattern always cuts, so tokens are those of the whole document.
 
+mod field;
+
 use crate::decompress::{self, Compression};
 use anyhow::{Context, Result, bail};
+use field::OneField;
+use serde::de::DeserializeSeed;
 use serde_json::Value;
 use std::collections::{HashSet, VecDeque};
 use std::fs;
@@ -313,9 +317,12 @@ fn text_of_line(line: &[u8], field: &str) -> Result<String> {
             e.valid_up_to() + 1
         )
     })?;
-    let mut value: Value = serde_json::from_str(line).map_err(|e| {
+    let wrong = |e: serde_json::Error| {
         let (what, column) = (e.to_string(), e.column());
         let what = what.split(" at line ").next().unwrap_or_default();
+        if e.is_data() {
+            return anyhow::anyhow!("{what}");
+        }
         // What Python's json.dumps makes of text that was read with errors="surrogateescape".
         let hint = if what.contains("surrogate") || what.contains("end of hex escape") {
             "; \\ud800 to \\udfff stand for characters in pairs only: write the file again without the single ones, in Python \
@@ -324,42 +331,19 @@ fn text_of_line(line: &[u8], field: &str) -> Result<String> {
             "; expected one object a line"
         };
         anyhow::anyhow!("not valid JSON: {what} at column {column}{hint}")
-    })?;
-    take_text(&mut value, field)
+    };
+    let mut reader = serde_json::Deserializer::from_str(line);
+    let text = OneField(field).deserialize(&mut reader).map_err(wrong)?;
+    reader.end().map_err(wrong)?;
+    Ok(text)
 }
 
-/// Takes the text out of a field of a JSON object.
+/// The text in a field of a JSON object.
 ///
 /// # Errors
 /// When it is no object, or has no text there; the message names the fields that it has.
-pub fn take_text(value: &mut Value, field: &str) -> Result<String> {
-    let found = kind(value);
-    let Value::Object(object) = value else {
-        bail!("expected a JSON object with a text field `{field}`, found {found}");
-    };
-    match object.remove(field) {
-        Some(Value::String(text)) => Ok(text),
-        Some(other) => bail!("field `{field}` holds {}, expected a string", kind(&other)),
-        None => {
-            let names: Vec<&str> = object.keys().map(String::as_str).collect();
-            bail!(
-                "there is no field `{field}`; the fields are: {}; name the one that holds the text (data.text_field in a \
-                 configuration, --text-field of a command)",
-                names.join(", ")
-            )
-        }
-    }
-}
-
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
-    }
+pub fn text_in(value: &Value, field: &str) -> Result<String> {
+    Ok(OneField(field).deserialize(value)?)
 }
 
 /// Cuts a document into pieces.
@@ -513,8 +497,8 @@ mod tests {
                 &b"{\"text\":\"ok\"}\n{\"body\":\"x\",\"id\":1}"[..],
                 &["line 2", "`text`", "body, id"][..],
             ),
-            ("b.jsonl", b"{\"text\":5}", &["line 1", "a number", "a string"]),
-            ("c.jsonl", b"[1]", &["line 1", "an array"]),
+            ("b.jsonl", b"{\"text\":5}", &["line 1", "integer `5`", "a string in the field `text`"]),
+            ("c.jsonl", b"[1]", &["line 1", "sequence", "a JSON object with a text field `text`"]),
             ("d.jsonl", b"{\"text\":\"ok\"}\n\n{\"text\":\"op", &["line 3", "JSON"]),
             ("e.jsonl", b"{\"text\":\"caf\xE9\"}", &["line 1", "UTF-8", "0xe9", "column 13"]),
             (
@@ -546,6 +530,23 @@ mod tests {
                 assert!(e.contains(part), "{name}: `{part}` is not in: {e}");
             }
         }
+    }
+
+    #[test]
+    fn what_else_an_object_holds_may_be_anything() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.jsonl");
+        let ids = "[0],".repeat(100_000);
+        let line = format!(
+            "{{\"ids\": [{ids}[0]], \"text\": \"the first\", \"more\": {{\"text\": 1e999}}, \"text\": \"the last\"}}\n"
+        );
+        fs::write(&path, line).unwrap();
+        let corpus = Corpus::find(&[&path], "text").unwrap();
+        assert_eq!(read(&corpus).unwrap(), ["the last"]);
+        let names: Vec<String> = (0..30).map(|i| format!("\"name {i}\": {i}")).collect();
+        fs::write(&path, format!("{{{}}}", names.join(","))).unwrap();
+        let e = format!("{:#}", read(&Corpus::find(&[&path], "text").unwrap()).unwrap_err());
+        assert!(e.contains("name 19 and 10 more; ") && e.contains("data.text_field"), "{e}");
     }
 
     #[test]

@@ -17,7 +17,7 @@ mod tokenizer;
 #[cfg(test)]
 mod testing;
 
-pub use corpus::{Corpus, Piece, Pieces, take_text};
+pub use corpus::{Corpus, Piece, Pieces, text_in};
 pub use crate_docs::{CrateDocs, registry_cache};
 pub use loader::{Batch, Loader};
 pub use permutation::Permutation;

@@ -180,6 +180,11 @@ impl WeightFormat {
     /// Those of codes, see [`quantise`].
     pub const CODES: [WeightFormat; 3] = [WeightFormat::Int8, WeightFormat::Int4, WeightFormat::Int3];
 
+    /// Whether inference computes, and keeps keys and values, in f32 beside such weights; else it does in bf16.
+    pub fn computes_in_f32(self) -> bool {
+        matches!(self, WeightFormat::F32 | WeightFormat::F16)
+    }
+
     /// Name for people and programs.
     pub fn name(self) -> &'static str {
         match self {

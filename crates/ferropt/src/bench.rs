@@ -164,6 +164,9 @@ fn infer(args: InferenceArgs) -> anyhow::Result<()> {
         runs: args.runs,
         cache: weight_cache(args.no_cache)?,
     })?;
+    for note in &report.notes {
+        tell!("{note}");
+    }
     print(&report, args.json)
 }
 

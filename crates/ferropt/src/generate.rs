@@ -4,7 +4,7 @@ use crate::model::{
     DraftArgs, MarksArgs, ModelArgs, SamplingArgs, each_line, is_jsonl, refused, tokens_at_most, unescaped,
 };
 use anyhow::{Context, Result, ensure};
-use ferropt_data::take_text;
+use ferropt_data::text_in;
 use ferropt_engine::{Completion, Event, Handle, Parameters, Request, Text, Token};
 use ferropt_train::inference::Model;
 use serde_json::{Value, json};
@@ -43,7 +43,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N")]
     best_of: Option<usize>,
     /// Search for the likeliest text, with so many candidates at a time
-    #[arg(long, value_name = "N", conflicts_with_all = ["greedy", "temperature"])]
+    #[arg(long, value_name = "N", conflicts_with_all = ["greedy", "temperature", "seed"])]
     beams: Option<usize>,
     /// With --beams: above 0 favours longer texts [default: 1]
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
@@ -173,7 +173,7 @@ fn run_file(args: &Args, file: &Path, parameters: &Parameters) -> Result<()> {
 
 /// The prompts of a file, with the numbers of their lines: the lines, or what a field of the object on each holds.
 fn prompts(text: &str, field: Option<&str>) -> Result<Vec<(usize, String)>> {
-    let object = |mut object| take_text(&mut object, field.unwrap_or_default());
+    let object = |object| text_in(&object, field.unwrap_or_default());
     let prompts = each_line(text, field.is_some(), |line| line.into(), object)?;
     ensure!(!prompts.is_empty(), "it has no lines");
     Ok(prompts)

@@ -89,17 +89,8 @@ impl ModelArgs {
 
     fn open_as(&self, opening: Opening) -> Result<Model> {
         let model = Model::open(&self.model, &opening)?;
-        for damage in &model.damaged {
-            tell!(
-                "warning: passed over a damaged checkpoint, using the one of step {}: {damage:#}",
-                model.step
-            );
-        }
-        if model.rounded {
-            tell!(
-                "note: the weights are f16 and become bf16, which has 3 bits less of each; `--weights f16` keeps all, and \
-                 computes in f32, and `--weights bf16` says that this is meant"
-            );
+        for note in model.notes() {
+            tell!("{note}");
         }
         match &model.kept {
             Some(Outcome::Failed(error)) => tell!("warning: {error:#}"),
@@ -163,8 +154,14 @@ impl MarksArgs {
         Marks { in_front: !self.no_end_in_front, in_text: self.special_tokens }
     }
 
-    /// Tokens of a text. When it has added tokens that are not read as such, that is told once.
+    /// Tokens of a text. When it has added tokens that are not read as such, that is told.
     pub(crate) fn tokens(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
+        self.tell(tokenizer, text);
+        tokenizer.encode_as(text, self.marks())
+    }
+
+    /// Tells once, when a text has added tokens that are not read as such.
+    pub(crate) fn tell(&self, tokenizer: &Tokenizer, text: &str) {
         if !self.special_tokens
             && let Some(name) = tokenizer.added_in(text)
             && !self.told.swap(true, Relaxed)
@@ -173,7 +170,6 @@ impl MarksArgs {
                 "note: {name:?} in the text is read as characters; with --special-tokens it is the token of this name"
             );
         }
-        tokenizer.encode_as(text, self.marks())
     }
 }
 

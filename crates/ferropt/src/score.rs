@@ -2,7 +2,7 @@
 
 use crate::model::{MarksArgs, ModelArgs, each_line, is_jsonl, refused, tokens_at_most};
 use anyhow::{Context, Result, ensure};
-use ferropt_data::take_text;
+use ferropt_data::text_in;
 use ferropt_engine::{Handle, Request, Score, scoring};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -66,6 +66,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let engine = &args.model.open(args.batch, longest)?.engine;
     let request = |(line, (context, text)): &Item| -> Result<Request> {
         let named = || format!("line {line} of {name}");
+        for part in [context, text] {
+            args.marks.tell(engine.tokenizer(), part);
+        }
         let request = scoring(engine.tokenizer(), context, text, args.marks.marks()).with_context(named)?;
         request.check(&engine.capacity()).map_err(refused).with_context(named)?;
         Ok(request)
@@ -118,14 +121,14 @@ fn items(text: &str, jsonl: bool, text_field: Option<&str>) -> Result<Vec<Item>>
         text,
         jsonl,
         |line| (String::new(), line.into()),
-        |mut object| {
+        |object| {
             let has = |name: &str| object.get(name).is_some();
             let pair = text_field.is_none() && !has("text") && (has("context") || has("continuation"));
-            let mut take = |field: &str| take_text(&mut object, field);
+            let text = |field: &str| text_in(&object, field);
             match (text_field, pair) {
-                (Some(field), _) => Ok((String::new(), take(field)?)),
-                (None, true) => Ok((take("context")?, take("continuation")?)),
-                (None, false) => Ok((String::new(), take("text").context(EITHER)?)),
+                (Some(field), _) => Ok((String::new(), text(field)?)),
+                (None, true) => Ok((text("context")?, text("continuation")?)),
+                (None, false) => Ok((String::new(), text("text").context(EITHER)?)),
             }
         },
     )?;

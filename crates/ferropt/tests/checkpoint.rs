@@ -338,6 +338,19 @@ fn refusals_say_what_to_do() {
     assert!(ok(&["inspect", &out]).contains("36 of f16"), "{}", ok(&["inspect", &out]));
 }
 
+/// A preset stands in for a number of heads that nothing states.
+#[test]
+fn a_preset_does_not_overrule_what_files_state() {
+    let lab = Lab::new();
+    lab.train(&lab.config("run", 1), &["model.width=64", "model.heads=4"]);
+    let at = |name: &str| lab.path(name).display().to_string();
+    ok(&["convert", &at("run"), &at("metaseq"), "--to", "metaseq"]);
+    fails(&["inspect", &at("metaseq"), "--preset", "tiny"], &["4 heads by cfg in the file", "tiny has 2"]);
+    lab.train(&lab.config("two", 1), &["model.width=64"]);
+    ok(&["convert", &at("two"), &at("metaseq-of-two"), "--to", "metaseq"]);
+    assert!(ok(&["inspect", &at("metaseq-of-two"), "--preset", "tiny"]).contains("2 heads"));
+}
+
 /// A model that is opened again, also by several processes at once, gives the same text, and the disk is used as told.
 #[test]
 fn weights_that_are_ready_are_kept() {

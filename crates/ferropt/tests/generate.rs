@@ -253,6 +253,8 @@ fn added_tokens_are_read_where_they_are_asked_for_and_generated() {
     let ids = |score: &Value| -> Vec<u64> {
         score["log_probs"].as_array().unwrap().iter().map(|token| token["id"].as_u64().unwrap()).collect()
     };
+    let said = text_of_errors(&with_input("score", &run, &[], "[PAD]\n[PAD]\n"));
+    assert_eq!(said.matches("note: \"[PAD]\"").count(), 1, "{said}");
     assert_eq!(ids(&score(&["--special-tokens"])), [101, 102, 2]);
     assert_eq!(ids(&score(&["--special-tokens", "--no-end-in-front"])), [102, 2]);
     let talk = with_input("chat", &run, &["--max-tokens", "3", "--user", "[PAD]"], "hello\nyou\n");
@@ -266,8 +268,10 @@ fn texts_end_with_the_tokens_that_a_models_files_name() {
     lab.train(&lab.config("run", 5), &[]);
     let run = lab.path("run").display().to_string();
     let convert = |from: &str, to: &str| {
+        let (format, to) = to.split_once(' ').unwrap_or(("hf", to));
+        let mut command = ferropt();
         let out =
-            ferropt().args(["checkpoint", "convert", "--to", "hf", from]).arg(lab.path(to)).output().unwrap();
+            command.args(["checkpoint", "convert", "--to", format, from]).arg(lab.path(to)).output().unwrap();
         assert!(out.status.success(), "{}", text(&out));
         lab.path(to).display().to_string()
     };
@@ -297,6 +301,9 @@ fn texts_end_with_the_tokens_that_a_models_files_name() {
     assert!(finish == "end-of-text" && !text.is_empty() && !text.contains('a'), "{text}");
     // It stays so when the model is written anew.
     assert_eq!(generate(&convert(&model, "again"), &[]), at_once);
+    let parts = convert(&model, "metaseq parts");
+    assert_eq!(generate(&parts, &[]), at_once);
+    assert_eq!(generate(&convert(&parts, "hf back"), &[]), at_once);
 
     // What is meant for generation comes first.
     let generation = lab.path("model/generation_config.json");

@@ -641,3 +641,35 @@ fn heads_come_from_somewhere_or_are_asked_for() {
     assert!(Source::open(folder.path(), Some("huge")).is_err());
     assert_same(&open(fixture("pre/hf")), &source);
 }
+
+/// Only matrices count: vectors are f32 in memory, whatever they were.
+#[test]
+fn types_of_weights_are_those_of_matrices() {
+    let folder = copy("pre/hf");
+    let path = folder.path().join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let rounded = |names: &dyn Fn(&str) -> bool| {
+        let halves = |view: &safetensors::tensor::TensorView<'_>| -> Vec<u8> {
+            let values = view.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+            values.flat_map(|x| half::f16::from_f32(x).to_le_bytes()).collect()
+        };
+        let tensors = file.tensors();
+        let data: Vec<_> = tensors.iter().map(|(name, view)| names(name).then(|| halves(view))).collect();
+        let views = tensors.iter().zip(&data).map(|((name, view), data)| {
+            let (dtype, bytes) = match data {
+                Some(data) => (safetensors::Dtype::F16, &data[..]),
+                None => (view.dtype(), view.data()),
+            };
+            (name.clone(), safetensors::tensor::TensorView::new(dtype, view.shape().to_vec(), bytes).unwrap())
+        });
+        fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+        let source = open(folder.path());
+        (source.dtype(), source.weight_types().into_iter().collect::<Vec<_>>())
+    };
+    let vector = |name: &str| name.ends_with("norm.weight") || name.ends_with("bias");
+    assert_eq!(rounded(&|_| true), (Some(Dtype::F16), vec![Dtype::F16]));
+    assert_eq!(rounded(&|name| !vector(name)), (None, vec![Dtype::F16]));
+    assert_eq!(rounded(&vector), (None, vec![Dtype::F32]));
+    assert_eq!(rounded(&|name| name.contains("fc1")), (None, vec![Dtype::F32, Dtype::F16]));
+}

@@ -369,7 +369,15 @@ fn bombs_go_off_nowhere() {
         b"euu".to_vec(),
     ]
     .concat();
+    // A long text is not looked at again for each use: as a name, and as a key.
+    let long = text(&"x".repeat(300_000));
+    let uses = |once: &[u8]| once.repeat(60_000);
+    let (kept, torch) = ([&long[..], b"q\x00"].concat(), [text("torch"), b"q\x01".to_vec()].concat());
+    let imports = [&b"]"[..], &kept, b"0", &torch, b"0", &uses(b"h\x01h\x00\x930")].concat();
+    let keys = [&b"]q\x02"[..], &kept, b"0", b"}", &uses(b"h\x00Ns")].concat();
     let bombs: Vec<(&str, Vec<u8>)> = vec![
+        ("imports of a long name", wrapped(imports)),
+        ("a long key again and again", wrapped(keys)),
         ("nested lists", wrapped([b"]".repeat(many), b"a".repeat(many - 1)].concat())),
         ("nested dictionaries", wrapped([b"(".repeat(many), b"d".repeat(many)].concat())),
         ("nested tuples", wrapped([b")".to_vec(), b"\x85".repeat(many)].concat())),

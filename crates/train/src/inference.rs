@@ -117,6 +117,19 @@ pub struct Model {
 }
 
 impl Model {
+    /// What a user should know of how it was opened, a line for each.
+    pub fn notes(&self) -> Vec<String> {
+        let passed = |damage: &Error| {
+            format!(
+                "warning: passed over a damaged checkpoint, using the one of step {}: {damage:#}",
+                self.step
+            )
+        };
+        let rounded = "note: the weights are f16 and become bf16, which has 3 bits less of each; `--weights f16` keeps all, and \
+                       computes in f32, and `--weights bf16` says that this is meant";
+        self.damaged.iter().map(passed).chain(self.rounded.then(|| rounded.into())).collect()
+    }
+
     /// Opens what `path` names: a run folder, one of its checkpoints, a Hugging Face or quantised folder, metaseq's files, or what Hugging
     /// Face's tools have downloaded under a name such as `facebook/opt-125m`.
     ///
@@ -156,9 +169,9 @@ impl Model {
             Ok(Model { kept, ..start(device, decoder, draft, tokenizer, (opening, ends), format)? })
         };
         let model = load().with_context(|| format!("cannot use {}", source.path().display()))?;
-        let rounded = opening.weights.is_none()
-            && source.dtype() == Some(Dtype::F16)
-            && model.weights == WeightFormat::Bf16;
+        let halves =
+            source.weight_types().contains(&Dtype::F16) || precision(&named)? == Some(Precision::F16);
+        let rounded = opening.weights.is_none() && model.weights == WeightFormat::Bf16 && halves;
         let step = named.checkpoint.map_or(0, |(_, step)| step);
         Ok(Model {
             step,
@@ -276,7 +289,8 @@ fn decoder_of(
 /// tokenizer was named for both.
 fn draft(device: &Chip, path: &Path, opening: &Opening, tokenizer: &Tokenizer) -> Result<Decoder<Chip>> {
     let load = || {
-        let named = named(path, None, opening)?;
+        // The preset is the model's.
+        let named = named(path, None, &Opening { preset: None, ..opening.clone() })?;
         if opening.tokenizer.is_none() {
             let own = beside_weights(&named.source)?;
             ensure!(
@@ -312,11 +326,19 @@ fn weights(named: &Named, asked: Option<WeightFormat>) -> Result<WeightFormat> {
     if let Some(asked) = asked {
         return Ok(asked);
     }
-    if let Some((path, _)) = &named.checkpoint {
-        let precision = Precision::deserialize(&Store::survey(path)?.run.config["run"]["precision"]);
-        return Ok(precision.context("its run configuration has no valid run.precision")?.into());
+    if let Some(precision) = precision(named)? {
+        return Ok(precision.into());
     }
-    Ok(if named.source.dtype() == Some(Dtype::F32) { WeightFormat::F32 } else { WeightFormat::Bf16 })
+    // Vectors and positions are f32 in any case.
+    let wide = named.source.weight_types().contains(&Dtype::F32);
+    Ok(if wide { WeightFormat::F32 } else { WeightFormat::Bf16 })
+}
+
+/// What a run computes in, if it is one.
+fn precision(named: &Named) -> Result<Option<Precision>> {
+    let Some((path, _)) = &named.checkpoint else { return Ok(None) };
+    let precision = Precision::deserialize(&Store::survey(path)?.run.config["run"]["precision"]);
+    precision.map(Some).context("its run configuration has no valid run.precision")
 }
 
 impl From<Precision> for WeightFormat {
@@ -346,11 +368,10 @@ fn start(
     options.limits.reuse = opening.reuse;
     options.cache_tokens = opening.cache_tokens.unwrap_or(options.cache_tokens);
     let tokenizer = Arc::new(tokenizer);
-    let engine = match weights {
-        WeightFormat::F32 | WeightFormat::F16 => {
-            Handle::start::<Chip, f32>(device, decoder, draft, tokenizer, options)
-        }
-        _ => Handle::start::<Chip, bf16>(device, decoder, draft, tokenizer, options),
+    let engine = if weights.computes_in_f32() {
+        Handle::start::<Chip, f32>(device, decoder, draft, tokenizer, options)
+    } else {
+        Handle::start::<Chip, bf16>(device, decoder, draft, tokenizer, options)
     }?;
     let (step, damaged, kept, rounded) = (0, Vec::new(), None, false);
     Ok(Model { engine, config, weights, weight_bytes, step, damaged, kept, rounded, load_seconds: 0.0 })

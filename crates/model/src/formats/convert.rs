@@ -8,7 +8,7 @@ mod tokenizer;
 
 use super::dtype::Dtype;
 use super::pickle::write::Item;
-use super::source::{Source, TOKENIZER_FILES};
+use super::source::{GENERATION, Source, TOKENIZER_FILES};
 use super::stored::Sink;
 use super::torch_file;
 use anyhow::{Context, Result, bail, ensure};
@@ -80,12 +80,16 @@ pub fn convert(
             Target::Metaseq { parts } => metaseq::write(source, options, parts, folder)?,
         }
         let metaseq = matches!(options.target, Target::Metaseq { .. });
+        let generation = if metaseq { metaseq::generation_config(source, &files)? } else { None };
         let has = |file: &str| files.iter().any(|(name, _)| *name == file);
         let (configured, unified) = (has(tokenizer::CONFIG), has(tokenizer::FILE));
         for (ours, file) in files {
             let theirs =
                 TOKENIZER_FILES.iter().find(|(name, _)| *name == ours).map_or(ours, |(_, name)| name);
             let content = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+            if ours == GENERATION && generation.is_some() {
+                continue;
+            }
             if metaseq || configured {
                 folder.small(if metaseq { theirs } else { ours }, &content)?;
                 continue;
@@ -105,6 +109,9 @@ pub fn convert(
             if let Some(config) = config {
                 folder.small(tokenizer::CONFIG, &config)?;
             }
+        }
+        if let Some(content) = generation {
+            folder.small(GENERATION, &content)?;
         }
         Ok(())
     })

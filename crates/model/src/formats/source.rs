@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use ferropt_device::WeightFormat;
 use ferropt_device::quantise::{Codes, GROUP};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Files of a tokenizer and of generation that travel with weights: what Hugging Face calls them, and what metaseq does.
@@ -24,8 +24,11 @@ pub const TOKENIZER_FILES: [(&str, &str); 7] = [
     ("tokenizer_config.json", "tokenizer_config.json"),
     ("special_tokens_map.json", "special_tokens_map.json"),
     ("added_tokens.json", "added_tokens.json"),
-    ("generation_config.json", "generation_config.json"),
+    (GENERATION, GENERATION),
 ];
+
+/// Says which ids end a text, among other things.
+pub(super) const GENERATION: &str = "generation_config.json";
 
 const EMBEDDING: &str = "model.decoder.embed_tokens.weight";
 
@@ -142,7 +145,7 @@ impl Source {
             return source.check();
         }
         let mut opened = hugging_face::open(folder, first)?;
-        let name = first.to_string_lossy();
+        let name = first.file_name().unwrap_or_default().to_string_lossy();
         let format = if name.contains(".safetensors") { Format::Safetensors } else { Format::TorchBin };
         // What the head is made of is seen below.
         let config = Config { own_head: false, ..opened.config.clone() };
@@ -265,7 +268,7 @@ impl Source {
     /// # Errors
     /// When one of the files is damaged, or the value is no id or list of ids.
     pub fn ends(&self) -> Result<Option<Vec<u32>>> {
-        for name in ["generation_config.json", hugging_face::CONFIG] {
+        for name in [GENERATION, hugging_face::CONFIG] {
             let path = self.folder.join(name);
             if path.is_file()
                 && let Some(ends) = hugging_face::ends(&path)?
@@ -351,6 +354,16 @@ impl Source {
         let mut types = self.tensors.values().map(StoredTensor::dtype);
         let first = types.next()?;
         types.all(|t| t == first).then_some(first)
+    }
+
+    /// The element types of the matrices that products read, where they are numbers.
+    pub fn weight_types(&self) -> BTreeSet<Dtype> {
+        let weights = self.config.parameters().into_iter().filter(Parameter::is_weight);
+        weights
+            .flat_map(|p| p.names)
+            .filter_map(|name| self.tensors.get(&name))
+            .map(StoredTensor::dtype)
+            .collect()
     }
 
     /// Size of all weights.

@@ -49,7 +49,8 @@ pub(super) fn elements(shape: &[usize]) -> Option<usize> {
 impl Flat {
     /// Row `i` of `n` equally large parts, one above the other.
     pub(super) fn rows_part(&self, i: usize, n: usize) -> Result<Flat> {
-        let rows = self.shape.first().copied().unwrap_or(0);
+        let rows =
+            self.shape.first().copied().with_context(|| format!("has shape {:?}, no rows", self.shape))?;
         ensure!(rows.is_multiple_of(n), "has shape {:?}, whose rows do not divide by {n}", self.shape);
         let bytes = self.data.len() / n;
         let mut shape = self.shape.clone();
@@ -260,4 +261,24 @@ impl StoredTensor {
 
 fn columns(shape: &[usize]) -> usize {
     shape.get(1).copied().unwrap_or(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::strand::Mapped;
+    use super::*;
+
+    #[test]
+    fn what_has_no_rows_has_no_parts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, [0; 24]).unwrap();
+        let data = Strand::of(&Mapped::open(&path).unwrap(), 0..24).unwrap();
+        let flat = |shape: &[usize]| Flat { dtype: Dtype::F32, shape: shape.into(), data: data.clone() };
+        assert_eq!(flat(&[6]).rows_part(1, 3).unwrap().shape, [2]);
+        for shape in [&[][..], &[4, 2]] {
+            let error = flat(shape).rows_part(0, 3).unwrap_err().to_string();
+            assert!(error.contains(&format!("{shape:?}")), "{error}");
+        }
+    }
 }

@@ -92,6 +92,8 @@ pub struct Report {
     pub device: String,
     /// How weights are stored.
     pub weights: &'static str,
+    /// What a user should know of how the model was opened.
+    pub notes: Vec<String>,
     /// Bytes of weights that a token of a text alone needs.
     pub weight_bytes: u64,
     /// Bytes of keys and values that a generated token needs, on average.
@@ -151,7 +153,7 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
     let mut tests = Tests { model: &model, runs: wanted.runs, turn: 0 };
     let weight_bytes = model.weight_bytes as f64;
     // Of a text that is half as long as it becomes, of all layers.
-    let element = if model.weights == WeightFormat::F32 { 4.0 } else { 2.0 };
+    let element = if model.weights.computes_in_f32() { 4.0 } else { 2.0 };
     let of_token = 2.0 * element * (model.config.layers * model.config.width) as f64;
     let cache_bytes = of_token * (SHORT as f64 + wanted.tokens as f64 / 2.0);
     let head = model.config.forward_flops(1).head;
@@ -191,14 +193,15 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
     let peak_rss_bytes = peak_resident_bytes();
     let (parameters, weights, load_seconds) =
         (model.config.parameter_count(), model.weights, model.load_seconds);
-    let bytes = model.weight_bytes;
+    let (bytes, notes) = (model.weight_bytes, model.notes());
     // The limits are measured where it was, for which there may be no room beside it.
     drop(model);
     let device = open_device(wanted.device, wanted.threads)?;
     let bandwidth = device.measured_bandwidth().ok();
-    let peak_flops = match weights {
-        WeightFormat::F32 | WeightFormat::F16 => device.measured_peak::<f32>(),
-        _ => device.measured_peak::<bf16>(),
+    let peak_flops = if weights.computes_in_f32() {
+        device.measured_peak::<f32>()
+    } else {
+        device.measured_peak::<bf16>()
     };
     let peak_flops = Some(peak_flops).filter(|peak| peak.is_finite());
     let tests = lines
@@ -216,6 +219,7 @@ pub fn inference(wanted: &Inference) -> Result<Report> {
         parameters,
         device: device.describe(),
         weights: weights.name(),
+        notes,
         weight_bytes: bytes,
         cache_bytes: cache_bytes as u64,
         load_seconds,

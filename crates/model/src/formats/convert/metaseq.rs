@@ -1,16 +1,37 @@
 //! metaseq's files: `restored.pt`, or tensor-parallel parts.
 
 use super::super::dtype::Dtype;
+use super::super::hugging_face::read_json;
 use super::super::metaseq::{FUSED, HEAD, fused_name, name};
 use super::super::pickle::write::Item;
-use super::super::source::Source;
+use super::super::source::{GENERATION, Source};
 use super::outgoing::{Block, Outgoing};
 use super::{Folder, Options};
 use crate::config::Config;
 use crate::parameters::Split;
 use anyhow::{Context, Result, ensure};
+use serde_json::Map;
+use std::path::PathBuf;
 
 const EMBEDDING: &str = "decoder.embed_tokens.weight";
+
+/// `</s>`, which ends texts where no file says anything else.
+const END: u32 = 2;
+
+/// The file that says which ids end a text, if only the source's `config.json` does, of which metaseq has none: `files` beside the
+/// weights are copied.
+pub(super) fn generation_config(source: &Source, files: &[(&str, PathBuf)]) -> Result<Option<Vec<u8>>> {
+    let mut config = match files.iter().find(|(name, _)| *name == GENERATION) {
+        Some((_, path)) => read_json(path)?,
+        None => Map::new(),
+    };
+    let Some(ends) = source.ends()? else { return Ok(None) };
+    if ends == [END] || config.get("eos_token_id").is_some_and(|ids| !ids.is_null()) {
+        return Ok(None);
+    }
+    config.insert("eos_token_id".into(), ends.into());
+    Ok(Some(serde_json::to_vec_pretty(&config)?))
+}
 
 /// Writes one file, or a file for each part.
 pub(super) fn write(

@@ -141,10 +141,10 @@ fn complete(
         (other.layers, other.width, other.feed_forward, other.embedding_width, other.post_norm)
             == (sizes.layers, sizes.width, sizes.feed_forward, sizes.embedding_width, sizes.post_norm)
     };
-    if let Some(name) = preset {
-        let chosen = Config::preset(name)?;
+    let chosen = preset.map(|name| Config::preset(name).map(|config| (name, config))).transpose()?;
+    if let Some((name, chosen)) = &chosen {
         ensure!(
-            same(&chosen),
+            same(chosen),
             "its shapes are not those of {name}: it has {} layers, width {}, feed-forward width {} and embedding \
              width {}; {name} has {}, {}, {} and {}",
             sizes.layers,
@@ -156,23 +156,38 @@ fn complete(
             chosen.feed_forward,
             chosen.embedding_width
         );
-        return Ok((Config { heads: chosen.heads, ..sizes }, format!("the preset {name}")));
-    }
-    if let Some(heads) = settings.heads {
-        return Ok((Config { heads, ..sizes }, "cfg in the file".into()));
     }
     let beside = group.folder.join(hugging_face::CONFIG);
-    if beside.is_file() {
+    let stated = if let Some(heads) = settings.heads {
+        Some((Config { heads, ..sizes.clone() }, "cfg in the file".to_string()))
+    } else if beside.is_file() {
         let config = hugging_face::read_config(&beside)?;
         ensure!(same(&config), "{} has other sizes than the tensors", beside.display());
         let Config { heads, dropout, attention_dropout, .. } = config;
-        return Ok((Config { heads, dropout, attention_dropout, ..sizes }, beside.display().to_string()));
+        let config = Config { heads, dropout, attention_dropout, ..sizes.clone() };
+        Some((config, beside.display().to_string()))
+    } else {
+        None
+    };
+    match (stated, chosen) {
+        (Some((config, from)), Some((name, chosen))) if config.heads != chosen.heads => bail!(
+            "it has {} heads by {from}, but --preset {name} has {}; leave the preset out",
+            config.heads,
+            chosen.heads
+        ),
+        (Some(stated), _) => return Ok(stated),
+        (None, Some((name, chosen))) => {
+            return Ok((Config { heads: chosen.heads, ..sizes }, format!("the preset {name}")));
+        }
+        (None, None) => {}
     }
     match PRESETS.iter().find(|p| same(&p.config())) {
         Some(p) => bail!(
-            "it does not say how many heads there are. Its shapes are those of {}: if it is, give --preset {}",
+            "it does not say how many heads there are. Its shapes are those of {}: if it is, give --preset {} (which is not for \
+             drafts), or put its {} beside it",
             p.name,
-            p.name
+            p.name,
+            hugging_face::CONFIG
         ),
         None => bail!(
             "it does not say how many heads there are, and its shapes are those of no preset. Put a {} with \

@@ -7,6 +7,11 @@ use std::collections::HashMap;
 /// Most values.
 const MAX_VALUES: usize = 1 << 24;
 
+/// Longest text that is kept, and longest name of a class, bytes: no key or name of a checkpoint is longer, and a few bytes of a
+/// pickle suffice to use one again.
+const LONGEST_TEXT: usize = 4096;
+const LONGEST_NAME: u32 = 256;
+
 const NONE: Id = 0;
 const FALSE: Id = 1;
 const TRUE: Id = 2;
@@ -115,6 +120,10 @@ impl<'a> Machine<'a> {
     fn text(&mut self, bytes_of_length: usize) -> Result<()> {
         let len = self.length(bytes_of_length)?;
         let span = self.span(len)?;
+        if len > LONGEST_TEXT {
+            self.stack.push(OTHER);
+            return Ok(());
+        }
         self.push(Value::Text(span))
     }
 
@@ -169,6 +178,11 @@ impl<'a> Machine<'a> {
     }
 
     fn global(&mut self, module: Span, name: Span) -> Result<()> {
+        ensure!(
+            module.len.max(name.len) <= LONGEST_NAME,
+            "it imports a name of {} bytes; {LONGEST_NAME} are the most that can be read",
+            module.len.max(name.len)
+        );
         allowed(module.of(self.bytes), name.of(self.bytes))?;
         self.push(Value::Global(module, name))
     }
