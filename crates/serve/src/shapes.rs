@@ -22,6 +22,7 @@ pub(crate) const MESSAGES: &str = r#"{"type": "array", "minItems": 1, "items": {
             {"type": ["string", "null"]}, {"type": "array", "items": {"type": "object",
             "required": ["type", "text"], "additionalProperties": {"type": "null"},
             "properties": {"type": {"enum": ["text"]}, "text": {"type": "string"}}}}]},
+        "type": {"enum": ["text", "message", null], "description": "Taken, and not used."},
         "name": {"description": "Taken, and not used."},
         "refusal": {"description": "Taken, and not used."},
         "annotations": {"description": "Taken, and not used."},
@@ -130,6 +131,9 @@ fn check_keys(message: &Value) -> Result<(), String> {
         match key.as_str() {
             "role" | "content" => {}
             key if UNUSED.contains(&key) || value.is_null() => {}
+            // lm-eval gives messages the type that OpenAI's parts have.
+            "type" if ["text", "message"].iter().any(|kind| value == kind) => {}
+            "type" => return Err(format!("has the type {}; there is text and message", short(value))),
             "tool_calls" if nothing(value) => {}
             "tool_calls" | "function_call" | "audio" => {
                 return Err(format!("has {key}, and OPT knows text only"));
@@ -304,5 +308,6 @@ mod tests {
         let part = refused(r#"{"role": "user", "content": [{"type": "text", "text": "x", "size": 1}]}"#);
         assert!(part.contains("\"size\""), "{part}");
         assert!(refused(r#"{"role": "user", "content": "x", "audio": {"id": "y"}}"#).contains("audio"));
+        assert!(refused(r#"{"role": "user", "content": "x", "type": "image"}"#).contains("\"image\""));
     }
 }

@@ -177,8 +177,8 @@ fn log_probabilities_have_openais_layout() {
 fn conversations_are_texts_with_names() {
     let (server, client) = serve(options());
     let messages = json!([
-        { "role": "system", "content": "Talk." },
-        { "role": "user", "content": "hello" },
+        { "role": "system", "content": "Talk.", "type": "message" },
+        { "role": "user", "content": "hello", "type": "text" },
         { "role": "assistant", "content": "hi", "refusal": null },
         { "role": "user", "content": [{ "type": "text", "text": "who" }] },
     ]);
