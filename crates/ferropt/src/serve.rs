@@ -272,6 +272,7 @@ impl Args {
                 answer_memory: self.answer_memory,
                 connections: self.connections,
                 client_connections: self.client_connections,
+                ..Limits::default()
             },
             log: if self.no_log { Log::off() } else { Log::new(std::io::stderr(), self.log_texts)? },
         })

@@ -14,6 +14,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::timeout;
 
 /// Texts of a request on their way to the client.
 pub(crate) struct Answer {
@@ -28,12 +29,11 @@ pub(crate) struct Answer {
     pub(crate) n: usize,
     /// Whether a stream tells at its end which tokens were used.
     pub(crate) include_usage: bool,
+    /// A stream has a comment when nothing else was sent for so long.
+    pub(crate) silence: Duration,
     /// Whether the log has the texts.
     pub(crate) log_texts: bool,
 }
-
-/// A comment is sent when nothing else was for so long, which keeps proxies from closing the connection.
-const SILENCE: Duration = Duration::from_secs(15);
 
 /// Tokens, and likely ones beside them, from which writing an answer down would make others wait.
 const LONG: usize = 1 << 12;
@@ -72,9 +72,12 @@ impl Answer {
         Ok(long_response(&self.reader, json))
     }
 
-    /// Waits for the first event, so that what goes wrong before has a status of its own, and sends the rest as it comes.
+    /// Waits a while for the first event, so that what goes wrong before has a status of its own, and sends the rest as it comes.
     pub(crate) async fn stream(mut self) -> Result<Response<Body>, ApiError> {
-        let first = self.job.next().await.transpose()?;
+        let first = match timeout(self.silence, self.job.next()).await {
+            Ok(first) => first.transpose()?,
+            Err(_) => None,
+        };
         let mut stream = Stream {
             begun: vec![false; self.prompts * self.n],
             answer: self,
@@ -133,7 +136,7 @@ impl Stream {
             if self.over {
                 return None;
             }
-            let Ok(message) = tokio::time::timeout(SILENCE, self.answer.job.next()).await else {
+            let Ok(message) = timeout(self.answer.silence, self.answer.job.next()).await else {
                 return Some(Bytes::from_static(b": still at work\n\n"));
             };
             match message {

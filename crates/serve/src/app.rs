@@ -33,6 +33,8 @@ pub struct Limits {
     pub answer_memory: usize,
     /// How long a client may take for the handshake of TLS, to send headers, to send a body, or to take in what is sent to it.
     pub client_time: Duration,
+    /// A stream that has nothing else to send has a comment so often, which keeps proxies from closing its connection.
+    pub silence: Duration,
     /// Connections at one time, apart from a few more on which only probes are answered.
     pub connections: usize,
     /// Connections of one address, or of one network of 2^64 addresses of IPv6, at one time.
@@ -51,6 +53,7 @@ impl Default for Limits {
             body_memory: 256 << 20,
             answer_memory: 512 << 20,
             client_time: Duration::from_secs(30),
+            silence: Duration::from_secs(15),
             connections: 1024,
             client_connections: 768,
         }
@@ -67,6 +70,7 @@ impl Limits {
             queue_time: self.queue_time.min(Self::LONGEST),
             request_time: self.request_time.min(Self::LONGEST),
             client_time: self.client_time.min(Self::LONGEST),
+            silence: self.silence.min(Self::LONGEST),
             ..self
         }
     }

@@ -99,6 +99,7 @@ pub(crate) async fn generate(mut call: Call) -> Result<Response<Body>, ApiError>
         prompts,
         n,
         include_usage,
+        silence: app.limits.silence,
         log_texts: app.log.has_texts(),
     };
     if asked.stream { answer.stream().await } else { answer.whole().await }

@@ -1,4 +1,4 @@
-//! Clients that take in what they asked for slowly, or not at all.
+//! Answers that take long to be made, and clients that take in what they asked for slowly, or not at all.
 
 use crate::client::until;
 use crate::{options, serve, source, stop};
@@ -40,5 +40,21 @@ fn the_memory_of_answers_that_nobody_takes_in_is_bounded_and_others_get_theirs()
         until("all is free", || client.metric("ferropt_answer_memory_bytes") == 0.0);
         drop(slow);
     }
+    stop(server);
+}
+
+#[test]
+fn a_stream_begins_although_its_first_piece_takes_long() {
+    let limits =
+        Limits { silence: Duration::from_millis(200), request_time: Duration::from_secs(1), ..Limits::default() };
+    let (server, client) = serve(Options { limits, models: vec![source("opt", 1)], ..options() });
+    // Nothing of it is there before all texts can be compared.
+    let body = json!({ "prompt": "the cat", "max_tokens": 1000, "best_of": 128, "ignore_eos": true, "stream": true });
+    let mut stream = client.begin("/v1/completions", &body);
+    let begin = stream.until("\n: still at work\n");
+    assert!(begin.starts_with("HTTP/1.1 200"), "{begin}");
+    // What goes wrong then is an event.
+    let rest = stream.rest_text();
+    assert!(rest.contains("request_time") && rest.contains("[DONE]"), "{rest}");
     stop(server);
 }
