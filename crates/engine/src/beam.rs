@@ -54,8 +54,8 @@ impl Search {
     }
 
     /// Takes the likeliest tokens behind each live text, with their log-probabilities. Returns, for each text that goes on
-    /// from here, the number of the one that it continues; none when the search is over.
-    pub fn advance(&mut self, likeliest: &[Vec<Token>]) -> Vec<usize> {
+    /// from here, the number of the one that it continues, none when the search is over; and how many texts got a token.
+    pub fn advance(&mut self, likeliest: &[Vec<Token>]) -> (Vec<usize>, usize) {
         let mut all: Vec<(f64, usize, &Token)> = Vec::new();
         for (parent, (text, tokens)) in self.live.iter().zip(likeliest).enumerate() {
             all.extend(tokens.iter().map(|t| (text.sum + t.log_prob.unwrap_or(0.0) as f64, parent, t)));
@@ -76,6 +76,7 @@ impl Search {
             }
         }
         self.live = live;
+        let longer = self.live.len();
         if self.live.first().is_none_or(|text| text.tokens.len() >= self.limit) {
             for text in std::mem::take(&mut self.live) {
                 self.end(text, false);
@@ -84,7 +85,7 @@ impl Search {
             self.live.clear();
         }
         parents.truncate(self.live.len());
-        parents
+        (parents, longer)
     }
 
     /// The best texts, best first.
@@ -143,7 +144,7 @@ mod tests {
                         .collect()
                 })
                 .collect();
-            let parents = search.advance(&likeliest);
+            let (parents, _) = search.advance(&likeliest);
             assert_eq!(parents.len(), search.live().len());
         }
         search.best()

@@ -278,7 +278,7 @@ impl<'t> Running<'t> {
         }
         let known: Vec<Vec<Token>> = beams.likeliest.drain(..).flatten().collect();
         let old = std::mem::take(&mut beams.parts);
-        let parents = beams.search.advance(&known);
+        let (parents, longer) = beams.search.advance(&known);
         let mut moves = Moves::default();
         let mut used = vec![false; old.len()];
         for (parent, text) in parents.into_iter().zip(beams.search.live()) {
@@ -294,7 +294,7 @@ impl<'t> Running<'t> {
         }
         moves.ends = old.into_iter().zip(used).filter(|(_, used)| !used).map(|(part, _)| part).collect();
         beams.likeliest = vec![None; beams.parts.len()];
-        self.usage.generated += moves.tokens.len();
+        self.usage.generated += longer;
         Some(moves)
     }
 
