@@ -130,6 +130,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             positions: config.positions,
             pages,
             sequences: options.limits.sequences,
+            step_tokens: options.limits.tokens,
             width: config.embedding_width,
         };
         let known = tokenizer.vocab_size().min(config.vocab);
@@ -340,10 +341,13 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
                     let next = |guessed| What::Next { work: number, guessed };
                     let places = 0..=guesses[number].len();
                     wanted.extend(places.map(|i| Wanted { row: row(end - 1 + i), key, what: next(i) }));
-                    for part in running.begin_if_read() {
-                        let key = Key { part, ..key };
-                        self.scheduler.fork(work.key, key);
-                        wanted.push(Wanted { row: row(end - 1), key, what: next(0) });
+                    if let Some(others) = running.begin_if_read() {
+                        self.events.push((key.request, Event::Read));
+                        for part in others {
+                            let key = Key { part, ..key };
+                            self.scheduler.fork(work.key, key);
+                            wanted.push(Wanted { row: row(end - 1), key, what: next(0) });
+                        }
                     }
                 }
             }

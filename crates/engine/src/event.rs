@@ -45,6 +45,8 @@ pub struct Usage {
 pub enum Event {
     /// Tokens of the prompt, with `echo`.
     Prompt(Vec<Token>),
+    /// The prompt is read, and texts begin behind it; its tokens may come a little before or behind this.
+    Read,
     /// More of a text.
     Text {
         /// Its number, below `n`.

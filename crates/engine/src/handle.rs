@@ -238,6 +238,7 @@ impl Completion {
     pub fn add(&mut self, event: Event) -> Result<bool> {
         match event {
             Event::Prompt(tokens) => self.prompt = tokens,
+            Event::Read => {}
             Event::Text { choice, piece: Piece { text, tokens } } => {
                 let to = self.choice(choice);
                 to.text += &text;

@@ -161,6 +161,8 @@ pub struct Capacity {
     pub pages: usize,
     /// Sequences that are computed together.
     pub sequences: usize,
+    /// Tokens of all of them that a step computes at most.
+    pub step_tokens: usize,
     /// Numbers of a prompt's vector.
     pub width: usize,
 }

@@ -148,15 +148,15 @@ impl<'t> Running<'t> {
     }
 
     /// Makes the texts that follow the prompt if that was read just now. Returns the numbers of those beside the first that
-    /// go on behind the prompt at once.
-    pub(crate) fn begin_if_read(&mut self) -> std::ops::Range<u64> {
+    /// go on behind the prompt at once; nothing if they were there.
+    pub(crate) fn begin_if_read(&mut self) -> Option<std::ops::Range<u64>> {
         if !matches!(self.texts, Texts::None) {
-            return 1..1;
+            return None;
         }
         self.begin();
         match &self.texts {
-            Texts::Sampled(choices) => 1..choices.len() as u64,
-            _ => 1..1,
+            Texts::Sampled(choices) => Some(1..choices.len() as u64),
+            _ => Some(1..1),
         }
     }
 

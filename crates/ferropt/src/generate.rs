@@ -186,8 +186,8 @@ fn stream(engine: &Handle, prompt: &str, request: Request, started: Instant) -> 
     let (mut ends_line, mut begun) = (prompt.ends_with('\n'), None);
     let mut usage = None;
     for event in engine.submit(request).map_err(refused)? {
-        // Not before the model took the prompt: an error message should stand alone.
-        if begun.is_none() && !matches!(event, Event::Failed(_)) {
+        // Not before there is something behind the prompt: an error message should stand alone.
+        if begun.is_none() && !matches!(event, Event::Read | Event::Failed(_)) {
             begun = Some(started.elapsed());
             out.write_all(prompt.as_bytes())?;
         }
@@ -199,7 +199,7 @@ fn stream(engine: &Handle, prompt: &str, request: Request, started: Instant) -> 
             }
             Event::Failed(message) => anyhow::bail!(message),
             Event::Done(all) => usage = Some(all),
-            Event::Prompt(_) | Event::End { .. } | Event::Embedding(_) => {}
+            Event::Prompt(_) | Event::Read | Event::End { .. } | Event::Embedding(_) => {}
         }
     }
     if !ends_line {

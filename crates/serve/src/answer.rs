@@ -59,7 +59,7 @@ impl Answer {
                 }
                 Event::End { choice, finish } => texts[prompt * self.n + choice].finish = Some(finish),
                 Event::Done(usage) => add(&mut used, usage),
-                Event::Embedding(_) | Event::Failed(_) => {}
+                Event::Read | Event::Embedding(_) | Event::Failed(_) => {}
             }
         }
         if self.log_texts {
@@ -170,7 +170,7 @@ impl Stream {
                 self.send(&end);
             }
             Event::Done(usage) => add(&mut self.used, usage),
-            Event::Embedding(_) | Event::Failed(_) => {}
+            Event::Read | Event::Embedding(_) | Event::Failed(_) => {}
         }
     }
 

@@ -5,6 +5,7 @@ use crate::error::ApiError;
 use crate::metrics::ModelMetrics;
 use crate::models::Live;
 use crate::outbox::{Kept, Reader};
+use crate::queue::Work;
 use crate::record::{Record, Tokens};
 use crate::routes::Call;
 use crate::turn::Turn;
@@ -43,7 +44,7 @@ impl Job {
     /// 429 when more would wait than may.
     pub(crate) fn start(call: &Call, live: Arc<Live>, requests: Vec<Request>) -> Result<Job, ApiError> {
         let (app, record) = (&call.app, &call.record);
-        let turns = live.gate.line_up(&call.client, requests.iter().map(texts)).map_err(|full| {
+        let turns = live.gate.line_up(&call.client, requests.iter().map(work)).map_err(|full| {
             let message = format!(
                 "{} prompts are waiting for the model, and {} more of this client would be over the limit of {} and its share of \
                  them; try again later",
@@ -169,6 +170,10 @@ impl Feeder {
         let mut meter = Meter::new(&self.live, &self.record, turn, &request);
         let sink = move |event: Event| {
             meter.count(&event);
+            // It tells clients nothing.
+            if event == Event::Read {
+                return !sender.is_closed();
+            }
             let kept = reader.keep(size(&event));
             sender.send(Ok((index, event, kept))).is_ok()
         };
@@ -190,7 +195,7 @@ fn size(event: &Event) -> usize {
         Event::Prompt(tokens) => tokens.iter().map(token).sum(),
         Event::Text { piece, .. } => piece.text.len() + piece.tokens.iter().map(token).sum::<usize>(),
         Event::Embedding(vector) => size_of_val(vector.as_slice()),
-        Event::End { .. } | Event::Done(_) | Event::Failed(_) => 0,
+        Event::Read | Event::End { .. } | Event::Done(_) | Event::Failed(_) => 0,
     };
     size_of::<Event>() + more
 }
@@ -198,6 +203,11 @@ fn size(event: &Event) -> usize {
 /// Texts that the engine computes for a prompt.
 pub(crate) fn texts(request: &Request) -> usize {
     request.parameters.beams.unwrap_or(1).max(request.parameters.computed())
+}
+
+/// What a prompt takes of the engine.
+fn work(request: &Request) -> Work {
+    Work { texts: texts(request), unread: request.prompt.len() }
 }
 
 /// Counts what the engine does for a prompt. It has the turn, which ends when the engine lets go of both.
@@ -261,6 +271,7 @@ impl Meter {
                 self.texts = self.texts.saturating_sub(1);
                 self.turn.keep(self.texts);
             }
+            Event::Read => self.turn.read(),
             Event::Prompt(_) | Event::Embedding(_) | Event::Failed(_) => {}
         }
     }

@@ -3,10 +3,11 @@
 use crate::app::App;
 use crate::error::ApiError;
 use crate::metrics::ModelMetrics;
+use crate::queue::Work;
 use crate::turn::Turnstile;
 use anyhow::{Result, ensure};
 use ferropt_data::Tokenizer;
-use ferropt_engine::Handle;
+use ferropt_engine::{Capacity, Handle};
 use ferropt_train::inference::Model;
 use ferropt_train::weight_cache::Outcome;
 use serde_json::json;
@@ -54,9 +55,11 @@ pub(crate) struct Live {
 impl Live {
     /// `waiting` requests may wait for the engine.
     pub(crate) fn new(name: String, engine: Handle, waiting: usize, metrics: ModelMetrics) -> Live {
-        let sequences = engine.capacity().sequences;
-        // A few more than are computed at a time, so that who comes next is there when a place is free.
-        let gate = Turnstile::new(sequences + sequences / 8 + 1, waiting);
+        let Capacity { sequences, step_tokens, .. } = engine.capacity();
+        // A few more texts than are computed at a time, and another step's tokens, so that what comes next is there when it can be
+        // computed.
+        let most = Work { texts: sequences + sequences / 8 + 1, unread: 2 * step_tokens };
+        let gate = Turnstile::new(most, waiting);
         let tokenizer = engine.tokenizer();
         let ids = || 0..tokenizer.vocab_size() as u32;
         let longest = |id| tokenizer.byte_len(id).max(tokenizer.special(id).map_or(0, str::len));

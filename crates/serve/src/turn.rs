@@ -1,6 +1,6 @@
 //! The queue of one model, waited for.
 
-use crate::queue::{Full, Queue};
+use crate::queue::{Full, Queue, Work};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -11,7 +11,7 @@ pub(crate) struct Turnstile {
 }
 
 struct Inner {
-    queue: Queue<oneshot::Sender<usize>>,
+    queue: Queue<oneshot::Sender<Work>>,
     /// When a turn ended last, and the mean time between two ends.
     ended: Option<Instant>,
     between: Duration,
@@ -20,9 +20,9 @@ struct Inner {
 impl Inner {
     /// Tells those whose turn it is.
     fn let_through(&mut self) {
-        while let Some((waiter, places)) = self.queue.next() {
+        while let Some((waiter, work)) = self.queue.next() {
             // Whoever drops a turn takes it out of the queue first, so somebody is there.
-            let _ = waiter.send(places);
+            let _ = waiter.send(work);
         }
     }
 }
@@ -32,15 +32,15 @@ pub(crate) struct Turn {
     gate: Arc<Turnstile>,
     client: Arc<str>,
     number: u64,
-    told: oneshot::Receiver<usize>,
-    /// Places in the engine that it has.
-    places: Option<usize>,
+    told: oneshot::Receiver<Work>,
+    /// What it takes of the engine.
+    work: Option<Work>,
 }
 
 impl Turnstile {
     /// See [`Queue::new`].
-    pub(crate) fn new(places: usize, limit: usize) -> Arc<Turnstile> {
-        let inner = Inner { queue: Queue::new(places, limit), ended: None, between: Duration::ZERO };
+    pub(crate) fn new(most: Work, limit: usize) -> Arc<Turnstile> {
+        let inner = Inner { queue: Queue::new(most, limit), ended: None, between: Duration::ZERO };
         Arc::new(Turnstile { inner: Mutex::new(inner) })
     }
 
@@ -48,24 +48,24 @@ impl Turnstile {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lines up, for each of `texts` with so many texts. All or none.
+    /// Lines up for a turn for each of `works`. All or none.
     pub(crate) fn line_up(
         self: &Arc<Self>,
         client: &Arc<str>,
-        texts: impl IntoIterator<Item = usize>,
+        works: impl IntoIterator<Item = Work>,
     ) -> Result<Vec<Turn>, Full> {
-        let (senders, receivers): (Vec<_>, Vec<_>) = texts
+        let (senders, receivers): (Vec<_>, Vec<_>) = works
             .into_iter()
-            .map(|texts| {
+            .map(|work| {
                 let (sender, told) = oneshot::channel();
-                ((texts, sender), told)
+                ((work, sender), told)
             })
             .unzip();
         let mut inner = self.lock();
         let numbers = inner.queue.arrive(client, senders)?;
         inner.let_through();
         let turn =
-            |(number, told)| Turn { gate: self.clone(), client: client.clone(), number, told, places: None };
+            |(number, told)| Turn { gate: self.clone(), client: client.clone(), number, told, work: None };
         Ok(numbers.into_iter().zip(receivers).map(turn).collect())
     }
 
@@ -85,21 +85,30 @@ impl Turnstile {
 impl Turn {
     /// Waits until it is there. Nothing is lost when the waiting is given up and begun again.
     pub(crate) async fn comes(&mut self) {
-        if self.places.is_none() {
+        if self.work.is_none() {
             // The sender is in the queue until it is used.
-            self.places = (&mut self.told).await.ok();
+            self.work = (&mut self.told).await.ok();
         }
     }
 
-    /// Gives back the places in the engine beyond `places`, for which it has no more texts.
-    pub(crate) fn keep(&mut self, places: usize) {
-        let Some(own) = &mut self.places else { return };
-        if let Some(more) = own.checked_sub(places.max(1)).filter(|more| *more > 0) {
-            *own -= more;
-            let mut inner = self.gate.lock();
-            inner.queue.free(more);
-            inner.let_through();
-        }
+    /// Gives back the places in the engine beyond those of `texts`, which are all that it still has.
+    pub(crate) fn keep(&mut self, texts: usize) {
+        let own = self.work.map_or(0, |work| work.texts);
+        self.free(Work { texts: own.saturating_sub(texts.max(1)), unread: 0 });
+    }
+
+    /// Notes that its prompt was read.
+    pub(crate) fn read(&mut self) {
+        let unread = self.work.map_or(0, |work| work.unread);
+        self.free(Work { texts: 0, unread });
+    }
+
+    fn free(&mut self, less: Work) {
+        let Some(own) = self.work.as_mut().filter(|_| less != Work::default()) else { return };
+        *own -= less;
+        let mut inner = self.gate.lock();
+        inner.queue.free(less);
+        inner.let_through();
     }
 
     /// Notes that tokens were computed.
@@ -111,9 +120,9 @@ impl Turn {
 impl Drop for Turn {
     fn drop(&mut self) {
         let mut inner = self.gate.lock();
-        match self.places.or_else(|| self.told.try_recv().ok()) {
-            Some(places) => {
-                inner.queue.done(&self.client, places);
+        match self.work.or_else(|| self.told.try_recv().ok()) {
+            Some(work) => {
+                inner.queue.done(&self.client, work);
                 let now = Instant::now();
                 if let Some(ended) = inner.ended.replace(now) {
                     inner.between = (inner.between * 7 + (now - ended).min(Duration::from_secs(60))) / 8;
@@ -130,13 +139,29 @@ mod tests {
     use super::*;
 
     #[tokio::test]
+    async fn a_prompt_that_was_read_makes_room_for_the_next() {
+        let gate = Turnstile::new(Work { texts: 9, unread: 10 }, 9);
+        let mut turns = gate.line_up(&"c".into(), [Work { texts: 2, unread: 10 }; 3]).unwrap();
+        turns[0].comes().await;
+        assert_eq!(gate.waiting(), 2);
+        turns[0].read();
+        turns[0].read();
+        turns[1].comes().await;
+        assert_eq!(gate.waiting(), 1);
+        // One that is given up is not read any more either.
+        drop(turns.remove(1));
+        turns[1].comes().await;
+    }
+
+    #[tokio::test]
     async fn turns_come_are_given_up_and_given_back() {
-        let gate = Turnstile::new(1, 2);
+        let texts = |texts| [Work { texts, unread: 0 }];
+        let gate = Turnstile::new(Work { texts: 1, unread: 1 }, 2);
         let client: Arc<str> = "c".into();
-        let mut first = gate.line_up(&client, [1]).unwrap().remove(0);
+        let mut first = gate.line_up(&client, texts(1)).unwrap().remove(0);
         first.comes().await;
-        let mut rest = gate.line_up(&client, [1, 1]).unwrap();
-        assert_eq!(gate.line_up(&client, [1]).err().unwrap(), Full { waiting: 2 });
+        let mut rest = gate.line_up(&client, [texts(1), texts(1)].concat()).unwrap();
+        assert_eq!(gate.line_up(&client, texts(1)).err().unwrap(), Full { waiting: 2 });
         first.keep(0);
         let (mut third, mut second) = (rest.pop().unwrap(), rest.pop().unwrap());
         let soon = Duration::from_millis(20);
@@ -146,11 +171,11 @@ mod tests {
         // It is told, but never looks.
         drop(second);
         assert!(gate.waiting() == 0);
-        let fourth = gate.line_up(&client, [1]).unwrap().remove(0);
+        let fourth = gate.line_up(&client, texts(1)).unwrap().remove(0);
         assert!(tokio::time::timeout(soon, async { third.comes().await }).await.is_ok());
         drop(fourth);
         drop(third);
-        let mut last = gate.line_up(&client, [5]).unwrap().remove(0);
+        let mut last = gate.line_up(&client, texts(5)).unwrap().remove(0);
         last.comes().await;
     }
 }

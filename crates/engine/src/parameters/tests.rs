@@ -50,7 +50,7 @@ fn every_value_out_of_range_is_named_with_its_limit() {
 
 #[test]
 fn requests_fit_the_engine() {
-    let capacity = Capacity { vocab: 100, positions: 200, pages: 3, sequences: 2, width: 8 };
+    let capacity = Capacity { vocab: 100, positions: 200, pages: 3, sequences: 2, step_tokens: 9, width: 8 };
     let request = |prompt: usize, parameters| Request { prompt: vec![2; prompt], parameters };
     let beams = |beams| Parameters { beams: Some(beams), temperature: 0.0, ..limited(50) };
     fn limited(max: usize) -> Parameters {

@@ -238,6 +238,29 @@ fn a_client_with_many_requests_does_not_starve_another() {
 }
 
 #[test]
+fn long_prompts_of_a_client_do_not_all_go_before_anothers() {
+    let folder = tempfile::tempdir().unwrap();
+    let (greedy, line) = new_key("greedy").unwrap();
+    let (modest, other) = new_key("modest").unwrap();
+    let file = folder.path().join("keys");
+    std::fs::write(&file, format!("{line}\n{other}\n")).unwrap();
+    let models = vec![source("opt", 64)];
+    let (server, client) = serve(Options { keys: Keys::read(&file).unwrap(), models, ..options() });
+    let (greedy, modest) = (client.with_key(&greedy), client.with_key(&modest));
+    // The engine has places for all of them, and no two begin alike.
+    let prompts: Vec<Vec<usize>> =
+        (0..60).map(|i| (0..1000).map(|at| 4 + (i + at) % 250).collect()).collect();
+    let many = greedy.begin("/v1/completions", &json!({ "prompt": prompts, "max_tokens": 1 }));
+    until("they wait", || greedy.metric("ferropt_queue_length") > 50.0);
+    modest.post("/v1/completions", &words(1));
+    let waiting = greedy.metric("ferropt_queue_length");
+    assert!(waiting > 20.0, "{waiting} are left");
+    drop(many);
+    until("all are gone", || greedy.metric("ferropt_running") == 0.0);
+    stop(server);
+}
+
+#[test]
 fn a_client_that_fills_the_queue_does_not_keep_another_out() {
     let folder = tempfile::tempdir().unwrap();
     let (greedy, line) = new_key("greedy").unwrap();
