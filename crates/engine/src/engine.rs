@@ -15,6 +15,8 @@ use ferropt_data::Tokenizer;
 use ferropt_device::{Device, Element, PAGE, Segment};
 use ferropt_model::{Cache, Decoder, Memory};
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// How an engine is set up.
@@ -27,7 +29,8 @@ pub struct Options {
     /// Tokens that a draft guesses at most, ahead of each text.
     pub draft_tokens: usize,
     /// How long texts that are being generated may wait for a piece of a prompt, which is made shorter for it, but not shorter
-    /// than some tens of tokens, nor than eight for each of the texts. Absent: prompts are read as fast as can be.
+    /// than some tens of tokens, nor than eight for each of the texts, or of the prompts that wait for the places, if these are more.
+    /// Absent: prompts are read as fast as can be.
     pub pause: Option<Duration>,
     /// Whether the cache's memory is taken from the system at once, rather than page by page as texts need it.
     pub reserve: bool,
@@ -67,6 +70,7 @@ pub struct Engine<'t, D: Device, E: Element> {
     tokenizer: &'t Tokenizer,
     scheduler: Scheduler,
     pace: Pace,
+    elsewhere: Arc<AtomicUsize>,
     capacity: Capacity,
     requests: BTreeMap<u64, Running<'t>>,
     /// Requests so far.
@@ -157,6 +161,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
             tokenizer,
             scheduler,
             pace: Pace::new(options.pause),
+            elsewhere: Arc::default(),
             capacity,
             requests: BTreeMap::new(),
             count: 0,
@@ -177,6 +182,11 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
     /// What it can do for one request.
     pub fn capacity(&self) -> Capacity {
         self.capacity
+    }
+
+    /// Where whoever keeps prompts back for it tells how many they are: the more wait, the more of a step reads prompts.
+    pub fn elsewhere(&self) -> &Arc<AtomicUsize> {
+        &self.elsewhere
     }
 
     /// How busy it is.
@@ -232,7 +242,7 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
     /// When the device fails. No request can go on then.
     pub fn step(&mut self) -> Result<Vec<(u64, Event)>> {
         let start = Instant::now();
-        let mut plan = self.scheduler.plan(|texts| self.pace.beside(texts));
+        let mut plan = self.scheduler.plan(self.elsewhere.load(Ordering::Relaxed), |texts| self.pace.beside(texts));
         if !plan.work.is_empty() {
             self.cache.copy(&self.device, &plan.copies);
             let guesses = self.guess(&mut plan)?;

@@ -10,7 +10,7 @@ use ferropt_data::Tokenizer;
 use ferropt_device::{Device, Element, Failure, failures};
 use ferropt_model::Decoder;
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -30,6 +30,7 @@ pub struct Handle {
     commands: Sender<Command>,
     thread: Option<JoinHandle<()>>,
     capacity: Capacity,
+    elsewhere: Arc<AtomicUsize>,
     count: AtomicU64,
     load: Arc<Mutex<Load>>,
     tokenizer: Arc<Tokenizer>,
@@ -56,7 +57,7 @@ impl Handle {
             match failures(|| Engine::<D, E>::new(device, decoder, draft, &own, options)) {
                 Ok(mut engine) => {
                     *shared.lock().unwrap_or_else(PoisonError::into_inner) = engine.load();
-                    if ready.send(Ok(engine.capacity())).is_ok() {
+                    if ready.send(Ok((engine.capacity(), engine.elsewhere().clone()))).is_ok() {
                         serve(&mut engine, &received, &shared);
                     }
                 }
@@ -66,9 +67,10 @@ impl Handle {
         };
         let thread = std::thread::Builder::new().name("engine".into()).spawn(work);
         let thread = thread.context("cannot start the engine's thread")?;
-        let capacity = is_ready.recv().context("the engine's thread ended while it was set up")??;
+        let (capacity, elsewhere) =
+            is_ready.recv().context("the engine's thread ended while it was set up")??;
         let count = AtomicU64::new(0);
-        Ok(Handle { commands, thread: Some(thread), capacity, count, load, tokenizer })
+        Ok(Handle { commands, thread: Some(thread), capacity, elsewhere, count, load, tokenizer })
     }
 
     /// The tokenizer of its texts.
@@ -79,6 +81,11 @@ impl Handle {
     /// What it can do for one request.
     pub fn capacity(&self) -> Capacity {
         self.capacity
+    }
+
+    /// See [`Engine::elsewhere`].
+    pub fn elsewhere(&self) -> &Arc<AtomicUsize> {
+        &self.elsewhere
     }
 
     /// Whether the engine's thread is gone, which a fault in it or of its device can bring about: requests fail from then on.

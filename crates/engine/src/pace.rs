@@ -7,8 +7,9 @@ use std::time::Duration;
 
 /// Tokens that are read in any case: fewer would hardly be faster, since products are limited by reading weights then.
 const LEAST: usize = 64;
-/// As many for each text, however long that takes: where texts are so many that they fill the pause themselves, those without a
-/// token yet have most of each step. A step of which so much is prompts says what a token of them takes.
+/// As many for each text, or for each prompt that waits if these are more, however long that takes: where texts are so many that they
+/// fill the pause themselves, or soon will be, those without a token yet have most of each step. A step of which so much is prompts
+/// says what a token of them takes.
 const MOSTLY: usize = 8;
 /// Weight of the newest measurement.
 const NEWEST: f64 = 0.3;
@@ -27,7 +28,7 @@ impl Pace {
         Pace { pause, seconds: 0.0 }
     }
 
-    /// Tokens of prompts in a step that has so many texts to generate too.
+    /// Tokens of prompts in a step beside so many texts.
     pub(crate) fn beside(&self, texts: usize) -> usize {
         let Some(pause) = self.pause else { return usize::MAX };
         let in_time = if self.seconds > 0.0 { (pause.as_secs_f64() / self.seconds) as usize } else { 0 };

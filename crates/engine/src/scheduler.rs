@@ -71,6 +71,11 @@ impl Sequence {
     fn generates(&self) -> bool {
         self.running && self.pending() == 1
     }
+
+    /// For a prompt that is to be read.
+    fn waits(&self) -> bool {
+        self.pending() > 0 && !self.generates()
+    }
 }
 
 /// Tokens of a sequence that are computed in a step.
@@ -227,15 +232,18 @@ impl Scheduler {
         self.sequences.values().filter(|s| s.running).count()
     }
 
-    /// The next step, which reads at most `beside(texts)` tokens of prompts if it has so many texts to generate too. Nothing to
-    /// compute: no work. It must be carried out and then reported with [`Scheduler::done`].
-    pub fn plan(&mut self, beside: impl Fn(usize) -> usize) -> Plan {
+    /// The next step. If it has texts to generate too, it reads at most `beside(texts)` tokens of prompts, for as many as these are,
+    /// or as wait, of which `elsewhere` are not here yet, if there are places for them. Nothing to compute: no work. It must be carried
+    /// out and then reported with [`Scheduler::done`].
+    pub fn plan(&mut self, elsewhere: usize, beside: impl Fn(usize) -> usize) -> Plan {
         let mut plan = Plan::default();
         let keys: Vec<Key> = self.sequences.keys().copied().collect();
         // A sequence that generates gets its token in each step, however long an older one's prompt is.
         let mut kept = self.generating(&keys);
+        let wait = elsewhere + keys.iter().filter(|key| self.sequences[key].waits()).count();
         let all = self.limits.tokens;
-        let mut left = if kept > 0 { all.min(kept.saturating_add(beside(kept))) } else { all };
+        let texts = kept.max(wait.min(self.limits.sequences));
+        let mut left = if kept > 0 { all.min(kept.saturating_add(beside(texts))) } else { all };
         for (i, key) in keys.iter().enumerate() {
             let (sequence, preemptions) = (&self.sequences[key], self.preemptions);
             kept -= usize::from(sequence.generates());

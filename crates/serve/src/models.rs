@@ -59,7 +59,7 @@ impl Live {
         // A few more texts than are computed at a time, and another step's tokens, so that what comes next is there when it can be
         // computed.
         let most = Work { texts: sequences + sequences / 8 + 1, unread: 2 * step_tokens };
-        let gate = Turnstile::new(most, waiting);
+        let gate = Turnstile::new(most, waiting, engine.elsewhere().clone());
         let tokenizer = engine.tokenizer();
         let ids = || 0..tokenizer.vocab_size() as u32;
         let longest = |id| tokenizer.byte_len(id).max(tokenizer.special(id).map_or(0, str::len));

@@ -1,6 +1,7 @@
 //! The queue of one model, waited for.
 
 use crate::queue::{Full, Queue, Work};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -12,6 +13,8 @@ pub(crate) struct Turnstile {
 
 struct Inner {
     queue: Queue<oneshot::Sender<Work>>,
+    /// Where the engine is told how many turns wait.
+    elsewhere: Arc<AtomicUsize>,
     /// When a turn ended last, and the mean time between two ends.
     ended: Option<Instant>,
     between: Duration,
@@ -24,6 +27,7 @@ impl Inner {
             // Whoever drops a turn takes it out of the queue first, so somebody is there.
             let _ = waiter.send(work);
         }
+        self.elsewhere.store(self.queue.waiting(), Ordering::Relaxed);
     }
 }
 
@@ -38,9 +42,9 @@ pub(crate) struct Turn {
 }
 
 impl Turnstile {
-    /// See [`Queue::new`].
-    pub(crate) fn new(most: Work, limit: usize) -> Arc<Turnstile> {
-        let inner = Inner { queue: Queue::new(most, limit), ended: None, between: Duration::ZERO };
+    /// See [`Queue::new`]; `elsewhere` is told how many wait.
+    pub(crate) fn new(most: Work, limit: usize, elsewhere: Arc<AtomicUsize>) -> Arc<Turnstile> {
+        let inner = Inner { queue: Queue::new(most, limit), elsewhere, ended: None, between: Duration::ZERO };
         Arc::new(Turnstile { inner: Mutex::new(inner) })
     }
 
@@ -140,14 +144,15 @@ mod tests {
 
     #[tokio::test]
     async fn a_prompt_that_was_read_makes_room_for_the_next() {
-        let gate = Turnstile::new(Work { texts: 9, unread: 10 }, 9);
+        let elsewhere = Arc::new(AtomicUsize::new(0));
+        let gate = Turnstile::new(Work { texts: 9, unread: 10 }, 9, elsewhere.clone());
         let mut turns = gate.line_up(&"c".into(), [Work { texts: 2, unread: 10 }; 3]).unwrap();
         turns[0].comes().await;
         assert_eq!(gate.waiting(), 2);
         turns[0].read();
         turns[0].read();
         turns[1].comes().await;
-        assert_eq!(gate.waiting(), 1);
+        assert_eq!((gate.waiting(), elsewhere.load(Ordering::Relaxed)), (1, 1));
         // One that is given up is not read any more either.
         drop(turns.remove(1));
         turns[1].comes().await;
@@ -156,7 +161,7 @@ mod tests {
     #[tokio::test]
     async fn turns_come_are_given_up_and_given_back() {
         let texts = |texts| [Work { texts, unread: 0 }];
-        let gate = Turnstile::new(Work { texts: 1, unread: 1 }, 2);
+        let gate = Turnstile::new(Work { texts: 1, unread: 1 }, 2, Arc::default());
         let client: Arc<str> = "c".into();
         let mut first = gate.line_up(&client, texts(1)).unwrap().remove(0);
         first.comes().await;

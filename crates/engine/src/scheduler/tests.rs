@@ -40,7 +40,7 @@ impl World {
     /// One step; returns its number of tokens.
     fn step(&mut self, dice: &mut Dice) -> usize {
         let beside = 1 + dice.roll(100);
-        let mut plan = self.scheduler.plan(|_| beside);
+        let mut plan = self.scheduler.plan(0, |_| beside);
         if dice.roll(3) > 0 {
             self.scheduler.look_ahead(&mut plan, |_, _| dice.roll(100));
         }
@@ -205,76 +205,87 @@ fn those_that_generate_are_served_beside_long_prompts() {
     let mut s = Scheduler::new(Limits { tokens: 10, sequences: 3, reuse: true }, 100).unwrap();
     s.add(key(0), vec![1; 25], Scope::default(), usize::MAX);
     s.add(key(1), vec![2; 2], Scope::default(), usize::MAX);
-    let plan = s.plan(|_| usize::MAX);
+    let plan = s.plan(0, |_| usize::MAX);
     assert_eq!(keys(&plan), [(0, 0, 10)], "first come, first served");
     s.done(&plan);
-    let plan = s.plan(|_| usize::MAX);
+    let plan = s.plan(0, |_| usize::MAX);
     s.done(&plan);
-    let plan = s.plan(|_| usize::MAX);
+    let plan = s.plan(0, |_| usize::MAX);
     assert_eq!(keys(&plan), [(0, 20, 5), (1, 0, 2)]);
     s.done(&plan);
     s.push(key(0), 3);
     s.push(key(1), 3);
     s.add(key(2), vec![4; 50], Scope::default(), usize::MAX);
     s.add(key(3), vec![4; 50], Scope::default(), usize::MAX);
-    let plan = s.plan(|_| usize::MAX);
+    let plan = s.plan(0, |_| usize::MAX);
     assert_eq!(keys(&plan), [(0, 25, 1), (1, 2, 1), (2, 0, 8)], "and no fourth sequence");
     // Planned anew, as nothing of it was done.
     assert_eq!(
-        keys(&s.plan(|_| 5)),
+        keys(&s.plan(0, |_| 5)),
         [(0, 25, 1), (1, 2, 1), (2, 0, 5)],
         "a short wait for those that generate"
     );
+    let asked = std::cell::Cell::new(0);
+    let texts_beside = |s: &mut Scheduler, elsewhere: usize| {
+        s.plan(elsewhere, |texts| {
+            asked.set(texts);
+            5
+        });
+        asked.get()
+    };
+    s.remove(key(1));
+    assert_eq!(texts_beside(&mut s, 0), 2, "two wait, more than generate");
+    assert_eq!(texts_beside(&mut s, 7), 3, "as many as there are places for");
 }
 
 #[test]
 fn the_youngest_gives_way_and_finds_its_pages_again() {
     let mut s = Scheduler::new(Limits { tokens: 1000, sequences: 4, reuse: true }, 4).unwrap();
     s.add(key(0), vec![1; 100], Scope::default(), usize::MAX);
-    let plan = s.plan(|_| usize::MAX);
+    let plan = s.plan(0, |_| usize::MAX);
     s.done(&plan);
     s.add(key(1), vec![2; 63], Scope::default(), usize::MAX);
-    let plan = s.plan(|_| usize::MAX);
+    let plan = s.plan(0, |_| usize::MAX);
     assert_eq!(keys(&plan), [(1, 0, 63)]);
     s.done(&plan);
     for _ in 0..29 {
         s.push(key(0), 1);
     }
     s.push(key(1), 2);
-    let plan = s.plan(|_| usize::MAX);
+    let plan = s.plan(0, |_| usize::MAX);
     assert_eq!(keys(&plan), [(0, 100, 29), (1, 63, 1)], "the last page");
     s.done(&plan);
     for _ in 0..64 {
         s.push(key(0), 1);
     }
     s.push(key(1), 2);
-    let plan = s.plan(|_| usize::MAX);
+    let plan = s.plan(0, |_| usize::MAX);
     assert_eq!(keys(&plan), [(0, 129, 64)], "no room for the younger");
     s.done(&plan);
     assert_eq!((s.load().preemptions, s.load().waiting), (1, 1));
     s.remove(key(0));
     // Its only full page was taken by the older one, so all of it is computed again.
-    assert_eq!(keys(&s.plan(|_| usize::MAX)), [(1, 0, 65)]);
+    assert_eq!(keys(&s.plan(0, |_| usize::MAX)), [(1, 0, 65)]);
 }
 
 #[test]
 fn a_text_that_begins_like_an_earlier_one_goes_on_from_there() {
     let mut s = Scheduler::new(Limits { tokens: 1000, sequences: 4, reuse: true }, 20).unwrap();
     s.add(key(0), vec![1; 200], Scope::default(), usize::MAX);
-    let plan = s.plan(|_| usize::MAX);
+    let plan = s.plan(0, |_| usize::MAX);
     s.done(&plan);
     s.remove(key(0));
     s.add(key(1), vec![1; 200], Scope::default(), usize::MAX);
     s.add(key(2), vec![1; 192], Scope::default(), usize::MAX);
     s.add(key(3), vec![1; 200], Scope::default(), 100);
     assert_eq!(
-        keys(&s.plan(|_| usize::MAX)),
+        keys(&s.plan(0, |_| usize::MAX)),
         [(1, 192, 8), (2, 128, 64), (3, 64, 136)],
         "the last token is computed, and what may not be taken"
     );
     assert_eq!(s.load().reused_tokens, 192 + 128 + 64);
     s.add(key(4), vec![1; 200], Scope([1; 32]), usize::MAX);
-    assert_eq!(keys(&s.plan(|_| 1000))[3..], [(4, 0, 200)], "of another scope nothing is found");
+    assert_eq!(keys(&s.plan(0, |_| 1000))[3..], [(4, 0, 200)], "of another scope nothing is found");
 }
 
 #[test]
