@@ -242,7 +242,8 @@ impl<'t, D: Device, E: Element> Engine<'t, D, E> {
     /// When the device fails. No request can go on then.
     pub fn step(&mut self) -> Result<Vec<(u64, Event)>> {
         let start = Instant::now();
-        let mut plan = self.scheduler.plan(self.elsewhere.load(Ordering::Relaxed), |texts| self.pace.beside(texts));
+        let mut plan =
+            self.scheduler.plan(self.elsewhere.load(Ordering::Relaxed), |texts| self.pace.beside(texts));
         if !plan.work.is_empty() {
             self.cache.copy(&self.device, &plan.copies);
             let guesses = self.guess(&mut plan)?;

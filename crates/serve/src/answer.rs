@@ -69,7 +69,7 @@ impl Answer {
         let entries: usize = tokens.map(|token| 1 + token.top.len()).sum();
         let write = || self.layout.whole(texts, used);
         let json = if entries > LONG { tokio::task::block_in_place(write) } else { write() };
-        Ok(long_response(&self.reader, json))
+        Ok(long_response(&self.reader, &self.record, json))
     }
 
     /// Waits a while for the first event, so that what goes wrong before has a status of its own, and sends the rest as it comes.
@@ -195,7 +195,7 @@ impl Stream {
     fn send(&mut self, event: &str) {
         // An event can be long, and gets no more memory than it needs.
         let text = ["data: ", event, "\n\n"].concat();
-        self.waiting.push_back(self.answer.reader.send(text));
+        self.waiting.push_back(self.answer.reader.send(text, &self.answer.record.busy));
     }
 
     fn end(&mut self) {

@@ -113,7 +113,7 @@ pub(crate) struct App {
     numbers: AtomicU64,
 }
 
-/// A request that is not answered completely; the drain waits for it.
+/// A request whose answer was not taken in completely; the drain waits for it.
 pub(crate) struct Busy(Arc<AtomicUsize>);
 
 impl App {
@@ -147,12 +147,11 @@ impl App {
     }
 
     /// Counts a request until what this returns is dropped.
-    pub(crate) fn busy(&self) -> Busy {
-        self.in_flight.fetch_add(1, Ordering::SeqCst);
-        Busy(self.in_flight.clone())
+    pub(crate) fn busy(&self) -> Arc<Busy> {
+        Busy::new(&self.in_flight)
     }
 
-    /// Requests that are not answered completely.
+    /// Requests whose answers were not taken in completely.
     pub(crate) fn in_flight(&self) -> usize {
         self.in_flight.load(Ordering::SeqCst)
     }
@@ -160,6 +159,14 @@ impl App {
     /// A number that nobody can foresee and that does not come again soon: for seeds and the names of answers.
     pub(crate) fn random(&self) -> u64 {
         self.random.hash_one(self.numbers.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+impl Busy {
+    /// Counts one.
+    pub(crate) fn new(in_flight: &Arc<AtomicUsize>) -> Arc<Busy> {
+        in_flight.fetch_add(1, Ordering::SeqCst);
+        Arc::new(Busy(in_flight.clone()))
     }
 }
 

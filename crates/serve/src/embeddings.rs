@@ -46,7 +46,7 @@ pub(crate) async fn embeddings(mut call: Call) -> Result<Response<Body>, ApiErro
         "model": asked.model.as_deref().unwrap_or(&live.name),
         "usage": { "prompt_tokens": tokens, "total_tokens": tokens },
     });
-    Ok(long_response(&call.reader, answer.to_string()))
+    Ok(long_response(&call.reader, &call.record, answer.to_string()))
 }
 
 fn bytes(vector: &[f32]) -> Vec<u8> {

@@ -1,6 +1,7 @@
 //! Refusals and failures, in the shape of OpenAI's.
 
 use crate::outbox::Reader;
+use crate::record::Record;
 use axum::body::Body;
 use axum::http::{HeaderValue, Response, StatusCode, header};
 use serde_json::{Value, json};
@@ -131,9 +132,9 @@ pub(crate) fn json_response(status: StatusCode, value: &Value) -> Response<Body>
     response
 }
 
-/// An answer of JSON that may be long, and is kept until it is taken in.
-pub(crate) fn long_response(reader: &Arc<Reader>, json: String) -> Response<Body> {
-    answer(Body::from(reader.send(json)))
+/// An answer to the request of a record, of JSON that may be long, and is kept until it is taken in.
+pub(crate) fn long_response(reader: &Arc<Reader>, record: &Record, json: String) -> Response<Body> {
+    answer(Body::from(reader.send(json, &record.busy)))
 }
 
 fn answer(json: Body) -> Response<Body> {

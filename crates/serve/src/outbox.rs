@@ -4,6 +4,7 @@
 //! all of it be kept, a few clients that take in nothing could have all memory. So when there is too much, the connection is
 //! closed whose client has taken in nothing for longest, and whatever is kept for it is gone.
 
+use crate::app::Busy;
 use crate::metrics::Counters;
 use axum::body::Bytes;
 use prometheus_client::metrics::gauge::Gauge;
@@ -120,10 +121,10 @@ impl Reader {
         Kept { reader: self.clone(), bytes }
     }
 
-    /// A part of an answer, which counts until all of it is taken in, or the connection is closed.
-    pub(crate) fn send(self: &Arc<Self>, text: String) -> Bytes {
+    /// A part of an answer, which counts, and keeps its request busy, until all of it is taken in, or the connection is closed.
+    pub(crate) fn send(self: &Arc<Self>, text: String, busy: &Arc<Busy>) -> Bytes {
         let kept = self.keep(text.capacity());
-        Bytes::from_owner(Part { text, _kept: kept })
+        Bytes::from_owner(Part { text, _kept: kept, _busy: busy.clone() })
     }
 }
 
@@ -131,6 +132,7 @@ impl Reader {
 struct Part {
     text: String,
     _kept: Kept,
+    _busy: Arc<Busy>,
 }
 
 impl AsRef<[u8]> for Part {
@@ -161,7 +163,8 @@ mod tests {
         let is_left = |reader: &Reader| reader.is_left.load(Ordering::Relaxed);
         let first = slow.keep(40);
         pause();
-        let second = slower.send("x".repeat(60));
+        let in_flight = Arc::default();
+        let second = slower.send("x".repeat(60), &Busy::new(&in_flight));
         pause();
         slow.took();
         assert_eq!((gauge.get(), is_left(&slow), is_left(&slower)), (100, false, false));
@@ -173,7 +176,9 @@ mod tests {
         let part = second.slice(10..20);
         drop(second);
         assert_eq!(gauge.get(), 160, "a part keeps the whole in memory");
+        assert_eq!(in_flight.load(Ordering::Relaxed), 1, "and its request busy");
         drop((first, part, third));
+        assert_eq!(in_flight.load(Ordering::Relaxed), 0);
         assert_eq!((gauge.get(), slow.kept(), late.kept()), (30, 0, 30));
         drop(fourth);
         let alone = idle.keep(101);

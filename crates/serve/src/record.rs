@@ -22,7 +22,8 @@ pub(crate) struct Record {
     route: &'static str,
     notes: Mutex<Notes>,
     pub(crate) tokens: Arc<Tokens>,
-    _busy: Busy,
+    /// Kept by parts of its answer, too, which are sent when the request is over here.
+    pub(crate) busy: Arc<Busy>,
 }
 
 /// Tokens that were computed for a request, also for one that is given up.
@@ -48,7 +49,7 @@ impl Record {
         let id = format!("{:016x}", app.random());
         let busy = app.busy();
         let (notes, tokens) = (Mutex::default(), Arc::default());
-        let record = Record { app, id, started: Instant::now(), route, notes, tokens, _busy: busy };
+        let record = Record { app, id, started: Instant::now(), route, notes, tokens, busy };
         record.note("method", method);
         record
     }

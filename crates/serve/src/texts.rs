@@ -169,7 +169,7 @@ pub(crate) async fn tokenize(mut call: Call) -> Result<Response<Body>, ApiError>
         "tokens": tokens,
         "token_strs": names,
     });
-    Ok(long_response(&call.reader, answer.to_string()))
+    Ok(long_response(&call.reader, &call.record, answer.to_string()))
 }
 
 /// Text of token ids.
@@ -189,5 +189,5 @@ pub(crate) async fn detokenize(mut call: Call) -> Result<Response<Body>, ApiErro
             _ => text += &live.tokenizer().decode(run),
         }
     }
-    Ok(long_response(&call.reader, json!({ "prompt": text }).to_string()))
+    Ok(long_response(&call.reader, &call.record, json!({ "prompt": text }).to_string()))
 }

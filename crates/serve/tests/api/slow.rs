@@ -4,6 +4,8 @@ use crate::client::until;
 use crate::{options, serve, source, stop};
 use ferropt_serve::{Limits, Options};
 use serde_json::json;
+use std::net::TcpStream;
+use std::thread::spawn;
 use std::time::Duration;
 
 #[test]
@@ -45,8 +47,11 @@ fn the_memory_of_answers_that_nobody_takes_in_is_bounded_and_others_get_theirs()
 
 #[test]
 fn a_stream_begins_although_its_first_piece_takes_long() {
-    let limits =
-        Limits { silence: Duration::from_millis(200), request_time: Duration::from_secs(1), ..Limits::default() };
+    let limits = Limits {
+        silence: Duration::from_millis(200),
+        request_time: Duration::from_secs(1),
+        ..Limits::default()
+    };
     let (server, client) = serve(Options { limits, models: vec![source("opt", 1)], ..options() });
     // Nothing of it is there before all texts can be compared.
     let body = json!({ "prompt": "the cat", "max_tokens": 1000, "best_of": 128, "ignore_eos": true, "stream": true });
@@ -57,4 +62,19 @@ fn a_stream_begins_although_its_first_piece_takes_long() {
     let rest = stream.rest_text();
     assert!(rest.contains("request_time") && rest.contains("[DONE]"), "{rest}");
     stop(server);
+}
+
+#[test]
+fn a_server_that_stops_waits_until_answers_are_taken_in() {
+    let (server, client) = serve(options());
+    let prompt: Vec<usize> = (0..1000).map(|i| 4 + i % 250).collect();
+    // More than sockets hold.
+    let body = json!({ "prompt": prompt, "echo": true, "logprobs": 100, "max_tokens": 0, "n": 5 });
+    let slow = client.begin("/v1/completions", &body);
+    let made = "ferropt_requests_total{route=\"/v1/completions\",status=\"200\"}";
+    until("it is made", || client.metric_if_any(made) == Some(1.0));
+    let (address, stopping) = (client.address, spawn(move || server.stop(Duration::from_millis(500))));
+    until("its time is over", || TcpStream::connect(address).is_err());
+    drop(slow);
+    assert_eq!(stopping.join().unwrap(), 1);
 }
