@@ -101,7 +101,7 @@ pub(crate) struct Args {
     /// Bytes of a request's body
     #[arg(long, value_name = "BYTES", default_value_t = Limits::default().body)]
     max_body: usize,
-    /// Bytes of memory for the bodies of all requests while they are received; one that finds none is refused
+    /// Bytes of memory for the bodies of all requests while they are received and read; one that finds none is refused
     #[arg(long, value_name = "BYTES", default_value_t = Limits::default().body_memory)]
     body_memory: usize,
     /// Bytes of memory for answers that clients have not taken in; when there are more, the connection is closed of whoever took

@@ -1,6 +1,5 @@
 //! What all requests share.
 
-use crate::Options;
 use crate::body::Room;
 use crate::keys::Keys;
 use crate::log::Log;
@@ -8,11 +7,12 @@ use crate::metrics::Metrics;
 use crate::models::Models;
 use crate::outbox::Outbox;
 use crate::tls::Tls;
+use crate::{Options, THREADS};
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 /// What a request, a client and the server may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +27,7 @@ pub struct Limits {
     pub texts: usize,
     /// Bytes of a request's body.
     pub body: usize,
-    /// Bytes of memory for the bodies of all requests while they are received.
+    /// Bytes of memory for the bodies of all requests while they are received and read.
     pub body_memory: usize,
     /// Bytes of memory for answers, and parts of them, that clients have not taken in.
     pub answer_memory: usize,
@@ -105,6 +105,8 @@ pub(crate) struct App {
     pub(crate) bodies: Room,
     /// Where answers are kept until clients take them in.
     pub(crate) outbox: Arc<Outbox>,
+    /// Long texts are tokenised so many at a time: each takes a thread, and some times its own memory.
+    pub(crate) long_texts: Semaphore,
     pub(crate) metrics: Metrics,
     pub(crate) log: Log,
     pub(crate) phase: watch::Sender<Phase>,
@@ -137,6 +139,7 @@ impl App {
                 metrics.answer_memory.clone(),
                 metrics.slow_clients.clone(),
             ),
+            long_texts: Semaphore::new(THREADS),
             metrics,
             log,
             phase: watch::Sender::new(Phase::Serving),

@@ -2,13 +2,14 @@
 
 use crate::app::Limits;
 use crate::error::ApiError;
+use crate::prepare::LONG;
 use axum::body::Body;
 use axum::http::{HeaderMap, Request, header};
 use futures_util::StreamExt;
 use prometheus_client::metrics::gauge::Gauge;
 use serde_json::{Map, Value};
 
-/// Memory for the bodies that are being received.
+/// Memory for the bodies that are being received and read.
 pub(crate) struct Room {
     /// Bytes that there are, and that are taken.
     limit: usize,
@@ -31,8 +32,8 @@ impl Room {
     }
 }
 
-/// A body as far as it has come. It gives its room back when it is dropped, however the request ends.
-struct Received<'a> {
+/// A body as far as it has come, with the memory that it and what is read from it take. It gives its room back when it is dropped, however the request ends.
+pub(crate) struct Received<'a> {
     bytes: Vec<u8>,
     room: &'a Room,
     taken: usize,
@@ -54,6 +55,23 @@ impl Received<'_> {
         self.bytes.extend_from_slice(part);
         true
     }
+
+    /// Reads it as JSON, whose values can take many times its memory.
+    fn read(&mut self) -> Result<Value, ApiError> {
+        let (more, limit) = (values(&self.bytes), self.room.limit);
+        if self.taken + more > limit {
+            let message = format!(
+                "the values in the body would take some {more} bytes of memory, and there are {limit} for bodies; send less at a time"
+            );
+            return Err(ApiError::too_large(message));
+        }
+        if !self.room.take(more) {
+            return Err(no_room(self.room));
+        }
+        self.taken += more;
+        serde_json::from_slice(&self.bytes)
+            .map_err(|error| ApiError::request("invalid_json", format!("the body is not JSON: {error}")))
+    }
 }
 
 impl Drop for Received<'_> {
@@ -62,16 +80,16 @@ impl Drop for Received<'_> {
     }
 }
 
-/// Reads the object that a request brings.
+/// Reads the object that a request brings; what comes with it holds the memory for it.
 ///
 /// # Errors
-/// 415 for another media type, 413 for too many bytes, 408 when they come too slowly, 400 when they are no JSON object, 503 when
-/// other bodies have all the memory for them.
-pub(crate) async fn object(
+/// 415 for another media type, 413 for too many bytes or values, 408 when they come too slowly, 400 when they are no JSON object, 503
+/// when other bodies have all the memory for them.
+pub(crate) async fn object<'a>(
     request: Request<Body>,
     limits: &Limits,
-    room: &Room,
-) -> Result<Map<String, Value>, ApiError> {
+    room: &'a Room,
+) -> Result<(Map<String, Value>, Received<'a>), ApiError> {
     let headers = request.headers();
     check_type(headers)?;
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
@@ -79,14 +97,14 @@ pub(crate) async fn object(
         return Err(too_large(limits));
     }
     let read = tokio::time::timeout(limits.client_time, receive(request.into_body(), limits, room));
-    let body = read.await.map_err(|_| {
+    let mut body = read.await.map_err(|_| {
         let seconds = limits.client_time.as_secs_f64();
         ApiError::too_slow(format!("the body was not there after {seconds} s, which is the limit"))
     })??;
-    let value = serde_json::from_slice(&body.bytes)
-        .map_err(|error| ApiError::request("invalid_json", format!("the body is not JSON: {error}")))?;
+    let value =
+        if body.bytes.len() > LONG { tokio::task::block_in_place(|| body.read()) } else { body.read() }?;
     match value {
-        Value::Object(object) => Ok(object),
+        Value::Object(object) => Ok((object, body)),
         _ => Err(ApiError::request(
             "invalid_json",
             "the body is JSON, but not an object: expected {\"prompt\": ...}",
@@ -134,11 +152,33 @@ async fn receive<'a>(body: Body, limits: &Limits, room: &'a Room) -> Result<Rece
         // What there is no room for is read all the same, and not kept: who is cut off while sending sees no answer.
         received = received.take_if(|received| received.add(&part, limits.body));
     }
-    received.ok_or_else(|| {
-        let message = format!(
-            "the bodies of requests that are being received have all of the {} bytes that there are for them; try again later",
-            room.limit
-        );
-        ApiError::unavailable("body_memory", Some(1), message)
-    })
+    received.ok_or_else(|| no_room(room))
+}
+
+fn no_room(room: &Room) -> ApiError {
+    let message = format!(
+        "the bodies of requests that are being received and read have all of the {} bytes that there are for them; try again later",
+        room.limit
+    );
+    ApiError::unavailable("body_memory", Some(1), message)
+}
+
+/// Bytes of memory that the values of JSON take apart from its texts, nearly.
+fn values(json: &[u8]) -> usize {
+    // A list that grows has room for twice as many, and the smallest object for eleven fields.
+    const VALUE: usize = 2 * size_of::<Value>();
+    const OBJECT: usize = 12 * (size_of::<String>() + size_of::<Value>());
+    let (mut bytes, mut in_text, mut escaped) = (0, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = in_text,
+            b'"' => in_text = !in_text,
+            _ if in_text => {}
+            b'{' => bytes += OBJECT,
+            b'[' | b',' | b':' => bytes += VALUE,
+            _ => {}
+        }
+    }
+    bytes
 }

@@ -96,13 +96,14 @@ fn usage(usage: Usage) -> Used {
     }
 }
 
-fn json(value: &impl Serialize) -> String {
+/// What is written down.
+pub(crate) fn json(value: &impl Serialize) -> String {
     // Names of fields are texts, and a String takes everything.
     serde_json::to_string(value).unwrap_or_default()
 }
 
 /// A list whose entries are made one after the other while they are written down.
-struct List<'a, T, F>(&'a [T], F);
+pub(crate) struct List<'a, T, F>(pub(crate) &'a [T], pub(crate) F);
 
 impl<'a, T, F, S> Serialize for List<'a, T, F>
 where

@@ -59,7 +59,7 @@ pub(crate) struct Metrics {
     handshakes: Counter,
     /// Connections beyond what one address may have.
     pub(crate) excess_connections: Counter,
-    /// Bytes taken by bodies that are being received.
+    /// Bytes taken by bodies that are being received and read.
     pub(crate) body_memory: Gauge,
     /// Bytes of answers that were not taken in.
     pub(crate) answer_memory: Gauge,
@@ -143,7 +143,11 @@ impl Metrics {
             in_flight,
             handshakes,
             excess_connections,
-            body_memory: memory(r, "body_memory", "Memory of the bodies of requests that are being received"),
+            body_memory: memory(
+                r,
+                "body_memory",
+                "Memory of the bodies of requests that are being received and read",
+            ),
             answer_memory: memory(r, "answer_memory", "Memory of answers that clients have not taken in"),
             slow_clients: counters(
                 r,

@@ -12,7 +12,7 @@ use ferropt_engine::{Conversation, Decay, Parameters, Refusal, Request, Scope, S
 const MOST_ENTRIES: usize = 1 << 21;
 
 /// Bytes of text from which tokenising would make others wait.
-const LONG: usize = 1 << 16;
+pub(crate) const LONG: usize = 1 << 16;
 
 /// What the engine shall compute.
 ///

@@ -7,13 +7,14 @@ use crate::body;
 use crate::error::{ApiError, long_response};
 use crate::fields::{self, CHAT, EMBED, GENERATE, METASEQ};
 use crate::job::Job;
-use crate::layout::{Chat, Completion, Generate, Head, Layout};
+use crate::layout::{self, Chat, Completion, Generate, Head, Layout, List};
 use crate::models::{Live, token_name, unix_seconds};
 use crate::prepare;
 use crate::routes::Call;
 use axum::body::Body;
 use axum::http::Response;
 use ferropt_data::Marks;
+use serde::Serialize;
 use serde_json::json;
 use std::sync::Arc;
 
@@ -23,7 +24,7 @@ const COMPLETION_TOKENS: usize = 16;
 /// Reads the body and finds the model.
 pub(crate) async fn begin(call: &mut Call) -> Result<(Arc<Live>, Asked), ApiError> {
     let request = std::mem::take(&mut call.request);
-    let object = body::object(request, &call.app.limits, &call.app.bodies).await?;
+    let (object, _memory) = body::object(request, &call.app.limits, &call.app.bodies).await?;
     let asked = fields::read(&object, call.route.body, call.route.required)?;
     // metaseq never looked at the engine's name.
     let engine = call.name.as_deref().filter(|name| call.app.models.has(name));
@@ -158,18 +159,30 @@ pub(crate) async fn tokenize(mut call: Call) -> Result<Response<Body>, ApiError>
     };
     // Other than in prompts, `</s>` in the text is the token, as Hugging Face's tokenizer reads it.
     let marks = Marks { in_front: asked.special, in_text: true };
-    // Of any length: clients tokenise whole documents, and cut them then.
-    let tokens = tokio::task::block_in_place(|| live.tokenizer().encode_as(text, marks))
-        .map_err(|error| ApiError::field("prompt", format!("{error:#}")))?;
-    let names = |ids: &[u32]| ids.iter().map(|id| token_name(live.tokenizer(), *id)).collect::<Vec<_>>();
-    let names = asked.token_names.then(|| names(&tokens));
-    let answer = json!({
-        "count": tokens.len(),
-        "max_model_len": live.engine.capacity().positions,
-        "tokens": tokens,
-        "token_strs": names,
-    });
-    Ok(long_response(&call.reader, &call.record, answer.to_string()))
+    // Of any length: clients tokenise whole documents, and cut them then. The semaphore is never closed.
+    let _turn = if text.len() > prepare::LONG { call.app.long_texts.acquire().await.ok() } else { None };
+    let tokenizer = live.tokenizer();
+    let write = |tokens: Vec<u32>| {
+        let names = List(&tokens, |id: &u32| token_name(tokenizer, *id));
+        layout::json(&Tokens {
+            count: tokens.len(),
+            max_model_len: live.engine.capacity().positions,
+            tokens: &tokens,
+            token_strs: asked.token_names.then_some(names),
+        })
+    };
+    let json = tokio::task::block_in_place(|| tokenizer.encode_as(text, marks).map(write));
+    let json = json.map_err(|error| ApiError::field("prompt", format!("{error:#}")))?;
+    Ok(long_response(&call.reader, &call.record, json))
+}
+
+/// The answer with token ids, and perhaps what they are called.
+#[derive(Serialize)]
+struct Tokens<'a, N> {
+    count: usize,
+    max_model_len: usize,
+    tokens: &'a [u32],
+    token_strs: Option<N>,
 }
 
 /// Text of token ids.

@@ -249,9 +249,19 @@ fn bodies_have_a_bounded_memory_which_every_one_of_them_gives_back() {
     assert_eq!(refused.json()["error"]["code"], "body_memory");
     assert!(refused.text().contains("100000 bytes"), "{}", refused.text());
     assert_eq!(client.try_post("/v1/completions", &body(1000)).status, 200, "there is room for a small one");
+    // What is read from a body counts as well, but a text's characters do not.
+    let ids = json!({ "prompt": vec![5; 500], "max_tokens": 1 }).to_string();
+    let text = json!({ "prompt": "\\\"{,{,".repeat(100), "max_tokens": 1 }).to_string();
+    assert_eq!(client.try_post("/v1/completions", &ids).status, 503);
+    assert_eq!(client.try_post("/v1/completions", &text).status, 200);
+    let many = format!(r#"{{"prompt": "the", "metadata": [{}{{}}]}}"#, "{},".repeat(1000));
+    let refused = client.try_post("/v1/completions", &many);
+    assert_eq!((refused.status, refused.json()["error"]["code"].as_str()), (413, Some("request_too_large")));
+    assert!(refused.text().contains("100000"), "{}", refused.text());
     drop(first);
     until("who left gives it back", free);
     assert_eq!(client.try_post("/v1/completions", &body(60_000)).status, 200);
+    assert_eq!(client.try_post("/v1/completions", &ids).status, 200);
     until("what was read is free", free);
     let mut answer = String::new();
     begin().read_to_string(&mut answer).unwrap();
