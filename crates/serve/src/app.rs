@@ -17,7 +17,7 @@ use tokio::sync::{Semaphore, watch};
 /// What a request, a client and the server may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Prompts that may wait for one model, of all clients together.
+    /// Prompts that may wait for one model, of all clients together. A request has a quarter of them at most.
     pub queue: usize,
     /// How long a request may wait for its turn.
     pub queue_time: Duration,
@@ -48,7 +48,7 @@ impl Default for Limits {
             queue: 256,
             queue_time: Duration::from_secs(60),
             request_time: Duration::from_secs(600),
-            texts: 1024,
+            texts: 2048,
             body: 4 << 20,
             body_memory: 256 << 20,
             answer_memory: 512 << 20,

@@ -1,6 +1,7 @@
 //! The route that makes vectors of texts.
 
 use crate::error::{ApiError, long_response};
+use crate::layout::{self, List};
 use crate::routes::Call;
 use crate::texts::{begin, line_up, still_serving};
 use axum::body::Body;
@@ -8,6 +9,7 @@ use axum::http::Response;
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use ferropt_engine::{Event, Parameters};
+use serde::Serialize;
 use serde_json::{Value, json};
 
 /// Texts as vectors.
@@ -35,18 +37,44 @@ pub(crate) async fn embeddings(mut call: Call) -> Result<Response<Body>, ApiErro
     if vectors.iter().flatten().any(|x| !x.is_finite()) {
         return Err(ApiError::internal("the model's hidden states are not finite"));
     }
-    let data = vectors.iter().enumerate().map(|(index, vector)| {
-        let vector: Value =
-            if asked.base64 { BASE64_STANDARD.encode(bytes(vector)).into() } else { json!(vector) };
-        json!({ "object": "embedding", "index": index, "embedding": vector })
-    });
-    let answer = json!({
-        "object": "list",
-        "data": data.collect::<Vec<_>>(),
-        "model": asked.model.as_deref().unwrap_or(&live.name),
-        "usage": { "prompt_tokens": tokens, "total_tokens": tokens },
-    });
-    Ok(long_response(&call.reader, &call.record, answer.to_string()))
+    let entry = |(index, vector)| Embedding {
+        object: "embedding",
+        index,
+        embedding: match asked.base64 {
+            true => Vector::Base64(BASE64_STANDARD.encode(bytes(vector))),
+            false => Vector::Numbers(List(vector, |x: &f32| f64::from(*x))),
+        },
+    };
+    let answer = Answer {
+        object: "list",
+        data: vectors.iter().map(Vec::as_slice).enumerate().map(entry).collect(),
+        model: asked.model.as_deref().unwrap_or(&live.name),
+        usage: json!({ "prompt_tokens": tokens, "total_tokens": tokens }),
+    };
+    let json = tokio::task::block_in_place(|| layout::json(&answer));
+    Ok(long_response(&call.reader, &call.record, json))
+}
+
+#[derive(Serialize)]
+struct Answer<'a, N> {
+    object: &'static str,
+    data: Vec<Embedding<N>>,
+    model: &'a str,
+    usage: Value,
+}
+
+#[derive(Serialize)]
+struct Embedding<N> {
+    object: &'static str,
+    index: usize,
+    embedding: Vector<N>,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Vector<N> {
+    Numbers(N),
+    Base64(String),
 }
 
 fn bytes(vector: &[f32]) -> Vec<u8> {

@@ -10,6 +10,7 @@ use crate::record::{Record, Tokens};
 use crate::routes::Call;
 use crate::turn::Turn;
 use ferropt_engine::{Event, Request, Token};
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -44,12 +45,15 @@ impl Job {
     /// 429 when more would wait than may.
     pub(crate) fn start(call: &Call, live: Arc<Live>, requests: Vec<Request>) -> Result<Job, ApiError> {
         let (app, record) = (&call.app, &call.record);
-        let turns = live.gate.line_up(&call.client, requests.iter().map(work)).map_err(|full| {
+        let works: Vec<Work> = requests.iter().map(work).collect();
+        // Of many prompts some wait, and others follow as these have their turns.
+        let (first, later) = works.split_at(works.len().min((app.limits.queue / 4).max(1)));
+        let turns = live.gate.line_up(&call.client, first).map_err(|full| {
             let message = format!(
                 "{} prompts are waiting for the model, and {} more of this client would be over the limit of {} and its share of \
                  them; try again later",
                 full.waiting,
-                requests.len(),
+                first.len(),
                 app.limits.queue
             );
             ApiError::too_many("queue_full", live.gate.seconds_to_wait(), message)
@@ -61,11 +65,12 @@ impl Job {
             live: live.clone(),
             sender,
             submitted: submitted.clone(),
+            client: call.client.clone(),
             record: record.clone(),
             reader: call.reader.clone(),
             patience: app.limits.queue_time,
         };
-        let feeder = tokio::spawn(feeder.feed(requests.into_iter().zip(turns).collect())).abort_handle();
+        let feeder = tokio::spawn(feeder.feed(requests, turns, later.to_vec())).abort_handle();
         Ok(Job {
             live,
             events,
@@ -136,14 +141,18 @@ struct Feeder {
     live: Arc<Live>,
     sender: mpsc::UnboundedSender<OnTheWay>,
     submitted: Arc<Submitted>,
+    client: Arc<str>,
     record: Arc<Record>,
     reader: Arc<Reader>,
     patience: Duration,
 }
 
 impl Feeder {
-    async fn feed(self, prompts: Vec<(Request, Turn)>) {
-        for (index, (request, mut turn)) in prompts.into_iter().enumerate() {
+    /// The first requests have `turns`; each of the `later` ones lines up when another one's turn has come.
+    async fn feed(self, requests: Vec<Request>, turns: Vec<Turn>, later: Vec<Work>) {
+        let (mut turns, mut later) = (VecDeque::from(turns), later.into_iter());
+        for (index, request) in requests.into_iter().enumerate() {
+            let Some(mut turn) = turns.pop_front() else { return };
             // Those behind the first wait for their own kind too, so only the request's time limits them.
             if index > 0 {
                 turn.comes().await;
@@ -159,6 +168,7 @@ impl Feeder {
             } else if let Some(seconds) = self.record.note_time("queue_seconds") {
                 self.live.metrics.queued.observe(seconds);
             }
+            turns.extend(self.live.gate.follow(&self.client, later.next().as_slice()));
             self.submit(index, request, turn);
         }
     }

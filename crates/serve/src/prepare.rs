@@ -42,12 +42,6 @@ pub(crate) fn requests(
         );
         return Err(ApiError::field("prompt", message));
     }
-    // These would be refused however short the queue is.
-    let most = limits.queue.max(1);
-    if prompts > most {
-        let message = format!("{prompts} prompts in one request are more than may wait, which are {most}");
-        return Err(ApiError::field("prompt", message));
-    }
     let bytes: usize = asked.prompts.iter().map(Prompt::bytes).sum();
     let work = || {
         let one = |prompt: &Prompt| one(live, asked, prompt, asked.seed.unwrap_or_else(&random));

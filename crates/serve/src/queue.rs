@@ -108,6 +108,11 @@ impl<W> Queue<W> {
         if self.waiting + more > self.limit && !self.has_a_share_for(client, more) {
             return Err(Full { waiting: self.waiting });
         }
+        Ok(self.enter(client, turns))
+    }
+
+    /// Lines up, however many wait; see [`Queue::arrive`].
+    pub(crate) fn enter(&mut self, client: &str, turns: Vec<(Work, W)>) -> Vec<u64> {
         let level = self.clients.values().filter(|c| c.is_here()).map(|c| c.served).min();
         self.forget(level);
         let entry = self.clients.entry(client.into()).or_insert(Client {
@@ -126,7 +131,7 @@ impl<W> Queue<W> {
             self.count += 1;
             self.waiting += 1;
         }
-        Ok((first..self.count).collect())
+        (first..self.count).collect()
     }
 
     /// Whether so many more turns of a client may wait although the queue is full.

@@ -11,8 +11,12 @@ pub(crate) struct Turnstile {
     inner: Mutex<Inner>,
 }
 
+/// Tells, and is told, that a turn has come, with what it takes.
+type Teller = oneshot::Sender<Work>;
+type Told = oneshot::Receiver<Work>;
+
 struct Inner {
-    queue: Queue<oneshot::Sender<Work>>,
+    queue: Queue<Teller>,
     /// Where the engine is told how many turns wait.
     elsewhere: Arc<AtomicUsize>,
     /// When a turn ended last, and the mean time between two ends.
@@ -31,12 +35,21 @@ impl Inner {
     }
 }
 
+/// For each of `works`, with which it is told that its turn has come.
+fn channels(works: &[Work]) -> (Vec<(Work, Teller)>, Vec<Told>) {
+    let one = |work: &Work| {
+        let (sender, told) = oneshot::channel();
+        ((*work, sender), told)
+    };
+    works.iter().map(one).unzip()
+}
+
 /// A place in the queue, then in the engine; given back when dropped.
 pub(crate) struct Turn {
     gate: Arc<Turnstile>,
     client: Arc<str>,
     number: u64,
-    told: oneshot::Receiver<Work>,
+    told: Told,
     /// What it takes of the engine.
     work: Option<Work>,
 }
@@ -53,24 +66,32 @@ impl Turnstile {
     }
 
     /// Lines up for a turn for each of `works`. All or none.
-    pub(crate) fn line_up(
-        self: &Arc<Self>,
-        client: &Arc<str>,
-        works: impl IntoIterator<Item = Work>,
-    ) -> Result<Vec<Turn>, Full> {
-        let (senders, receivers): (Vec<_>, Vec<_>) = works
-            .into_iter()
-            .map(|work| {
-                let (sender, told) = oneshot::channel();
-                ((work, sender), told)
-            })
-            .unzip();
+    pub(crate) fn line_up(self: &Arc<Self>, client: &Arc<str>, works: &[Work]) -> Result<Vec<Turn>, Full> {
+        let (senders, told) = channels(works);
         let mut inner = self.lock();
         let numbers = inner.queue.arrive(client, senders)?;
+        Ok(self.turns(inner, client, numbers, told))
+    }
+
+    /// Lines up in the places of turns that have come, so that as many wait as before.
+    pub(crate) fn follow(self: &Arc<Self>, client: &Arc<str>, works: &[Work]) -> Vec<Turn> {
+        let (senders, told) = channels(works);
+        let mut inner = self.lock();
+        let numbers = inner.queue.enter(client, senders);
+        self.turns(inner, client, numbers, told)
+    }
+
+    fn turns(
+        self: &Arc<Self>,
+        mut inner: MutexGuard<'_, Inner>,
+        client: &Arc<str>,
+        numbers: Vec<u64>,
+        told: Vec<Told>,
+    ) -> Vec<Turn> {
         inner.let_through();
         let turn =
             |(number, told)| Turn { gate: self.clone(), client: client.clone(), number, told, work: None };
-        Ok(numbers.into_iter().zip(receivers).map(turn).collect())
+        numbers.into_iter().zip(told).map(turn).collect()
     }
 
     /// Turns that wait.
@@ -146,7 +167,7 @@ mod tests {
     async fn a_prompt_that_was_read_makes_room_for_the_next() {
         let elsewhere = Arc::new(AtomicUsize::new(0));
         let gate = Turnstile::new(Work { texts: 9, unread: 10 }, 9, elsewhere.clone());
-        let mut turns = gate.line_up(&"c".into(), [Work { texts: 2, unread: 10 }; 3]).unwrap();
+        let mut turns = gate.line_up(&"c".into(), &[Work { texts: 2, unread: 10 }; 3]).unwrap();
         turns[0].comes().await;
         assert_eq!(gate.waiting(), 2);
         turns[0].read();
@@ -163,10 +184,10 @@ mod tests {
         let texts = |texts| [Work { texts, unread: 0 }];
         let gate = Turnstile::new(Work { texts: 1, unread: 1 }, 2, Arc::default());
         let client: Arc<str> = "c".into();
-        let mut first = gate.line_up(&client, texts(1)).unwrap().remove(0);
+        let mut first = gate.line_up(&client, &texts(1)).unwrap().remove(0);
         first.comes().await;
-        let mut rest = gate.line_up(&client, [texts(1), texts(1)].concat()).unwrap();
-        assert_eq!(gate.line_up(&client, texts(1)).err().unwrap(), Full { waiting: 2 });
+        let mut rest = gate.line_up(&client, &[texts(1), texts(1)].concat()).unwrap();
+        assert_eq!(gate.line_up(&client, &texts(1)).err().unwrap(), Full { waiting: 2 });
         first.keep(0);
         let (mut third, mut second) = (rest.pop().unwrap(), rest.pop().unwrap());
         let soon = Duration::from_millis(20);
@@ -176,11 +197,11 @@ mod tests {
         // It is told, but never looks.
         drop(second);
         assert!(gate.waiting() == 0);
-        let fourth = gate.line_up(&client, texts(1)).unwrap().remove(0);
+        let fourth = gate.line_up(&client, &texts(1)).unwrap().remove(0);
         assert!(tokio::time::timeout(soon, async { third.comes().await }).await.is_ok());
         drop(fourth);
         drop(third);
-        let mut last = gate.line_up(&client, texts(5)).unwrap().remove(0);
+        let mut last = gate.line_up(&client, &texts(5)).unwrap().remove(0);
         last.comes().await;
     }
 }

@@ -75,6 +75,17 @@ fn refusals_limits_and_vanishing_clients_are_as_for_texts() {
         );
         assert!(error["message"].as_str().unwrap().contains(part), "{error}");
     }
+    // More prompts than may wait follow one another, and the limit is that of texts.
+    let input: Vec<[usize; 2]> = (0..300).map(|i| [4 + i % 250, 5 + i / 250]).collect();
+    let answer = client.post("/v1/embeddings", &json!({ "input": input }));
+    let last = engine(&[4 + 49, 6], Pooling::Mean);
+    assert_eq!(
+        (answer["data"].as_array().unwrap().len(), vector(&answer["data"][299]["embedding"])),
+        (300, last)
+    );
+    let input = json!({ "input": vec!["x"; 2049] }).to_string();
+    let refused = client.try_post("/v1/embeddings", &input).json()["error"]["message"].to_string();
+    assert!(refused.contains("2049") && refused.contains("2048"), "{refused}");
     let many = json!({ "input": vec!["the cat sat on the mat. ".repeat(30); 100] });
     let connections: Vec<_> = (0..2).map(|_| client.begin("/v1/embeddings", &many)).collect();
     until("they are at work", || client.metric("ferropt_running") > 0.0);

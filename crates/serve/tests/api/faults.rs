@@ -14,11 +14,11 @@ fn refusals_name_the_field_the_value_and_the_limit() {
     let (server, client) = serve(options());
     let long = json!({ "prompt": "word ".repeat(2000) }).to_string();
     let longer = json!({ "prompt": "x".repeat(1_000_000) }).to_string();
-    let more = json!({ "prompt": vec!["x"; 257] }).to_string();
+    let more = json!({ "prompt": vec!["x"; 2049] }).to_string();
     let talk = json!({ "messages": [{ "role": "user", "content": "word ".repeat(2000) }] }).to_string();
     let input = json!({ "input": "word ".repeat(2000) }).to_string();
     let lists = json!({ "prompt": "x", "n": 128, "logprobs": 100, "max_tokens": 1000 }).to_string();
-    let many = json!({ "prompt": vec!["x"; 100], "n": 11 }).to_string();
+    let many = json!({ "prompt": vec!["x"; 100], "n": 21 }).to_string();
     let model = json!({ "prompt": "x", "model": "m".repeat(1_000_000) }).to_string();
     for (path, body, status, code, param, part) in [
         ("/v1/completions", "{", 400, "invalid_json", None, "line 1"),
@@ -84,8 +84,8 @@ fn refusals_name_the_field_the_value_and_the_limit() {
         ("/v1/completions", &long, 400, "context_length_exceeded", Some("prompt"), "1024"),
         ("/v1/completions", &longer, 400, "context_length_exceeded", Some("prompt"), "1000000"),
         ("/v1/completions", &model, 404, "model_not_found", Some("model"), "mmm"),
-        ("/v1/completions", &many, 400, "invalid_value", Some("prompt"), "1024"),
-        ("/v1/completions", &more, 400, "invalid_value", Some("prompt"), "257"),
+        ("/v1/completions", &many, 400, "invalid_value", Some("prompt"), "2048"),
+        ("/v1/completions", &more, 400, "invalid_value", Some("prompt"), "2049"),
         (
             "/v1/completions",
             r#"{"prompt": "x", "model": "gpt-4"}"#,
@@ -407,7 +407,7 @@ fn one_address_does_not_take_all_connections() {
 #[test]
 fn too_much_and_too_long_are_refused_in_time() {
     let limits = Limits {
-        queue: 6,
+        queue: 1,
         queue_time: Duration::from_millis(1500),
         request_time: Duration::from_millis(4500),
         ..Limits::default()
@@ -421,14 +421,14 @@ fn too_much_and_too_long_are_refused_in_time() {
     // One waits too long for its turn.
     let second = client.begin("/v1/completions", &json!({ "prompt": "x", "stream": true }));
     until("it waits", || client.metric("ferropt_queue_length") == 1.0);
-    let full = client.try_post("/v1/completions", &json!({ "prompt": vec!["x"; 6] }).to_string());
+    let full = client.try_post("/v1/completions", &json!({ "prompt": "x" }).to_string());
     assert_eq!((full.status, full.header("retry-after").is_some()), (429, true), "{}", full.text());
     let error = full.json()["error"].clone();
     assert_eq!(
         (error["code"].as_str(), error["type"].as_str()),
         (Some("queue_full"), Some("rate_limit_error"))
     );
-    assert!(error["message"].as_str().unwrap().contains("limit of 6"), "{error}");
+    assert!(error["message"].as_str().unwrap().contains("limit of 1 "), "{error}");
     let whole = json!({ "prompt": "the cat", "max_tokens": 1000, "n": 128, "ignore_eos": true });
     let second = second.rest();
     assert_eq!((second.status, second.json()["error"]["code"].as_str()), (429, Some("queue_time")));
