@@ -103,8 +103,15 @@ pub(crate) fn run(mut args: Args) -> anyhow::Result<u8> {
         return Ok(0);
     }
     if args.ranks.is_some() || args.supervise {
-        let resolved = config.clone().resolve_for(args.ranks.unwrap_or(1)).with_context(named)?;
-        return launch(&args, &config, &resolved);
+        // Refused here, before anything is started. Over MPI only the ranks themselves know how many they are.
+        let ranks = match args.ranks {
+            Some(ranks) => Some(ranks),
+            None => World::foreseen()?.map(|(_, ranks)| ranks),
+        };
+        if let Some(ranks) = ranks {
+            config.clone().resolve_for(ranks).with_context(named)?;
+        }
+        return launch(&args, &config);
     }
     let stop = Stop::default();
     let (given, mut planned) = (config.schedule.clone(), None);
@@ -168,7 +175,7 @@ fn twice_as_long(given: &ScheduleSection, resolved: &Resolved, outcome: &Outcome
 }
 
 /// Trains in processes of their own.
-fn launch(args: &Args, config: &Config, resolved: &Resolved) -> anyhow::Result<u8> {
+fn launch(args: &Args, config: &Config) -> anyhow::Result<u8> {
     if let (Some(ranks), Ok(rank)) = (args.ranks, std::env::var("RANK")) {
         anyhow::bail!(
             "--ranks {ranks} starts all processes of a run, but RANK={rank} says that this is one of them; remove one of \
@@ -179,7 +186,7 @@ fn launch(args: &Args, config: &Config, resolved: &Resolved) -> anyhow::Result<u
         anyhow::ensure!((1..=ranks).contains(&min), "--min-ranks {min} is not between 1 and --ranks {ranks}");
     }
     let overrides = args.set.iter().flat_map(|set| [OsString::from("--set"), set.into()]);
-    let run = &resolved.config.run;
+    let run = &config.run;
     let group = Group {
         program: std::env::current_exe().context("cannot find this program, to start it again")?,
         arguments: [OsString::from("train"), args.config.clone().into()]

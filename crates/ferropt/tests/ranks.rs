@@ -86,6 +86,20 @@ fn what_is_wrong_with_one_rank_ends_all_with_its_status() {
     assert!(text(&ends[0]).contains("rank 1 (on "), "{}", text(&ends[0]));
 }
 
+/// As under a scheduler: each supervisor is told by the environment which rank its process is, and of how many.
+#[test]
+fn each_rank_may_have_a_supervisor_in_any_layout() {
+    let lab = Lab::new();
+    let (config, port) = (lab.config("run", 3), free_port());
+    let set = ["parallel.tensor=2"];
+    let supervisors = [0, 1].map(|number| rank(&config, &set, number, 2, port).arg("--supervise").spawn());
+    for supervisor in supervisors {
+        let end = supervisor.unwrap().wait_with_output().unwrap();
+        assert!(end.status.success(), "{}", text(&end));
+    }
+    lab.tensors("run", 3);
+}
+
 /// Starts a run on three ranks and waits until it has made a few steps.
 fn started(lab: &Lab, run: &str, set: &[&str], more: &[&str]) -> Child {
     let mut command = train(&lab.config(run, 100_000), &[&COMMON, set].concat());
