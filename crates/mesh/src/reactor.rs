@@ -92,10 +92,10 @@ pub(crate) struct Finished {
     pub(crate) pieces: Vec<Piece>,
 }
 
-/// Why an operation did not end well, and its memory, which whoever asked gives back.
+/// Why an operation did not end well, and its memory, which whoever asked gives back, unless a part of it is still being sent.
 pub(crate) struct Failed {
     why: Lost,
-    memory: Box<dyn Memory>,
+    memory: Option<Box<dyn Memory>>,
 }
 
 impl Failed {
@@ -195,6 +195,8 @@ pub(crate) struct Reactor {
     commands: Receiver<Command>,
     peers: Vec<Peer>,
     jobs: HashMap<u64, Active>,
+    /// Memory of jobs that have failed when a frame of theirs was half sent.
+    half_sent: HashMap<u64, Box<dyn Memory>>,
     next_job: u64,
     flights: Flights,
     doing: String,
@@ -233,6 +235,7 @@ impl Reactor {
             commands,
             peers: (0..size).map(peer).collect(),
             jobs: HashMap::new(),
+            half_sent: HashMap::new(),
             next_job: 0,
             flights: Flights::default(),
             doing: String::new(),
@@ -257,11 +260,15 @@ impl Reactor {
             self.flights.settle();
             let now = Instant::now();
             if let Some(since) = closing {
-                let sent = self.others().all(|rank| self.peers[rank].out.is_empty());
-                let idle = self.jobs.is_empty() && self.flights.is_empty() && sent;
-                if idle || self.has_failed() || now - since > FAREWELL {
+                // A rank that is lost hears nothing any more; the others are to hear why this one ends.
+                let lost = self.failed.get().and_then(Lost::rank);
+                let mut others = self.others().filter(|rank| Some(*rank) != lost);
+                let sent = others.all(|rank| self.peers[rank].out.is_empty());
+                let done = self.has_failed() || self.jobs.is_empty() && self.flights.is_empty();
+                if sent && done || now - since > FAREWELL {
                     self.part();
                     self.flights.part(FAREWELL);
+                    self.left.leave(std::mem::take(&mut self.half_sent));
                     return self.transport.close(!self.has_failed());
                 }
             }
@@ -296,7 +303,7 @@ impl Reactor {
     fn wants_to_read(&self, rank: usize) -> bool {
         let peer = &self.peers[rank];
         let unasked = matches!(peer.reading, Reading::Unasked(_)) && peer.incoming.is_empty();
-        !peer.gone && !unasked
+        !peer.gone && (!unasked || self.has_failed())
     }
 
     /// False when nobody can give commands any more.
@@ -321,7 +328,7 @@ impl Reactor {
 
     fn post(&mut self, job: Job) {
         if let Some(reason) = self.failed.get() {
-            return self.tell(&job.done, Err(Failed { why: reason.clone(), memory: job.memory }));
+            return self.tell(&job.done, Err(Failed { why: reason.clone(), memory: Some(job.memory) }));
         }
         let id = self.next_job;
         self.next_job += 1;
@@ -385,10 +392,13 @@ impl Reactor {
         let Some(out) = self.peers[rank].out.front_mut() else { return Ok(false) };
         let head = out.head.len();
         let rest = out.rest.clone().unwrap_or(0..0);
-        let bytes = match (out.sent.checked_sub(head), out.job.and_then(|job| self.jobs.get(&job))) {
+        let memory = |job| match self.jobs.get(&job) {
+            Some(active) => Some(&active.job.memory),
+            None => self.half_sent.get(&job),
+        };
+        let bytes = match (out.sent.checked_sub(head), out.job.and_then(memory)) {
             (None, _) => &out.head[out.sent..],
-            (Some(sent), Some(active)) => &active.job.memory.bytes()[rest.start + sent..rest.end],
-            // The job has failed, and with it everything.
+            (Some(sent), Some(memory)) => &memory.bytes()[rest.start + sent..rest.end],
             (Some(_), None) => &[],
         };
         let sent = if bytes.is_empty() { 0 } else { self.transport.write(rank, bytes)? };
@@ -403,9 +413,14 @@ impl Reactor {
     }
 
     fn receive_some(&mut self, rank: usize) -> Result<bool, Error> {
+        let failed = self.has_failed();
         let peer = &mut self.peers[rank];
         if peer.gone {
             return Ok(false);
+        }
+        if failed {
+            // Of no use any more, but while it is not read the other one cannot say why it ends.
+            return Ok(self.transport.read(rank, &mut [0; 1 << 16])? > 0);
         }
         let got = match &mut peer.reading {
             Reading::Header { bytes, got } => {
@@ -557,14 +572,16 @@ impl Reactor {
             Some(what) => format!("; this rank waits for {what}"),
             None => String::new(),
         };
-        let gone = error.downcast_ref::<std::io::Error>().is_some_and(ended);
-        // One that is there, but talks of something else, is told.
-        self.peers[rank].gone = gone;
-        self.fail(match gone {
+        let broken = error.downcast_ref::<std::io::Error>();
+        self.fail(match broken.is_some_and(ended) {
             true => Lost::of(rank, format!("{name} is gone: its process has ended{waits}")),
             false => Lost::new(format!("{name} is lost: {error:#}{waits}")),
         });
-        self.peers[rank].gone = true;
+        // One that is there, but talks of something else, is told.
+        if broken.is_some() {
+            self.peers[rank].gone = true;
+            self.peers[rank].out.clear();
+        }
     }
 
     /// What this rank waits for from another.
@@ -674,21 +691,28 @@ impl Reactor {
             return;
         }
         self.flights.abort();
-        for Active { job, .. } in std::mem::take(&mut self.jobs).into_values() {
-            self.tell(&job.done, Err(Failed { why: reason.clone(), memory: job.memory }));
-        }
         let text = reason.to_bytes();
         let mut head = Header::control(Kind::Abandon, &self.doing, text.len()).to_bytes().to_vec();
         head.extend_from_slice(&text);
         for rank in self.others() {
             let peer = &mut self.peers[rank];
             peer.incoming.clear();
-            // A frame that is half sent cannot be followed by another.
-            let clean = peer.out.front().is_none_or(|out| out.sent == 0);
-            peer.out.clear();
-            if clean && !peer.gone {
+            // A frame that is half sent comes to its end, or no other could follow.
+            let half_sent = peer.out.front().is_some_and(|out| out.sent > 0 && !peer.gone);
+            peer.out.truncate(usize::from(half_sent));
+            if !peer.gone {
                 peer.out.push_back(Outgoing { head: head.clone(), rest: None, job: None, sent: 0 });
             }
+        }
+        for (id, Active { job, .. }) in std::mem::take(&mut self.jobs) {
+            let sends = |peer: &Peer| peer.out.front().is_some_and(|out| out.job == Some(id));
+            let memory = if self.peers.iter().any(sends) {
+                self.half_sent.insert(id, job.memory);
+                None
+            } else {
+                Some(job.memory)
+            };
+            self.tell(&job.done, Err(Failed { why: reason.clone(), memory }));
         }
     }
 
@@ -721,3 +745,6 @@ impl Reactor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,7 @@ mod ranks;
 
 use ferropt_device::cpu::CpuBuf;
 use ferropt_device::{Buffer, Element, bf16};
-use ferropt_mesh::{Axes, Group, Join, Label, Mesh, Operation, SMALL_SUM, World};
+use ferropt_mesh::{Axes, Group, Join, Label, Lost, Mesh, Operation, SMALL_SUM, World};
 use ranks::{number, on_ranks, sum};
 use std::io::Write;
 use std::net::TcpStream;
@@ -383,6 +383,31 @@ fn who_gives_up_says_why_and_ends_all_waiting() {
     for message in messages {
         assert!(message.contains("the disk of this rank is on fire"), "{message}");
     }
+}
+
+/// What is half sent is sent to its end, so that the reason can follow.
+#[test]
+fn who_gives_up_in_the_midst_of_a_transfer_says_why_too() {
+    // More bytes than connections keep.
+    const LEN: usize = 10_000_000;
+    on_ranks(World::local(2).unwrap(), |world| {
+        let group = world.group(&[0, 1], "two").unwrap();
+        let (label, mut buffer) = (Label::new("much"), CpuBuf::<f32>::zeroed(LEN).unwrap());
+        if world.rank() == 0 {
+            buffer.fill(1.0);
+            let sent = group.send(label, 1, buffer);
+            std::thread::sleep(Duration::from_millis(300));
+            world.abandon("the disk of this rank is on fire", 3);
+            assert!(message(sent.wait()).contains("on fire"));
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(600));
+        let got = group.receive(label, 0, buffer).wait().unwrap();
+        assert!(got.iter().all(|value| *value == 1.0));
+        let error = group.barrier(Label::new("end")).unwrap_err();
+        assert!(error.to_string().contains("rank 0") && error.to_string().contains("on fire"), "{error:#}");
+        assert_eq!(error.downcast::<Lost>().unwrap().status(), Some(3));
+    });
 }
 
 /// A rank that is alive, but never does what the others wait for.
