@@ -43,6 +43,7 @@ fn ranks_that_were_given_other_things_are_refused_with_their_names() {
         (&["run.seed=7"], "run.seed is 7 on rank 1 and 1 on rank 0"),
         (&["recovery.enabled=false"], "recovery.enabled is false on rank 1 and true on rank 0"),
         (&["run.precision=f32"], "run.precision is \"f32\" on rank 1 and \"bf16\" on rank 0"),
+        (&["run.device=cuda:3"], "run.device is \"cuda\" on rank 1 and \"cpu\" on rank 0"),
         (&["log.trace=2"], "log.trace is 2 on rank 1 and 0 on rank 0"),
         (&["checkpoint.every=3"], "checkpoint.every"),
         (&[&less], "data.train.documents is 1 on rank 1 and 4 on rank 0"),

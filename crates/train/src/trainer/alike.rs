@@ -5,6 +5,7 @@ use super::compatible::{flat, shown};
 use super::data::{Data, HeldOut};
 use crate::config::Resolved;
 use anyhow::{Context, Result, bail};
+use ferropt_device::Which;
 use ferropt_mesh::{Group, Label};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,6 +29,12 @@ const OWN: [&str; 8] = [
 pub(super) fn configured(all: &Group, resolved: &Resolved) -> Result<()> {
     let mut mine = flat(&serde_json::to_value(&resolved.config)?);
     mine.retain(|key, _| !own(key));
+    // Which GPU a rank has is its own affair; whether it has one decides how the ranks exchange memory.
+    let kind = match resolved.device {
+        Which::Cpu => "cpu",
+        Which::Cuda(_) => "cuda",
+    };
+    mine.insert("run.device".into(), kind.into());
     mine.insert("the version of Ferropt".into(), env!("CARGO_PKG_VERSION").into());
     let told = all.gather_bytes(Label::new("configuration"), &serde_json::to_vec(&mine)?)?;
     compare(&told).context("give all ranks the same program, configuration and options")
