@@ -1,15 +1,15 @@
 //! What each of several ranks on a machine takes of it: threads, and a GPU.
 
-use anyhow::Result;
+use super::containers::{self, Container};
+use anyhow::{Context, Result};
 use ferropt_device::Which;
 use ferropt_device::cuda::CudaDevice;
 use ferropt_mesh::{Group, Label};
 use rustix::thread::sched_getaffinity;
-use std::num::NonZero;
 
 /// Threads of this rank, unless the user says how many: its part of the cores that it may run on, which it shares with the
-/// ranks of the same machine that may run on the same ones. Who starts ranks with cores of their own is thus believed. Of a
-/// container's processor time it takes its part among the ranks in that container.
+/// ranks of the same machine that may run on the same ones. Who starts ranks with cores of their own is thus believed. Of the
+/// processor time of each container around it, it takes its part among the ranks in that container.
 ///
 /// # Errors
 /// When a rank is lost.
@@ -17,21 +17,30 @@ pub(super) fn threads(all: &Group, wanted: Option<usize>) -> Result<Option<usize
     if all.size() == 1 {
         return Ok(wanted);
     }
-    let share = [("cores", place()), ("containers", container())].map(|(what, mine)| {
-        let told = all.gather_bytes(Label::new(what), mine.as_bytes())?;
-        anyhow::Ok(told.iter().filter(|told| **told == mine.as_bytes()).count())
-    });
-    let [sharing, together] = share;
+    let (mine, containers) = (place(), containers::around("cpu"));
+    let places = all.gather_bytes(Label::new("cores"), mine.as_bytes())?;
+    let sharing = places.iter().filter(|place| **place == mine.as_bytes()).count();
+    let ids: Vec<&str> = containers.iter().map(|container| &*container.id).collect();
+    let told = all.gather_bytes(Label::new("containers"), &serde_json::to_vec(&ids)?)?;
+    let told: Vec<Vec<String>> = told
+        .iter()
+        .map(|told| serde_json::from_slice(told))
+        .collect::<Result<_, _>>()
+        .context("a rank told something unknown")?;
+    let limit = |container: &Container| {
+        let together = told.iter().filter(|ids| ids.contains(&container.id)).count();
+        Some((container.cores()?, together))
+    };
+    let limits: Vec<(usize, usize)> = containers.iter().filter_map(limit).collect();
     let cores = sched_getaffinity(None).map_or(1, |set| set.count() as usize);
-    let allowed = std::thread::available_parallelism().map_or(1, NonZero::get);
-    Ok(wanted.or(Some(part(cores, sharing?, allowed, together?))))
+    Ok(wanted.or(Some(part(cores, sharing, &limits))))
 }
 
-/// Threads for one of so many ranks that are `sharing` the same cores, and are `together` in a container that is `allowed` to keep
-/// so many cores busy, if that is fewer.
-fn part(cores: usize, sharing: usize, allowed: usize, together: usize) -> usize {
-    let quota = if allowed < cores { allowed / together.max(1) } else { cores };
-    (cores / sharing.max(1)).min(quota).max(1)
+/// Threads for one of so many ranks that are `sharing` the same cores, in containers that may each keep so many cores busy, with so
+/// many ranks in them.
+fn part(cores: usize, sharing: usize, limits: &[(usize, usize)]) -> usize {
+    let limits = limits.iter().map(|(cores, together)| cores / together.max(&1));
+    limits.fold(cores / sharing.max(1), usize::min).max(1)
 }
 
 /// The device of this rank. Of a machine's GPUs, from the wanted one on, each of its ranks takes the next one that it sees; where
@@ -74,13 +83,6 @@ fn place() -> String {
     format!("{} {cores}", machine())
 }
 
-/// This machine, and the group whose limits this process is under: a namespace of its own in most containers.
-pub(super) fn container() -> String {
-    let namespace = std::fs::read_link("/proc/self/ns/cgroup").unwrap_or_default();
-    let group = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    format!("{} {} {group}", machine(), namespace.display())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -88,7 +90,7 @@ mod tests {
 
     #[test]
     fn ranks_of_a_machine_share_its_cores() {
-        let allowed = std::thread::available_parallelism().unwrap().get();
+        let limits: Vec<_> = containers::around("cpu").iter().filter_map(|c| Some((c.cores()?, 3))).collect();
         let cores = sched_getaffinity(None).unwrap().count() as usize;
         let ranks: Vec<_> = World::local(3)
             .unwrap()
@@ -101,7 +103,7 @@ mod tests {
             })
             .collect();
         for rank in ranks {
-            assert_eq!(rank.join().unwrap(), (Some(part(cores, 3, allowed, 3)), Some(7)));
+            assert_eq!(rank.join().unwrap(), (Some(part(cores, 3, &limits)), Some(7)));
         }
         assert_eq!(threads(&Mesh::solo().all, None).unwrap(), None);
         // Alone, a rank takes what it is told, without a look at what there is.
@@ -110,10 +112,11 @@ mod tests {
 
     #[test]
     fn a_containers_time_is_shared_among_its_own_ranks() {
-        assert_eq!(part(16, 4, 4, 1), 4, "four containers of 4 processors each on 16 cores");
-        assert_eq!(part(16, 4, 4, 4), 1, "four ranks in one");
-        assert_eq!(part(16, 4, 16, 4), 4, "no limit");
-        assert_eq!(part(4, 1, 4, 4), 4, "no limit that shows, and cores of their own");
-        assert_eq!(part(2, 3, 2, 3), 1, "too few cores");
+        assert_eq!(part(16, 4, &[(4, 1)]), 4, "four containers of 4 processors each on 16 cores");
+        assert_eq!(part(16, 4, &[(4, 4)]), 1, "four ranks in one");
+        assert_eq!(part(16, 4, &[(6, 1), (8, 4)]), 2, "four ranks of a job, each in a container of its own");
+        assert_eq!(part(16, 4, &[]), 4, "no limit");
+        assert_eq!(part(4, 1, &[]), 4, "cores of their own");
+        assert_eq!(part(2, 3, &[(2, 3)]), 1, "too few cores");
     }
 }

@@ -7,6 +7,7 @@
 
 mod alike;
 mod compatible;
+mod containers;
 mod cores;
 mod data;
 mod folder;

@@ -1,7 +1,7 @@
 //! Whether a run fits into its machine's memory. Linux gives out more than there is, and kills without a word who uses it, so that
 //! is asked before anything is allocated.
 
-use super::cores;
+use super::{containers, cores};
 use crate::checkpoint::human_bytes;
 use crate::config::{Precision, Recompute, Resolved, Weights};
 use crate::planner::Plan;
@@ -9,22 +9,21 @@ use anyhow::{Context, Result, bail};
 use ferropt_mesh::{Group, Label};
 use serde::{Deserialize, Serialize};
 use std::fs;
-use std::path::Path;
 
 /// What a rank takes, and where.
 #[derive(Serialize, Deserialize)]
 struct Demand {
     machine: String,
-    container: String,
+    /// Ids of the containers around it.
+    containers: Vec<String>,
     bytes: u64,
 }
 
 /// Bytes that can still be taken, where the system tells.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Free {
     machine: Option<u64>,
-    /// Within the limits of this process's control group, which those of a container or a job are.
-    container: Option<u64>,
+    /// Within the limits of the containers around this process, by their ids.
+    containers: Vec<(String, Option<u64>)>,
 }
 
 /// A run that does not fit.
@@ -46,14 +45,14 @@ pub(super) fn check(all: &Group, resolved: &Resolved, plan: &Plan) -> Result<()>
     }
     // Before the exchange: once it is over, other ranks begin to allocate.
     let free = Free::now();
-    let mine = Demand { machine: cores::machine(), container: cores::container(), bytes: plan.memory.host };
+    let mine = free.demand(plan.memory.host);
     let told = all.gather_bytes(Label::new("memory"), &serde_json::to_vec(&mine)?)?;
     let demands: Vec<Demand> = told
         .iter()
         .map(|told| serde_json::from_slice(told))
         .collect::<Result<_, _>>()
         .context("a rank told something unknown")?;
-    match shortage(&mine, &demands, free) {
+    match shortage(&mine, &demands, &free) {
         Some(shortage) => bail!("{}", shortage.message(resolved, plan)),
         None => Ok(()),
     }
@@ -61,23 +60,23 @@ pub(super) fn check(all: &Group, resolved: &Resolved, plan: &Plan) -> Result<()>
 
 /// What [`check`] would refuse a run of one rank for, if it were started on this machine now.
 pub(super) fn short_of(resolved: &Resolved, plan: &Plan) -> Option<String> {
-    let mine = Demand { machine: String::new(), container: String::new(), bytes: plan.memory.host };
-    Some(shortage(&mine, std::slice::from_ref(&mine), Free::now())?.message(resolved, plan))
+    let free = Free::now();
+    let mine = free.demand(plan.memory.host);
+    Some(shortage(&mine, std::slice::from_ref(&mine), &free)?.message(resolved, plan))
 }
 
-/// The narrower of the places where `mine` and the demands beside it do not fit.
-fn shortage(mine: &Demand, demands: &[Demand], free: Free) -> Option<Shortage> {
+/// The narrowest of the places where `mine` and the demands beside it do not fit.
+fn shortage(mine: &Demand, demands: &[Demand], free: &Free) -> Option<Shortage> {
     let place = |available: Option<u64>, here: &dyn Fn(&Demand) -> bool| {
         let here: Vec<u64> =
             demands.iter().filter(|demand| here(demand)).map(|demand| demand.bytes).collect();
         let needed = here.iter().fold(0, |sum: u64, bytes| sum.saturating_add(*bytes));
         Some(Shortage { needed, available: available?, ranks: here.len() })
     };
-    let places = [
-        place(free.machine, &|demand| demand.machine == mine.machine),
-        place(free.container, &|demand| demand.container == mine.container),
-    ];
-    let short = places.into_iter().flatten().filter(|place| place.needed > place.available);
+    let machine = place(free.machine, &|demand| demand.machine == mine.machine);
+    let containers =
+        free.containers.iter().map(|(id, free)| place(*free, &|demand| demand.containers.contains(id)));
+    let short = containers.chain([machine]).flatten().filter(|place| place.needed > place.available);
     short.min_by_key(|place| place.available)
 }
 
@@ -113,8 +112,15 @@ impl Shortage {
 impl Free {
     fn now() -> Free {
         let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| meminfo(&text));
-        let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        Free { machine, container: within(&groups, Path::new("/sys/fs/cgroup")) }
+        let containers = containers::around("memory").into_iter();
+        let containers = containers.map(|container| (container.id.clone(), container.free_memory()));
+        Free { machine, containers: containers.collect() }
+    }
+
+    /// What a rank here tells the others.
+    fn demand(&self, bytes: u64) -> Demand {
+        let containers = self.containers.iter().map(|(id, _)| id.clone()).collect();
+        Demand { machine: cores::machine(), containers, bytes }
     }
 }
 
@@ -124,86 +130,42 @@ fn meminfo(text: &str) -> Option<u64> {
     line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The least that control groups leave: those that `/proc/self/cgroup` names, and those around them. In a container what it
-/// names may lie outside of what is mounted; the container's own group is then the root.
-fn within(groups: &str, mounted: &Path) -> Option<u64> {
-    let left = |line: &str| {
-        let mut fields = line.splitn(3, ':').skip(1);
-        let (controllers, path) = (fields.next()?, fields.next()?.trim_start_matches('/'));
-        let (root, files) = match controllers {
-            "" => (mounted.to_path_buf(), ["memory.max", "memory.current", "inactive_file"]),
-            _ if controllers.split(',').any(|name| name == "memory") => {
-                let files = ["memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"];
-                (mounted.join("memory"), files)
-            }
-            _ => return None,
-        };
-        let all = Path::new(path).ancestors();
-        all.filter_map(|group| left_by(&root.join(group), files)).min()
-    };
-    groups.lines().filter_map(left).min()
-}
-
-/// What one group leaves: pages of files that are not in use are given up for what is asked for.
-fn left_by(group: &Path, [limit, usage, inactive]: [&str; 3]) -> Option<u64> {
-    let number = |file: &str| fs::read_to_string(group.join(file)).ok()?.trim().parse::<u64>().ok();
-    let (limit, usage) = (number(limit)?, number(usage)?);
-    let statistics = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
-    let inactive =
-        statistics.lines().find_map(|line| line.strip_prefix(inactive)?.trim().parse::<u64>().ok());
-    Some(limit.saturating_sub(usage.saturating_sub(inactive.unwrap_or(0))))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn demand(machine: &str, container: &str, bytes: u64) -> Demand {
-        Demand { machine: machine.into(), container: container.into(), bytes }
+    fn demand(machine: &str, containers: &[&str], bytes: u64) -> Demand {
+        let containers = containers.iter().map(|id| id.to_string()).collect();
+        Demand { machine: machine.into(), containers, bytes }
     }
 
     #[test]
-    fn ranks_share_their_machine_and_their_container() {
-        let demands =
-            [demand("a", "x", 40), demand("a", "x", 40), demand("a", "y", 40), demand("b", "z", 40)];
-        let short = |machine, container| shortage(&demands[0], &demands, Free { machine, container });
-        assert_eq!(short(Some(120), Some(80)), None, "it fits exactly");
-        assert_eq!(short(None, None), None, "nobody tells");
-        assert_eq!(short(Some(119), None), Some(Shortage { needed: 120, available: 119, ranks: 3 }));
-        assert_eq!(short(Some(120), Some(79)), Some(Shortage { needed: 80, available: 79, ranks: 2 }));
-        assert_eq!(short(Some(100), Some(9)), Some(Shortage { needed: 80, available: 9, ranks: 2 }));
-        let huge = [demand("a", "x", u64::MAX), demand("a", "x", 1)];
-        assert!(shortage(&huge[0], &huge, Free { machine: Some(5), container: None }).is_some());
+    fn ranks_share_their_machine_and_the_containers_around_them() {
+        let demands = [
+            demand("a", &["x", "job"], 40),
+            demand("a", &["x", "job"], 40),
+            demand("a", &["y", "job"], 40),
+            demand("a", &["z"], 40),
+            demand("b", &["w"], 40),
+        ];
+        let short = |machine, x, job| {
+            let containers = vec![("x".to_string(), x), ("job".to_string(), job)];
+            let short = shortage(&demands[0], &demands, &Free { machine, containers })?;
+            Some((short.needed, short.available, short.ranks))
+        };
+        assert_eq!(short(Some(160), Some(80), Some(120)), None, "it fits exactly");
+        assert_eq!(short(None, None, None), None, "nobody tells");
+        assert_eq!(short(Some(159), None, None), Some((160, 159, 4)));
+        assert_eq!(short(Some(160), Some(79), None), Some((80, 79, 2)));
+        assert_eq!(short(Some(160), Some(80), Some(119)), Some((120, 119, 3)));
+        assert_eq!(short(Some(100), Some(9), Some(50)), Some((80, 9, 2)));
+        let huge = [demand("a", &[], u64::MAX), demand("a", &[], 1)];
+        assert!(shortage(&huge[0], &huge, &Free { machine: Some(5), containers: Vec::new() }).is_some());
     }
 
     #[test]
     fn what_the_system_tells_is_read() {
         assert_eq!(meminfo("MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable:    7 kB\n"), Some(7 * 1024));
         assert_eq!(meminfo("MemTotal: 9 kB\n"), None);
-    }
-
-    #[test]
-    fn the_narrowest_control_group_counts() {
-        let folder = tempfile::tempdir().unwrap();
-        let group = |path: &str, files: [(&str, &str); 3]| {
-            let path = folder.path().join(path);
-            fs::create_dir_all(&path).unwrap();
-            for (file, text) in files {
-                fs::write(path.join(file), text).unwrap();
-            }
-        };
-        let stat = "anon 10\ninactive_file 30\nactive_file 5\n";
-        group("job", [("memory.max", "1000\n"), ("memory.current", "400\n"), ("memory.stat", stat)]);
-        group("job/step", [("memory.max", "max\n"), ("memory.current", "400\n"), ("memory.stat", stat)]);
-        assert_eq!(within("0::/job/step\n", folder.path()), Some(630));
-        assert_eq!(within("0::/elsewhere\n", folder.path()), None);
-        // A container of the older kind sees its own group as the root, whatever its name is outside.
-        let stat = "inactive_file 1\ntotal_inactive_file 50\n";
-        let files =
-            [("memory.limit_in_bytes", "300\n"), ("memory.usage_in_bytes", "100\n"), ("memory.stat", stat)];
-        group("memory", files);
-        assert_eq!(within("5:cpu:/a\n4:memory:/docker/123\n", folder.path()), Some(250));
-        group("", [("memory.max", "90\n"), ("memory.current", "100\n"), ("memory.stat", "")]);
-        assert_eq!(within("0::/job/step\n", folder.path()), Some(0), "more is used than allowed");
     }
 }
