@@ -41,9 +41,10 @@ impl Stage {
     /// All of them, however many.
     pub const WHOLE: Stage = Stage { place: Place::ALONE, start: 0, end: usize::MAX };
 
-    /// A stage of a model of so many layers, which are dealt out as evenly as can be.
+    /// A stage of a model of so many layers, which are dealt out as evenly as can be: where some have one more, the first have, so
+    /// that none takes more memory than the first of all.
     pub fn new(place: Place, layers: usize) -> Stage {
-        let at = |rank: usize| rank * layers / place.of;
+        let at = |rank: usize| rank * (layers / place.of) + rank.min(layers % place.of);
         Stage { place, start: at(place.rank), end: at(place.rank + 1) }
     }
 
@@ -260,6 +261,20 @@ mod tests {
                     assert!(lengths.iter().all(|len| *len == lengths[0]));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn layers_are_dealt_out_evenly_the_first_stages_first() {
+        for (layers, stages, expected) in
+            [(5, 2, &[3, 2][..]), (12, 8, &[2, 2, 2, 2, 1, 1, 1, 1]), (6, 3, &[2, 2, 2]), (3, 3, &[1, 1, 1])]
+        {
+            let stages: Vec<Stage> =
+                (0..stages).map(|rank| Stage::new(Place { rank, of: stages }, layers)).collect();
+            let lengths: Vec<usize> = stages.iter().map(|stage| stage.end - stage.start).collect();
+            assert_eq!(lengths, expected);
+            assert!(stages.windows(2).all(|pair| pair[0].end == pair[1].start));
+            assert_eq!((stages[0].start, stages[stages.len() - 1].end), (0, layers));
         }
     }
 

@@ -410,7 +410,7 @@ mod tests {
     use crate::optimizer::{Optimizer, Rule};
     use ferropt_device::cpu::{CpuDevice, CpuOptions};
     use ferropt_device::{Buffer, bf16};
-    use ferropt_mesh::Mesh;
+    use ferropt_mesh::{Axes, Mesh};
     use ferropt_model::{Backprop, Model, Tensor, Weights};
 
     const OPTIONS: Options = Options {
@@ -468,6 +468,26 @@ mod tests {
             check::<bf16>(&config, Settings { stochastic: true, ..SETTINGS });
             check::<bf16>(&config, Settings { rule: Rule::Sgd { momentum: 0.9 }, ..SETTINGS });
             check::<f32>(&config, Settings { rule: Rule::Sgd { momentum: 0.0 }, ..SETTINGS });
+        }
+    }
+
+    #[test]
+    fn no_rank_takes_more_than_the_first_which_is_planned_for() {
+        let device = CpuDevice::new(CpuOptions::default()).unwrap();
+        let config = Config { layers: 5, vocab: 100, positions: 16, ..Config::preset("tiny").unwrap() };
+        for pipeline in 2..=5 {
+            let axes = Axes { tensor: 1, shard: 2, replicate: 1, pipeline };
+            let of = |rank| {
+                let part = Part::of_rank(axes, config.layers, rank);
+                let memory = Memory::of::<_, f32>(&config, part, &OPTIONS, &SETTINGS, &device);
+                [memory.weights, memory.gradients, memory.moments, memory.activations, memory.total]
+            };
+            for rank in 1..2 * pipeline {
+                assert!(
+                    of(rank).iter().zip(of(0)).all(|(bytes, first)| *bytes <= first),
+                    "{rank} of {axes:?}"
+                );
+            }
         }
     }
 

@@ -43,13 +43,14 @@ impl Communication {
     /// What a run's first rank sends, with matrices and activations of type `compute`. Others in its stage send as much.
     pub(crate) fn new(resolved: &Resolved, compute: DType) -> Communication {
         let (model, options, axes) = (&resolved.model, resolved.options(), resolved.axes);
-        let held = model.held(resolved.part());
+        let part = resolved.part();
+        let held = model.held(part);
         let passes = resolved.accumulation() as u64;
         let (f32, compute) = (DType::F32.size() as u64, compute.size() as u64);
         let (parts, shards) = (axes.tensor as u64, axes.shard as u64);
         let stages = axes.pipeline;
         // The first stage's layers; with a single one it has the LM head too.
-        let here = model.layers / stages;
+        let here = part.stage.end - part.stage.start;
         let (layers, head) = (here as u64, u64::from(stages == 1));
 
         // FSDP. A unit's buffers are gathered from the other ranks' shards, and its gradients are sent to them.
