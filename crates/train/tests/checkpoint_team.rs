@@ -10,7 +10,7 @@ mod kills;
 use anyhow::Error;
 use checkpoint_common::{assert_content, owned, save, snapshot};
 use ferropt_train::checkpoint::{
-    Checkpoint, DEFAULT_SHARD_BYTES, Event, Retention, Share, Snapshot, Store, Team, Writer,
+    Checkpoint, DEFAULT_SHARD_BYTES, Event, Parting, Retention, Share, Snapshot, Store, Team, Writer,
 };
 use std::collections::BTreeMap;
 use std::fs;
@@ -209,13 +209,26 @@ fn a_rank_without_a_first_one_says_so() {
     let mut writer = writer(run.path(), Retention::ALL, team(1, 2, 1));
     // Rank 0 is found to be lost while this one waits for it.
     let started = Instant::now();
-    writer.hurry_when(move || (started.elapsed() > Duration::from_millis(100)).then_some(Duration::ZERO));
+    let parting = Parting { patience: Duration::ZERO, lost: Some(0) };
+    writer.hurry_when(move || (started.elapsed() > Duration::from_millis(100)).then_some(parting));
     writer.save(|| Ok(snapshot(1, 50))).unwrap();
     // As at the next save, before anything of that is sent to other ranks.
     writer.settle().unwrap();
     assert!(started.elapsed() < LONG / 2, "{:?}", started.elapsed());
     let error = failure(&writer.finish()[0], 1);
     assert!(error.contains("rank 0 did not begin it") && error.contains("run.dir"), "{error}");
+}
+
+#[test]
+fn the_part_of_a_rank_that_is_lost_is_not_waited_for() {
+    let run = tempfile::tempdir().unwrap();
+    let mut first = writer(run.path(), Retention::ALL, team(0, 3, 1));
+    let started = Instant::now();
+    first.hurry_when(|| Some(Parting { patience: LONG, lost: Some(2) }));
+    first.save(|| Ok(owned(snapshot(1, 50), team(0, 3, 1).share))).unwrap();
+    let error = failure(&first.finish()[0], 1);
+    assert!(error.contains("no part came from these ranks: 1, 2"), "{error}");
+    assert!(started.elapsed() < LONG / 2, "{:?}", started.elapsed());
 }
 
 #[test]
@@ -294,7 +307,8 @@ fn save_until_failure(
 ) -> (u64, String) {
     let mut writer = writer(run, Retention { keep_last: 2, keep_every: None }, team.clone());
     let dead = dead.clone();
-    writer.hurry_when(move || dead.load(Ordering::Relaxed).then_some(Duration::from_millis(50)));
+    let parting = Parting { patience: Duration::from_millis(50), lost: None };
+    writer.hurry_when(move || dead.load(Ordering::Relaxed).then_some(parting));
     for step in first.. {
         writer.save(|| Ok(owned(snapshot(step, rows), team.share))).unwrap();
         let event = loop {

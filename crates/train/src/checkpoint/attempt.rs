@@ -29,26 +29,46 @@ use std::time::{Duration, Instant};
 /// How long a rank looks for a reason once it sees that rank 0 has given up; it may be on a slow file server.
 const REASON: Duration = Duration::from_secs(5);
 
-/// Says how long others are still waited for, once they will not do their part.
-type Patience = Box<dyn Fn() -> Option<Duration> + Send + Sync>;
+/// What a run that ends too early still waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parting {
+    /// How long ranks may take to do their part.
+    pub patience: Duration,
+    /// The rank that will not do its part any more, where it is known.
+    pub lost: Option<usize>,
+}
 
-/// A moment from which nobody is waited for any longer. Clones share it.
+/// Says so once the run ends.
+type Asked = Box<dyn Fn() -> Option<Parting> + Send + Sync>;
+
+/// A moment from which nobody is waited for any longer, and who is waited for in vain before. Clones share it.
 #[derive(Clone, Default)]
-pub(super) struct Hurry(Arc<(OnceLock<Patience>, OnceLock<Option<Instant>>)>);
+pub(super) struct Hurry(Arc<(OnceLock<Asked>, OnceLock<(Option<Instant>, Option<usize>)>)>);
 
 impl Hurry {
-    /// It follows from what `patience` says first.
-    pub(super) fn when(&self, patience: impl Fn() -> Option<Duration> + Send + Sync + 'static) {
+    /// It follows from what `parting` says first.
+    pub(super) fn when(&self, parting: impl Fn() -> Option<Parting> + Send + Sync + 'static) {
         let (asked, _) = &*self.0;
-        asked.get_or_init(|| Box::new(patience));
+        asked.get_or_init(|| Box::new(parting));
     }
 
     /// The moment, if it is known by now.
     pub(super) fn get(&self) -> Option<Instant> {
-        let (asked, until) = &*self.0;
-        match (until.get(), asked.get().and_then(|patience| patience())) {
-            (None, Some(patience)) => *until.get_or_init(|| Instant::now().checked_add(patience)),
-            (until, _) => until.copied().flatten(),
+        self.known().0
+    }
+
+    /// The rank that is waited for in vain, if it is known by now.
+    fn lost(&self) -> Option<usize> {
+        self.known().1
+    }
+
+    fn known(&self) -> (Option<Instant>, Option<usize>) {
+        let (asked, known) = &*self.0;
+        match (known.get(), asked.get().and_then(|parting| parting())) {
+            (None, Some(Parting { patience, lost })) => {
+                *known.get_or_init(|| (Instant::now().checked_add(patience), lost))
+            }
+            (known, _) => known.copied().unwrap_or_default(),
         }
     }
 }
@@ -185,6 +205,8 @@ impl<'a> Attempt<'a> {
         let mut missing: BTreeSet<usize> = self.team.share.others().collect();
         let mut wait = Wait::new(self.team.patience);
         while !missing.is_empty() {
+            // What a rank has done before it was lost is seen after that is known.
+            let lost = self.hurry.lost();
             // Listing a directory asks a file server anew where looking for one file may not.
             let names: BTreeSet<_> = fs::read_dir(&self.temporary)
                 .and_then(|listing| {
@@ -195,7 +217,8 @@ impl<'a> Attempt<'a> {
                 self.check_part(rank)?;
             }
             missing.retain(|&rank| !names.contains(&self.part(rank)));
-            if !missing.is_empty() && !wait.pause(self.hurry.get()) {
+            let in_vain = lost.is_some_and(|lost| missing.contains(&lost));
+            if in_vain || !missing.is_empty() && !wait.pause(self.hurry.get()) {
                 let missing: Vec<String> = missing.iter().map(usize::to_string).collect();
                 bail!(elsewhere(format!(
                     "within {:?}, or before the run ended, no part came from these ranks: {}. See whether they are alive, \

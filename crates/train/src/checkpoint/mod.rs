@@ -32,6 +32,7 @@ mod team;
 mod write;
 mod writer;
 
+pub use attempt::Parting;
 pub use load::{Checkpoint, TensorView, group_files, verify_group};
 pub use manifest::{FileEntry, Manifest, RunState, TensorEntry};
 pub(crate) use output::write_at_once;

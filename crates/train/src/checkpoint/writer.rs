@@ -1,6 +1,6 @@
 //! Writes checkpoints in the background.
 
-use super::attempt::Hurry;
+use super::attempt::{Hurry, Parting};
 use super::load::Checkpoint;
 use super::mirror::{Copies, Uploads};
 use super::retention::Retention;
@@ -120,10 +120,10 @@ impl Writer {
         Ok(Writer { snapshots, root, hurry, events, thread, uploads, writing, way_back, seen })
     }
 
-    /// Other ranks are waited for, and copies uploaded, no longer than `patience` says from the first moment on at which it says
+    /// Other ranks are waited for, and copies uploaded, no longer than `parting` says from the first moment on at which it says
     /// anything, and it is asked meanwhile. For a run that ends because a rank is lost: what has to come from that one will not.
-    pub fn hurry_when(&mut self, patience: impl Fn() -> Option<Duration> + Send + Sync + 'static) {
-        self.hurry.when(patience);
+    pub fn hurry_when(&mut self, parting: impl Fn() -> Option<Parting> + Send + Sync + 'static) {
+        self.hurry.when(parting);
     }
 
     /// From the next save on, the newest checkpoint that is no newer than step `way_back` stays, whatever the retention says:

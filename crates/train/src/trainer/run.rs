@@ -5,7 +5,7 @@ use super::folder::{self, Folder};
 use super::used::Used;
 use super::watch::Watch;
 use super::{Ending, Event, Hook, Outcome, compatible, state, write_whole};
-use crate::checkpoint::{DEFAULT_SHARD_BYTES, Event as Saving, Retention, Writer, human_bytes};
+use crate::checkpoint::{DEFAULT_SHARD_BYTES, Event as Saving, Parting, Retention, Writer, human_bytes};
 use crate::collect::Collector;
 use crate::config::Resolved;
 use crate::launch;
@@ -24,12 +24,14 @@ use ferropt_model::{Backprop, Model, Part, Pass, Task, schedule};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-/// How long other ranks' parts of a checkpoint are waited for when a run has failed.
-const LAST_PARTS: Duration = Duration::from_secs(30);
+/// How long other ranks' parts of a checkpoint are waited for when a run has failed. Half of what a launcher gives ranks to end,
+/// so that there is time to say how the run ended.
+const LAST_PARTS: Duration = Duration::from_secs(15);
 
-/// The same, of which nothing comes any more where the first rank is gone: it makes checkpoints of the parts.
-fn last_parts(lost: &Lost) -> Duration {
-    if lost.rank() == Some(0) { Duration::ZERO } else { LAST_PARTS }
+/// What is still waited for: nothing where the first rank is gone, which makes checkpoints of the parts.
+fn parting(lost: &Lost) -> Parting {
+    let patience = if lost.rank() == Some(0) { Duration::ZERO } else { LAST_PARTS };
+    Parting { patience, lost: lost.rank() }
 }
 
 /// A run: model, optimiser, data and outputs; of a run on many ranks, one of them.
@@ -126,7 +128,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             if first { Some(Telemetry::open(run, going_on.as_ref(), resolved.steps)?) } else { None };
         let mut writer = Writer::start(store, retention, DEFAULT_SHARD_BYTES, team.clone())?;
         let lost = mesh.world.lost();
-        writer.hurry_when(move || lost().as_ref().map(last_parts));
+        writer.hurry_when(move || lost().as_ref().map(parting));
         if let Some(copies) = &resolved.copies {
             writer.copy_to(copies, team, found.as_ref())?;
         }

@@ -262,7 +262,7 @@ impl Uploader {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::{Data, Group, Retention, RunState, Share, Snapshot, Store, Tensor};
+    use crate::checkpoint::{Data, Group, Parting, Retention, RunState, Share, Snapshot, Store, Tensor};
     use std::fs;
     use std::sync::mpsc::{Receiver, channel};
     use std::thread::{Scope, sleep};
@@ -413,7 +413,7 @@ mod tests {
             }
             // It waits for the share of the lost one, by its patience a minute.
             let started = Instant::now();
-            hurry.when(|| Some(Duration::ZERO));
+            hurry.when(|| Some(Parting { patience: Duration::ZERO, lost: Some(1) }));
             submit(&inbox.0, &jobs[1]);
             jobs.iter().for_each(|job| submit(&third.slot, job));
             close(&inbox.0);
