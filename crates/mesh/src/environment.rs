@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use std::hash::{BuildHasher, BuildHasherDefault, DefaultHasher};
+use std::net::Ipv6Addr;
 
 /// How this process was started.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,6 +140,11 @@ fn master(variable: &dyn Fn(&str) -> Option<String>) -> Result<Option<String>> {
         !inner.is_empty() && inner.chars().all(is_host),
         "MASTER_ADDR is {text:?}, which is no host; set it to the name or the address of rank 0's host, without a port"
     );
+    ensure!(
+        !inner.parse::<Ipv6Addr>().is_ok_and(|address| address.is_unicast_link_local()),
+        "MASTER_ADDR is {text:?}, which is an address of one link only, but not of which; add this host's interface to it, as in \
+         \"{inner}%eth0\", or give another address of rank 0's host"
+    );
     Ok(Some(inner.into()))
 }
 
@@ -264,7 +270,7 @@ mod tests {
 
     #[test]
     fn contradictions_are_named() {
-        let cases: [(&[(&str, &str)], &str); 12] = [
+        let cases: [(&[(&str, &str)], &str); 13] = [
             (&[("WORLD_SIZE", "4")], "RANK"),
             (&[("RANK", "1")], "WORLD_SIZE"),
             (&[("RANK", "4"), ("WORLD_SIZE", "4")], "RANK is 4 and WORLD_SIZE is 4"),
@@ -273,6 +279,7 @@ mod tests {
             (&[("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", " ")], "MASTER_ADDR is \" \""),
             (&[("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "http://a")], "no host"),
             (&[("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "[::1")], "no host"),
+            (&[("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "[fe80::1]")], "\"fe80::1%eth0\""),
             (&[("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_PORT", "70000")], "70000"),
             (&[("FERROPT_PORT", "0")], "FERROPT_PORT is 0"),
             (&[("FERROPT_TRANSPORT", "carrier pigeon")], "carrier pigeon"),

@@ -195,15 +195,18 @@ impl Party<'_> {
         let mut first = self.reach_first()?;
         // Higher ranks reach this one where it reached rank 0 from; from other machines by another address, if it shares rank 0's and
         // MASTER_ADDR is a name.
-        let here = first.local_addr()?.ip();
-        let inside = here.is_loopback() && self.meeting.address.parse::<IpAddr>().is_err();
-        let door = match here {
-            IpAddr::V4(_) if inside => Ipv4Addr::UNSPECIFIED.into(),
-            IpAddr::V6(_) if inside => Ipv6Addr::UNSPECIFIED.into(),
-            here => here,
-        };
-        let listener = TcpListener::bind((door, 0)).context("cannot listen for the other ranks")?;
-        let address = SocketAddr::new(here, listener.local_addr()?.port());
+        let here = first.local_addr()?;
+        let mut door = here;
+        door.set_port(0);
+        if here.ip().is_loopback() && self.meeting.address.parse::<IpAddr>().is_err() {
+            door.set_ip(match here {
+                SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+            });
+        }
+        let listener = TcpListener::bind(door).context("cannot listen for the other ranks")?;
+        let mut address = here;
+        address.set_port(listener.local_addr()?.port());
         let own = Introduction { rank: me, address, host: host_name() };
         let introduction = self.meeting.introduction(&own);
         say(&mut first, &introduction).map_err(|error| lost(format!("rank 0 is gone: {error:#}")))?;
@@ -219,7 +222,11 @@ impl Party<'_> {
             _ => bail!("rank 0 told something unknown: it runs another version of Ferropt"),
         };
         for line in list.split('\t') {
-            let one = Introduction::parse(line).context("rank 0 told something unknown")?;
+            let mut one = Introduction::parse(line).context("rank 0 told something unknown")?;
+            // The link of a link-local address has another number on each machine. On this one it is the link to rank 0.
+            if let (SocketAddr::V6(there), SocketAddr::V6(here)) = (&mut one.address, here) {
+                there.set_scope_id(here.scope_id());
+            }
             let place = self.known.get_mut(one.rank).context("rank 0 told of a rank beyond the last")?;
             *place = Some(one);
         }
@@ -404,8 +411,8 @@ impl Introduction {
     /// is reached at rank 0's.
     fn known_by(&self, address: IpAddr) -> Introduction {
         let inside = self.address.ip().is_loopback() && !address.is_loopback();
-        let ip = if inside { address } else { self.address.ip() };
-        Introduction { rank: self.rank, address: (ip, self.address.port()).into(), host: self.host.clone() }
+        let address = if inside { (address, self.address.port()).into() } else { self.address };
+        Introduction { rank: self.rank, address, host: self.host.clone() }
     }
 
     fn parse(line: &str) -> Option<Introduction> {

@@ -479,6 +479,24 @@ fn ranks_of_torchrun_meet_beside_its_agent() {
     }
 }
 
+/// Addresses that are good on one link only, in a network of the test's own. Where none may be made, the test says so.
+#[test]
+fn ranks_meet_at_link_local_addresses() {
+    let script = "ip link set lo up && ip addr add fe80::1/64 dev lo nodad || exit 77
+        for rank in 2 1 0; do RANK=$rank \"$0\" & ranks=\"$ranks $!\"; done
+        for rank in $ranks; do wait $rank || { kill $ranks; exit 1; }; done";
+    let mut command = std::process::Command::new("unshare");
+    command.args(["-rn", "sh", "-c", script, env!("CARGO_BIN_EXE_ferropt-mesh-check")]);
+    command.env("WORLD_SIZE", "3").env("MASTER_ADDR", "fe80::1%lo").env("MASTER_PORT", "29500");
+    let out = command.output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    match out.status.code() {
+        Some(0) => assert!(String::from_utf8_lossy(&out.stdout).contains("all 3 ranks agree"), "{said}"),
+        Some(1) if !said.contains("unshare") => panic!("{said}"),
+        _ => println!("skipped: no network can be made here: {said}"),
+    }
+}
+
 /// What connects to the port where ranks meet, and is none of them, harms nothing, and keeps nobody waiting.
 #[test]
 fn strangers_are_shown_out() {
