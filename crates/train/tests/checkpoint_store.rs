@@ -296,8 +296,10 @@ fn leftovers_go_at_the_next_start_and_are_never_listed() {
 fn one_writer_at_a_time() {
     let run = tempfile::tempdir().unwrap();
     let first = Store::open_for_writing(run.path()).unwrap();
+    first.sign(77).unwrap();
     let error = Store::open_for_writing(run.path()).unwrap_err().to_string();
     assert!(error.contains("another process is training"), "{error}");
+    assert!(Store::open(run.path()).unwrap().is_signed(77), "a start that is refused changes nothing");
     drop(first);
     Store::open_for_writing(run.path()).unwrap();
 }

@@ -99,7 +99,9 @@ impl Store {
         fs::create_dir_all(&root).with_context(|| format!("cannot create {}", root.display()))?;
         sync_directory(run)?;
         let path = root.join(LOCK);
-        let lock = File::create(&path).with_context(|| format!("cannot write to {}", path.display()))?;
+        // What is in it stays: another process may hold it, and others may know the folder by its number.
+        let lock = File::options().create(true).truncate(false).write(true).open(&path);
+        let lock = lock.with_context(|| format!("cannot write to {}", path.display()))?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => bail!(
