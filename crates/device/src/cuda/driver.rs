@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr::null_mut;
-use std::sync::OnceLock;
+use std::sync::{Once, OnceLock};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -102,6 +102,11 @@ const MOST_SHARED_MEMORY: c_int = 97;
 const NON_BLOCKING: c_uint = 1;
 /// Pinned memory that kernels reach.
 const MAPPED: c_uint = 2;
+
+/// How many streams of a GPU the driver keeps apart: 8 unless it is told otherwise, 32 at most. Further ones share a queue, in
+/// which one waits for what the other waits for: an exchange with a rank that may itself be waiting. Each link to other ranks has a
+/// stream, and NCCL has more.
+const QUEUES: (&str, &str) = ("CUDA_DEVICE_MAX_CONNECTIONS", "32");
 
 /// Version of the driver (580) with which libraries of CUDA 13 work. With an earlier one they load all the same, and fail later.
 pub(super) const CUDA_13: c_int = 13_000;
@@ -468,6 +473,7 @@ impl Drop for Gpu {
 
 /// Loads and starts the driver; with the number of GPUs that it sees.
 fn start() -> Result<(Functions, usize)> {
+    keep_streams_apart();
     let functions = Functions::of(&Library::load(&DRIVER)?)?;
     let (f, mut count) = (&functions, 0);
     // SAFETY: the result goes to a variable of the right type, which outlives the call.
@@ -476,6 +482,17 @@ fn start() -> Result<(Functions, usize)> {
         check(f, (f.cuDeviceGetCount)(&mut count))?;
     }
     Ok((functions, count.max(0) as usize))
+}
+
+/// Has the driver keep as many streams apart as it can, unless the user has said how many.
+fn keep_streams_apart() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        if std::env::var_os(QUEUES.0).is_none() {
+            // SAFETY: the driver, which reads it, is not loaded yet; Rust's own readers in other threads are kept out by std.
+            unsafe { std::env::set_var(QUEUES.0, QUEUES.1) };
+        }
+    });
 }
 
 fn check(f: &Functions, code: c_int) -> Result<()> {
@@ -498,6 +515,14 @@ fn check(f: &Functions, code: c_int) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_driver_keeps_streams_apart_unless_the_user_says_how_many() {
+        let said = std::env::var(QUEUES.0);
+        // It is said before the driver is looked for, which may be missing.
+        let _ = Gpu::count();
+        assert_eq!(std::env::var(QUEUES.0).unwrap(), said.unwrap_or(QUEUES.1.into()));
+    }
 
     #[test]
     #[ignore = "needs a GPU, real or emulated; scripts/check-cuda-kernels runs it"]

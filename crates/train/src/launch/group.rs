@@ -17,10 +17,6 @@ use std::time::{Duration, Instant};
 const PACE: Duration = Duration::from_millis(20);
 /// Where they have not been for so long, this process was stopped itself, as a whole job is that is suspended.
 const STANDSTILL: Duration = Duration::from_secs(3);
-/// How many streams of a GPU CUDA's driver keeps apart: 8 unless it is told otherwise, 32 at most. Further ones share a queue, in
-/// which one waits for what the other waits for: an exchange with a rank that may itself be waiting. Each link to other ranks has a
-/// stream, and NCCL has more. The driver reads the variable once, so it is given to processes that have yet to begin.
-const CONNECTIONS: (&str, &str) = ("CUDA_DEVICE_MAX_CONNECTIONS", "32");
 
 /// N processes of one program.
 #[derive(Clone, Debug)]
@@ -186,9 +182,6 @@ impl Group {
                 ("FERROPT_PORT", port.to_string()),
             ];
             command.envs(own);
-            if std::env::var_os(CONNECTIONS.0).is_none() {
-                command.env(CONNECTIONS.0, CONNECTIONS.1);
-            }
         }
         let relay = match output {
             None => None,

@@ -49,15 +49,6 @@ fn every_rank_is_told_who_it_is() {
 }
 
 #[test]
-fn ranks_have_enough_queues_on_a_gpu_unless_the_user_says_how_many() {
-    let (failure, folder) = run(2, "echo $CUDA_DEVICE_MAX_CONNECTIONS");
-    assert!(failure.is_none(), "{failure:?}");
-    let told = std::fs::read_to_string(log_file(&folder.path().join("logs"), 1)).unwrap();
-    let expected = std::env::var(CONNECTIONS.0).unwrap_or(CONNECTIONS.1.into());
-    assert_eq!(told.trim(), expected);
-}
-
-#[test]
 fn the_first_failure_is_told_with_its_message_and_the_others_end() {
     let script = "trap 'exit 75' TERM
         [ $RANK != 2 ] || { echo 'error: no such thing' >&2; echo '  because' >&2; exit 1; }
