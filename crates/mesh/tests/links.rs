@@ -133,19 +133,21 @@ fn opposite_transfers_do_not_block_each_other() {
         let neighbours: Vec<usize> =
             [me.checked_sub(1), (me + 1 < group.size()).then_some(me + 1)].into_iter().flatten().collect();
         let value = |from: usize, to: usize, round: usize| (from * 100 + to * 10 + round) as f32;
+        // A GPU may wait for all of its exchanges before it gives memory, or gets some back, so all of it is taken before and kept.
+        let buffer = || device.alloc::<f32>(len).unwrap();
+        let mut spare: Vec<_> = (0..2 * 3 * neighbours.len()).map(|_| buffer()).collect();
         let mut pending = Vec::new();
         for round in 0..3 {
             for to in &neighbours {
-                let mut goes = device.alloc::<f32>(len).unwrap();
+                let mut goes = spare.pop().unwrap();
                 device.fill(&mut goes, value(me, *to, round));
                 pending.push(group.send(Label::of("activation", round), *to, goes));
             }
         }
-        // A GPU gives no memory back before all of its exchanges are over, so it is kept.
         let mut came = Vec::new();
         for round in 0..3 {
             for from in neighbours.iter().rev() {
-                let comes = device.alloc::<f32>(len).unwrap();
+                let comes = spare.pop().unwrap();
                 came.push(group.receive(Label::of("activation", round), *from, comes).wait().unwrap());
                 let (got, expected) = (download(device, &came[came.len() - 1]), value(*from, me, round));
                 assert!(got.iter().all(|x| *x == expected), "round {round} from {from}");

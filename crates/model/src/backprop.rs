@@ -73,6 +73,12 @@ pub fn schedule(stage: Place, micro_batches: usize) -> Vec<Task> {
     tasks
 }
 
+/// Buffers of a stage for what goes to its neighbours and comes from them: one more than micro-batches are under way in it. All are
+/// there before the first step, in which making one could wait for what a GPU does, and that for another rank.
+pub fn boundary_buffers(stage: Place) -> usize {
+    if stage.of == 1 { 0 } else { stage.of - stage.rank + 1 }
+}
+
 /// Activations and gradients of a model, or of this process's part of one.
 pub struct Backprop<D: Device, E: Element> {
     /// Gradients of the weights that are held, summed over micro-batches as the caller says, and with
@@ -85,11 +91,9 @@ pub struct Backprop<D: Device, E: Element> {
     sums: Sums<D>,
     held: Vec<Held>,
     stage: Stage,
-    /// What was sent to the neighbouring stages and may not be there yet, and buffers for what is sent and received.
+    /// What was sent to the neighbouring stages and may not be there yet, and the others of [`boundary_buffers`].
     sent: Vec<Pending<D::Buf<f32>>>,
     spare: Vec<D::Buf<f32>>,
-    /// Elements that go from a stage to the next.
-    boundary: usize,
     mesh: Mesh,
 }
 
@@ -134,6 +138,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
         let (held, stage) = (config.held(part), part.stage);
         let under_way = stage.place.of - stage.place.rank;
         let flight = |_| Flight::new(device, config, options, stage, &mesh.tensor);
+        let boundary = |_| device.alloc(batch * seq / parts * config.width);
         Ok(Backprop {
             gradients: Weights::zeros(device, config, &held, offload)?,
             flights: (0..under_way).map(flight).collect::<Result<_>>()?,
@@ -143,8 +148,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
             held,
             stage,
             sent: Vec::new(),
-            spare: Vec::new(),
-            boundary: batch * seq / parts * config.width,
+            spare: (0..boundary_buffers(stage.place)).map(boundary).collect::<Result<_>>()?,
             mesh,
         })
     }
@@ -296,7 +300,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
         if self.stage.is_first() {
             ends.embed(device, self.units.ends(device, w)?, layers)?;
         } else {
-            let came = self.receive(device, Label::of("activations", number), self.stage.place.rank - 1)?;
+            let came = self.receive(Label::of("activations", number), self.stage.place.rank - 1)?;
             self.flights[place].layers.enter(device, &came);
             self.spare.push(came);
         }
@@ -315,7 +319,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
             tell(observer, || ends.written_forward(layers));
             return Ok(());
         }
-        let mut goes = self.buffer(device)?;
+        let mut goes = self.buffer()?;
         self.flights[place].layers.leave(device, &mut goes);
         self.send(Label::of("activations", number), self.stage.place.rank + 1, goes);
         Ok(())
@@ -336,7 +340,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
         let place = number % self.flights.len();
         let came = match self.stage.is_last() {
             true => None,
-            false => Some(self.receive(device, Label::of("gradients", number), self.stage.place.rank + 1)?),
+            false => Some(self.receive(Label::of("gradients", number), self.stage.place.rank + 1)?),
         };
         let Backprop { units, totals, sums, flights, gradients, mesh, stage, spare, .. } = self;
         let Flight { layers, ends, pass } = &mut flights[place];
@@ -378,7 +382,7 @@ impl<D: Device, E: Element> Backprop<D, E> {
         totals.ends_done(device, gradients)?;
         let losses = if stage.is_last() { ends.sum_of_losses(device) } else { 0.0 };
         if !stage.is_first() {
-            let mut goes = self.buffer(device)?;
+            let mut goes = self.buffer()?;
             self.flights[place].layers.leave_backward(device, &mut goes);
             self.send(Label::of("gradients", number), self.stage.place.rank - 1, goes);
         }
@@ -386,14 +390,17 @@ impl<D: Device, E: Element> Backprop<D, E> {
     }
 
     /// A buffer for what goes between stages. Those that were sent come back.
-    fn buffer(&mut self, device: &D) -> Result<D::Buf<f32>> {
-        // At most as many are on their way as micro-batches are under way in the next stage.
-        if self.spare.is_empty() && self.sent.len() > self.flights.len() {
-            self.spare.push(self.sent.remove(0).wait()?);
-        }
+    fn buffer(&mut self) -> Result<D::Buf<f32>> {
         match self.spare.pop() {
             Some(buffer) => Ok(buffer),
-            None => device.alloc(self.boundary),
+            // At most as many are on their way as micro-batches are under way in the next stage.
+            None => {
+                ensure!(
+                    !self.sent.is_empty(),
+                    "exchanges with other stages failed before; no step can be made any more"
+                );
+                self.sent.remove(0).wait()
+            }
         }
     }
 
@@ -401,8 +408,8 @@ impl<D: Device, E: Element> Backprop<D, E> {
         self.sent.push(self.mesh.pipeline.send(label, to, buffer));
     }
 
-    fn receive(&mut self, device: &D, label: Label, from: usize) -> Result<D::Buf<f32>> {
-        let buffer = self.buffer(device)?;
+    fn receive(&mut self, label: Label, from: usize) -> Result<D::Buf<f32>> {
+        let buffer = self.buffer()?;
         self.mesh.pipeline.receive(label, from, buffer).wait()
     }
 }
@@ -433,4 +440,54 @@ fn at_once<D: Device>(device: &D, mesh: &Mesh, mut layer: impl FnMut() -> Result
     let mut result = Ok(());
     device.repeated(&mut || result = layer());
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ferropt_device::cpu::{CpuDevice, CpuOptions};
+    use ferropt_mesh::{Axes, World};
+
+    #[test]
+    fn buffers_between_stages_are_made_before_the_first_step() {
+        const SEQ: usize = 4;
+        let config = Config { layers: 3, vocab: 20, positions: SEQ, ..Config::preset("tiny").unwrap() };
+        let steps = |world: World| {
+            let axes = Axes { tensor: 1, shard: 1, replicate: 1, pipeline: 3 };
+            let (device, mesh) =
+                (CpuDevice::new(CpuOptions::default()).unwrap(), Mesh::new(world, axes).unwrap());
+            let part = Part::of_rank(axes, config.layers, mesh.world.rank());
+            let (offload, recompute) = (Offload::None, Recompute::None);
+            let model = Model::<_, f32>::part(&device, &config, part, offload).unwrap();
+            let options = Options { batch: 1, seq: SEQ, recompute, stop_at_documents: false, offload };
+            let mut backprop = Backprop::on(&device, &config, options, mesh).unwrap();
+            let stage = part.stage.place;
+            assert_eq!(backprop.spare.len(), 4 - stage.rank);
+            let batch = Batch { tokens: &[1; SEQ], targets: &[2; SEQ], doc_start: &[0; SEQ] };
+            let pass = Pass { seed: 1, step: 1, first_sequence: 0 };
+            for _ in 0..2 {
+                backprop.begin();
+                for task in schedule(stage, 5) {
+                    match task {
+                        Task::Forward(n) => backprop.forward_pass(&device, &model, n, batch, pass).unwrap(),
+                        Task::Backward(n) => backprop
+                            .backward_pass(&device, &model, n, 1.0, Store::Accumulate, n == 4)
+                            .map(drop)
+                            .unwrap(),
+                    }
+                    assert_eq!(
+                        backprop.spare.len() + backprop.sent.len(),
+                        4 - stage.rank,
+                        "{task:?} in {stage:?}"
+                    );
+                }
+                backprop.sum(&device).unwrap();
+            }
+        };
+        std::thread::scope(|scope| {
+            let start = |world| scope.spawn(|| steps(world));
+            let ranks: Vec<_> = World::local(3).unwrap().into_iter().map(start).collect();
+            ranks.into_iter().for_each(|rank| rank.join().unwrap());
+        });
+    }
 }

@@ -29,7 +29,7 @@ mod units;
 mod weights;
 
 pub use activations::{Activation, ActivationTable, Recompute, Scalar};
-pub use backprop::{Backprop, Batch, Options, Pass, Task, schedule};
+pub use backprop::{Backprop, Batch, Options, Pass, Task, boundary_buffers, schedule};
 pub use config::{Config, ForwardFlops, PRESETS, Preset};
 pub use decode::{Cache, Decoder, Logits, Matrices, Memory, ReadCodes, ReadRows, Walk, WithError};
 pub use gptq::Calibration;

@@ -10,7 +10,8 @@ use crate::config::{Precision, Resolved};
 use crate::optimizer::Settings;
 use ferropt_device::{AttentionShape, DType, Device, Element, bf16, f16};
 use ferropt_model::{
-    ActivationTable, Config, Held, Offload, Options, Parameter, Part, Recompute, layers_at_once,
+    ActivationTable, Config, Held, Offload, Options, Parameter, Part, Recompute, boundary_buffers,
+    layers_at_once,
 };
 use serde::Serialize;
 use std::fmt;
@@ -86,7 +87,7 @@ pub struct Memory {
     pub gradients: u64,
     /// Moments of the optimiser, f32.
     pub moments: u64,
-    /// Activations of one pass and their gradients.
+    /// Activations of the micro-batches that are under way at once, their gradients, and what goes between stages.
     pub activations: u64,
     /// What kernels use beside their arguments.
     pub workspace: u64,
@@ -258,6 +259,8 @@ impl Memory {
         };
         let at_once = layers_at_once(shards, options.offload);
         let units = whole(at_once, &of_weight) + whole(at_once, &|_| f32);
+        let stage = part.stage.place;
+        let between_stages = boundary_buffers(stage) * rows / parts * model.width * f32;
         let mut memory = Memory {
             weights,
             units,
@@ -265,9 +268,10 @@ impl Memory {
             gradients: sum(&|_| f32),
             moments,
             // As many micro-batches are under way as there are stages from this one on.
-            activations: (part.stage.place.of - part.stage.place.rank) as u64
+            activations: (stage.of - stage.rank) as u64
                 * ActivationTable::training(&here, options.batch, options.seq, options.recompute, parts)
-                    .bytes(E::DTYPE),
+                    .bytes(E::DTYPE)
+                + between_stages as u64,
             workspace: device.workspace_bytes::<E>(
                 rows,
                 widest,
@@ -411,7 +415,7 @@ mod tests {
     use ferropt_device::cpu::{CpuDevice, CpuOptions};
     use ferropt_device::{Buffer, bf16};
     use ferropt_mesh::{Axes, Mesh};
-    use ferropt_model::{Backprop, Model, Tensor, Weights};
+    use ferropt_model::{Backprop, Model, Place, Stage, Tensor, Weights};
 
     const OPTIONS: Options = Options {
         batch: 2,
@@ -489,6 +493,21 @@ mod tests {
                 );
             }
         }
+    }
+
+    /// A last stage, whose activations are those of a model of its layers.
+    #[test]
+    fn what_goes_between_stages_is_counted() {
+        let config = Config { layers: 4, vocab: 100, positions: 16, ..Config::preset("tiny").unwrap() };
+        let device = CpuDevice::new(CpuOptions::default()).unwrap();
+        let planned = |layers: usize, rank: usize, of: usize| {
+            let stage = Stage::new(Place { rank, of }, layers);
+            let config = Config { layers, ..config.clone() };
+            Memory::of::<_, f32>(&config, Part { stage, ..Part::WHOLE }, &OPTIONS, &SETTINGS, &device)
+                .activations
+        };
+        let buffers = 2 * (OPTIONS.batch * OPTIONS.seq * config.width * 4) as u64;
+        assert_eq!(planned(4, 1, 2), planned(2, 0, 1) + buffers);
     }
 
     /// Megatron-LM's count (Narayanan et al., 2021) with full recomputation is 96 B T L C^2 (1 + T/6C + V/16LC), which
