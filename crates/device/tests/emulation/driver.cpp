@@ -3,7 +3,7 @@
 // it (stream.h), unless it is captured, and a "compiled" program is a name: its kernels are in this library. After as many kernels
 // as FERROPT_EMULATED_FAILURE says, one goes wrong, and with it everything that comes later, as on a GPU. The driver's version is
 // FERROPT_EMULATED_VERSION, if it is set; with FERROPT_EMULATED_LATE=1 what is uploaded is read when the stream gets round to it, as
-// by GPUs that reach the processor's ordinary memory.
+// by GPUs that reach the processor's ordinary memory, and memory is given back without waiting for work that uses it, as a driver may.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -34,7 +34,7 @@ const size_t MOST_SHARED = 227 << 10, SHARED = 48 << 10, OWN_SHARED = 512;
 // Blocks in the second and third direction: of a GPU 65,535, for which a test would take too long.
 const unsigned MOST_BLOCKS = 4095;
 
-bool reads_late() {
+bool late() {
     const char* text = std::getenv("FERROPT_EMULATED_LATE");
     return text != nullptr && std::atoi(text) != 0;
 }
@@ -231,7 +231,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
         case 16: return *value = 4, OK;           // multiprocessors
         case 75: return *value = 8, OK;           // compute capability, major
         case 76: return *value = 0, OK;           // and minor
-        case 88: return *value = reads_late(), OK;  // whether it reaches the processor's ordinary memory
+        case 88: return *value = late(), OK;  // whether it reaches the processor's ordinary memory
         case 97: return *value = int(MOST_SHARED), OK;  // shared memory of a block
         default: return INVALID;
     }
@@ -258,12 +258,12 @@ int cuMemAlloc_v2(uint64_t* start, size_t size) {
     current->used += size;
     return OK;
 }
-// Waits for all that the GPU does, as the driver does, which keeps others waiting meanwhile.
+// Waits for all that the GPU does, as the driver may, which keeps others waiting meanwhile.
 int cuMemFree_v2(uint64_t start) {
     if (int error = not_while_capturing()) return error;
     if (current == nullptr) return NO_CONTEXT;
     std::lock_guard<std::mutex> alone(current->busy);
-    wait_for_all();
+    if (!late()) wait_for_all();
     std::lock_guard<std::mutex> lock(guard);
     size_t size = give_back(start);
     current->used -= size;
@@ -296,7 +296,7 @@ int cuMemsetD8Async(uint64_t to, unsigned char value, size_t size, void* stream)
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t size, void* stream) {
     if (int error = not_captured(stream)) return error;
     auto bytes = static_cast<const char*>(from);
-    if (reads_late()) {
+    if (late()) {
         emulation::enqueue(stream, [=] {
             emulation::check_within(to, size);
             std::memcpy(reinterpret_cast<void*>(to), bytes, size);
