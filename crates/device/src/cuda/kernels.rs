@@ -76,9 +76,11 @@ impl Kernels {
     /// # Errors
     /// When there is no compiler for what is not kept on the disk, or the GPU does not take what was made.
     pub(super) fn load(gpu: &Arc<Gpu>) -> Result<Kernels> {
-        let compiler = Compiler::new(gpu.version);
+        Kernels::made_by(&Compiler::new(gpu.version), gpu)
+    }
+
+    fn made_by(compiler: &Compiler, gpu: &Arc<Gpu>) -> Result<Kernels> {
         let codes: Vec<Result<Vec<u8>>> = std::thread::scope(|scope| {
-            let compiler = &compiler;
             let compile =
                 |source: &'static Source| move || compiler.machine_code(*source, HEADERS, gpu.capability);
             let threads: Vec<_> = PROGRAMS.iter().map(|source| scope.spawn(compile(source))).collect();
@@ -90,10 +92,14 @@ impl Kernels {
         let mut kernels = Kernels { gpu: gpu.clone(), modules: Vec::new(), found: Mutex::default() };
         let mut found = HashMap::new();
         for (source, code) in PROGRAMS.iter().zip(codes) {
-            let (code, mut module) = (code?, null_mut());
-            // SAFETY: the code is whole and outlives the call; the result goes to a variable.
-            gpu.check(unsafe { (gpu.driver().cuModuleLoadData)(&mut module, code.as_ptr().cast()) })
-                .with_context(|| format!("the GPU does not take the kernels in {}", source.0))?;
+            let (mut code, refused) = (code?, format!("the GPU does not take the kernels in {}", source.0));
+            let module = load_module(gpu, &code).or_else(|error| {
+                // It may have been kept on the disk, and be of no use any more.
+                code = compiler
+                    .compile(*source, HEADERS, gpu.capability)
+                    .with_context(|| format!("{refused}: {error:#}"))?;
+                load_module(gpu, &code).context(refused)
+            })?;
             kernels.modules.push(module);
             for name in kernels_in(&code) {
                 let function = fetch(gpu, module, &name)?;
@@ -172,6 +178,14 @@ impl Kernels {
         }
         *handle
     }
+}
+
+/// Brings a program to the GPU.
+fn load_module(gpu: &Gpu, code: &[u8]) -> Result<Handle> {
+    let mut module = null_mut();
+    // SAFETY: the code is whole and outlives the call; the result goes to a variable.
+    gpu.check(unsafe { (gpu.driver().cuModuleLoadData)(&mut module, code.as_ptr().cast()) })?;
+    Ok(module)
 }
 
 /// Fetches a kernel, if this module has it.
@@ -261,6 +275,7 @@ mod tests {
     use super::*;
     use crate::cuda::cubin::frames_in;
     use crate::cuda::driver::CUDA_13;
+    use crate::cuda::nvrtc::{keep, kept};
     use crate::cuda::{CudaDevice, CudaOptions};
     use crate::{Device, Store};
 
@@ -305,6 +320,21 @@ mod tests {
         for name in ["fill_4", "layer_norm_backward_bf16", "attention_dkv_f32_256", "set_master_f16"] {
             assert_eq!(names.iter().filter(|(seen, _)| seen == name).count(), 2, "{name}");
         }
+    }
+
+    #[test]
+    #[ignore = "needs a GPU, real or emulated; scripts/check-cuda-kernels runs it"]
+    fn what_the_gpu_does_not_take_any_more_is_compiled_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let gpu = Arc::new(Gpu::open(0).unwrap());
+        let compiler = Compiler::keeping(gpu.version, Some(folder.path().into()));
+        let load = || drop(Kernels::made_by(&compiler, &gpu).unwrap());
+        load();
+        let path = std::fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path();
+        let code = kept(&path).unwrap();
+        keep(&path, b"no machine code\0").unwrap();
+        load();
+        assert!(kept(&path).unwrap() == code, "what was compiled again is not kept");
     }
 
     #[test]

@@ -1,9 +1,13 @@
 //! Kernels compiled for the GPU that is there, by NVRTC, once: what it made is kept on the disk.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
 
 use anyhow::{Result, bail};
 
@@ -60,7 +64,8 @@ impl Compiler {
         Compiler::keeping(driver, folder())
     }
 
-    fn keeping(driver: c_int, folder: Option<PathBuf>) -> Compiler {
+    /// One that keeps it in a folder, or nowhere.
+    pub(super) fn keeping(driver: c_int, folder: Option<PathBuf>) -> Compiler {
         let wanted = if driver < CUDA_13 { &NVRTC_12 } else { &NVRTC };
         Compiler { wanted, folder, functions: Mutex::default() }
     }
@@ -75,14 +80,26 @@ impl Compiler {
         headers: &[Source],
         capability: (c_int, c_int),
     ) -> Result<Vec<u8>> {
-        let options = options(capability);
-        let kept = self.folder.as_ref().map(|folder| folder.join(self.file_name(source, headers, &options)));
-        if let Some(code) = kept.as_ref().and_then(|path| std::fs::read(path).ok()) {
-            return Ok(code);
+        match self.place(source, headers, &options(capability)).and_then(|path| kept(&path)) {
+            Some(code) => Ok(code),
+            None => self.compile(source, headers, capability),
         }
+    }
+
+    /// [`Compiler::machine_code`], made now and kept in place of what is on the disk.
+    ///
+    /// # Errors
+    /// When there is no compiler, or it does not compile; the compiler's words are in the message.
+    pub(super) fn compile(
+        &self,
+        source: Source,
+        headers: &[Source],
+        capability: (c_int, c_int),
+    ) -> Result<Vec<u8>> {
+        let options = options(capability);
         let code = compile(&self.functions()?, source, headers, &options)?;
         // Only a saving of time: a folder that cannot be written to changes nothing else.
-        if let Some(path) = kept {
+        if let Some(path) = self.place(source, headers, &options) {
             let _ = keep(&path, &code);
         }
         Ok(code)
@@ -96,6 +113,11 @@ impl Compiler {
         Ok(*loaded.insert(Functions::of(&Library::load(self.wanted)?)?))
     }
 
+    /// Where it is kept, if it is.
+    fn place(&self, source: Source, headers: &[Source], options: &[String]) -> Option<PathBuf> {
+        Some(self.folder.as_ref()?.join(self.file_name(source, headers, options)))
+    }
+
     /// A name that is another one when anything changes that the code depends on, but the compiler's version: what one made, all
     /// drivers take that take its library, so that code which came from elsewhere is as good.
     fn file_name(&self, source: Source, headers: &[Source], options: &[String]) -> String {
@@ -104,12 +126,7 @@ impl Compiler {
             text.push_str(name);
             text.push_str(content);
         }
-        // FNV-1a, 128 bits: no two texts that differ by chance have the same.
-        let mut hash = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128;
-        for byte in text.bytes() {
-            hash = (hash ^ byte as u128).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b);
-        }
-        format!("{}-{hash:032x}.cubin", source.0.trim_end_matches(".cu"))
+        format!("{}-{:032x}.cubin", source.0.trim_end_matches(".cu"), hash(text.as_bytes()))
     }
 }
 
@@ -190,14 +207,42 @@ fn folder() -> Option<PathBuf> {
     Some(folder.join("kernels"))
 }
 
-/// Writes beside the place, then renames, so that readers find a whole file or none.
-fn keep(path: &std::path::Path, code: &[u8]) -> std::io::Result<()> {
+/// FNV-1a, 128 bits: no two that differ by chance have the same.
+fn hash(bytes: &[u8]) -> u128 {
+    bytes.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash, byte| {
+        (hash ^ *byte as u128).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+    })
+}
+
+/// What [`keep`] has written, if it is whole.
+pub(super) fn kept(path: &Path) -> Option<Vec<u8>> {
+    let mut code = std::fs::read(path).ok()?;
+    let (start, end) = code.split_last_chunk()?;
+    let (whole, len) = (hash(start) == u128::from_le_bytes(*end), start.len());
+    code.truncate(len);
+    whole.then_some(code)
+}
+
+/// Writes code, and its hash behind it: beside the place, under a name that nobody else has, also not in another container that
+/// shares the folder. Then renames, so that readers find a whole file or none.
+pub(super) fn keep(path: &Path, code: &[u8]) -> std::io::Result<()> {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder)?;
     }
-    let beside = path.with_extension(format!("{}.tmp", std::process::id()));
-    std::fs::write(&beside, code)?;
-    std::fs::rename(&beside, path)
+    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_nanos();
+    let (process, count) = (std::process::id(), COUNT.fetch_add(1, Relaxed));
+    let beside = path.with_extension(format!("{process}.{count}.{since_1970}.tmp"));
+    let written = File::create_new(&beside).and_then(|mut file| {
+        file.write_all(code)?;
+        file.write_all(&hash(code).to_le_bytes())?;
+        file.sync_all()
+    });
+    let moved = written.and_then(|()| std::fs::rename(&beside, path));
+    if moved.is_err() {
+        let _ = std::fs::remove_file(&beside);
+    }
+    moved
 }
 
 #[cfg(test)]
@@ -220,10 +265,8 @@ mod tests {
     fn what_is_on_the_disk_needs_no_compiler() {
         let folder = tempfile::tempdir().unwrap();
         let (source, headers) = (("some.cu", "a program"), [("some.cuh", "a header")]);
-        let kept = || Compiler::keeping(CUDA_13, Some(folder.path().to_path_buf()));
-        let name = kept().file_name(source, &headers, &options((8, 0)));
-        std::fs::write(folder.path().join(name), "code").unwrap();
-        let compiler = kept();
+        let compiler = Compiler::keeping(CUDA_13, Some(folder.path().to_path_buf()));
+        keep(&compiler.place(source, &headers, &options((8, 0))).unwrap(), b"code").unwrap();
         assert_eq!(compiler.machine_code(source, &headers, (8, 0)).unwrap(), b"code");
         assert!(compiler.functions.lock().unwrap().is_none(), "a compiler was looked for");
         // Of another program there is none.
@@ -232,5 +275,28 @@ mod tests {
         assert_ne!(of(source, CUDA_13), of(("some.cu", "another"), CUDA_13));
         // A driver before CUDA 13 refuses what later compilers make.
         assert_ne!(of(source, CUDA_13), of(source, CUDA_13 - 1));
+    }
+
+    #[test]
+    fn what_is_not_whole_on_the_disk_is_not_used() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("some.cubin");
+        keep(&path, b"code").unwrap();
+        assert_eq!(kept(&path).unwrap(), b"code");
+        let whole = std::fs::read(&path).unwrap();
+        let (cut, changed) = (&whole[..whole.len() - 1], [b"c0de", &whole[4..]].concat());
+        let zeros = vec![0; whole.len()];
+        for damaged in [&[][..], cut, &whole[1..], &zeros, &changed, b"code"] {
+            std::fs::write(&path, damaged).unwrap();
+            assert_eq!(kept(&path), None, "{damaged:?}");
+        }
+        // Many who keep the same at once take no notice of each other.
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..50).for_each(|_| keep(&path, b"code").unwrap()));
+            }
+        });
+        assert_eq!(kept(&path).unwrap(), b"code");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "something was left beside it");
     }
 }

@@ -21,7 +21,7 @@ using emulation::Stream;
 
 namespace {
 
-const int OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_CONTEXT = 201, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL = 700, CAPTURING = 900, INVALIDATED = 901;
+const int OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NO_IMAGE = 200, NO_CONTEXT = 201, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL = 700, CAPTURING = 900, INVALIDATED = 901;
 const size_t TOTAL = size_t(4) << 30, BORDER = 256;
 const unsigned char MARK = 0xa5;
 
@@ -30,6 +30,9 @@ const int MOST_GPUS = 16;
 // Shared memory of a block: all that it can have, what it has unless it was asked for more, and how much of that are a kernel's own
 // variables.
 const size_t MOST_SHARED = 227 << 10, SHARED = 48 << 10, OWN_SHARED = 512;
+
+// What every program is compiled to.
+const char CODE[] = "emulated";
 
 // Blocks in the second and third direction: of a GPU 65,535, for which a test would take too long.
 const unsigned MOST_BLOCKS = 4095;
@@ -177,6 +180,7 @@ struct Name {
 };
 const Name NAMES[] = {
     {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
+    {NO_IMAGE, "CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"},
     {NO_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
     {NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
     {NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
@@ -434,7 +438,10 @@ int cuEventElapsedTime(float* ms, void* start, void* end) {
     return *ms = float(static_cast<Event*>(end)->milliseconds() - static_cast<Event*>(start)->milliseconds()), OK;
 }
 
-int cuModuleLoadData(void** module, const void* image) { return *module = const_cast<void*>(image), OK; }
+int cuModuleLoadData(void** module, const void* image) {
+    if (std::strcmp(static_cast<const char*>(image), CODE) != 0) return NO_IMAGE;
+    return *module = const_cast<void*>(image), OK;
+}
 int cuModuleUnload(void*) { return OK; }
 int cuModuleGetFunction(void** function, void*, const char* name) {
     *function = const_cast<emulation::Kernel*>(emulation::find(name));
@@ -471,7 +478,7 @@ int nvrtcDestroyProgram(void**) { return OK; }
 int nvrtcCompileProgram(void*, int, const char**) { return OK; }
 int nvrtcGetProgramLogSize(void*, size_t* size) { return *size = 1, OK; }
 int nvrtcGetProgramLog(void*, char* log) { return *log = 0, OK; }
-int nvrtcGetCUBINSize(void*, size_t* size) { return *size = 9, OK; }
-int nvrtcGetCUBIN(void*, char* cubin) { return std::memcpy(cubin, "emulated", 9), OK; }
+int nvrtcGetCUBINSize(void*, size_t* size) { return *size = sizeof CODE, OK; }
+int nvrtcGetCUBIN(void*, char* cubin) { return std::memcpy(cubin, CODE, sizeof CODE), OK; }
 
 }  // extern "C"
