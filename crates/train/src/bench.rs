@@ -2,7 +2,7 @@
 
 pub mod inference;
 
-use crate::checkpoint::human_bytes;
+use crate::checkpoint::{Share, human_bytes};
 use crate::config::{Precision, micro_batch};
 use crate::optimizer::{Optimizer, Rule, Settings};
 use crate::planner::{Flops, Memory, grouped};
@@ -193,7 +193,7 @@ fn measure<E: Element>(
     peak = peak.max(device.measured_peak::<E>());
 
     let flops = Flops::per_token(&config, &options);
-    let memory = Memory::of::<_, E>(&config, Part::WHOLE, &options, &settings, device);
+    let memory = Memory::of::<_, E>(&config, Part::WHOLE, Share::alone(), &options, &settings, device);
     let tokens_per_second = tokens / median(&step_s);
     Ok(Report {
         preset: wanted.preset.clone(),

@@ -14,12 +14,17 @@ pub(crate) struct Collector {
     layers: usize,
 }
 
+/// The rank of so many that writes each parameter.
+pub(crate) fn writers(table: &[Held], ranks: usize) -> Vec<usize> {
+    let sizes: Vec<u64> = table.iter().map(|held| held.parameter.elements() as u64).collect();
+    deal(&sizes, ranks)
+}
+
 impl Collector {
     /// Shares out parameters among the ranks of a mesh.
     pub(crate) fn new(mesh: Mesh, table: &[Held]) -> Collector {
-        let sizes: Vec<u64> = table.iter().map(|held| held.parameter.elements() as u64).collect();
         let layers = table.iter().filter_map(|held| held.parameter.layer()).max().map_or(0, |last| last + 1);
-        Collector { writers: deal(&sizes, mesh.world.size()), mesh, layers }
+        Collector { writers: writers(table, mesh.world.size()), mesh, layers }
     }
 
     /// All values of a parameter, on the rank that writes it, given the shard of every rank; nothing on the others. Called on

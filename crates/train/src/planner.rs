@@ -5,7 +5,8 @@ mod communication;
 
 pub use communication::Communication;
 
-use crate::checkpoint::human_bytes;
+use crate::checkpoint::{Share, human_bytes};
+use crate::collect::writers;
 use crate::config::{Precision, Resolved};
 use crate::optimizer::Settings;
 use ferropt_device::{AttentionShape, DType, Device, Element, bf16, f16};
@@ -32,7 +33,7 @@ pub struct Plan {
     pub batch: BatchPlan,
     /// How the ranks are arranged; none for a run of one.
     pub ranks: Option<Ranks>,
-    /// Bytes by part, of each rank.
+    /// Bytes by part, of the rank that it is for.
     pub memory: Memory,
     /// Work per token.
     pub flops_per_token: Flops,
@@ -91,7 +92,7 @@ pub struct Memory {
     pub activations: u64,
     /// What kernels use beside their arguments.
     pub workspace: u64,
-    /// Host copy of the state while a checkpoint is written.
+    /// Host copy of the rank's share of the state while a checkpoint is written.
     pub checkpoint: u64,
     /// What else is in the host's memory instead of the device's.
     pub offload: Offload,
@@ -133,16 +134,16 @@ pub struct Time {
 }
 
 impl Plan {
-    /// Works out what `resolved` takes on `device`.
-    pub(crate) fn new<D: Device>(resolved: &Resolved, device: &D) -> Plan {
+    /// Works out what `resolved` takes on the `device` of one of its ranks.
+    pub(crate) fn new<D: Device>(resolved: &Resolved, rank: usize, device: &D) -> Plan {
         match resolved.config.run.precision {
-            Precision::F32 => Plan::of::<D, f32>(resolved, device),
-            Precision::Bf16 => Plan::of::<D, bf16>(resolved, device),
-            Precision::F16 => Plan::of::<D, f16>(resolved, device),
+            Precision::F32 => Plan::of::<D, f32>(resolved, rank, device),
+            Precision::Bf16 => Plan::of::<D, bf16>(resolved, rank, device),
+            Precision::F16 => Plan::of::<D, f16>(resolved, rank, device),
         }
     }
 
-    fn of<D: Device, E: Element>(resolved: &Resolved, device: &D) -> Plan {
+    fn of<D: Device, E: Element>(resolved: &Resolved, rank: usize, device: &D) -> Plan {
         let options = resolved.options();
         let flops = Flops::per_token(&resolved.model, &options);
         let peak = device.measured_peak::<E>();
@@ -174,6 +175,7 @@ impl Plan {
             memory: Memory::of::<D, E>(
                 &resolved.model,
                 resolved.part(),
+                Share { rank, of: number },
                 &options,
                 &resolved.optimizer,
                 device,
@@ -217,10 +219,11 @@ impl Flops {
 }
 
 impl Memory {
-    /// Bytes of a rank that holds `part` of `model` and trains it with compute type `E`.
+    /// Bytes of a rank that holds `part` of `model`, trains it with compute type `E`, and writes its `share` of a checkpoint.
     pub fn of<D: Device, E: Element>(
         model: &Config,
         part: Part,
+        share: Share,
         options: &Options,
         optimizer: &Settings,
         device: &D,
@@ -238,6 +241,15 @@ impl Memory {
         let weights = sum(&of_weight);
         let masters = if splits { of_matrices(DType::I16.size()) } else { 0 };
         let moments = optimizer.moments() as u64 * sum(&|_| f32);
+        // Whole parameters, as this rank collects them. A weight and its low half are 4 bytes, as is the f32 that is written.
+        let of_master = |p: &Parameter| {
+            of_weight(p)
+                + if splits && p.is_matrix() { DType::I16.size() } else { 0 }
+                + f32 * optimizer.moments()
+        };
+        let written = table.iter().zip(writers(&table, share.of)).filter(|(_, writer)| *writer == share.rank);
+        let checkpoint =
+            written.map(|(h, _)| (h.parameter.elements() * of_master(&h.parameter)) as u64).sum();
         let rows = options.batch * options.seq;
         let widest = (model.feed_forward / parts).max(3 * model.width / parts).max(model.width);
         let attention = AttentionShape {
@@ -279,8 +291,7 @@ impl Memory {
                 model.embedding_width,
                 attention,
             ) as u64,
-            // A weight and its low half are 4 bytes, as is the f32 that is written.
-            checkpoint: weights + masters + moments,
+            checkpoint,
             offload: options.offload,
             // Where the processor's memory is the device's, all is the host's.
             device: device.memory_taken().map(|_| 0),
@@ -409,12 +420,12 @@ fn duration(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::Data;
+    use crate::checkpoint::{Data, Group};
     use crate::collect::Collector;
     use crate::optimizer::{Optimizer, Rule};
     use ferropt_device::cpu::{CpuDevice, CpuOptions};
     use ferropt_device::{Buffer, bf16};
-    use ferropt_mesh::{Axes, Mesh};
+    use ferropt_mesh::{Axes, Mesh, World};
     use ferropt_model::{Backprop, Model, Place, Stage, Tensor, Weights};
 
     const OPTIONS: Options = Options {
@@ -441,11 +452,17 @@ mod tests {
         weights.tensors().into_iter().map(bytes).sum::<usize>() as u64
     }
 
+    /// Bytes of all tensors of a checkpoint's copy.
+    fn copied(saved: &[Group]) -> u64 {
+        let size = |data: &Data| data.len() * data.dtype().bitsize() / 8;
+        saved.iter().flat_map(|group| &group.tensors).map(|tensor| size(&tensor.data) as u64).sum()
+    }
+
     /// What is planned against the buffers that are made. Activations are allocated from the same table as they are
     /// counted from, and the workspace is checked where the device is.
     fn check<E: Element>(config: &Config, settings: Settings) {
         let device = CpuDevice::new(CpuOptions::default()).unwrap();
-        let plan = Memory::of::<_, E>(config, Part::WHOLE, &OPTIONS, &settings, &device);
+        let plan = Memory::of::<_, E>(config, Part::WHOLE, Share::alone(), &OPTIONS, &settings, &device);
         let model = Model::<_, E>::zeros(&device, config).unwrap();
         let optimizer = Optimizer::new(&device, &model, settings).unwrap();
         let backprop = Backprop::<_, E>::new(&device, config, OPTIONS).unwrap();
@@ -453,9 +470,7 @@ mod tests {
         assert_eq!(plan.gradients, bytes(&backprop.gradients));
         assert_eq!((plan.masters, plan.moments), optimizer.bytes());
         let saved = optimizer.save(&device, &model, &Collector::new(Mesh::solo(), model.held())).unwrap();
-        let size = |data: &Data| data.len() * data.dtype().bitsize() / 8;
-        let saved: usize = saved.iter().flat_map(|g| &g.tensors).map(|t| size(&t.data)).sum();
-        assert_eq!(plan.checkpoint, saved as u64);
+        assert_eq!(plan.checkpoint, copied(&saved));
         let parts = [plan.weights, plan.masters, plan.gradients, plan.moments, plan.activations];
         assert_eq!(plan.total, parts.iter().sum::<u64>() + plan.workspace + plan.checkpoint);
         // The processor's memory is the host's.
@@ -483,8 +498,9 @@ mod tests {
             let axes = Axes { tensor: 1, shard: 2, replicate: 1, pipeline };
             let of = |rank| {
                 let part = Part::of_rank(axes, config.layers, rank);
-                let memory = Memory::of::<_, f32>(&config, part, &OPTIONS, &SETTINGS, &device);
-                [memory.weights, memory.gradients, memory.moments, memory.activations, memory.total]
+                let memory =
+                    Memory::of::<_, f32>(&config, part, Share::alone(), &OPTIONS, &SETTINGS, &device);
+                [memory.weights, memory.gradients, memory.moments, memory.activations]
             };
             for rank in 1..2 * pipeline {
                 assert!(
@@ -503,11 +519,57 @@ mod tests {
         let planned = |layers: usize, rank: usize, of: usize| {
             let stage = Stage::new(Place { rank, of }, layers);
             let config = Config { layers, ..config.clone() };
-            Memory::of::<_, f32>(&config, Part { stage, ..Part::WHOLE }, &OPTIONS, &SETTINGS, &device)
-                .activations
+            Memory::of::<_, f32>(
+                &config,
+                Part { stage, ..Part::WHOLE },
+                Share::alone(),
+                &OPTIONS,
+                &SETTINGS,
+                &device,
+            )
+            .activations
         };
         let buffers = 2 * (OPTIONS.batch * OPTIONS.seq * config.width * 4) as u64;
         assert_eq!(planned(4, 1, 2), planned(2, 0, 1) + buffers);
+    }
+
+    #[test]
+    fn each_rank_plans_the_part_of_a_checkpoint_that_it_copies() {
+        let config = Config {
+            layers: 2,
+            heads: 2,
+            width: 32,
+            feed_forward: 128,
+            embedding_width: 32,
+            vocab: 100,
+            positions: 16,
+            ..Config::preset("tiny").unwrap()
+        };
+        for (shard, replicate) in [(1, 3), (3, 1)] {
+            let axes = Axes { tensor: 1, shard, replicate, pipeline: 1 };
+            let ranks = World::local(3).unwrap().into_iter().map(|world| {
+                let config = config.clone();
+                std::thread::spawn(move || {
+                    let (share, mesh) =
+                        (Share { rank: world.rank(), of: 3 }, Mesh::new(world, axes).unwrap());
+                    let device =
+                        CpuDevice::new(CpuOptions { threads: Some(1), ..CpuOptions::default() }).unwrap();
+                    let part = Part::of_rank(axes, config.layers, share.rank);
+                    let plan = Memory::of::<_, bf16>(&config, part, share, &OPTIONS, &SETTINGS, &device);
+                    let model = Model::<_, bf16>::part(&device, &config, part, Offload::None).unwrap();
+                    let optimizer = Optimizer::new(&device, &model, SETTINGS).unwrap();
+                    let collector = Collector::new(mesh.clone(), model.held());
+                    let saved = optimizer.save(&device, &model, &collector).unwrap();
+                    assert_eq!(plan.checkpoint, copied(&saved), "{share:?}");
+                    // The others may not have all of this rank's parts yet.
+                    (plan.checkpoint, mesh)
+                })
+            });
+            let ranks: Vec<_> = ranks.collect();
+            let planned: Vec<_> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
+            let sum: u64 = planned.iter().map(|(bytes, _)| bytes).sum();
+            assert_eq!(sum, 12 * config.parameter_count(), "{axes:?}");
+        }
     }
 
     /// Megatron-LM's count (Narayanan et al., 2021) with full recomputation is 96 B T L C^2 (1 + T/6C + V/16LC), which

@@ -4,6 +4,7 @@
 use ferropt_device::rng::{Purpose, Stream};
 use ferropt_device::{Buffer, Chip, Device, Element, Store, bf16};
 use ferropt_model::{Backprop, Batch, Config, Model, Offload, Options, Part, Pass, Recompute, Tensor};
+use ferropt_train::checkpoint::Share;
 use ferropt_train::optimizer::{Optimizer, Rule, Settings};
 use ferropt_train::planner::Memory;
 
@@ -74,7 +75,7 @@ fn run<E: Element>(config: &Config, settings: Settings, offload: Offload) -> Run
         Tensor::Vector(w) => downloaded(&device, w),
     };
     let weights = model.weights.tensors().iter().map(bits).collect();
-    let planned = Memory::of::<_, E>(config, Part::WHOLE, &options, &settings, &device);
+    let planned = Memory::of::<_, E>(config, Part::WHOLE, Share::alone(), &options, &settings, &device);
     Run { figures, weights, taken: device.memory_taken(), planned }
 }
 

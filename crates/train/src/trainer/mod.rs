@@ -132,7 +132,7 @@ fn train_on(world: World, config: Config, stop: &Stop, hook: Hook<'_>) -> Result
     let threads = cores::threads(&mesh.all, resolved.config.run.threads)?;
     let device = Chip::open(cores::device(&mesh.all, resolved.device)?, threads, mesh.all.size() == 1)?;
     let (mesh, links) = mesh.linked(&device)?;
-    let plan = Plan::new(&resolved, &device);
+    let plan = Plan::new(&resolved, mesh.all.rank(), &device);
     if mesh.all.rank() == 0 {
         hook(Event::Planned { resolved: &resolved, plan: &plan });
     }
@@ -180,7 +180,7 @@ fn stopped_early(resolved: &Resolved, rank: usize) -> Outcome {
 /// Those of [`Config::resolve_for`].
 pub fn plan(config: Config, ranks: usize) -> Result<(Resolved, Plan)> {
     let resolved = config.resolve_for(ranks)?;
-    let plan = Plan::new(&resolved, &open_device(resolved.device, resolved.config.run.threads)?);
+    let plan = Plan::new(&resolved, 0, &open_device(resolved.device, resolved.config.run.threads)?);
     Ok((resolved, plan))
 }
 
