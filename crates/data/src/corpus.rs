@@ -28,6 +28,9 @@ const PIECE: usize = 1 << 18;
 /// Longest line of a JSON-lines file, bytes: a line has to be held in memory.
 const LONGEST_LINE: u64 = 1 << 28;
 
+/// What a folder has that holds a run of training: the lock of its checkpoints.
+const RUN: &str = "checkpoints/.lock";
+
 /// U+FEFF in UTF-8.
 const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
@@ -67,11 +70,25 @@ pub struct Piece {
 
 impl Corpus {
     /// Finds the files: each path is a file, or a folder that is searched to any depth in the order of names, hidden
-    /// entries left out and links followed. `text_field` is the field of JSON lines that holds the text.
+    /// entries and the folders of runs left out and links followed. `text_field` is the field of JSON lines that holds the text.
     ///
     /// # Errors
     /// Names a path that does not exist, a file whose ending is not known, or a folder without any usable file.
     pub fn find<P: AsRef<Path>>(paths: &[P], text_field: &str) -> Result<Corpus> {
+        Corpus::gather(paths, text_field, None)
+    }
+
+    /// [`Corpus::find`] for the run in the folder `run`, which is left out also where the run has hardly begun: what it writes
+    /// is not its text.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn find_for<P: AsRef<Path>>(run: &Path, paths: &[P], text_field: &str) -> Result<Corpus> {
+        // A folder that is not there has nothing to be left out.
+        Corpus::gather(paths, text_field, run.canonicalize().ok())
+    }
+
+    fn gather<P: AsRef<Path>>(paths: &[P], text_field: &str, without: Option<PathBuf>) -> Result<Corpus> {
         let mut files = Vec::new();
         for path in paths {
             let path = path.as_ref();
@@ -79,9 +96,12 @@ impl Corpus {
                 fs::metadata(path).with_context(|| format!("cannot read the text at {}", path.display()))?;
             if meta.is_dir() {
                 let before = files.len();
-                search(path, &mut HashSet::new(), &mut files)?;
+                search(path, &mut without.iter().cloned().collect(), &mut files)?;
                 if files.len() == before {
-                    bail!("the folder {} holds no text: expected files ending in {ENDINGS}", path.display());
+                    bail!(
+                        "the folder {} holds no text, leaving aside the folders of runs: expected files ending in {ENDINGS}",
+                        path.display()
+                    );
                 }
             } else if let Some(file) = source_file(path)? {
                 files.push(file);
@@ -133,11 +153,11 @@ fn source_file(path: &Path) -> Result<Option<SourceFile>> {
 }
 
 /// Adds the usable files below `folder`, whose links are followed. Folders that were `seen`, by their true paths, are not gone
-/// through again: links may form circles.
+/// through again: links may form circles. Nor are those of runs, whose logs and metrics are lines of JSON too, and grow.
 fn search(folder: &Path, seen: &mut HashSet<PathBuf>, files: &mut Vec<SourceFile>) -> Result<()> {
     let read = || -> std::io::Result<Vec<fs::DirEntry>> { fs::read_dir(folder)?.collect() };
     let cannot = || format!("cannot list the folder {}", folder.display());
-    if !seen.insert(folder.canonicalize().with_context(cannot)?) {
+    if !seen.insert(folder.canonicalize().with_context(cannot)?) || folder.join(RUN).exists() {
         return Ok(());
     }
     let mut entries = read().with_context(cannot)?;
@@ -427,6 +447,28 @@ mod tests {
         symlink("nothing", texts.join("lost.txt")).unwrap();
         let told = format!("{:#}", Corpus::find(&[&texts], "text").err().unwrap());
         assert!(told.contains("cannot read") && told.contains("lost.txt"), "{told}");
+    }
+
+    #[test]
+    fn folders_of_runs_are_no_text() {
+        let root = tempfile::tempdir().unwrap();
+        let [first, second] = ["runs/first", "runs/second"].map(|name| root.path().join(name));
+        for run in [&first, &second] {
+            fs::create_dir_all(run.join("data")).unwrap();
+            fs::write(run.join("data/copy.txt"), "copy").unwrap();
+        }
+        fs::write(root.path().join("text.txt"), "text").unwrap();
+        fs::create_dir(first.join("checkpoints")).unwrap();
+        fs::write(first.join(RUN), "").unwrap();
+        assert_eq!(read(&Corpus::find(&[root.path()], "text").unwrap()).unwrap(), ["copy", "text"]);
+        // One that has not got so far yet, and one that is yet to be made.
+        for (run, found) in [(&second, &["text"][..]), (&root.path().join("runs/third"), &["copy", "text"])] {
+            assert_eq!(read(&Corpus::find_for(run, &[root.path()], "text").unwrap()).unwrap(), found);
+        }
+        // What is named is meant, but for the run itself.
+        assert_eq!(read(&Corpus::find(&[first.join("data")], "text").unwrap()).unwrap(), ["copy"]);
+        let told = Corpus::find_for(&second, &[&second], "text").unwrap_err().to_string();
+        assert!(told.contains("runs/second") && told.contains("folders of runs"), "{told}");
     }
 
     /// A text of many pieces, with characters of every length.

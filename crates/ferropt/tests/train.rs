@@ -110,6 +110,18 @@ fn a_longer_run_continues_and_a_different_one_is_refused() {
 }
 
 #[test]
+fn a_run_goes_on_that_lies_among_its_texts_beside_another() {
+    let lab = Lab::new();
+    let around = format!("data.train={}", lab.path("").display());
+    let set = [&*around, "schedule.kind=constant", "schedule.warmup=2"];
+    let config = lab.config("runs/a", 5);
+    lab.train(&config, &set);
+    lab.train(&lab.config("runs/b", 5), &set);
+    lab.train(&config, &[&set[..], &["run.steps=7"]].concat());
+    assert_eq!(lab.metric("runs/a", "loss").len(), 7);
+}
+
+#[test]
 fn refusals_name_the_key_the_value_and_the_fix() {
     let lab = Lab::new();
     let config = lab.config("run", 10);

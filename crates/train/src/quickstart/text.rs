@@ -57,7 +57,8 @@ fn documentation(lock: &str) -> Result<Text> {
 }
 
 fn own(options: &Options) -> Result<Text> {
-    let split = Split::tail(&Corpus::find(&options.texts, &options.text_field)?, MOST, HELD_OUT)?;
+    let corpus = Corpus::find_for(&options.dir, &options.texts, &options.text_field)?;
+    let split = Split::tail(&corpus, MOST, HELD_OUT)?;
     let names: Vec<String> = options.texts.iter().map(|path| path.display().to_string()).collect();
     let names = names.join(", ");
     let bytes = split.bytes().0 + split.bytes().1;

@@ -64,7 +64,7 @@ impl Data {
         let cache = data.cache.as_deref().unwrap_or(Path::new("data-cache"));
         let mut notes = Vec::new();
         let mut file = |paths: &[PathBuf], name: &str| -> Result<Option<TokenFile>> {
-            let corpus = Corpus::find(paths, &data.text_field)?;
+            let corpus = Corpus::find_for(&resolved.config.run.dir, paths, &data.text_field)?;
             let file = tokenise_unless(&|| stop.requested(), &corpus, &tokenizer, cache, name)?;
             let replaced = file.iter().filter_map(TokenFile::replaces);
             notes.extend(replaced.map(|damage| format!("made a token file anew: {damage}")));
