@@ -153,6 +153,10 @@ fn prepare(options: &Options, config: &Path, deadline: Instant, say: &mut dyn Fn
         sizes.batch_tokens,
         sizes.tokens() as f64 / counts.train as f64
     ));
+    let held_out = match counts.scored < counts.held_out {
+        true => format!("{}; the first {} tokens are scored", text.held_out, counts.scored),
+        false => text.held_out,
+    };
     let Planned { run, toml, device, .. } = planned;
     let weights = Some(run.config.run.precision.into());
     let opening = Opening { threads: options.threads, weights, ..Opening::default() };
@@ -165,9 +169,9 @@ fn prepare(options: &Options, config: &Path, deadline: Instant, say: &mut dyn Fn
         device,
         seed: options.seed,
         train: Part { text: text.source, bytes: train_bytes as u64, tokens: counts.train },
-        held_out: Part { text: text.held_out, bytes: held_out_bytes as u64, tokens: counts.held_out },
+        held_out: Part { text: held_out, bytes: held_out_bytes as u64, tokens: counts.held_out },
         sizes,
-        unigram: counts.baseline(held_out_bytes),
+        unigram: counts.unigram,
         prompt: text.prompt,
         before,
         after: None,

@@ -1,6 +1,6 @@
 //! How large a model and how many steps: what two cores can do in minutes, and what this machine is measured to do.
 
-use super::text::Counts;
+use super::text::{Counts, SCORED};
 use super::{Options, Sizes};
 use crate::config::{Config, Precision, Resolved};
 use crate::optimizer::Optimizer;
@@ -8,6 +8,7 @@ use crate::trainer::open_device;
 use anyhow::Result;
 use ferropt_device::{Chip, Device, Element, Store, Which, bf16};
 use ferropt_model::{Backprop, Batch, Model, Pass, initial_values};
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -32,8 +33,9 @@ const KEPT: f64 = 0.78;
 const FEWEST_STEPS: u64 = 12;
 /// Most times through the text; a model this small learns little from it after that.
 const MOST_EPOCHS: u64 = 10;
-/// Validations of a run.
-const VALIDATIONS: u64 = 8;
+/// Validations of a run, and tokens that it trains on for each that they score, at least, if it is not too short for that.
+const VALIDATIONS: RangeInclusive<u64> = 2..=8;
+const TRAINED_PER_SCORED: u64 = 5;
 
 /// A run that is sized but not begun.
 pub(super) struct Planned {
@@ -123,7 +125,8 @@ fn toml(options: &Options, counts: &Counts, precision: Precision, steps: u64) ->
     let data = options.dir.join("data");
     let path = |path: &Path| toml::Value::from(path.display().to_string()).to_string();
     let file = |name: &str| path(&data.join(name));
-    let max_tokens = (steps * BATCH_TOKENS as u64 / 40).max(8192);
+    let affordable = steps * BATCH_TOKENS as u64 / (TRAINED_PER_SCORED * counts.scored.max(1));
+    let validations = affordable.clamp(*VALIDATIONS.start(), *VALIDATIONS.end());
     Ok(format!(
         "\
 # A run of `ferropt quickstart`. Change what you like and train it anew, in another run.dir, with
@@ -170,7 +173,7 @@ keep_last = 2
 
 [validation]
 every = {validation}
-max_tokens = {max_tokens}
+max_tokens = {SCORED}
 
 [log]
 every = {log}
@@ -185,7 +188,44 @@ every = {log}
         seed = options.seed,
         precision = toml::Value::try_from(precision)?,
         checkpoint = steps.div_ceil(4),
-        validation = steps.div_ceil(VALIDATIONS),
+        validation = steps.div_ceil(validations),
         log = (steps / 50).max(1),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Count;
+    use crate::quickstart::Baseline;
+
+    #[test]
+    fn runs_of_any_length_score_the_same_text_and_never_mostly_that() {
+        let options = Options {
+            dir: "runs/quick".into(),
+            texts: Vec::new(),
+            text_field: "text".into(),
+            lock: String::new(),
+            minutes: 1.0,
+            threads: None,
+            seed: 1,
+        };
+        let counts = Counts {
+            vocab: 8192,
+            train: 1 << 22,
+            held_out: 1 << 18,
+            scored: SCORED as u64,
+            unigram: Baseline { loss: 7.0, bits_per_byte: 3.0 },
+        };
+        for (steps, validations) in [(12, 2), (640, 4), (3219, 8)] {
+            let toml = toml(&options, &counts, Precision::F32, steps).unwrap();
+            let run = Config::parse(&toml, &[]).unwrap().resolve().unwrap();
+            assert_eq!(run.config.validation.max_tokens, Some(Count(counts.scored)));
+            assert_eq!(
+                run.validation_every.map(|every| steps.div_ceil(every)),
+                Some(validations),
+                "{steps} steps"
+            );
+        }
+    }
 }

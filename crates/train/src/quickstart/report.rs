@@ -28,7 +28,7 @@ pub struct Report {
     pub held_out: Part,
     /// Model and run.
     pub sizes: Sizes,
-    /// What a model that knows only how frequent each token is would reach on the held-out text.
+    /// What a model that knows only how frequent each token is would reach on the held-out text that is scored.
     pub unigram: Baseline,
     /// What the samples start with.
     pub prompt: String,

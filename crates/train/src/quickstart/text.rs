@@ -12,6 +12,9 @@ const VOCABULARY: usize = 8192;
 const TOKENIZER_TEXT: usize = 8 << 20;
 /// Text of the user's that is read at most, bytes: more would not be trained on in minutes.
 const MOST: usize = 32 << 20;
+/// Held-out tokens that are scored, the first ones, or all where there are fewer: enough to tell models apart, few enough for
+/// slow machines.
+pub(super) const SCORED: usize = 32_768;
 /// Less text than this teaches nothing, bytes.
 const LEAST: usize = 50_000;
 /// One byte in so many of the user's text is held out.
@@ -95,40 +98,43 @@ pub(super) struct Counts {
     pub(super) train: u64,
     /// Tokens held out.
     pub(super) held_out: u64,
-    /// Loss on the held-out tokens when each is predicted by its frequency in the training text alone, nats per token.
-    pub(super) unigram: f64,
-}
-
-impl Counts {
-    /// What a model that knows only how frequent tokens are would reach.
-    pub(super) fn baseline(&self, held_out_bytes: usize) -> Baseline {
-        let bits = self.unigram / std::f64::consts::LN_2;
-        Baseline { loss: self.unigram, bits_per_byte: bits * self.held_out as f64 / held_out_bytes as f64 }
-    }
+    /// Those of them that are scored.
+    pub(super) scored: u64,
+    /// What a model that knows only how frequent tokens are in the training text would reach on those that are scored.
+    pub(super) unigram: Baseline,
 }
 
 /// Counts the tokens of both parts.
 pub(super) fn count(split: &Split, tokenizer: &Tokenizer) -> Result<Counts> {
     let vocab = tokenizer.vocab_size();
-    let train = histogram(&split.train, tokenizer)?;
-    let held_out = histogram(&split.held_out, tokenizer)?;
-    let (trained, tested) = (train.iter().sum::<u64>(), held_out.iter().sum::<u64>());
+    let (train, held_out) = (ids(&split.train, tokenizer)?, ids(&split.held_out, tokenizer)?);
     // One is added to every count, so that what was never seen is not impossible.
-    let total = (trained + vocab as u64) as f64;
-    let nats = |(seen, times): (&u64, &u64)| *times as f64 * (total / (seen + 1) as f64).ln();
-    let unigram = train.iter().zip(&held_out).map(nats).sum::<f64>() / tested as f64;
-    Ok(Counts { vocab, train: trained, held_out: tested, unigram })
+    let mut seen = vec![1u64; vocab];
+    train.iter().for_each(|id| seen[*id as usize] += 1);
+    let total = (train.len() + vocab) as f64;
+    let scored = &held_out[..held_out.len().min(SCORED)];
+    let nats: f64 = scored.iter().map(|id| (total / seen[*id as usize] as f64).ln()).sum();
+    let bytes: usize = scored.iter().map(|id| tokenizer.byte_len(*id)).sum();
+    Ok(Counts {
+        vocab,
+        train: train.len() as u64,
+        held_out: held_out.len() as u64,
+        scored: scored.len() as u64,
+        unigram: Baseline {
+            loss: nats / scored.len() as f64,
+            bits_per_byte: nats / std::f64::consts::LN_2 / bytes as f64,
+        },
+    })
 }
 
-fn histogram(documents: &[Document], tokenizer: &Tokenizer) -> Result<Vec<u64>> {
-    let mut counts = vec![0; tokenizer.vocab_size()];
+/// Tokens of documents, as token files have them.
+fn ids(documents: &[Document], tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    let mut ids = Vec::new();
     for document in documents {
-        for id in tokenizer.encode(&document.text)? {
-            counts[id as usize] += 1;
-        }
-        counts[EOS as usize] += 1;
+        ids.extend(tokenizer.encode(&document.text)?);
+        ids.push(EOS);
     }
-    Ok(counts)
+    Ok(ids)
 }
 
 #[cfg(test)]
@@ -145,13 +151,24 @@ mod tests {
         // The special tokens and all bytes; no merges, so each byte is a token.
         let tokenizer = Tokenizer::train([Ok("x".into())], 260).unwrap();
         let counts = count(&split, &tokenizer).unwrap();
-        assert_eq!((counts.vocab, counts.train, counts.held_out), (260, 7, 6));
+        assert_eq!((counts.vocab, counts.train, counts.held_out, counts.scored), (260, 7, 6, 6));
         let p = |seen: f64| ((seen + 1.0) / 267.0).ln();
         // a a b </s> c </s>
         let expected = -(2.0 * p(3.0) + p(3.0) + 2.0 * p(1.0) + p(0.0)) / 6.0;
-        assert!((counts.unigram - expected).abs() < 1e-12, "{} {expected}", counts.unigram);
-        let baseline = counts.baseline(4);
+        let baseline = counts.unigram;
+        assert!((baseline.loss - expected).abs() < 1e-12, "{} {expected}", baseline.loss);
         assert!((baseline.bits_per_byte - expected / std::f64::consts::LN_2 * 6.0 / 4.0).abs() < 1e-12);
+
+        // Of more text, only what is scored.
+        let [some, more] = ["", "cc"].map(|end| {
+            let held_out = vec![document(&format!("{}{end}", "ab".repeat(SCORED / 2)))];
+            count(&Split { held_out, ..split.clone() }, &tokenizer).unwrap()
+        });
+        assert_eq!((more.held_out, more.scored), (SCORED as u64 + 3, SCORED as u64));
+        assert_eq!(
+            (some.held_out, some.scored, some.unigram),
+            (SCORED as u64 + 1, more.scored, more.unigram)
+        );
     }
 
     #[test]
