@@ -3,6 +3,7 @@
 mod lab;
 
 use lab::{Lab, ferropt, text, train};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -281,11 +282,19 @@ fn what_nobody_can_read_ends_no_run() {
 #[test]
 fn a_limit_of_files_sizes_is_an_error_and_no_end() {
     let lab = Lab::new();
-    let mut shell = Command::new("sh");
     // 64 KiB: less than the weights.
-    shell.args(["-c", "ulimit -f 128; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_ferropt"), "train"]);
-    let out = shell.arg(lab.config("run", 7)).output().unwrap();
+    let limited = |config: &Path| {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "ulimit -f 128; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_ferropt"), "train"]);
+        shell.arg(config);
+        shell
+    };
+    let out = limited(&lab.config("run", 7)).output().unwrap();
     assert_eq!(out.status.code(), Some(1), "{}", text(&out));
     assert!(text(&out).contains("was not saved"), "{}", text(&out));
     assert_eq!(lab.metric("run", "loss").len(), 7);
+    let stopped =
+        limited(&lab.config("stopped", 7)).args(["--set", "run.max_minutes=1e-12"]).output().unwrap();
+    assert_eq!(stopped.status.code(), Some(1), "{}", text(&stopped));
+    assert_eq!(text(&stopped).matches("step 0 was not saved").count(), 2, "{}", text(&stopped));
 }

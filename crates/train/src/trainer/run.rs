@@ -456,15 +456,17 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
         Ok(())
     }
 
-    /// Sees to it that the state is on the disk before the run ends. A save of it that has failed is tried once more: there
-    /// will be no next one.
+    /// Sees to it that the state is on the disk before the run ends. A save of it that fails is tried again: there will be no
+    /// next one.
     fn secure(&mut self) -> Result<()> {
         self.settle()?;
-        if self.unsaved()?.is_none() {
-            return Ok(());
+        for _ in 0..2 {
+            if self.unsaved()?.is_none() {
+                return Ok(());
+            }
+            self.save()?;
+            self.settle()?;
         }
-        self.save()?;
-        self.settle()?;
         if let Some(why) = self.unsaved()? {
             bail!(
                 "the checkpoint of step {} could not be saved: {why}. See to that and give the same command again, which goes \
