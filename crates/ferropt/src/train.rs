@@ -32,7 +32,8 @@ pub(crate) struct Args {
     /// With --dry-run: print the plan as JSON
     #[arg(long, requires = "dry_run")]
     json: bool,
-    /// Start so many processes on this machine, and end when one of them fails; with --dry-run, plan for so many
+    /// Start so many processes on this machine, and end when one of them fails; with --dry-run, plan for so many,
+    /// each with its share of this machine's cores unless run.threads is set
     #[arg(long, value_name = "N")]
     ranks: Option<usize>,
     /// Start again from the last checkpoint when a process is lost, hangs or asks for it

@@ -260,6 +260,15 @@ fn dry_run_plans_every_preset_without_allocating() {
     assert!(["activations", "tokens per step", "FLOP", "time"].iter().all(|w| said.contains(w)), "{said}");
     assert!(!lab.path("run").exists(), "a dry run leaves nothing behind");
     assert!(!said.contains("note:"), "{said}");
+    let out = train(&config, &["run.threads="]).args(["--dry-run", "--ranks", "8"]).output().unwrap();
+    let share = (std::thread::available_parallelism().unwrap().get() / 8).max(1);
+    for part in [
+        &*format!("CPU, {share} threads"),
+        "512 = 8 (shard x replicate) x 1 passes of 1 x 64",
+        "measured peak of 8 x ",
+    ] {
+        assert!(text(&out).contains(part), "{part}: {}", text(&out));
+    }
     let out = train(&config, &["data.validation.more=nowhere.txt"]).arg("--dry-run").output().unwrap();
     let said = text(&out);
     assert!(out.status.success() && said.contains("data.validation.more is not there"), "{said}");

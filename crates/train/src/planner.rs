@@ -123,11 +123,11 @@ pub struct Flops {
 /// How long a run will take.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Time {
-    /// Peak of the matrix-product instruction measured on this device, FLOP/s.
+    /// Peak of the matrix-product instruction measured on this rank's device, FLOP/s.
     pub peak_flops: f64,
     /// Share of it that is assumed.
     pub assumed_share: f64,
-    /// Tokens per second at that share.
+    /// Tokens per second of all ranks at that share.
     pub tokens_per_second: f64,
     /// Seconds of the whole run.
     pub seconds: f64,
@@ -342,9 +342,14 @@ impl fmt::Display for Plan {
         let b = &self.batch;
         writeln!(f, "model            {} with {} parameters", self.model, grouped(self.parameters))?;
         writeln!(f, "device           {}", self.device)?;
+        // Ranks that divide a matrix or the layers compute on the same sequences.
+        let shared = match self.ranks.as_ref().map(|r| r.shard * r.replicate) {
+            None | Some(1) => String::new(),
+            Some(ranks) => format!("{ranks} (shard x replicate) x "),
+        };
         writeln!(
             f,
-            "tokens per step  {} = {} passes of {} x {}",
+            "tokens per step  {} = {shared}{} passes of {} x {}",
             grouped(b.tokens_per_step),
             b.accumulation,
             b.micro_batch,
@@ -380,9 +385,10 @@ impl fmt::Display for Plan {
             "                 {:.4e} model, {:.4e} hardware (causal half, as executed here)",
             fl.model_causal, fl.hardware_causal
         )?;
+        let ranks = self.ranks.as_ref().map_or(String::new(), |r| format!("{} x ", r.number));
         write!(
             f,
-            "estimated time   {} at {:.0} tokens/s, {:.0} % of the measured peak of {:.1} GFLOP/s",
+            "estimated time   {} at {:.0} tokens/s, {:.0} % of the measured peak of {ranks}{:.1} GFLOP/s",
             duration(self.time.seconds),
             self.time.tokens_per_second,
             self.time.assumed_share * 100.0,

@@ -36,6 +36,14 @@ pub(super) fn threads(all: &Group, wanted: Option<usize>) -> Result<Option<usize
     Ok(wanted.or(Some(part(cores, sharing, &limits))))
 }
 
+/// Threads for one of so many ranks that share this process's cores, and all containers around it.
+pub(super) fn among(ranks: usize) -> usize {
+    let cores = sched_getaffinity(None).map_or(1, |set| set.count() as usize);
+    let limits = containers::around("cpu");
+    let limits: Vec<_> = limits.iter().filter_map(|container| Some((container.cores()?, ranks))).collect();
+    part(cores, ranks, &limits)
+}
+
 /// Threads for one of so many ranks that are `sharing` the same cores, in containers that may each keep so many cores busy, with so
 /// many ranks in them.
 fn part(cores: usize, sharing: usize, limits: &[(usize, usize)]) -> usize {

@@ -174,13 +174,16 @@ fn stopped_early(resolved: &Resolved, rank: usize) -> Outcome {
     Outcome { ending: Ending::Stopped, went_on: false, step, tokens, run, curves: None, rank }
 }
 
-/// What `config` would take on so many ranks like this one, without allocating anything.
+/// What `config` would take on so many ranks, without allocating anything. Each has its share of this machine's cores, unless
+/// `run.threads` says how many.
 ///
 /// # Errors
-/// Those of [`Config::resolve_for`].
+/// Those of [`Config::resolve_for`] and [`open_device`].
 pub fn plan(config: Config, ranks: usize) -> Result<(Resolved, Plan)> {
     let resolved = config.resolve_for(ranks)?;
-    let plan = Plan::new(&resolved, 0, &open_device(resolved.device, resolved.config.run.threads)?);
+    let share = (ranks > 1).then(|| cores::among(ranks));
+    let device = open_device(resolved.device, resolved.config.run.threads.or(share))?;
+    let plan = Plan::new(&resolved, 0, &device);
     Ok((resolved, plan))
 }
 
