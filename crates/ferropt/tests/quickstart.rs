@@ -103,6 +103,21 @@ fn the_same_command_again_goes_on_or_says_that_it_is_complete() {
     let complete = text(&succeeds(quickstart(&lab, &["--minutes", "0.5"])));
     assert!(complete.contains("complete already") && complete.contains("After training"), "{complete}");
     assert_eq!(std::fs::read(lab.path("quick/report.json")).unwrap(), report);
+
+    // As a stop in the last validation leaves it.
+    let (metrics, file) = (lab.path("quick/metrics.jsonl"), lab.path("quick/report.json"));
+    let lines = std::fs::read_to_string(&metrics).unwrap();
+    let lines: Vec<&str> = lines.lines().collect();
+    let (last, rest) = lines.split_last().unwrap();
+    assert!(last.contains("validation"), "{last}");
+    std::fs::write(&metrics, rest.iter().map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+    let whole: serde_json::Value = serde_json::from_slice(&report).unwrap();
+    let mut cut = whole.clone();
+    cut["results"]["held_out_loss"] = serde_json::Value::Null;
+    std::fs::write(&file, cut.to_string()).unwrap();
+    succeeds(quickstart(&lab, &["--minutes", "0.5"]));
+    let now: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    assert_eq!(now["results"]["held_out_loss"], whole["results"]["held_out_loss"]);
 }
 
 #[test]

@@ -21,7 +21,7 @@ use crate::config::Config;
 use crate::inference::{Model, Opening};
 use crate::signals::Stop;
 use crate::telemetry::{MetricLog, peak_resident_bytes};
-use crate::trainer::{Ending, Event, train};
+use crate::trainer::{Ending, train};
 use anyhow::{Context, Result, ensure};
 use ferropt_engine::{Parameters, Request};
 use plan::Planned;
@@ -98,24 +98,25 @@ pub fn run(options: &Options, stop: &Stop, say: &mut dyn FnMut(&str)) -> Result<
     let left = deadline.saturating_duration_since(Instant::now()).saturating_sub(RESERVE) + LATE.0;
     run.run.max_minutes = Some(left.as_secs_f64() / 60.0 + minutes * LATE.1);
     let begun = Instant::now();
-    let mut first_loss = report.results.as_ref().map(|results| results.first_loss);
-    let outcome = train(run, stop, &mut |event| match event {
-        Event::Training(training) if training.step == 1 => first_loss = Some(training.loss),
-        _ => {}
-    })?;
-    let reported = report.results.as_ref().is_some_and(|results| results.steps >= report.sizes.steps);
+    let outcome = train(run, stop, &mut |_| {})?;
+    let results = match outcome.step {
+        0 => None,
+        steps => {
+            let records = MetricLog::read(&outcome.run.join("metrics.jsonl"))?;
+            Results::from_records(&records, (steps, outcome.tokens), peak_resident_bytes())
+        }
+    };
+    // A start that was stopped in the last validation has reported all steps, but not that.
+    let reported = match (&report.results, &results) {
+        (Some(then), Some(now)) => *then == Results { peak_memory: then.peak_memory, ..now.clone() },
+        _ => false,
+    };
     if outcome.ending == Ending::AlreadyComplete && reported {
         return Ok(Outcome { ending: outcome.ending, report, config });
     }
     report.seconds += begun.elapsed().as_secs_f64();
     if outcome.step > 0 {
-        let records = MetricLog::read(&outcome.run.join("metrics.jsonl"))?;
-        report.results = Results::from_records(
-            &records,
-            first_loss,
-            (outcome.step, outcome.tokens),
-            peak_resident_bytes(),
-        );
+        report.results = results;
         let opening = Opening { threads: options.threads, ..Opening::default() };
         let model = Model::open(&outcome.run, &opening)?;
         report.after = Some(sample(&model, &report.prompt, report.seed)?);

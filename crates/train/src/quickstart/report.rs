@@ -134,11 +134,9 @@ impl Sizes {
 }
 
 impl Results {
-    /// From the metrics of a run that has done `steps` steps; `None` before one is recorded. `first_loss` is that of the
-    /// first step, which may not be among those that are recorded.
+    /// From the metrics of a run that has done so many steps; `None` before one is recorded.
     pub(super) fn from_records(
         records: &[Record],
-        first_loss: Option<f64>,
         (steps_done, tokens): (u64, u64),
         peak_memory: Option<u64>,
     ) -> Option<Results> {
@@ -156,7 +154,7 @@ impl Results {
         Some(Results {
             steps: steps_done,
             tokens,
-            first_loss: first_loss.unwrap_or(first.loss),
+            first_loss: first.loss,
             train_loss: end.iter().map(|t| t.loss).sum::<f64>() / end.len() as f64,
             held_out_loss: held_out.map(|v| v.loss),
             perplexity: held_out.map(|v| v.perplexity),
@@ -307,11 +305,11 @@ mod tests {
         let held_out = |step, loss: f64| {
             Record::Validation(Validation { step, loss, perplexity: loss.exp(), ..Validation::default() })
         };
-        assert_eq!(Results::from_records(&[], None, (0, 0), None), None);
+        assert_eq!(Results::from_records(&[], (0, 0), None), None);
         let mut records = vec![step(1, 8.3, 1.0), held_out(1, 8.0)];
         records.extend((2..=30).map(|i| step(i, if i > 20 { 4.0 } else { 6.0 }, 100.0)));
         records.push(held_out(30, 4.5));
-        let results = Results::from_records(&records, None, (30, 77), Some(3)).unwrap();
+        let results = Results::from_records(&records, (30, 77), Some(3)).unwrap();
         assert_eq!((results.steps, results.tokens, results.peak_memory), (30, 77, Some(3)));
         assert_eq!((results.first_loss, results.train_loss), (8.3, 4.0));
         assert_eq!((results.held_out_loss, results.tokens_per_second), (Some(4.5), 100.0));

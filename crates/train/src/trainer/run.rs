@@ -341,7 +341,7 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
             peak_share: Some(tokens_per_second * self.flops.hardware_causal / self.peak),
             energy: Some(self.used.read()),
         };
-        let recorded = step.is_multiple_of(r.config.log.every) || step == r.steps;
+        let recorded = step.is_multiple_of(r.config.log.every) || step == 1 || step == r.steps;
         if let Some(telemetry) = &self.telemetry {
             (self.hook)(Event::Training(&training));
             if recorded {
