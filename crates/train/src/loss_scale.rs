@@ -44,11 +44,12 @@ pub struct LossScale {
 }
 
 impl LossScale {
-    /// A scale that goes on from `state`, or begins.
+    /// A scale that goes on from `state`, or begins. The floor may have been raised since.
     pub fn new(policy: Option<Policy>, state: Option<State>) -> LossScale {
-        let initial = policy.map_or(1.0, |policy| policy.initial);
-        let state = state.filter(|_| policy.is_some());
-        LossScale { policy, state: state.unwrap_or(State { factor: initial, held: initial, steps: 0 }) }
+        let (initial, floor) = policy.map_or((1.0, 1.0), |policy| (policy.initial, policy.floor));
+        let State { factor, held, steps } =
+            state.filter(|_| policy.is_some()).unwrap_or(State { factor: initial, held: initial, steps: 0 });
+        LossScale { policy, state: State { factor: factor.max(floor), held: held.max(floor), steps } }
     }
 
     /// What the loss is multiplied by.
@@ -133,6 +134,17 @@ mod tests {
             scale.left_out();
             assert_eq!(scale.factor(), 8.0);
         }
+    }
+
+    #[test]
+    fn a_floor_that_was_raised_raises_the_factor() {
+        let mut scale = LossScale::new(Some(POLICY), None);
+        assert!(scale.lower() && scale.lower());
+        scale.taken();
+        let mut resumed = LossScale::new(Some(Policy { floor: 4.0, ..POLICY }), scale.state());
+        assert_eq!(resumed.factor(), 4.0);
+        resumed.left_out();
+        assert_eq!(resumed.factor(), 4.0);
     }
 
     #[test]
