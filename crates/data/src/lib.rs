@@ -23,7 +23,7 @@ pub use loader::{Batch, Loader};
 pub use permutation::Permutation;
 pub use split::{Document, Split};
 pub use token_file::TokenFile;
-pub use tokenise::{tokenise, tokenise_unless};
+pub use tokenise::{on_threads, tokenise, tokenise_unless};
 pub use tokenizer::{Marks, StreamDecoder, Tokenizer};
 
 /// `<s>`: unused by OPT's training data, first by position.

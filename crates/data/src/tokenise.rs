@@ -4,6 +4,7 @@ use crate::token_file::{TokenFile, TokenWriter};
 use crate::{Corpus, Piece, Tokenizer};
 use anyhow::{Context, Result, bail};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use rayon::ThreadPoolBuilder;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 use std::fs::{self, File, TryLockError};
@@ -77,6 +78,16 @@ pub fn tokenise_unless(
         );
     }
     Ok(Some(file))
+}
+
+/// Does `work`, in which texts are tokenised, on so many threads, or on all that there are.
+///
+/// # Errors
+/// When the system gives no threads.
+pub fn on_threads<T: Send>(threads: Option<usize>, work: impl FnOnce() -> T + Send) -> Result<T> {
+    let Some(threads) = threads else { return Ok(work()) };
+    let pool = ThreadPoolBuilder::new().num_threads(threads).build();
+    Ok(pool.with_context(|| format!("cannot start {threads} threads to tokenise with"))?.install(work))
 }
 
 /// Opens a token file that is whole, as far as that can be told in no time.
@@ -351,6 +362,14 @@ mod tests {
         assert!(made.tokens() > 1000);
         // What is there already needs no time to be used.
         assert!(tokenise_unless(&|| true, &corpus, &t, &cache, "x").unwrap().is_some());
+    }
+
+    #[test]
+    fn as_many_threads_work_as_are_wanted() {
+        for threads in [1, 3] {
+            assert_eq!(on_threads(Some(threads), rayon::current_num_threads).unwrap(), threads);
+        }
+        assert_eq!(on_threads(None, rayon::current_num_threads).unwrap(), rayon::current_num_threads());
     }
 
     #[test]

@@ -9,15 +9,17 @@ use std::thread;
 /// Fewer elements than this are not worth a thread.
 const PER_THREAD: usize = 1 << 16;
 
-/// Values of parameter number `index` before the first step.
+/// Values of parameter number `index` before the first step, made on all threads.
 pub fn initial_values(parameter: &Parameter, index: usize, seed: u64) -> Vec<f32> {
-    initial_shard(&Held::new(parameter.clone(), index, Part::WHOLE), seed)
+    initial_shard(&Held::new(parameter.clone(), index, Part::WHOLE), seed, None)
 }
 
-/// Values of a shard before the first step, and zeros in what it has to spare.
-pub fn initial_shard(held: &Held, seed: u64) -> Vec<f32> {
+/// Values of a shard before the first step, and zeros in what it has to spare; made on so many threads, all available unless
+/// given.
+pub fn initial_shard(held: &Held, seed: u64, threads: Option<usize>) -> Vec<f32> {
     let mut values = vec![0.0f32; held.shard_len];
-    let threads = thread::available_parallelism().map_or(1, NonZero::get);
+    let all = || thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = threads.unwrap_or_else(all).max(1);
     let share = held.shard.len().div_ceil(threads).max(PER_THREAD);
     thread::scope(|scope| {
         for (part, values) in values[..held.shard.len()].chunks_mut(share).enumerate() {
@@ -103,7 +105,7 @@ mod tests {
                     5,
                     Part { tensor, shard: Place { rank: shard, of: 5 }, ..Part::WHOLE },
                 );
-                let shard = initial_shard(&held, 9);
+                let shard = initial_shard(&held, 9, Some(3));
                 assert_eq!(shard.len(), held.shard_len);
                 for (at, start, len) in held.pieces() {
                     assert_eq!(shard[at..at + len], values[start..start + len], "{split:?}");

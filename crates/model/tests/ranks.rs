@@ -27,7 +27,7 @@ fn noisy(held: &Held) -> Vec<f32> {
     let mean = f32::from(held.parameter.initial == Initial::Ones);
     let mut noise = held.clone();
     noise.parameter.initial = Initial::Normal(0.1);
-    let mut values = initial_shard(&noise, SEED);
+    let mut values = initial_shard(&noise, SEED, None);
     values[..held.shard.len()].iter_mut().for_each(|v| *v += mean);
     values
 }

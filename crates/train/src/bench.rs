@@ -157,7 +157,7 @@ fn measure<E: Element>(
     let mut peak = device.measured_peak::<E>();
     let mut model = Model::<_, E>::part(device, &config, Part::WHOLE, options.offload)?;
     let mut optimizer = Optimizer::new(device, &model, settings)?;
-    optimizer.initialise(device, &mut model, SEED);
+    optimizer.initialise(device, &mut model, SEED, wanted.threads);
     let mut backprop = Backprop::new(device, &config, options)?;
 
     let rows = options.batch * options.seq;

@@ -124,10 +124,17 @@ impl<D: Device> Optimizer<D> {
         self.settings.clip = clip;
     }
 
-    /// Gives every parameter its initial values, which follow from `seed`, and forgets all steps.
-    pub fn initialise<E: Element>(&mut self, device: &D, model: &mut Model<D, E>, seed: u64) {
+    /// Gives every parameter its initial values, which follow from `seed` and are made on so many threads, all available unless
+    /// given, and forgets all steps.
+    pub fn initialise<E: Element>(
+        &mut self,
+        device: &D,
+        model: &mut Model<D, E>,
+        seed: u64,
+        threads: Option<usize>,
+    ) {
         for index in 0..self.slots.len() {
-            let values = initial_shard(&model.held()[index], seed);
+            let values = initial_shard(&model.held()[index], seed, threads);
             self.set(device, model, index, &values);
             match &mut self.slots[index].memory {
                 Memory::Moments { m, v } => {

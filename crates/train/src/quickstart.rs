@@ -23,6 +23,7 @@ use crate::signals::Stop;
 use crate::telemetry::{MetricLog, peak_resident_bytes};
 use crate::trainer::{Ending, train};
 use anyhow::{Context, Result, ensure};
+use ferropt_data::on_threads;
 use ferropt_engine::{Parameters, Request};
 use plan::Planned;
 use std::fs;
@@ -135,9 +136,9 @@ fn prepare(options: &Options, config: &Path, deadline: Instant, say: &mut dyn Fn
     say(&format!("           {:.1} MB held out: {}", held_out_bytes as f64 * 1e-6, text.held_out));
     text.split.write(&data)?;
 
-    let tokenizer = text::tokenizer(&text.split)?;
+    let tokenizer = on_threads(options.threads, || text::tokenizer(&text.split))??;
     tokenizer.save(&data.join("tokenizer.json"))?;
-    let counts = text::count(&text.split, &tokenizer)?;
+    let counts = on_threads(options.threads, || text::count(&text.split, &tokenizer))??;
     say(&format!(
         "tokenizer  byte-level BPE of {} tokens, trained on the text; {:.2} bytes a token",
         tokenizer.vocab_size(),

@@ -50,7 +50,7 @@ fn run<E: Element>(config: &Config, settings: Settings, offload: Offload) -> Run
     let options = Options { batch: 2, seq, recompute: Recompute::Full, stop_at_documents: false, offload };
     let mut model = Model::<_, E>::part(&device, config, Part::WHOLE, offload).unwrap();
     let mut optimizer = Optimizer::new(&device, &model, settings).unwrap();
-    optimizer.initialise(&device, &mut model, SEED);
+    optimizer.initialise(&device, &mut model, SEED, None);
     let mut backprop = Backprop::<_, E>::new(&device, config, options).unwrap();
     let rows = options.batch * seq;
     let mut figures = Vec::new();

@@ -31,6 +31,7 @@ pub use buffer::CpuBuf;
 pub use isa::Isa;
 use once::once;
 pub use packed::Packed;
+pub use pool::MOST_THREADS;
 use pool::Pool;
 
 use crate::*;

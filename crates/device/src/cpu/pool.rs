@@ -14,13 +14,16 @@ use super::simd::prefetch_l2;
 /// Spins before a waiting worker sleeps: tens of microseconds, longer than the gaps between kernels of a step.
 const SPINS: u32 = 20_000;
 
+/// Most threads of a device.
+pub const MOST_THREADS: usize = 1024;
+
 /// So many threads, or as many as the machine offers. Fails when it is no number of threads.
 pub fn threads(wanted: Option<usize>) -> anyhow::Result<usize> {
     let available = std::thread::available_parallelism().map_or(1, |n| n.get());
     let threads = wanted.unwrap_or(available);
     anyhow::ensure!(
-        (1..=1024).contains(&threads),
-        "threads = {threads}: expected 1 to 1024 (this machine offers {available})"
+        (1..=MOST_THREADS).contains(&threads),
+        "threads = {threads}: expected 1 to {MOST_THREADS} (this machine offers {available})"
     );
     Ok(threads)
 }

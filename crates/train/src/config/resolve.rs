@@ -9,6 +9,7 @@ use crate::recovery::Policy;
 use crate::schedule::{Kind, Schedule};
 use anyhow::{anyhow, bail, ensure};
 use ferropt_device::Which;
+use ferropt_device::cpu::MOST_THREADS;
 use ferropt_mesh::Axes;
 use ferropt_model::{Config as Model, Options, Part};
 
@@ -555,7 +556,12 @@ impl Config {
             !run.dir.as_os_str().is_empty(),
             "run.dir is missing; give the folder for checkpoints and metrics"
         );
-        ensure!(run.threads != Some(0), "run.threads = 0, but at least one thread is needed");
+        if let Some(threads) = run.threads {
+            ensure!(
+                (1..=MOST_THREADS).contains(&threads),
+                "run.threads = {threads}, but it is from 1 to {MOST_THREADS}; remove it for all that are available"
+            );
+        }
         match (run.precision, run.weights) {
             (Precision::F32, Some(weights)) => bail!(
                 "run.precision = \"f32\" and run.weights = {} contradict each other: f32 weights are their own masters; \

@@ -63,7 +63,7 @@ fn trained<E: Element>(
 ) -> (Model<CpuDevice, E>, Optimizer<CpuDevice>) {
     let mut model = Model::zeros(device, &config()).unwrap();
     let mut optimizer = Optimizer::new(device, &model, settings).unwrap();
-    optimizer.initialise(device, &mut model, 3);
+    optimizer.initialise(device, &mut model, 3, None);
     for step in 1..=steps {
         let gradients = gradients(device, step);
         let norm = gradient_norm(device, &gradients);

@@ -4,7 +4,7 @@ use crate::config::Resolved;
 use crate::models;
 use crate::signals::Stop;
 use anyhow::{Context, Result, ensure};
-use ferropt_data::{Corpus, Loader, TokenFile, Tokenizer, tokenise_unless};
+use ferropt_data::{Corpus, Loader, TokenFile, Tokenizer, on_threads, tokenise_unless};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -49,6 +49,10 @@ impl Data {
     /// # Errors
     /// Names the key of the configuration, the file, and what is wrong with it.
     pub(super) fn open(resolved: &Resolved, stop: &Stop) -> Result<Option<Data>> {
+        on_threads(resolved.config.run.threads, || Data::open_here(resolved, stop))?
+    }
+
+    fn open_here(resolved: &Resolved, stop: &Stop) -> Result<Option<Data>> {
         let data = &resolved.config.data;
         let path = data.tokenizer.as_deref().unwrap_or(Path::new(""));
         let tokenizer = models::tokenizer(path)

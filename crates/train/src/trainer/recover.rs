@@ -126,7 +126,8 @@ impl<D: Device, E: Element> Trainer<'_, D, E> {
                 (checkpoint.manifest().run.step, then)
             }
             None => {
-                self.optimizer.initialise(&self.device, &mut self.model, self.resolved.config.run.seed);
+                let run = &self.resolved.config.run;
+                self.optimizer.initialise(&self.device, &mut self.model, run.seed, run.threads);
                 (0, state::Remembered::at_first())
             }
         };

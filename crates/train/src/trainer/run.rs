@@ -117,7 +117,10 @@ impl<'h, D: Device, E: Element> Trainer<'h, D, E> {
                     .with_context(|| format!("cannot resume from {}", found.path().display()))?;
                 step = found.manifest().run.step;
             }
-            None => optimizer.initialise(&device, &mut model, resolved.config.run.seed),
+            None => {
+                let run = &resolved.config.run;
+                optimizer.initialise(&device, &mut model, run.seed, run.threads);
+            }
         }
         let resumed = found.is_some().then_some(step);
         let used = Used::start(&mesh.all, remembered.energy, resolved.config.energy.watts)?;

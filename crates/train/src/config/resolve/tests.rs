@@ -158,6 +158,7 @@ fn refusals_name_the_key_the_value_and_the_fix() {
         (EXPLICIT, &["run.max_minutes=inf"], &["run.max_minutes = inf"]),
         (EXPLICIT, &["run.dir="], &["run.dir is missing"]),
         (EXPLICIT, &["run.threads=0"], &["run.threads = 0"]),
+        (EXPLICIT, &["run.threads=2000"], &["run.threads = 2000", "1024"]),
         (EXPLICIT, &["run.offload=all"], &["run.offload = \"all\"", "run.device = \"cpu\"", "remove"]),
         (EXPLICIT, &["run.offload=disk"], &["disk", "none", "optimizer", "all"]),
         (
