@@ -41,9 +41,12 @@ pub struct Parting {
 /// Says so once the run ends.
 type Asked = Box<dyn Fn() -> Option<Parting> + Send + Sync>;
 
-/// A moment from which nobody is waited for any longer, and who is waited for in vain before. Clones share it.
+/// The moment from which nobody is waited for any longer, and who is waited for in vain before.
+type Known = (Option<Instant>, Option<usize>);
+
+/// How a run that ends too early learns of both. Clones share it.
 #[derive(Clone, Default)]
-pub(super) struct Hurry(Arc<(OnceLock<Asked>, OnceLock<(Option<Instant>, Option<usize>)>)>);
+pub(super) struct Hurry(Arc<(OnceLock<Asked>, OnceLock<Known>)>);
 
 impl Hurry {
     /// It follows from what `parting` says first.
@@ -62,7 +65,7 @@ impl Hurry {
         self.known().1
     }
 
-    fn known(&self) -> (Option<Instant>, Option<usize>) {
+    fn known(&self) -> Known {
         let (asked, known) = &*self.0;
         match (known.get(), asked.get().and_then(|parting| parting())) {
             (None, Some(Parting { patience, lost })) => {
