@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-const STEPS: u64 = 50;
+const STEPS: u64 = 30;
 
 /// How a run's work is shared out.
 #[derive(Clone, Copy, Debug)]
@@ -100,7 +100,7 @@ impl Layout {
 /// 24 sequences of 16 tokens in a step, f32; dropout stays on, for its masks must not depend on the layout.
 fn common(post_norm: bool) -> Vec<String> {
     let model = "model.layers=3 model.heads=4 model.vocab=264 model.positions=16 batch.tokens=384 run.precision=f32 \
-                 optimizer.lr=2e-3 checkpoint.every=25 checkpoint.keep_last=9 validation.every=25 run.threads=1";
+                 optimizer.lr=2e-3 checkpoint.every=15 checkpoint.keep_last=9 validation.every=15 run.threads=1";
     let post = if post_norm { " model.post_norm=true model.embedding_width=16" } else { "" };
     format!("{model}{post}").split_whitespace().map(String::from).collect()
 }
@@ -212,7 +212,7 @@ fn matrix(post_norm: bool, layouts: &[Layout]) {
     let set = common(post_norm);
     let one = run(&lab, "one", &set, None);
     let first = one.losses[0].1;
-    assert!(one.losses[STEPS as usize - 1].1 < 0.8 * first, "nothing was learnt: {:?}", one.losses);
+    assert!(one.losses[STEPS as usize - 1].1 < 0.9 * first, "nothing was learnt: {:?}", one.losses);
     let asked = std::env::var("FERROPT_LAYOUTS").unwrap_or_default();
     let wanted = |number: usize| match &*asked {
         "all" => true,
@@ -254,7 +254,7 @@ fn a_run_goes_on_in_another_layout() {
         let half = lab.config(&name, STEPS / 2);
         let with = |layout: Option<Layout>| -> Vec<String> {
             // The schedule's length follows from the run's unless it is set.
-            let total = [format!("schedule.total={STEPS}"), "schedule.warmup=5".into()];
+            let total = [format!("schedule.total={STEPS}"), format!("schedule.warmup={}", STEPS / 10)];
             set.iter().cloned().chain(total).chain(layout.into_iter().flat_map(Layout::set)).collect()
         };
         train(&half, &with(first), first.map_or(1, Layout::ranks));

@@ -217,7 +217,7 @@ mod tests {
             scored: SCORED as u64,
             unigram: Baseline { loss: 7.0, bits_per_byte: 3.0 },
         };
-        for (steps, validations) in [(12, 2), (640, 4), (3219, 8)] {
+        for (steps, validations) in [(12, 2), (320, 4), (3219, 8)] {
             let toml = toml(&options, &counts, Precision::F32, steps).unwrap();
             let run = Config::parse(&toml, &[]).unwrap().resolve().unwrap();
             assert_eq!(run.config.validation.max_tokens, Some(Count(counts.scored)));

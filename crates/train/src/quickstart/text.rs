@@ -14,7 +14,7 @@ const TOKENIZER_TEXT: usize = 8 << 20;
 const MOST: usize = 32 << 20;
 /// Held-out tokens that are scored, the first ones, or all where there are fewer: enough to tell models apart, few enough for
 /// slow machines.
-pub(super) const SCORED: usize = 32_768;
+pub(super) const SCORED: usize = 16_384;
 /// Less text than this teaches nothing, bytes.
 const LEAST: usize = 50_000;
 /// One byte in so many of the user's text is held out.
