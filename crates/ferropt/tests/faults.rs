@@ -32,6 +32,9 @@ fn ranks(config: &Path, set: &[&str], ranks: usize, more: &[&str]) -> Command {
 /// Of most tests' runs, on two ranks.
 const STEPS: u64 = 400;
 
+/// Of those that poison is looked for in: enough to learn something before and behind it.
+const POISON_STEPS: u64 = 1000;
+
 /// What a run comes to that nothing happens to.
 struct Whole {
     tensors: BTreeMap<String, Vec<u8>>,
@@ -289,9 +292,9 @@ fn poison_is_left_out_on_many_ranks_as_on_one() {
         let mut values = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
         values.rfind(|value| value["kind"] == "validation").unwrap()["loss"].as_f64().unwrap()
     };
-    undisturbed(&lab, "clean", 1600, &set, 2);
+    undisturbed(&lab, "clean", POISON_STEPS, &set, 2);
     fs::write(lab.path("texts/poison.txt"), "\u{1}".repeat(64 * 6)).unwrap();
-    undisturbed(&lab, "poisoned", 1600, &set, 2);
+    undisturbed(&lab, "poisoned", POISON_STEPS, &set, 2);
     let left_out = count(&events(&lab, "poisoned"), "skipped");
     let (clean, poisoned) = (quality("clean"), quality("poisoned"));
     println!("held-out loss: clean {clean:.4}, poisoned {poisoned:.4}, {left_out} batches left out");

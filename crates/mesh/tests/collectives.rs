@@ -488,7 +488,10 @@ fn ranks_meet_at_link_local_addresses() {
     let mut command = std::process::Command::new("unshare");
     command.args(["-rn", "sh", "-c", script, env!("CARGO_BIN_EXE_ferropt-mesh-check")]);
     command.env("WORLD_SIZE", "3").env("MASTER_ADDR", "fe80::1%lo").env("MASTER_PORT", "29500");
-    let out = command.output().unwrap();
+    let Ok(out) = command.output() else {
+        println!("skipped: there is no unshare");
+        return;
+    };
     let said = String::from_utf8_lossy(&out.stderr);
     match out.status.code() {
         Some(0) => assert!(String::from_utf8_lossy(&out.stdout).contains("all 3 ranks agree"), "{said}"),

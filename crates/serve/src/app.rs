@@ -105,7 +105,7 @@ pub(crate) struct App {
     pub(crate) bodies: Room,
     /// Where answers are kept until clients take them in.
     pub(crate) outbox: Arc<Outbox>,
-    /// Long texts are tokenised so many at a time: each takes a thread, and some times its own memory.
+    /// `/tokenize` takes so many long texts at a time: each takes a thread, and some times its own memory.
     pub(crate) long_texts: Semaphore,
     pub(crate) metrics: Metrics,
     pub(crate) log: Log,

@@ -103,7 +103,11 @@ impl Metrics {
         let r = &mut registry;
         let (in_flight, handshakes) = (Gauge::default(), Counter::default());
         let excess_connections = Counter::default();
-        r.register("requests_in_flight", "Requests whose answer is not complete", in_flight.clone());
+        r.register(
+            "requests_in_flight",
+            "Requests whose answers were not taken in completely",
+            in_flight.clone(),
+        );
         r.register("tls_failures", "TLS handshakes that failed or took too long", handshakes.clone());
         let help = "Connections beyond what one address may have";
         r.register("excess_connections", help, excess_connections.clone());

@@ -56,9 +56,9 @@ impl Live {
     /// `waiting` requests may wait for the engine.
     pub(crate) fn new(name: String, engine: Handle, waiting: usize, metrics: ModelMetrics) -> Live {
         let Capacity { sequences, step_tokens, .. } = engine.capacity();
-        // A few more texts than are computed at a time, and another step's tokens, so that what comes next is there when it can be
-        // computed.
-        let most = Work { texts: sequences + sequences / 8 + 1, unread: 2 * step_tokens };
+        // A few more texts than are computed at a time, and a few steps' tokens, so that what comes next is there when it can be
+        // computed, also where most of a prompt is found in the cache.
+        let most = Work { texts: sequences + sequences / 8 + 1, unread: 4 * step_tokens };
         let gate = Turnstile::new(most, waiting, engine.elsewhere().clone());
         let tokenizer = engine.tokenizer();
         let ids = || 0..tokenizer.vocab_size() as u32;

@@ -11,6 +11,9 @@ use ferropt_engine::{Conversation, Decay, Parameters, Refusal, Request, Scope, S
 /// Entries of lists of likely tokens that a request may come to: the answer has some 80 bytes for each.
 const MOST_ENTRIES: usize = 1 << 21;
 
+/// Bytes of stop strings, biases and ends of sentences that a request may come to: each of its prompts has its own.
+const MOST_REPEATED: usize = 16 << 20;
+
 /// Bytes of text from which tokenising would make others wait.
 pub(crate) const LONG: usize = 1 << 16;
 
@@ -42,6 +45,14 @@ pub(crate) fn requests(
         );
         return Err(ApiError::field("prompt", message));
     }
+    let each = repeated(p);
+    if prompts * each > MOST_REPEATED {
+        let message = format!(
+            "{prompts} prompts with {each} bytes of stop strings and biases each are more than {MOST_REPEATED} bytes in one request; \
+             send fewer prompts at a time"
+        );
+        return Err(ApiError::field("prompt", message));
+    }
     let bytes: usize = asked.prompts.iter().map(Prompt::bytes).sum();
     let work = || {
         let one = |prompt: &Prompt| one(live, asked, prompt, asked.seed.unwrap_or_else(&random));
@@ -50,6 +61,13 @@ pub(crate) fn requests(
     let requests = if bytes > LONG { tokio::task::block_in_place(work) } else { work() }?;
     check_lists(&requests, live.engine.capacity().positions)?;
     Ok(requests)
+}
+
+/// Bytes that parameters take for each prompt, apart from the few that all have.
+fn repeated(p: &Parameters) -> usize {
+    let stop: usize = p.stop.iter().map(|stop| size_of::<String>() + stop.len()).sum();
+    let ends = p.decay.as_ref().map_or(0, |decay| size_of_val(&decay.ends[..]));
+    stop + size_of_val(&p.logit_bias[..]) + ends
 }
 
 /// Refuses log-probabilities of so many tokens that the answer would be absurd.

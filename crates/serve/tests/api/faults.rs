@@ -15,6 +15,7 @@ fn refusals_name_the_field_the_value_and_the_limit() {
     let long = json!({ "prompt": "word ".repeat(2000) }).to_string();
     let longer = json!({ "prompt": "x".repeat(1_000_000) }).to_string();
     let more = json!({ "prompt": vec!["x"; 2049] }).to_string();
+    let stops = json!({ "prompt": vec!["x"; 2000], "stop": vec!["x".repeat(500); 60] }).to_string();
     let talk = json!({ "messages": [{ "role": "user", "content": "word ".repeat(2000) }] }).to_string();
     let input = json!({ "input": "word ".repeat(2000) }).to_string();
     let lists = json!({ "prompt": "x", "n": 128, "logprobs": 100, "max_tokens": 1000 }).to_string();
@@ -86,6 +87,7 @@ fn refusals_name_the_field_the_value_and_the_limit() {
         ("/v1/completions", &model, 404, "model_not_found", Some("model"), "mmm"),
         ("/v1/completions", &many, 400, "invalid_value", Some("prompt"), "2048"),
         ("/v1/completions", &more, 400, "invalid_value", Some("prompt"), "2049"),
+        ("/v1/completions", &stops, 400, "invalid_value", Some("prompt"), "31440 bytes of stop strings"),
         (
             "/v1/completions",
             r#"{"prompt": "x", "model": "gpt-4"}"#,
