@@ -28,8 +28,9 @@ const PIECE: usize = 1 << 18;
 /// Longest line of a JSON-lines file, bytes: a line has to be held in memory.
 const LONGEST_LINE: u64 = 1 << 28;
 
-/// What a folder has that holds a run of training: the lock of its checkpoints.
-const RUN: &str = "checkpoints/.lock";
+/// What a folder has that holds a run of training, or one of these: the lock of its checkpoints, what it was told and has measured,
+/// a quick start's configuration.
+const RUN: [&[&str]; 3] = [&["checkpoints/.lock"], &["config.toml", "metrics.jsonl"], &["quickstart.toml"]];
 
 /// U+FEFF in UTF-8.
 const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
@@ -56,6 +57,8 @@ pub(crate) struct SourceFile {
 #[derive(Clone, Debug)]
 pub struct Corpus {
     pub(crate) files: Vec<SourceFile>,
+    /// Folders of runs below those that were named.
+    left_out: Vec<PathBuf>,
     pub(crate) text_field: String,
 }
 
@@ -89,30 +92,35 @@ impl Corpus {
     }
 
     fn gather<P: AsRef<Path>>(paths: &[P], text_field: &str, without: Option<PathBuf>) -> Result<Corpus> {
-        let mut files = Vec::new();
+        let mut corpus = Corpus { files: Vec::new(), left_out: Vec::new(), text_field: text_field.into() };
         for path in paths {
             let path = path.as_ref();
             let meta =
                 fs::metadata(path).with_context(|| format!("cannot read the text at {}", path.display()))?;
             if meta.is_dir() {
-                let before = files.len();
-                search(path, &mut without.iter().cloned().collect(), &mut files)?;
-                if files.len() == before {
+                let before = corpus.files.len();
+                search(path, &mut without.iter().cloned().collect(), &mut corpus)?;
+                if corpus.files.len() == before {
                     bail!(
                         "the folder {} holds no text, leaving aside the folders of runs: expected files ending in {ENDINGS}",
                         path.display()
                     );
                 }
             } else if let Some(file) = source_file(path)? {
-                files.push(file);
+                corpus.files.push(file);
             } else {
                 bail!("{} is of no known kind: expected a file ending in {ENDINGS}", path.display());
             }
         }
-        if files.is_empty() {
+        if corpus.files.is_empty() {
             bail!("no text was named: expected files or folders of files ending in {ENDINGS}");
         }
-        Ok(Corpus { files, text_field: text_field.into() })
+        Ok(corpus)
+    }
+
+    /// Folders of other runs that lie among the texts, and were not searched.
+    pub fn left_out(&self) -> &[PathBuf] {
+        &self.left_out
     }
 
     /// Size of all files on disk.
@@ -154,10 +162,14 @@ fn source_file(path: &Path) -> Result<Option<SourceFile>> {
 
 /// Adds the usable files below `folder`, whose links are followed. Folders that were `seen`, by their true paths, are not gone
 /// through again: links may form circles. Nor are those of runs, whose logs and metrics are lines of JSON too, and grow.
-fn search(folder: &Path, seen: &mut HashSet<PathBuf>, files: &mut Vec<SourceFile>) -> Result<()> {
+fn search(folder: &Path, seen: &mut HashSet<PathBuf>, corpus: &mut Corpus) -> Result<()> {
     let read = || -> std::io::Result<Vec<fs::DirEntry>> { fs::read_dir(folder)?.collect() };
     let cannot = || format!("cannot list the folder {}", folder.display());
-    if !seen.insert(folder.canonicalize().with_context(cannot)?) || folder.join(RUN).exists() {
+    if !seen.insert(folder.canonicalize().with_context(cannot)?) {
+        return Ok(());
+    }
+    if RUN.iter().any(|files| files.iter().all(|file| folder.join(file).exists())) {
+        corpus.left_out.push(folder.into());
         return Ok(());
     }
     let mut entries = read().with_context(cannot)?;
@@ -167,10 +179,10 @@ fn search(folder: &Path, seen: &mut HashSet<PathBuf>, files: &mut Vec<SourceFile
             continue;
         }
         if path.is_dir() {
-            search(&path, seen, files)?;
+            search(&path, seen, corpus)?;
         } else if path.is_file() || !path.exists() {
             // A link to nothing is refused where its name is a text's.
-            files.extend(source_file(&path)?);
+            corpus.files.extend(source_file(&path)?);
         }
     }
     Ok(())
@@ -339,7 +351,7 @@ fn text_of_line(line: &[u8], field: &str) -> Result<String> {
     })?;
     let wrong = |e: serde_json::Error| {
         let (what, column) = (e.to_string(), e.column());
-        let what = what.split(" at line ").next().unwrap_or_default();
+        let what = what.rsplit_once(" at line ").map_or(&*what, |(what, _)| what);
         if e.is_data() {
             return anyhow::anyhow!("{what}");
         }
@@ -459,8 +471,17 @@ mod tests {
         }
         fs::write(root.path().join("text.txt"), "text").unwrap();
         fs::create_dir(first.join("checkpoints")).unwrap();
-        fs::write(first.join(RUN), "").unwrap();
-        assert_eq!(read(&Corpus::find(&[root.path()], "text").unwrap()).unwrap(), ["copy", "text"]);
+        fs::write(first.join("checkpoints/.lock"), "").unwrap();
+        let found = Corpus::find(&[root.path()], "text").unwrap();
+        assert_eq!(
+            (read(&found).unwrap(), found.left_out()),
+            (vec!["copy".into(), "text".into()], &[first.clone()][..])
+        );
+        // One whose checkpoints were removed.
+        fs::remove_file(first.join("checkpoints/.lock")).unwrap();
+        for file in ["config.toml", "metrics.jsonl"] {
+            fs::write(first.join(file), "").unwrap();
+        }
         // One that has not got so far yet, and one that is yet to be made.
         for (run, found) in [(&second, &["text"][..]), (&root.path().join("runs/third"), &["copy", "text"])] {
             assert_eq!(read(&Corpus::find_for(run, &[root.path()], "text").unwrap()).unwrap(), found);
@@ -541,6 +562,11 @@ mod tests {
             ),
             ("b.jsonl", b"{\"text\":5}", &["line 1", "integer `5`", "a string in the field `text`"]),
             ("c.jsonl", b"[1]", &["line 1", "sequence", "a JSON object with a text field `text`"]),
+            (
+                "p.jsonl",
+                b"\"a string at line 5\"",
+                &["line 1", "invalid type: a string, expected a JSON object"],
+            ),
             ("d.jsonl", b"{\"text\":\"ok\"}\n\n{\"text\":\"op", &["line 3", "JSON"]),
             ("e.jsonl", b"{\"text\":\"caf\xE9\"}", &["line 1", "UTF-8", "0xe9", "column 13"]),
             (

@@ -1,7 +1,7 @@
 //! The text in one field of a JSON object. Of everything else only names are kept, for messages: an object may hold much more than
 //! its text, and as values that takes many times the memory of the line.
 
-use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Unexpected, Visitor};
 use std::fmt;
 
 /// Most names that a message lists, and most characters of each.
@@ -15,7 +15,7 @@ impl<'de> DeserializeSeed<'de> for OneField<'_> {
     type Value = String;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<String, D::Error> {
-        deserializer.deserialize_map(self)
+        deserializer.deserialize_any(self)
     }
 }
 
@@ -24,6 +24,11 @@ impl<'de> Visitor<'de> for OneField<'_> {
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "a JSON object with a text field `{}`", self.0)
+    }
+
+    fn visit_str<E: Error>(self, _: &str) -> Result<String, E> {
+        // Not the string itself, which may be long.
+        Err(E::invalid_type(Unexpected::Other("a string"), &self))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<String, A::Error> {

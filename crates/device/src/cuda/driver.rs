@@ -496,7 +496,8 @@ fn keep_streams_apart() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         if std::env::var_os(QUEUES.0).is_none() {
-            // SAFETY: the driver, which reads it, is not loaded yet; Rust's own readers in other threads are kept out by std.
+            // SAFETY: the driver, which reads it, is not loaded yet; Rust's own readers in other threads are kept out by std. What
+            // C code reads the environment, libc's resolver and MPI's library, does so when ranks meet, not when one opens a GPU.
             unsafe { std::env::set_var(QUEUES.0, QUEUES.1) };
         }
     });

@@ -69,6 +69,10 @@ impl Data {
         let mut notes = Vec::new();
         let mut file = |paths: &[PathBuf], name: &str| -> Result<Option<TokenFile>> {
             let corpus = Corpus::find_for(&resolved.config.run.dir, paths, &data.text_field)?;
+            let left_out = |folder: &PathBuf| {
+                format!("left out {}, the folder of a run, which is no text", folder.display())
+            };
+            notes.extend(corpus.left_out().iter().map(left_out));
             let file = tokenise_unless(&|| stop.requested(), &corpus, &tokenizer, cache, name)?;
             let replaced = file.iter().filter_map(TokenFile::replaces);
             notes.extend(replaced.map(|damage| format!("made a token file anew: {damage}")));
