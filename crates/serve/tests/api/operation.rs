@@ -214,16 +214,21 @@ fn a_prompt_is_found_again_by_its_own_key_only_unless_keys_share() {
     }
 }
 
-#[test]
-fn a_client_with_many_requests_does_not_starve_another() {
+/// A server, and two clients of it with keys of their own: one that asks for much, and one for little.
+fn serve_two(options: Options) -> (Server, Client, Client) {
     let folder = tempfile::tempdir().unwrap();
     let (greedy, line) = new_key("greedy").unwrap();
     let (modest, other) = new_key("modest").unwrap();
     let file = folder.path().join("keys");
     std::fs::write(&file, format!("{line}\n{other}\n")).unwrap();
-    let models = vec![source("opt", 1)];
-    let (server, client) = serve(Options { keys: Keys::read(&file).unwrap(), models, ..options() });
+    let (server, client) = serve(Options { keys: Keys::read(&file).unwrap(), ..options });
     let (greedy, modest) = (client.with_key(&greedy), client.with_key(&modest));
+    (server, greedy, modest)
+}
+
+#[test]
+fn a_client_with_many_requests_does_not_starve_another() {
+    let (server, greedy, modest) = serve_two(Options { models: vec![source("opt", 1)], ..options() });
     let _many: Vec<_> = (0..60).map(|_| greedy.begin("/v1/completions", &words(400))).collect();
     until("they wait", || greedy.metric("ferropt_queue_length") > 50.0);
     let begun = Instant::now();
@@ -239,14 +244,7 @@ fn a_client_with_many_requests_does_not_starve_another() {
 
 #[test]
 fn long_prompts_of_a_client_do_not_all_go_before_anothers() {
-    let folder = tempfile::tempdir().unwrap();
-    let (greedy, line) = new_key("greedy").unwrap();
-    let (modest, other) = new_key("modest").unwrap();
-    let file = folder.path().join("keys");
-    std::fs::write(&file, format!("{line}\n{other}\n")).unwrap();
-    let models = vec![source("opt", 64)];
-    let (server, client) = serve(Options { keys: Keys::read(&file).unwrap(), models, ..options() });
-    let (greedy, modest) = (client.with_key(&greedy), client.with_key(&modest));
+    let (server, greedy, modest) = serve_two(Options { models: vec![source("opt", 64)], ..options() });
     // The engine has places for 64 of them, and no two begin alike.
     let prompts: Vec<Vec<usize>> =
         (0..600).map(|i| (0..1000).map(|at| 4 + (i + i / 250 + at) % 250).collect()).collect();
@@ -265,15 +263,8 @@ fn long_prompts_of_a_client_do_not_all_go_before_anothers() {
 
 #[test]
 fn a_client_that_fills_the_queue_does_not_keep_another_out() {
-    let folder = tempfile::tempdir().unwrap();
-    let (greedy, line) = new_key("greedy").unwrap();
-    let (modest, other) = new_key("modest").unwrap();
-    let file = folder.path().join("keys");
-    std::fs::write(&file, format!("{line}\n{other}\n")).unwrap();
     let (models, limits) = (vec![source("opt", 1)], Limits { queue: 8, ..Limits::default() });
-    let keys = Keys::read(&file).unwrap();
-    let (server, client) = serve(Options { keys, models, limits, ..options() });
-    let (greedy, modest) = (client.with_key(&greedy), client.with_key(&modest));
+    let (server, greedy, modest) = serve_two(Options { models, limits, ..options() });
     let many: Vec<_> = (0..20).map(|_| greedy.begin("/v1/completions", &words(900))).collect();
     until("it is full", || greedy.metric("ferropt_queue_length") == 8.0);
     until("more are refused", || {
